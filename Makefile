@@ -1,0 +1,95 @@
+# make           ./dsv4                          make SAN=1   the same under ASan and UBSan
+# make demo      a small model answers a text    make test    all tests (about 5 minutes)
+# make deps      install what is missing         make fuzz    each fuzzer for 60 s
+# make goldens   regenerate our own goldens      make install PREFIX=/usr/local
+
+CC      ?= gcc
+PREFIX  ?= /usr/local
+PKGS     = liburing libpcre2-8 jansson
+WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
+CFLAGS  ?= -O3 -g
+# fused multiply-add only where the code says so: the same bits on every machine
+ALL_C    = -std=c11 $(CFLAGS) $(WARN) -ffp-contract=off -pthread $(SANFLAGS) $(PKG_C)
+PKG_C    = $(shell pkg-config --cflags $(PKGS))
+LIBS     = $(shell pkg-config --libs $(PKGS)) -lm
+SIMD     = $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf16c)
+
+ifdef SAN
+SANFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+B        = build/san
+BIN      = $(B)/dsv4
+else
+B        = build
+BIN      = dsv4
+endif
+
+OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o text.o)
+SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c text.c main.c
+C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_text test_model)
+FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer)
+VENV     = build/venv/bin/python3
+
+all: $(BIN)
+
+$(BIN): $(B)/main.o $(OBJ)
+	$(CC) $(ALL_C) -o $@ $^ $(LIBS)
+
+$(B)/%.o: %.c dsv4.h Makefile | $(B)
+	$(CC) $(ALL_C) -c -o $@ $<
+
+$(B)/kernels.o: ALL_C += $(SIMD)
+$(B)/ref.o: kernels.cu dsv4.h Makefile | $(B)
+	$(CC) $(ALL_C) $(SIMD) -Wno-unused-parameter -x c -c -o $@ $<
+
+# a test may include the room it looks into, and is then linked without that room's object
+$(B)/test_%: tests/test_%.c tests/check.h tests/st.h $(OBJ) | $(B)
+	$(CC) $(ALL_C) -o $@ $< $(filter-out $(B)/$(INCLUDES).o,$(filter %.o,$^)) $(LIBS)
+$(B)/test_offload: INCLUDES = offload
+$(B)/test_model: INCLUDES = dsv4
+
+$(B)/mkmodel: tests/mkmodel.c Makefile | $(B)
+	$(CC) $(ALL_C) -o $@ $< -lm
+$(B)/tokenize: tests/tokenize.c $(OBJ) | $(B)
+	$(CC) $(ALL_C) -o $@ $< $(OBJ) $(LIBS)
+
+$(B):
+	mkdir -p $@
+
+# === targets that begin on a bare machine =======================================================
+
+deps:
+	@tests/deps.sh build
+
+demo: deps
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel
+	@tests/demo.sh ./$(BIN) $(B)/mkmodel
+
+test:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/tokenize $(C_TESTS)
+	@tests/run.sh $(B) ./$(BIN)
+
+build/fuzz/%: tests/%.c $(SRC)
+	@mkdir -p build/fuzz
+	clang -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined $(SIMD) $(PKG_C) -o $@ $< \
+	  dsv4.c kernels.c offload.c text.c -x c kernels.cu -x none $(LIBS)
+
+fuzz:
+	@tests/deps.sh fuzz
+	@$(MAKE) --no-print-directory $(FUZZERS)
+	@tests/fuzz.sh $(FUZZERS)
+
+goldens:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(B)/mkmodel
+	@tests/goldens.sh $(VENV) $(B)/mkmodel
+
+install: $(BIN)
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dsv4
+
+clean:
+	rm -rf build dsv4
+
+.PHONY: all deps demo test fuzz goldens install clean
+.DELETE_ON_ERROR:

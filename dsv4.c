@@ -1,0 +1,1299 @@
+/* dsv4.c -- the model: weights by name, the memory plan, the forward pass, sampling.
+ *
+ * One span of tokens goes through the layers like this (MODEL.md section 3):
+ *
+ *   embed -> h [n][hc][dim] --+--> layer 0 --> layer 1 --> ... --> head -> logits
+ *                             |
+ *   one layer:   for each chunk:    hc_pre  attention  hc_post
+ *                for each chunk:    hc_pre  gate, route                     (choose)
+ *                for each expert:   its tokens of the whole span            (each read once)
+ *                for each chunk:    shared expert, hc_post
+ *
+ * Prefill and decode are the same code: decode is a span of one token.  Because every operation
+ * keeps one order of summation per element, the results do not depend on span, chunk or split.
+ *
+ * Invariants  1 all memory is planned, told and taken in *_open; none after
+ *             2 y adds experts in ascending id, the shared expert last
+ *             3 positions < session->pos are in the KV; a failed forward needs a reset
+ *             4 what the KV holds is exactly what MODEL.md section 2 stores
+ *
+ * Contents  1 arenas and time   2 weights by name   3 memory plan and engine   4 session
+ *           5 attention   6 mixture of experts   7 forward and MTP   8 sampling
+ *
+ * Not here  what an operation computes (kernels.cu), how bytes arrive (offload.c)              */
+#define _GNU_SOURCE
+#include "dsv4.h"
+
+#include <assert.h>
+#include <math.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+enum {
+    CHUNK_DEFAULT = 128,           /* tokens through attention at once: amortizes the weights   */
+    SPAN_MAX = 128 << 10,          /* tokens a span, DESIGN.md "The two loops"                  */
+    LOOKAHEAD = 16,                /* experts asked for ahead of the one being computed         */
+    INDEX_SCORES_MAX = 4 << 20,    /* floats of index scores held at once, if one row fits      */
+};
+
+const char *const op_class_name[OPC_N] = {
+    "embed", "hyper-connections", "projections", "compressor", "indexer", "attention",
+    "gate", "experts", "shared expert", "head", "mtp",
+};
+
+int fail(dsv4_err *err, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(err->msg, sizeof err->msg, fmt, ap);
+    va_end(ap);
+    for (char *p = err->msg; *p; p++)          /* one line, whatever a file name holds */
+        if ((unsigned char)*p < ' ') *p = '?';
+    return -1;
+}
+
+/* === 1. Arenas and time ======================================================================= */
+
+/* One block of memory handed out front to back.  With base NULL it only counts, so that one
+ * layout function serves the plan and the real thing. */
+typedef struct { uint8_t *base; uint64_t size, used; } arena;
+
+static void *arena_take(arena *a, uint64_t bytes) {
+    uint64_t at = a->used;
+    a->used += (bytes + 63) & ~(uint64_t)63;
+    assert(!a->base || a->used <= a->size);
+    return a->base ? a->base + at : NULL;
+}
+
+static float *take_f32(arena *a, int64_t n) { return arena_take(a, (uint64_t)n * sizeof(float)); }
+static int32_t *take_i32(arena *a, int64_t n) { return arena_take(a, (uint64_t)n * 4); }
+
+static int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err) {
+    *a = (arena){.size = size ? size : 64};
+    void *p = mmap(NULL, a->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED)
+        return fail(err, "no memory for %s: %.2f GB refused; lower --ram or --ctx", what,
+                    (double)size / 1e9);
+    a->base = p;
+    return 0;
+}
+
+static void arena_close(arena *a) {
+    if (a->base) munmap(a->base, a->size);
+    *a = (arena){0};
+}
+
+static double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* === 2. Weights by name (M1) ================================================================== */
+
+typedef struct {                   /* M3, compressor of width d                                 */
+    dsv4_mat wkv, wgate;           /* [coff*d][dim]                                             */
+    const float *ape, *norm;       /* [ratio][coff*d], [d]                                      */
+} compressor_w;
+
+typedef struct {
+    int ratio;                     /* compress ratio: 0 window only, 4 CSA, else HCA            */
+    const float *attn_norm, *ffn_norm, *q_norm, *kv_norm, *attn_sink;
+    dsv4_hc hc_attn, hc_ffn;
+    dsv4_mat wq_a, wq_b, wkv, wo_a, wo_b;
+    compressor_w comp, index_comp;
+    dsv4_mat index_wq_b, index_weights_proj;
+    dsv4_mat gate;
+    const float *gate_bias;        /* NULL in a hash layer                                      */
+    const int32_t *tid2eid;        /* NULL in the others                                        */
+    dsv4_ffn shared;
+} layer_w;
+
+typedef struct {                   /* the MTP block's own tensors around its layer              */
+    dsv4_mat e_proj, h_proj;
+    const float *enorm, *hnorm, *norm;
+    dsv4_hc hc_head;
+} mtp_w;
+
+/* One tensor to load, and which pointer shall point to it. */
+typedef enum { NEED_RAW, NEED_SCALE, NEED_F32, NEED_IDS } need_kind;
+typedef struct {
+    const ckpt_tensor *t;
+    need_kind kind;
+    bool mtp;
+    union {
+        const void **raw;          /* a matrix as stored                                        */
+        const uint8_t **scale;
+        const float **f32;         /* small tensors, converted to F32                           */
+        const int32_t **ids;       /* tid2eid, I64 converted to int32                           */
+    } dst;
+} need;
+
+struct dsv4_weights {
+    const dsv4_config *cfg;
+    dsv4_mat embed, head;
+    const float *norm;
+    dsv4_hc hc_head;
+    mtp_w mtp;
+    layer_w *layer;                /* [num_hidden_layers + has_mtp]                             */
+    expert_source *expert;         /* [num_hidden_layers + has_mtp][n_routed_experts]           */
+    need *needs;
+    size_t n_needs, cap_needs;
+    weights_bytes bytes;
+};
+
+/* Binding keeps the first error and then does nothing, so that the list below reads as M1's. */
+typedef struct {
+    dsv4_weights *w;
+    const ckpt *ck;
+    const char *prefix;
+    bool mtp, failed;
+    dsv4_err *err;
+} binder;
+
+static void bind_fail(binder *b, const char *name, const char *what) {
+    b->failed = true;
+    fail(b->err, "tensor %s %s; the checkpoint does not fit its config.json: download both again",
+         name, what);
+}
+
+static const char *const dtype_name[DT_N] = {
+    "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I8", "I64",
+};
+
+/* Find prefix+name and demand its shape (d1 < 0: one dimension); NULL after an error. */
+static const ckpt_tensor *bind_find(binder *b, const char *name, int64_t d0, int64_t d1) {
+    if (b->failed) return NULL;
+    char full[MAX_NAME], what[160];
+    snprintf(full, sizeof full, "%s%s", b->prefix, name);
+    const ckpt_tensor *t = ckpt_find(b->ck, full);
+    if (!t) return bind_fail(b, full, "is missing"), NULL;
+    int n_dims = d1 < 0 ? 1 : 2;
+    if (t->n_dims == n_dims && t->shape[0] == d0 && (d1 < 0 || t->shape[1] == d1)) return t;
+    int at = snprintf(what, sizeof what, "has shape [");
+    for (int i = 0; i < t->n_dims; i++)
+        at += snprintf(what + at, sizeof what - (size_t)at, "%s%lld", i ? "," : "",
+                       (long long)t->shape[i]);
+    if (d1 < 0) snprintf(what + at, sizeof what - (size_t)at, "] and not [%lld]", (long long)d0);
+    else snprintf(what + at, sizeof what - (size_t)at, "] and not [%lld,%lld]", (long long)d0,
+                  (long long)d1);
+    bind_fail(b, full, what);
+    return NULL;
+}
+
+static bool is_float(dsv4_dtype t) { return t == DT_F32 || t == DT_F16 || t == DT_BF16; }
+
+/* Refuse a dtype that the graph cannot take; want DT_F32 means any of F32, F16, BF16. */
+static bool bind_dtype(binder *b, const ckpt_tensor *t, dsv4_dtype want) {
+    if (!t) return false;
+    if (t->dtype == want || (want == DT_F32 && is_float(t->dtype))) return true;
+    char what[80];
+    snprintf(what, sizeof what, "is %s and not %s", dtype_name[t->dtype],
+             want == DT_F32 ? "BF16, F16 or F32" : dtype_name[want]);
+    bind_fail(b, t->name, what);
+    return false;
+}
+
+static need *bind_need(binder *b, const ckpt_tensor *t, need_kind kind) {
+    dsv4_weights *w = b->w;
+    if (w->n_needs == w->cap_needs) {
+        size_t cap = w->cap_needs ? 2 * w->cap_needs : 1024;
+        need *grown = realloc(w->needs, cap * sizeof *grown);
+        if (!grown) {
+            b->failed = true;
+            fail(b->err, "out of memory for the table of weights");
+            return NULL;
+        }
+        w->needs = grown;
+        w->cap_needs = cap;
+    }
+    need *n = &w->needs[w->n_needs++];
+    *n = (need){.t = t, .kind = kind, .mtp = b->mtp};
+    *(b->mtp ? &w->bytes.mtp : &w->bytes.dense) += t->bytes;
+    return n;
+}
+
+static void bind_f32(binder *b, const float **dst, const char *name, int64_t d0, int64_t d1) {
+    const ckpt_tensor *t = bind_find(b, name, d0, d1);
+    need *n = bind_dtype(b, t, DT_F32) ? bind_need(b, t, NEED_F32) : NULL;
+    if (n) n->dst.f32 = dst;
+}
+
+/* An unquantized matrix, kept in whichever float format it has. */
+static void bind_float(binder *b, dsv4_mat *m, const char *name, int rows, int cols) {
+    const ckpt_tensor *t = bind_find(b, name, rows, cols);
+    need *n = bind_dtype(b, t, DT_F32) ? bind_need(b, t, NEED_RAW) : NULL;
+    if (!n) return;
+    *m = (dsv4_mat){.dtype = t->dtype, .rows = rows, .cols = cols};
+    n->dst.raw = &m->data;
+}
+
+static void bind_fp8(binder *b, dsv4_mat *m, const char *stem, int rows, int cols) {
+    char name[MAX_NAME];
+    snprintf(name, sizeof name, "%s.weight", stem);
+    const ckpt_tensor *t = bind_find(b, name, rows, cols);
+    need *n = bind_dtype(b, t, DT_F8_E4M3) ? bind_need(b, t, NEED_RAW) : NULL;
+    if (!n) return;
+    *m = (dsv4_mat){.dtype = DT_F8_E4M3, .rows = rows, .cols = cols};
+    n->dst.raw = &m->data;
+    snprintf(name, sizeof name, "%s.scale", stem);
+    t = bind_find(b, name, (rows + 127) / 128, (cols + 127) / 128);
+    n = bind_dtype(b, t, DT_F8_E8M0) ? bind_need(b, t, NEED_SCALE) : NULL;
+    if (n) n->dst.scale = &m->scale;
+}
+
+static void bind_hc(binder *b, dsv4_hc *hc, const char *stem, bool head) {
+    const dsv4_config *c = b->w->cfg;
+    char name[64];
+    int mixes = head ? c->hc_mult : (2 + c->hc_mult) * c->hc_mult;
+    snprintf(name, sizeof name, "%s_fn", stem);
+    bind_f32(b, &hc->fn, name, mixes, c->hc_mult * c->hidden_size);
+    snprintf(name, sizeof name, "%s_base", stem);
+    bind_f32(b, &hc->base, name, mixes, -1);
+    snprintf(name, sizeof name, "%s_scale", stem);
+    bind_f32(b, &hc->scale, name, head ? 1 : 3, -1);
+}
+
+static void bind_compressor(binder *b, compressor_w *c, const char *stem, int ratio, int d) {
+    int width = (ratio == 4 ? 2 : 1) * d;
+    char name[96];
+    snprintf(name, sizeof name, "%s.wkv.weight", stem);
+    bind_float(b, &c->wkv, name, width, b->w->cfg->hidden_size);
+    snprintf(name, sizeof name, "%s.wgate.weight", stem);
+    bind_float(b, &c->wgate, name, width, b->w->cfg->hidden_size);
+    snprintf(name, sizeof name, "%s.ape", stem);
+    bind_f32(b, &c->ape, name, ratio, width);
+    snprintf(name, sizeof name, "%s.norm.weight", stem);
+    bind_f32(b, &c->norm, name, d, -1);
+}
+
+static void bind_attention(binder *b, layer_w *l) {
+    const dsv4_config *c = b->w->cfg;
+    int dim = c->hidden_size, hd = c->head_dim, heads = c->num_attention_heads;
+    bind_f32(b, &l->attn_norm, "attn_norm.weight", dim, -1);
+    bind_hc(b, &l->hc_attn, "hc_attn", false);
+    bind_fp8(b, &l->wq_a, "attn.wq_a", c->q_lora_rank, dim);
+    bind_f32(b, &l->q_norm, "attn.q_norm.weight", c->q_lora_rank, -1);
+    bind_fp8(b, &l->wq_b, "attn.wq_b", heads * hd, c->q_lora_rank);
+    bind_fp8(b, &l->wkv, "attn.wkv", hd, dim);
+    bind_f32(b, &l->kv_norm, "attn.kv_norm.weight", hd, -1);
+    bind_f32(b, &l->attn_sink, "attn.attn_sink", heads, -1);
+    bind_fp8(b, &l->wo_a, "attn.wo_a", c->o_groups * c->o_lora_rank, heads * hd / c->o_groups);
+    bind_fp8(b, &l->wo_b, "attn.wo_b", dim, c->o_groups * c->o_lora_rank);
+    if (l->ratio) bind_compressor(b, &l->comp, "attn.compressor", l->ratio, hd);
+    if (l->ratio != 4) return;
+    bind_fp8(b, &l->index_wq_b, "attn.indexer.wq_b", c->index_n_heads * c->index_head_dim,
+             c->q_lora_rank);
+    bind_float(b, &l->index_weights_proj, "attn.indexer.weights_proj.weight", c->index_n_heads,
+               dim);
+    bind_compressor(b, &l->index_comp, "attn.indexer.compressor", 4, c->index_head_dim);
+}
+
+static void bind_experts(binder *b, expert_source *src) {
+    static const char *const part_name[EXPERT_PARTS] = {
+        "w1.weight", "w2.weight", "w3.weight", "w1.scale", "w2.scale", "w3.scale",
+    };
+    const dsv4_config *c = b->w->cfg;
+    int dim = c->hidden_size, inter = c->moe_intermediate_size;
+    uint64_t *bytes = b->mtp ? &b->w->bytes.mtp : &b->w->bytes.experts;
+    for (int e = 0; e < c->n_routed_experts && !b->failed; e++)
+        for (int p = 0; p < EXPERT_PARTS; p++) {
+            char name[96];
+            snprintf(name, sizeof name, "ffn.experts.%d.%s", e, part_name[p]);
+            bool down = p == W2 || p == S2;
+            int rows = down ? dim : inter, cols = down ? inter : dim;
+            const ckpt_tensor *t = bind_find(b, name, rows, p < S1 ? cols / 2 : cols / 32);
+            if (!bind_dtype(b, t, p < S1 ? DT_I8 : DT_F8_E8M0)) return;
+            src[e].part[p] = t;
+            *bytes += t->bytes;
+        }
+}
+
+static void bind_moe(binder *b, layer_w *l, bool hash) {
+    const dsv4_config *c = b->w->cfg;
+    int dim = c->hidden_size, inter = c->moe_intermediate_size;
+    bind_f32(b, &l->ffn_norm, "ffn_norm.weight", dim, -1);
+    bind_hc(b, &l->hc_ffn, "hc_ffn", false);
+    bind_float(b, &l->gate, "ffn.gate.weight", c->n_routed_experts, dim);
+    if (hash) {
+        const ckpt_tensor *t = bind_find(b, "ffn.gate.tid2eid", c->vocab_size,
+                                         c->num_experts_per_tok);
+        need *n = bind_dtype(b, t, DT_I64) ? bind_need(b, t, NEED_IDS) : NULL;
+        if (n) n->dst.ids = &l->tid2eid;
+    } else {
+        bind_f32(b, &l->gate_bias, "ffn.gate.bias", c->n_routed_experts, -1);
+    }
+    bind_fp8(b, &l->shared.w1, "ffn.shared_experts.w1", inter, dim);
+    bind_fp8(b, &l->shared.w2, "ffn.shared_experts.w2", dim, inter);
+    bind_fp8(b, &l->shared.w3, "ffn.shared_experts.w3", inter, dim);
+}
+
+static void bind_layers(binder *b) {
+    dsv4_weights *w = b->w;
+    const dsv4_config *c = w->cfg;
+    int n_layers = c->num_hidden_layers + w->bytes.has_mtp;
+    for (int l = 0; l < n_layers && !b->failed; l++) {
+        char prefix[32];
+        b->mtp = l == c->num_hidden_layers;
+        if (b->mtp) snprintf(prefix, sizeof prefix, "mtp.0.");
+        else snprintf(prefix, sizeof prefix, "layers.%d.", l);
+        b->prefix = prefix;
+        w->layer[l].ratio = c->compress_ratios[l];
+        bind_attention(b, &w->layer[l]);
+        bind_moe(b, &w->layer[l], l < c->num_hash_layers && !b->mtp);
+        bind_experts(b, w->expert + (size_t)l * (size_t)c->n_routed_experts);
+    }
+    b->mtp = false;
+    b->prefix = "";
+}
+
+static void bind_mtp(binder *b) {
+    int dim = b->w->cfg->hidden_size;
+    mtp_w *m = &b->w->mtp;
+    b->mtp = true;
+    b->prefix = "mtp.0.";
+    bind_fp8(b, &m->e_proj, "e_proj", dim, dim);
+    bind_fp8(b, &m->h_proj, "h_proj", dim, dim);
+    bind_f32(b, &m->enorm, "enorm.weight", dim, -1);
+    bind_f32(b, &m->hnorm, "hnorm.weight", dim, -1);
+    bind_f32(b, &m->norm, "norm.weight", dim, -1);
+    bind_hc(b, &m->hc_head, "hc_head", true);
+    b->mtp = false;
+    b->prefix = "";
+}
+
+int weights_bind(dsv4_weights **out, const ckpt *c, const dsv4_config *cfg, dsv4_err *err) {
+    *out = NULL;
+    dsv4_weights *w = calloc(1, sizeof *w);
+    if (!w) return fail(err, "out of memory for the table of weights");
+    w->cfg = cfg;
+    /* DSpark checkpoints have mtp.1.* and other tensors in mtp.0: no MTP block there (M3) */
+    w->bytes.has_mtp = cfg->num_nextn_predict_layers > 0 && ckpt_find(c, "mtp.0.e_proj.weight") &&
+                       !ckpt_find(c, "mtp.1.attn_norm.weight");
+    size_t n_layers = (size_t)cfg->num_hidden_layers + w->bytes.has_mtp;
+    w->layer = calloc(n_layers, sizeof *w->layer);
+    w->expert = calloc(n_layers * (size_t)cfg->n_routed_experts, sizeof *w->expert);
+    binder b = {.w = w, .ck = c, .prefix = "", .err = err};
+    if (!w->layer || !w->expert) {
+        b.failed = true;
+        fail(err, "out of memory for the table of weights");
+    }
+    int dim = cfg->hidden_size;
+    bind_float(&b, &w->embed, "embed.weight", cfg->vocab_size, dim);
+    if (!b.failed) bind_layers(&b);
+    bind_f32(&b, &w->norm, "norm.weight", dim, -1);
+    bind_hc(&b, &w->hc_head, "hc_head", true);
+    bind_float(&b, &w->head, "head.weight", cfg->vocab_size, dim);
+    if (w->bytes.has_mtp) bind_mtp(&b);
+    if (b.failed) {
+        weights_close(w);
+        return -1;
+    }
+    uint64_t total = 0;
+    for (size_t i = 0; i < ckpt_n_tensors(c); i++) total += ckpt_at(c, i)->bytes;
+    w->bytes.unused = total - w->bytes.dense - w->bytes.experts - w->bytes.mtp;
+    *out = w;
+    return 0;
+}
+
+void weights_close(dsv4_weights *w) {
+    if (!w) return;
+    free(w->layer);
+    free(w->expert);
+    free(w->needs);
+    free(w);
+}
+
+weights_bytes weights_count(const dsv4_weights *w) { return w->bytes; }
+
+/* Bytes that a needed tensor takes in RAM: vectors grow to F32, tid2eid shrinks in place. */
+static uint64_t need_bytes(const need *n) {
+    if (n->kind != NEED_F32) return n->t->bytes;
+    return n->t->bytes * (n->t->dtype == DT_F32 ? 1 : 2);
+}
+
+/* Turn what was read into what the graph uses.  F16 and BF16 vectors were read into the upper
+ * half of their place, so that widening front to back never overwrites what is still to read. */
+static int need_finish(const need *n, void *place, const dsv4_config *cfg, dsv4_err *err) {
+    if (n->kind == NEED_RAW) {
+        *n->dst.raw = place;
+    } else if (n->kind == NEED_SCALE) {
+        *n->dst.scale = place;
+    } else if (n->kind == NEED_F32) {
+        float *f = place;
+        *n->dst.f32 = f;
+        if (n->t->dtype == DT_F32) return 0;
+        size_t count = n->t->bytes / 2;
+        for (size_t i = 0; i < count; i++) {
+            uint16_t bits;
+            memcpy(&bits, (uint8_t *)place + n->t->bytes + 2 * i, 2);
+            f[i] = n->t->dtype == DT_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
+        }
+    } else {
+        int32_t *ids = place;
+        *n->dst.ids = ids;
+        for (size_t i = 0; i < n->t->bytes / 8; i++) {
+            int64_t id;
+            memcpy(&id, (uint8_t *)place + 8 * i, 8);
+            if (id < 0 || id >= cfg->n_routed_experts)
+                return fail(err, "tensor %s names expert %lld of %d: download the checkpoint "
+                            "again", n->t->name, (long long)id, cfg->n_routed_experts);
+            ids[i] = (int32_t)id;
+        }
+    }
+    return 0;
+}
+
+static int need_by_place(const void *a, const void *b) {
+    const ckpt_tensor *x = ((const need *)a)->t, *y = ((const need *)b)->t;
+    if (x->shard != y->shard) return x->shard < y->shard ? -1 : 1;
+    return (x->offset > y->offset) - (x->offset < y->offset);
+}
+
+/* Lay out and, when the arena is real, read all dense weights. */
+static uint64_t weights_size(const dsv4_weights *w, bool mtp) {
+    arena a = {0};
+    for (size_t i = 0; i < w->n_needs; i++)
+        if (mtp || !w->needs[i].mtp) arena_take(&a, need_bytes(&w->needs[i]));
+    return a.used;
+}
+
+static int weights_load(dsv4_weights *w, offload *o, arena *a, bool mtp, dsv4_err *err) {
+    qsort(w->needs, w->n_needs, sizeof *w->needs, need_by_place);   /* read in file order */
+    load_item *items = calloc(w->n_needs + 1, sizeof *items);
+    if (!items) return fail(err, "out of memory for the list of dense weights");
+    size_t n = 0;
+    for (size_t i = 0; i < w->n_needs; i++) {
+        const need *d = &w->needs[i];
+        if (d->mtp && !mtp) continue;
+        uint8_t *place = arena_take(a, need_bytes(d));
+        items[n++] = (load_item){d->t, place + (need_bytes(d) > d->t->bytes ? d->t->bytes : 0)};
+    }
+    int rc = offload_load(o, items, n, err);
+    n = 0;
+    for (size_t i = 0; i < w->n_needs && rc == 0; i++) {
+        const need *d = &w->needs[i];
+        if (d->mtp && !mtp) continue;
+        uint8_t *place = items[n++].dst;
+        rc = need_finish(d, place - (need_bytes(d) > d->t->bytes ? d->t->bytes : 0), w->cfg, err);
+    }
+    free(items);
+    return rc;
+}
+
+/* === 3. Memory plan and engine ================================================================ */
+
+typedef struct {                   /* one layer's KV (M2, M3); rings hold position p at p % len */
+    float *ring;                   /* [window][head_dim]                                        */
+    float *comp;                   /* [ctx/ratio][head_dim] compressed entries                  */
+    float *ring_kv, *ring_score;   /* [coff*ratio][coff*head_dim] the compressor's last tokens  */
+    float *keys;                   /* CSA: [ctx/ratio][index_head_dim]                          */
+    float *index_ring_kv, *index_ring_score; /* [2*ratio][2*index_head_dim]                     */
+} layer_kv;
+
+typedef struct {                   /* scratch of one chunk of attention or shared expert        */
+    float *x, *xq;                 /* [chunk][dim] normalized input; the same after aq128       */
+    float *qr, *qrq;               /* [chunk][q_lora]                                           */
+    float *q, *o;                  /* [chunk][n_heads][head_dim]                                */
+    float *oa;                     /* [chunk][o_groups*o_lora]                                  */
+    float *kv;                     /* [chunk][head_dim]                                         */
+    float *ckv, *cscore;           /* [chunk][2*head_dim] compressor projections                */
+    float *ikv, *iscore;           /* [chunk][2*index_head_dim]                                 */
+    float *iq, *iw;                /* [chunk][index_n_heads][index_head_dim], [chunk][n_heads]  */
+    float *scores;                 /* [index_block][ctx/4]                                      */
+    int32_t *idx, *count;          /* [chunk][index_topk], [chunk]                              */
+    float *post, *comb;            /* [chunk][hc], [chunk][hc][hc]                              */
+    float *g, *u;                  /* [chunk][moe_inter]                                        */
+    float *logits;                 /* [chunk][n_experts]                                        */
+    float *mtp_h, *mtp_norm;       /* [chunk][hc][dim], with an MTP block only                  */
+    int index_block;               /* tokens whose index scores fit at once                     */
+} chunk_work;
+
+typedef struct {                   /* what a span carries from gate to experts to shared expert */
+    float *h;                      /* [span][hc][dim] the streams                               */
+    float *y;                      /* [span][dim] MoE sum                                       */
+    uint8_t *code, *scale;         /* [span][dim], [span][dim/128] MoE input, e4m3              */
+    float *x;                      /* [span][dim] MoE input when roundings are off              */
+    float *post, *comb;            /* [span][hc], [span][hc][hc]                                */
+    int32_t *ids;                  /* [span][topk] experts, and their weights                   */
+    float *weights;
+    int32_t *rows, *start;         /* tokens sorted by expert [span*topk]; [n_experts+1]        */
+    float *row_weight;             /* [span*topk] in the order of rows                          */
+    void *expert_scratch;
+} span_work;
+
+struct dsv4_engine {
+    const dsv4_config *cfg;
+    const dsv4_ops *op;
+    dsv4_exec *ex;
+    dsv4_weights *w;
+    offload *off;
+    dsv4_opts opts;
+    dsv4_plan plan;
+    dsv4_stats stats;
+    arena dense;
+    float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
+    int n_blocks;                  /* layers, and one more with the MTP block                   */
+    const char *note;
+};
+
+struct dsv4_session {
+    dsv4_engine *e;
+    arena kv_mem, work_mem;
+    layer_kv *kv;                  /* [n_blocks]                                                */
+    chunk_work c;
+    span_work s;
+    float *mtp_pending;            /* [hc][dim] last streams, waiting for the next token        */
+    int32_t mtp_drafted;           /* the next token that the MTP block has seen, or -1         */
+    int64_t pos;
+    int n_last;                    /* tokens of the last forward                                */
+    bool broken;                   /* a forward failed: only a reset helps                      */
+    progress_fn progress;
+    void *progress_arg;
+    double tick;                   /* when the current operation class began                    */
+};
+
+static int coff_of(int ratio) { return ratio == 4 ? 2 : 1; }
+
+/* Hand out one session's KV for ctx tokens; a counting arena gives its size. */
+static void kv_layout(layer_kv *kv, arena *a, const dsv4_config *c, int n_blocks, int64_t ctx) {
+    for (int l = 0; l < n_blocks; l++) {
+        int ratio = c->compress_ratios[l], hd = c->head_dim, ihd = c->index_head_dim;
+        layer_kv k = {.ring = take_f32(a, (int64_t)c->sliding_window * hd)};
+        if (ratio) {
+            int64_t carry = (int64_t)coff_of(ratio) * ratio * coff_of(ratio) * hd;
+            k.comp = take_f32(a, ctx / ratio * hd);
+            k.ring_kv = take_f32(a, carry);
+            k.ring_score = take_f32(a, carry);
+        }
+        if (ratio == 4) {
+            k.keys = take_f32(a, ctx / ratio * ihd);
+            k.index_ring_kv = take_f32(a, 2 * ratio * 2 * ihd);
+            k.index_ring_score = take_f32(a, 2 * ratio * 2 * ihd);
+        }
+        if (kv) kv[l] = k;
+    }
+}
+
+static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, int64_t ctx,
+                         bool mtp) {
+    int64_t dim = c->hidden_size, heads = (int64_t)c->num_attention_heads * c->head_dim;
+    int64_t entries = ctx / 4 + 1, block = INDEX_SCORES_MAX / entries;
+    *w = (chunk_work){.index_block = (int)(block < 1 ? 1 : min64(block, n))};
+    w->x = take_f32(a, n * dim);
+    w->xq = take_f32(a, n * dim);
+    w->qr = take_f32(a, (int64_t)n * c->q_lora_rank);
+    w->qrq = take_f32(a, (int64_t)n * c->q_lora_rank);
+    w->q = take_f32(a, n * heads);
+    w->o = take_f32(a, n * heads);
+    w->oa = take_f32(a, (int64_t)n * c->o_groups * c->o_lora_rank);
+    w->kv = take_f32(a, (int64_t)n * c->head_dim);
+    w->ckv = take_f32(a, (int64_t)n * 2 * c->head_dim);
+    w->cscore = take_f32(a, (int64_t)n * 2 * c->head_dim);
+    w->ikv = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
+    w->iscore = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
+    w->iq = take_f32(a, (int64_t)n * c->index_n_heads * c->index_head_dim);
+    w->iw = take_f32(a, (int64_t)n * c->index_n_heads);
+    w->scores = take_f32(a, w->index_block * entries);
+    w->idx = take_i32(a, (int64_t)n * c->index_topk);
+    w->count = take_i32(a, n);
+    w->post = take_f32(a, (int64_t)n * c->hc_mult);
+    w->comb = take_f32(a, (int64_t)n * c->hc_mult * c->hc_mult);
+    w->g = take_f32(a, (int64_t)n * c->moe_intermediate_size);
+    w->u = take_f32(a, (int64_t)n * c->moe_intermediate_size);
+    w->logits = take_f32(a, (int64_t)n * c->n_routed_experts);
+    if (mtp) w->mtp_h = take_f32(a, n * dim * c->hc_mult);
+    if (mtp) w->mtp_norm = take_f32(a, n * dim * c->hc_mult);
+}
+
+static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n, bool rounding) {
+    int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok;
+    *w = (span_work){.h = take_f32(a, n * hc * dim)};
+    w->y = take_f32(a, n * dim);
+    if (rounding) {
+        w->code = arena_take(a, (uint64_t)(n * dim));
+        w->scale = arena_take(a, (uint64_t)(n * ((dim + 127) / 128)));
+    } else {
+        w->x = take_f32(a, n * dim);
+    }
+    w->post = take_f32(a, n * hc);
+    w->comb = take_f32(a, n * hc * hc);
+    w->ids = take_i32(a, n * topk);
+    w->weights = take_f32(a, n * topk);
+    w->rows = take_i32(a, n * topk);
+    w->row_weight = take_f32(a, n * topk);
+    w->start = take_i32(a, c->n_routed_experts + 1);
+    w->expert_scratch = arena_take(a, expert_scratch_bytes(c->hidden_size,
+                                                           c->moe_intermediate_size));
+}
+
+/* Bytes of work memory for this span and chunk. */
+static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, int span, int chunk) {
+    arena a = {0};
+    chunk_work cw;
+    span_work sw;
+    chunk_layout(&cw, &a, c, chunk, o->ctx, o->mtp);
+    span_layout(&sw, &a, c, span, !o->no_rounding);
+    take_f32(&a, (int64_t)c->hc_mult * c->hidden_size);      /* mtp_pending */
+    return a.used;
+}
+
+static int plan_refuse(const dsv4_plan *p, uint64_t least, dsv4_err *err) {
+    return fail(err, "--ram %.2fG is too small: at least %.2fG are needed (program %.2fG, dense "
+                "weights %.2fG, KV %.2fG, and %.2fG for buffers and the fewest expert slots); "
+                "raise --ram or lower --ctx",
+                (double)p->budget / (1 << 30), (double)least / (1 << 30) + 0.005,
+                (double)p->base / (1 << 30), (double)p->dense / (1 << 30),
+                (double)p->kv / (1 << 30),
+                (double)(least - p->base - p->dense - p->kv) / (1 << 30));
+}
+
+/* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory
+ * (chunk, then span), the remainder to expert slots. */
+static int plan_make(dsv4_engine *e, dsv4_err *err) {
+    const dsv4_config *c = e->cfg;
+    const dsv4_opts *o = &e->opts;
+    dsv4_plan *p = &e->plan;
+    arena count = {0};
+    size_t n_experts = (size_t)e->n_blocks * (size_t)c->n_routed_experts;
+    kv_layout(NULL, &count, c, e->n_blocks, o->ctx);
+    *p = (dsv4_plan){.budget = o->ram_bytes, .kv = count.used, .chunk = 1, .span = 1};
+    machine_rss(&p->base, NULL);
+    p->dense = weights_size(e->w, o->mtp);
+    p->n_experts_total = (int)n_experts;
+    p->slot_bytes = expert_slot_bytes(e->w->expert, n_experts);
+    int min_slots = 2 * c->num_experts_per_tok;
+    uint64_t fixed = p->base + p->dense + p->kv, min_slot_bytes = (uint64_t)min_slots *
+                                                                  p->slot_bytes;
+    uint64_t least = fixed + min_slot_bytes + work_bytes(c, o, 1, 1);
+    if (least > p->budget) return plan_refuse(p, least, err);
+
+    uint64_t rest = p->budget - fixed - min_slot_bytes, room = rest / 4;
+    int hint = (int)min64(o->span_hint > 0 ? o->span_hint : o->ctx, SPAN_MAX);
+    int want = (int)min64(o->chunk > 0 ? o->chunk : CHUNK_DEFAULT, hint);
+    for (p->chunk = want; p->chunk > 1; p->chunk = (p->chunk + 1) / 2)
+        if (work_bytes(c, o, p->chunk, p->chunk) <= room) break;
+    if (o->chunk > 0 && p->chunk < want)
+        return fail(err, "--chunk %d does not fit --ram %.2fG: %d would", want,
+                    (double)p->budget / (1 << 30), p->chunk);
+    p->span = p->chunk;
+    for (int step = SPAN_MAX; step > 0; step /= 2)           /* the longest span that fits */
+        if (p->span + step <= hint && work_bytes(c, o, p->span + step, p->chunk) <= room)
+            p->span += step;
+    p->work = work_bytes(c, o, p->span, p->chunk);
+    uint64_t slots = (p->budget - fixed - p->work) / p->slot_bytes;
+    p->n_slots = slots > n_experts ? (int)n_experts : (int)slots;
+    p->slots = (uint64_t)p->n_slots * p->slot_bytes;
+    return 0;
+}
+
+static int engine_check_opts(const dsv4_config *c, const dsv4_opts *o, bool has_mtp,
+                             dsv4_err *err) {
+    if (o->ctx < 1 || o->ctx > c->max_position_embeddings)
+        return fail(err, "a context of %lld tokens: this model takes 1 to %lld; shorten the input "
+                    "or lower -n or --ctx", (long long)o->ctx,
+                    (long long)c->max_position_embeddings);
+    if (o->mtp && !has_mtp) return fail(err, "%s has no MTP block to draft with", o->dir);
+    return 0;
+}
+
+static int default_threads(void) {
+    cpu_set_t set;
+    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    return n > MAX_THREADS ? MAX_THREADS : n;
+}
+
+static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
+    const dsv4_config *cfg = e->cfg;
+    double t0 = now_s();
+    if (weights_bind(&e->w, c, cfg, err)) return -1;
+    if (engine_check_opts(cfg, &e->opts, e->w->bytes.has_mtp, err)) return -1;
+    e->n_blocks = cfg->num_hidden_layers + e->opts.mtp;
+    int threads = e->opts.n_threads ? e->opts.n_threads : default_threads();
+    if (exec_open(&e->ex, threads, err) || offload_open(&e->off, c, &e->note, err)) return -1;
+    int half = cfg->qk_rope_head_dim / 2;
+    e->freq_window = calloc(2 * (size_t)half, sizeof(float));
+    if (!e->freq_window) return fail(err, "out of memory for rope frequencies");
+    e->freq_compressed = e->freq_window + half;
+    rope_inv_freq(e->freq_window, 2 * half, cfg->rope_theta, 1, 0, 0, 0);
+    rope_inv_freq(e->freq_compressed, 2 * half, cfg->compress_rope_theta, cfg->yarn_factor,
+                  cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
+    if (plan_make(e, err)) return -1;
+    if (arena_open(&e->dense, e->plan.dense, "the dense weights", err)) return -1;
+    if (weights_load(e->w, e->off, &e->dense, e->opts.mtp, err)) return -1;
+    e->stats.dense_bytes = offload_get_stats(e->off)->read_bytes;
+    e->stats.load_s = now_s() - t0;
+    return experts_open(e->off, e->w->expert, (size_t)e->plan.n_experts_total, cfg->hidden_size,
+                        cfg->moe_intermediate_size, e->plan.n_slots, err);
+}
+
+int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
+                dsv4_err *err) {
+    *out = NULL;
+    dsv4_engine *e = calloc(1, sizeof *e);
+    if (!e) return fail(err, "out of memory for the engine");
+    e->cfg = cfg;
+    e->op = &ops_cpu;
+    e->opts = *opts;
+    if (!e->opts.ram_bytes) e->opts.ram_bytes = machine_ram_budget();
+    if (engine_start(e, c, err)) {
+        engine_close(e);
+        return -1;
+    }
+    *out = e;
+    return 0;
+}
+
+void engine_close(dsv4_engine *e) {
+    if (!e) return;
+    offload_close(e->off);
+    arena_close(&e->dense);
+    weights_close(e->w);
+    exec_close(e->ex);
+    free(e->freq_window);
+    free(e);
+}
+
+const dsv4_plan *engine_plan(const dsv4_engine *e) { return &e->plan; }
+const dsv4_stats *engine_stats(const dsv4_engine *e) { return &e->stats; }
+const char *engine_note(const dsv4_engine *e) { return e->note; }
+const offload_stats *engine_offload_stats(const dsv4_engine *e) {
+    return offload_get_stats(e->off);
+}
+
+/* === 4. Session =============================================================================== */
+
+int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void *arg,
+                 dsv4_err *err) {
+    *out = NULL;
+    const dsv4_config *c = e->cfg;
+    dsv4_session *s = calloc(1, sizeof *s);
+    if (!s) return fail(err, "out of memory for the session");
+    s->e = e;
+    s->progress = progress;
+    s->progress_arg = arg;
+    s->kv = calloc((size_t)e->n_blocks, sizeof *s->kv);
+    if (!s->kv) fail(err, "out of memory for the session");
+    if (!s->kv || arena_open(&s->kv_mem, e->plan.kv, "the KV cache", err) ||
+        arena_open(&s->work_mem, e->plan.work, "the work buffers", err)) {
+        session_close(s);
+        return -1;
+    }
+    kv_layout(s->kv, &s->kv_mem, c, e->n_blocks, e->opts.ctx);
+    chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, e->opts.mtp);
+    span_layout(&s->s, &s->work_mem, c, e->plan.span, !e->opts.no_rounding);
+    s->mtp_pending = take_f32(&s->work_mem, (int64_t)c->hc_mult * c->hidden_size);
+    session_reset(s);
+    *out = s;
+    return 0;
+}
+
+void session_close(dsv4_session *s) {
+    if (!s) return;
+    arena_close(&s->kv_mem);
+    arena_close(&s->work_mem);
+    free(s->kv);
+    free(s);
+}
+
+void session_reset(dsv4_session *s) {
+    s->pos = 0;
+    s->n_last = 0;
+    s->mtp_drafted = -1;
+    s->broken = false;
+}
+
+int64_t session_pos(const dsv4_session *s) { return s->pos; }
+
+/* Charge the time since the last call to one class. */
+static void tick(dsv4_session *s, op_class c) {
+    double t = now_s();
+    s->e->stats.op_s[c] += t - s->tick;
+    s->tick = t;
+}
+
+/* === 5. Attention (M3) ======================================================================== */
+
+/* Keep the last `len` tokens' rows in a ring: token t0+i at row (t0+i) % len. */
+static void ring_put(float *ring, int len, const float *rows, int n, int width, int64_t t0) {
+    for (int i = n > len ? n - len : 0; i < n; i++)
+        memcpy(ring + (t0 + i) % len * width, rows + (size_t)i * (size_t)width,
+               (size_t)width * sizeof(float));
+}
+
+/* The rope frequencies of a layer (M3: plain where there is no compression). */
+static const float *layer_freq(const dsv4_engine *e, const layer_w *l) {
+    return l->ratio ? e->freq_compressed : e->freq_window;
+}
+
+/* y = W aq128(x): xq receives the rounded input and may be x. */
+static void linear_rounded(dsv4_session *s, float *y, const dsv4_mat *w, const float *x,
+                           float *xq, int n) {
+    const dsv4_engine *e = s->e;
+    if (!e->opts.no_rounding) {
+        e->op->act_quant(xq, x, n, w->cols, 128, e->ex);
+        x = xq;
+    }
+    e->op->linear(y, w, x, n, 1, e->ex);
+}
+
+/* Compressor of width d on the chunk's normalized input: finished entries go to `entries` at
+ * their number; the last tokens' projections stay in the rings.  Unrounded, unrotated. */
+typedef struct { float *entries, *ring_kv, *ring_score, *kv, *score; int d; } compress_bufs;
+
+static void compress_chunk(dsv4_session *s, const layer_w *l, const compressor_w *w,
+                           const compress_bufs *b, int n, int64_t t0) {
+    const dsv4_engine *e = s->e;
+    int coff = coff_of(l->ratio), width = coff * b->d;
+    int64_t g0 = t0 / l->ratio;
+    int n_groups = (int)((t0 + n) / l->ratio - g0);
+    e->op->linear(b->kv, &w->wkv, s->c.x, n, 1, e->ex);
+    e->op->linear(b->score, &w->wgate, s->c.x, n, 1, e->ex);
+    dsv4_compress in = {b->kv, b->score, b->ring_kv, b->ring_score, w->ape, l->ratio, b->d, t0};
+    if (n_groups) {
+        float *new_entries = b->entries + g0 * b->d;
+        e->op->compress(new_entries, &in, g0, n_groups, e->ex);
+        e->op->rmsnorm(new_entries, new_entries, w->norm, n_groups, b->d, e->cfg->rms_norm_eps,
+                       e->ex);
+        e->op->rope(new_entries, layer_freq(e, l), n_groups, 1, b->d, e->cfg->qk_rope_head_dim,
+                    g0 * l->ratio, l->ratio, false, e->ex);
+    }
+    ring_put(b->ring_kv, coff * l->ratio, b->kv, n, width, t0);
+    ring_put(b->ring_score, coff * l->ratio, b->score, n, width, t0);
+}
+
+static void attn_compress(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, int64_t t0) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    int64_t g0 = t0 / l->ratio;
+    int n_groups = (int)((t0 + n) / l->ratio - g0);
+    compress_bufs main = {kv->comp, kv->ring_kv, kv->ring_score, w->ckv, w->cscore, c->head_dim};
+    compress_chunk(s, l, &l->comp, &main, n, t0);
+    if (!e->opts.no_rounding && n_groups)
+        e->op->kv_round(kv->comp + g0 * c->head_dim, n_groups, c->head_dim, c->qk_rope_head_dim,
+                        e->ex);
+    if (l->ratio != 4) return;
+    compress_bufs index = {kv->keys, kv->index_ring_kv, kv->index_ring_score, w->ikv, w->iscore,
+                           c->index_head_dim};
+    compress_chunk(s, l, &l->index_comp, &index, n, t0);
+    if (n_groups)
+        e->op->index_round(kv->keys + g0 * c->index_head_dim, n_groups, c->index_head_dim,
+                           !e->opts.no_rounding, e->ex);
+}
+
+/* Choose the entries of each token of a CSA layer; qrq is the rounded low-rank query. */
+static void attn_index(dsv4_session *s, const layer_w *l, const layer_kv *kv, const float *qrq,
+                       int n, int64_t t0) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    int heads = c->index_n_heads, d = c->index_head_dim;
+    e->op->linear(w->iq, &l->index_wq_b, qrq, n, 1, e->ex);
+    e->op->rope(w->iq, layer_freq(e, l), n, heads, d, c->qk_rope_head_dim, t0, 1, false, e->ex);
+    e->op->index_round(w->iq, n * heads, d, !e->opts.no_rounding, e->ex);
+    e->op->linear(w->iw, &l->index_weights_proj, w->x, n, 1, e->ex);
+    float w_scale = (float)(1 / sqrt((double)d) / sqrt((double)heads));
+    size_t stride = (size_t)((t0 + n) / l->ratio);
+    for (int i = 0; i < n; i += w->index_block) {
+        int m = (int)min64(w->index_block, n - i);
+        dsv4_index in = {w->iq + (size_t)i * (size_t)(heads * d), w->iw + (size_t)i *
+                         (size_t)heads, w_scale, kv->keys, heads, d, l->ratio, t0 + i, stride};
+        e->op->index_scores(w->scores, &in, m, e->ex);
+        e->op->topk(w->idx + (size_t)i * (size_t)c->index_topk, w->count + i, w->scores, stride,
+                    m, c->index_topk, l->ratio, t0 + i, e->ex);
+    }
+}
+
+/* q and kv of the chunk; returns the low-rank query as wq_b and the indexer see it. */
+static const float *attn_project(dsv4_session *s, const layer_w *l, int n, int64_t t0) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    int hd = c->head_dim, heads = c->num_attention_heads, rope = c->qk_rope_head_dim;
+    const float *freq = layer_freq(e, l);
+    linear_rounded(s, w->qr, &l->wq_a, w->x, w->xq, n);
+    e->op->rmsnorm(w->qr, w->qr, l->q_norm, n, c->q_lora_rank, c->rms_norm_eps, e->ex);
+    linear_rounded(s, w->q, &l->wq_b, w->qr, w->qrq, n);
+    e->op->rmsnorm(w->q, w->q, NULL, n * heads, hd, c->rms_norm_eps, e->ex);
+    e->op->rope(w->q, freq, n, heads, hd, rope, t0, 1, false, e->ex);
+    /* wkv takes the same rounded input as wq_a did */
+    e->op->linear(w->kv, &l->wkv, e->opts.no_rounding ? w->x : w->xq, n, 1, e->ex);
+    e->op->rmsnorm(w->kv, w->kv, l->kv_norm, n, hd, c->rms_norm_eps, e->ex);
+    e->op->rope(w->kv, freq, n, 1, hd, rope, t0, 1, false, e->ex);
+    if (!e->opts.no_rounding) e->op->kv_round(w->kv, n, hd, rope, e->ex);
+    return e->opts.no_rounding ? w->qr : w->qrq;
+}
+
+/* The attention sublayer on the chunk: x -> y (both w->x). */
+static void attention(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, int64_t t0) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    int hd = c->head_dim, heads = c->num_attention_heads;
+    const float *qrq = attn_project(s, l, n, t0);
+    tick(s, OPC_PROJ);
+    /* with few entries all are visible, and the indexer has nothing to choose */
+    bool choose = l->ratio == 4 && (t0 + n) / l->ratio > c->index_topk;
+    if (l->ratio) attn_compress(s, l, kv, n, t0);
+    tick(s, OPC_COMPRESS);
+    if (choose) attn_index(s, l, kv, qrq, n, t0);
+    tick(s, OPC_INDEX);
+    dsv4_attend in = {w->q, w->kv, kv->ring, kv->comp, choose ? w->idx : NULL,
+                      choose ? w->count : NULL, l->attn_sink, heads, hd, c->sliding_window,
+                      l->ratio, c->index_topk, t0};
+    e->op->attend(w->o, &in, n, e->ex);
+    ring_put(kv->ring, c->sliding_window, w->kv, n, hd, t0);
+    tick(s, OPC_ATTEND);
+    e->op->rope(w->o, layer_freq(e, l), n, heads, hd, c->qk_rope_head_dim, t0, 1, true, e->ex);
+    e->op->linear(w->oa, &l->wo_a, w->o, n, c->o_groups, e->ex);
+    linear_rounded(s, w->x, &l->wo_b, w->oa, w->oa, n);
+    tick(s, OPC_PROJ);
+}
+
+static dsv4_hc_shape hc_shape(const dsv4_config *c) {
+    return (dsv4_hc_shape){c->hc_mult, c->hidden_size, c->hc_sinkhorn_iters, c->rms_norm_eps,
+                           c->hc_eps};
+}
+
+static void attention_sublayer(dsv4_session *s, const layer_w *l, layer_kv *kv, float *h, int n,
+                               int64_t t0) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    dsv4_hc_shape shape = hc_shape(c);
+    e->op->hc_pre(w->x, w->post, w->comb, h, &l->hc_attn, &shape, n, e->ex);
+    e->op->rmsnorm(w->x, w->x, l->attn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
+    tick(s, OPC_HC);
+    attention(s, l, kv, n, t0);
+    e->op->hc_post(h, w->x, w->post, w->comb, &shape, n, e->ex);
+    tick(s, OPC_HC);
+}
+
+/* === 6. Mixture of experts (M3) =============================================================== */
+
+/* Tokens i..i+n-1 of the span: the MoE input, rounded, and which experts take it. */
+static void moe_choose(dsv4_session *s, const layer_w *l, const float *h, const int32_t *tokens,
+                       int i, int n) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    span_work *m = &s->s;
+    int hc = c->hc_mult, topk = c->num_experts_per_tok;
+    size_t at = (size_t)i, dim = (size_t)c->hidden_size;
+    dsv4_hc_shape shape = hc_shape(c);
+    e->op->hc_pre(w->x, m->post + at * (size_t)hc, m->comb + at * (size_t)(hc * hc),
+                  h + at * (size_t)hc * dim, &l->hc_ffn, &shape, n, e->ex);
+    e->op->rmsnorm(w->x, w->x, l->ffn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
+    tick(s, OPC_HC);
+    e->op->linear(w->logits, &l->gate, w->x, n, 1, e->ex);
+    dsv4_route in = {w->logits, l->gate_bias, l->tid2eid, tokens + i, c->n_routed_experts, topk,
+                     c->routed_scaling_factor};
+    e->op->route(m->ids + at * (size_t)topk, m->weights + at * (size_t)topk, &in, n, e->ex);
+    if (e->opts.no_rounding)
+        memcpy(m->x + at * dim, w->x, (size_t)n * dim * sizeof(float));
+    else
+        e->op->act_codes(m->code + at * dim, m->scale + at * ((dim + 127) / 128), w->x, n,
+                         c->hidden_size, e->ex);
+    tick(s, OPC_GATE);
+}
+
+/* Sort the span's (token, expert) pairs by expert, tokens ascending: a counting sort. */
+static void moe_sort(span_work *m, int n, int topk, int n_experts) {
+    memset(m->start, 0, (size_t)(n_experts + 1) * sizeof *m->start);
+    for (int i = 0; i < n * topk; i++) m->start[m->ids[i] + 1]++;
+    for (int e = 0; e < n_experts; e++) m->start[e + 1] += m->start[e];
+    for (int i = 0; i < n * topk; i++) {               /* start[e] runs to where e+1 begins ... */
+        int32_t at = m->start[m->ids[i]]++;
+        m->rows[at] = i / topk;
+        m->row_weight[at] = m->weights[i];
+    }
+    for (int e = n_experts; e > 0; e--) m->start[e] = m->start[e - 1];   /* ... and goes back   */
+    m->start[0] = 0;
+}
+
+/* The next expert >= e that has tokens, or n_experts. */
+static int moe_next(const span_work *m, int e, int n_experts) {
+    while (e < n_experts && m->start[e] == m->start[e + 1]) e++;
+    return e;
+}
+
+/* y += every chosen expert in ascending id, each asked for once, the next ones on their way. */
+static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    const span_work *m = &s->s;
+    int n_experts = c->n_routed_experts, slot_of[LOOKAHEAD], rc = 0;
+    size_t base = (size_t)layer * (size_t)n_experts, asked = 0, done = 0;
+    int ask = moe_next(m, 0, n_experts);
+    dsv4_acts x = {m->code, m->scale, m->x};
+    for (int cur = ask; cur < n_experts && rc == 0; cur = moe_next(m, cur + 1, n_experts)) {
+        while (ask < n_experts && asked - done < LOOKAHEAD) {
+            err->msg[0] = 0;
+            int slot = experts_get(e->off, base + (size_t)ask, err);
+            if (slot < 0 && err->msg[0]) rc = -1;
+            if (slot < 0) break;
+            slot_of[asked++ % LOOKAHEAD] = slot;
+            ask = moe_next(m, ask + 1, n_experts);
+        }
+        if (rc) break;
+        assert(asked > done);                          /* the plan gave at least 2 x topk slots */
+        int slot = slot_of[done % LOOKAHEAD];
+        dsv4_ffn w;
+        double t = now_s();
+        rc = experts_wait(e->off, slot, &w, err);
+        e->stats.expert_wait_s += now_s() - t;
+        for (int i = m->start[cur]; i < m->start[cur + 1] && rc == 0; i += EXPERT_ROWS)
+            e->op->expert_ffn(m->y, &w, &x, m->rows + i, m->row_weight + i,
+                              (int)min64(EXPERT_ROWS, m->start[cur + 1] - i), c->swiglu_limit,
+                              m->expert_scratch, e->ex);
+        experts_unpin(e->off, slot);
+        done++;
+        e->stats.expert_uses++;
+        e->stats.expert_rows += (uint64_t)(m->start[cur + 1] - m->start[cur]);
+    }
+    for (; done < asked; done++) experts_unpin(e->off, slot_of[done % LOOKAHEAD]);
+    return rc;
+}
+
+/* Tokens i..i+n-1: y += shared expert, and y into the streams. */
+static void moe_finish(dsv4_session *s, const layer_w *l, float *h, int i, int n) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    span_work *m = &s->s;
+    size_t at = (size_t)i, dim = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
+    const float *x = w->xq;
+    if (e->opts.no_rounding) x = m->x + at * dim;
+    else e->op->act_values(w->xq, m->code + at * dim, m->scale + at * ((dim + 127) / 128), n,
+                           c->hidden_size, e->ex);
+    e->op->linear(w->g, &l->shared.w1, x, n, 1, e->ex);
+    e->op->linear(w->u, &l->shared.w3, x, n, 1, e->ex);
+    e->op->swiglu(w->g, w->g, w->u, n, c->moe_intermediate_size, c->swiglu_limit, e->ex);
+    linear_rounded(s, w->x, &l->shared.w2, w->g, w->g, n);
+    e->op->add(m->y + at * dim, w->x, n, 1, c->hidden_size, e->ex);
+    tick(s, OPC_SHARED);
+    dsv4_hc_shape shape = hc_shape(c);
+    e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
+                   m->comb + at * hc * hc, &shape, n, e->ex);
+    tick(s, OPC_HC);
+}
+
+/* === 7. Forward and MTP ======================================================================= */
+
+int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, int n, int64_t t0,
+                  dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    const layer_w *l = &e->w->layer[layer];
+    size_t row = (size_t)c->hc_mult * (size_t)c->hidden_size;
+    int chunk = e->plan.chunk;
+    assert(layer < e->n_blocks && n <= e->plan.span);
+    s->tick = now_s();
+    for (int i = 0; i < n; i += chunk)
+        attention_sublayer(s, l, &s->kv[layer], h + (size_t)i * row, (int)min64(chunk, n - i),
+                           t0 + i);
+    for (int i = 0; i < n; i += chunk)
+        moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
+    moe_sort(&s->s, n, c->num_experts_per_tok, c->n_routed_experts);
+    memset(s->s.y, 0, (size_t)n * (size_t)c->hidden_size * sizeof(float));
+    int rc = moe_experts(s, layer, err);
+    tick(s, OPC_EXPERTS);
+    for (int i = 0; i < n && rc == 0; i += chunk)
+        moe_finish(s, l, h, i, (int)min64(chunk, n - i));
+    if (rc == 0 && s->progress && s->progress(s->progress_arg, layer + 1, e->n_blocks))
+        rc = fail(err, "interrupted");
+    return rc;
+}
+
+/* The MTP block at positions p0..p0+n-1 (n <= chunk), whose streams are h and whose next tokens
+ * are `next`; leaves its output streams in mtp_h. */
+static int mtp_forward(dsv4_session *s, const float *h, const int32_t *next, int n, int64_t p0,
+                       dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    const mtp_w *m = &e->w->mtp;
+    chunk_work *w = &s->c;
+    int dim = c->hidden_size, hc = c->hc_mult;
+    e->op->embed(w->x, &e->w->embed, next, n, 1, e->ex);
+    e->op->rmsnorm(w->x, w->x, m->enorm, n, dim, c->rms_norm_eps, e->ex);
+    linear_rounded(s, w->xq, &m->e_proj, w->x, w->x, n);
+    e->op->rmsnorm(w->mtp_norm, h, m->hnorm, n * hc, dim, c->rms_norm_eps, e->ex);
+    linear_rounded(s, w->mtp_h, &m->h_proj, w->mtp_norm, w->mtp_norm, n * hc);
+    e->op->add(w->mtp_h, w->xq, n, hc, dim, e->ex);
+    tick(s, OPC_MTP);
+    return layer_forward(s, c->num_hidden_layers, w->mtp_h, next, n, p0, err);
+}
+
+/* Run the MTP block over every position whose next token is known now: the pending one before
+ * t0, and t0..t0+n-2.  Keep the last streams for later. */
+static int mtp_follow(dsv4_session *s, const int32_t *tokens, int n, int64_t t0, dsv4_err *err) {
+    const dsv4_config *c = s->e->cfg;
+    size_t row = (size_t)c->hc_mult * (size_t)c->hidden_size;
+    if (t0 > 0 && s->mtp_drafted != tokens[0] &&
+        mtp_forward(s, s->mtp_pending, tokens, 1, t0 - 1, err))
+        return -1;
+    for (int i = 0; i < n - 1; i += s->e->plan.chunk) {
+        int m = (int)min64(s->e->plan.chunk, n - 1 - i);
+        if (mtp_forward(s, s->s.h + (size_t)i * row, tokens + i + 1, m, t0 + i, err)) return -1;
+    }
+    memcpy(s->mtp_pending, s->s.h + (size_t)(n - 1) * row, row * sizeof(float));
+    s->mtp_drafted = -1;
+    return 0;
+}
+
+int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    assert(n >= 1 && n <= e->plan.span && !s->broken);
+    double begin = now_s();
+    if (s->pos + n > e->opts.ctx)
+        return fail(err, "the context of %lld tokens is full at %lld and %d more; raise --ctx",
+                    (long long)e->opts.ctx, (long long)s->pos, n);
+    for (int i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= c->vocab_size)
+            return fail(err, "token id %d at position %lld is outside of the vocabulary of %d",
+                        tokens[i], (long long)s->pos + i, c->vocab_size);
+    s->broken = true;                      /* until all layers are through */
+    s->tick = begin;
+    e->op->embed(s->s.h, &e->w->embed, tokens, n, c->hc_mult, e->ex);
+    tick(s, OPC_EMBED);
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        if (layer_forward(s, l, s->s.h, tokens, n, s->pos, err)) return -1;
+    if (e->opts.mtp && mtp_follow(s, tokens, n, s->pos, err)) return -1;
+    s->broken = false;
+    bool decode = n == 1 && s->pos > 0;
+    s->pos += n;
+    s->n_last = n;
+    *(decode ? &e->stats.decode_tokens : &e->stats.prefill_tokens) += (uint64_t)n;
+    *(decode ? &e->stats.decode_s : &e->stats.prefill_s) += now_s() - begin;
+    e->stats.passes += !decode;
+    return 0;
+}
+
+/* logits = head rmsnorm(hc_head(h)) for n rows of streams. */
+static void head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const float *norm,
+                        int n, float *logits) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    dsv4_hc_shape shape = hc_shape(c);
+    s->tick = now_s();
+    for (int i = 0; i < n; i += e->plan.chunk) {
+        int m = (int)min64(e->plan.chunk, n - i);
+        e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &shape,
+                       m, e->ex);
+        e->op->rmsnorm(s->c.x, s->c.x, norm, m, c->hidden_size, c->rms_norm_eps, e->ex);
+        e->op->linear(logits + (size_t)i * (size_t)c->vocab_size, &e->w->head, s->c.x, m, 1,
+                      e->ex);
+    }
+    tick(s, OPC_HEAD);
+}
+
+void session_logits(dsv4_session *s, int i0, int n, float *logits) {
+    const dsv4_config *c = s->e->cfg;
+    assert(i0 >= 0 && n >= 0 && i0 + n <= s->n_last && !s->broken);
+    head_logits(s, s->s.h + (size_t)i0 * (size_t)(c->hc_mult * c->hidden_size),
+                &s->e->w->hc_head, s->e->w->norm, n, logits);
+}
+
+int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *err) {
+    const dsv4_engine *e = s->e;
+    assert(e->opts.mtp && s->pos > 0 && !s->broken);
+    assert(next_token >= 0 && next_token < e->cfg->vocab_size);
+    s->tick = now_s();
+    if (mtp_forward(s, s->mtp_pending, &next_token, 1, s->pos - 1, err)) {
+        s->broken = true;
+        return -1;
+    }
+    s->mtp_drafted = next_token;
+    head_logits(s, s->c.mtp_h, &e->w->mtp.hc_head, e->w->mtp.norm, 1, logits);
+    return 0;
+}
+
+/* === 8. Sampling ============================================================================== */
+
+void sample_seed(sample_rng *rng, uint64_t seed) { rng->state = seed; }
+
+/* A uniform double in [0, 1): splitmix64 (Steele, Lea, Flood 2014). */
+static double rng_next(sample_rng *rng) {
+    uint64_t z = rng->state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    return (double)(z >> 11) * 0x1p-53;
+}
+
+static int32_t argmax(const float *x, int n) {
+    int32_t best = 0;
+    for (int32_t i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+/* Order by falling logit, ties by rising id: a total order, so every sort gives the same. */
+static bool before(const float *logits, int32_t a, int32_t b) {
+    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+}
+
+/* Restore a binary heap of ids (first in order on top) below place i. */
+static void heap_down(int32_t *heap, int n, int i, const float *logits) {
+    for (;;) {
+        int c = 2 * i + 1;
+        if (c >= n) return;
+        if (c + 1 < n && before(logits, heap[c + 1], heap[c])) c++;
+        if (!before(logits, heap[c], heap[i])) return;
+        int32_t t = heap[c];
+        heap[c] = heap[i];
+        heap[i] = t;
+        i = c;
+    }
+}
+
+/* Take the token that comes first off the heap of `left` ids; it collects behind them. */
+static int32_t heap_pop(int32_t *heap, int left, const float *logits) {
+    int32_t id = heap[0];
+    heap[0] = heap[left - 1];
+    heap[left - 1] = id;
+    heap_down(heap, left - 1, 0, logits);
+    return id;
+}
+
+/* Take tokens from the likeliest down: without top_p until the drawn share u is passed; with it
+ * until the nucleus is full (the shortest prefix that holds top_p), then draw inside of that. */
+int32_t sample(const float *logits, int n_vocab, const sample_opts *o, sample_rng *rng,
+               int32_t *scratch) {
+    int32_t id = argmax(logits, n_vocab);
+    if (!(o->temperature > 0)) return id;
+    double total = 0, taken = 0, at = 0, scale = 1 / (double)o->temperature, top = logits[id];
+    for (int i = 0; i < n_vocab; i++) {
+        total += exp(((double)logits[i] - top) * scale);
+        scratch[i] = i;
+    }
+    for (int i = n_vocab / 2; i >= 0; i--) heap_down(scratch, n_vocab, i, logits);
+    double u = rng_next(rng);
+    bool nucleus = o->top_p < 1;
+    double share = (nucleus ? (double)o->top_p : u) * total;
+    int left = n_vocab;
+    do {
+        id = heap_pop(scratch, left--, logits);
+        taken += exp(((double)logits[id] - top) * scale);
+    } while (left > 0 && taken <= share);
+    for (int i = n_vocab - 1; nucleus && i >= left; i--) {
+        id = scratch[i];
+        at += exp(((double)logits[id] - top) * scale);
+        if (at > u * taken) break;
+    }
+    return id;
+}
+
+double token_nll(const float *logits, int n_vocab, int32_t token) {
+    double top = logits[argmax(logits, n_vocab)], sum = 0;
+    for (int i = 0; i < n_vocab; i++) sum += exp((double)logits[i] - top);
+    return log(sum) + top - (double)logits[token];
+}

@@ -1,0 +1,417 @@
+/* dsv4.h -- the map of dsv4: every type and function that crosses a room.
+ *
+ *      main.c     commands, flags, progress, tables; the only place that exits
+ *        |
+ *      dsv4.c     the model: weights by name, the forward pass, sampling, MTP draft
+ *        |    \
+ *        |     text.c       bytes <-> tokens <-> prompt
+ *        |
+ *      dsv4_ops   about twenty operations; one table of function pointers per backend
+ *        |    \
+ *        |     kernels.cu   the book of ops: contract and plain-C reference (_ref)
+ *        |     kernels.c    the fast CPU twins (_cpu) and the thread pool
+ *        |
+ *      offload.c  config.json, shards, io_uring, the expert cache
+ *
+ * Conventions
+ *   - Functions that the outside world can break return 0, or -1 with one line in err->msg.
+ *   - Asserts are for our own bugs and stay on in release builds.
+ *   - Shapes are written slowest first: x [n][dim].  n is always a number of tokens.
+ *   - Activations and hyper-connection streams are F32 between operations.
+ *   - Every reduction has one fixed order that does not depend on n, on threads or on timing.
+ *   - Names follow the checkpoint and config.json; MODEL.md sections are cited as M1..M4.
+ *
+ * Contents  1 errors and limits   2 number formats and matrices   3 config
+ *           4 operations   5 offload: shards, reads, experts   6 text   7 model
+ */
+#ifndef DSV4_H
+#define DSV4_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* === 1. Errors and limits ===================================================================== */
+
+#define DSV4_VERSION "0.1.0"
+
+typedef struct { char msg[768]; } dsv4_err;
+
+/* Write one line into err->msg and return -1, so that callers can `return fail(err, ...)`. */
+int fail(dsv4_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+
+enum {
+    MAX_LAYERS = 256,              /* V4-Pro has 61                                             */
+    MAX_EXPERTS = 4096,            /* a layer; V4-Pro has 384                                   */
+    MAX_TOPK = 64,                 /* experts a token; V4 has 6                                 */
+    MAX_HC = 8,                    /* hyper-connection streams; V4 has 4                        */
+    MAX_SHARDS = 4096,
+    MAX_THREADS = 256,
+    MAX_NAME = 256,                /* a tensor's or a file's name, with its end                 */
+    MAX_HEADER_BYTES = 100 << 20,  /* of one safetensors file, the format's own limit           */
+    EXPERT_ROWS = 64,              /* tokens that one expert_ffn call takes at most             */
+};
+
+/* === 2. Number formats and matrices (M1, "Number formats") ==================================== */
+
+typedef enum {
+    DT_F32, DT_F16, DT_BF16, DT_F8_E4M3, DT_F8_E8M0, DT_I8, DT_I64, DT_N
+} dsv4_dtype;
+
+/* A weight matrix in its stored format, row-major, borrowed.
+ *   DT_F32, DT_F16, DT_BF16   data [rows][cols], aligned to its element; scale NULL
+ *   DT_F8_E4M3                data [rows][cols]; scale e8m0 [ceil(rows/128)][ceil(cols/128)]
+ *   DT_I8 (packed FP4 e2m1)   data [rows][cols/2], even column in the low nibble;
+ *                             scale e8m0 [rows][cols/32]; cols % 32 == 0                         */
+typedef struct {
+    dsv4_dtype dtype;
+    int rows, cols;
+    const void *data;
+    const uint8_t *scale;
+} dsv4_mat;
+
+float e4m3_to_f32(uint8_t code);   /* 0x7f and 0xff are NaN                                     */
+uint8_t f32_to_e4m3(float x);      /* nearest, ties to even, clamped to +-448; NaN stays NaN    */
+float e2m1_to_f32(uint8_t nibble); /* the low four bits                                         */
+uint8_t f32_to_e2m1(float x);      /* nearest, ties to the even code, clamped to +-6            */
+float e8m0_to_f32(uint8_t code);   /* 2^(code-127); 0xff is NaN                                 */
+float bf16_to_f32(uint16_t bits);
+uint16_t f32_to_bf16(float x);     /* nearest, ties to even; NaN stays NaN                      */
+float f16_to_f32(uint16_t bits);
+float exp_f32(float x);            /* our exp: fmaf only, one result on every machine; within
+                                      2 ulp; 0 below -104, infinity above 88.73                 */
+
+/* === 3. Config (M1's table; names are config.json's keys) ===================================== */
+
+typedef struct {
+    char name[MAX_NAME];           /* the directory's last component                            */
+    int hidden_size, num_hidden_layers, num_attention_heads, head_dim, qk_rope_head_dim;
+    int q_lora_rank, o_lora_rank, o_groups, sliding_window;
+    int index_n_heads, index_head_dim, index_topk;
+    int n_routed_experts, num_experts_per_tok, n_shared_experts, moe_intermediate_size;
+    int num_hash_layers, hc_mult, hc_sinkhorn_iters, vocab_size, num_nextn_predict_layers;
+    int64_t max_position_embeddings;
+    double rope_theta, compress_rope_theta;
+    double yarn_factor, yarn_beta_fast, yarn_beta_slow, yarn_original;
+    float swiglu_limit, routed_scaling_factor, hc_eps, rms_norm_eps;
+    int bos_token_id, eos_token_id;
+    int compress_ratios[MAX_LAYERS + 1]; /* of each layer, then of the MTP block (0 if absent)  */
+} dsv4_config;
+
+/* Read DIR/config.json.  Refuses another model_type by name, other values of expert_dtype,
+ * norm_topk_prob, topk_method, scoring_func and rope_scaling.type, and absent or absurd sizes. */
+int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err);
+/* The same from memory; `where` names the source in messages. */
+int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
+                 dsv4_err *err);
+
+/* === 4. Operations ============================================================================
+ * The contract of each stands in kernels.cu above its reference; arguments are named alike here.
+ * `ex` is where an operation runs (CPU: the thread pool); a reference ignores it.               */
+
+typedef struct dsv4_exec dsv4_exec;
+/* Start n_threads - 1 workers; the caller of an operation is the last one. */
+int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err);
+void exec_close(dsv4_exec *ex);
+
+/* Rounded activations (M2, aq128) as codes, or plain F32 when the roundings are off. */
+typedef struct {
+    const uint8_t *code;           /* [n][dim] e4m3, NULL when off                              */
+    const uint8_t *scale;          /* [n][ceil(dim/128)] e8m0                                   */
+    const float *f32;              /* [n][dim], NULL when on                                    */
+} dsv4_acts;
+
+typedef struct { dsv4_mat w1, w2, w3; } dsv4_ffn; /* w1, w3 [inter][dim]; w2 [dim][inter]       */
+
+typedef struct {                   /* one sublayer's hyper-connection, or the head's (M3)       */
+    const float *fn;               /* [(2+hc)*hc][hc*dim]; head: [hc][hc*dim]                   */
+    const float *scale;            /* [3]; head: [1]                                            */
+    const float *base;             /* [(2+hc)*hc]; head: [hc]                                   */
+} dsv4_hc;
+
+typedef struct {                   /* sizes that all hyper-connection operations share          */
+    int hc, dim, sinkhorn_iters;
+    float rms_eps, hc_eps;
+} dsv4_hc_shape;
+
+typedef struct {                   /* the compressor's input: projections of tokens (M3)        */
+    const float *kv, *score;       /* [n][coff*d] wkv x and wgate x of tokens t0, t0+1, ...     */
+    const float *ring_kv, *ring_score; /* [coff*ratio][coff*d] of earlier ones; token j lies in
+                                          row j % (coff*ratio)                                  */
+    const float *ape;              /* [ratio][coff*d]                                           */
+    int ratio, d;                  /* coff is 2 when ratio is 4, else 1                         */
+    int64_t t0;
+} dsv4_compress;
+
+typedef struct {                   /* attention of n tokens t0.. over all they may see (M3)     */
+    const float *q;                /* [n][n_heads][head_dim]                                    */
+    const float *kv;               /* [n][head_dim] window entries of tokens t0..t0+n-1         */
+    const float *ring;             /* [window][head_dim] of earlier ones, position p in row
+                                      p % window                                                */
+    const float *comp;             /* [..][head_dim] compressed entries; NULL when ratio is 0   */
+    const int32_t *idx;            /* [n][topk] chosen entries, ascending; NULL: all visible    */
+    const int32_t *count;          /* [n] how many of idx[t] are set                            */
+    const float *sink;             /* [n_heads]                                                 */
+    int n_heads, head_dim, window, ratio, topk;
+    int64_t t0;
+} dsv4_attend;
+
+typedef struct {                   /* index scores of n tokens t0.. (M3, indexer)               */
+    const float *q;                /* [n][n_heads][d] rotated and rounded                       */
+    const float *w;                /* [n][n_heads] weights_proj x                               */
+    float w_scale;                 /* times each w: index_head_dim^-0.5 * index_n_heads^-0.5    */
+    const float *keys;             /* [..][d]                                                   */
+    int n_heads, d, ratio;
+    int64_t t0;
+    size_t stride;                 /* floats between the score rows of two tokens               */
+} dsv4_index;
+
+typedef struct {                   /* choosing experts (M3, MoE)                                */
+    const float *logits;           /* [n][n_experts] gate x                                     */
+    const float *bias;             /* [n_experts], or NULL in a hash layer                      */
+    const int32_t *tid2eid;        /* [vocab][topk] in a hash layer, or NULL                    */
+    const int32_t *tokens;         /* [n]                                                       */
+    int n_experts, topk;
+    float scale;                   /* routed_scaling_factor                                     */
+} dsv4_route;
+
+typedef struct dsv4_ops {
+    const char *name;
+    void (*embed)(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+                  dsv4_exec *ex);
+    void (*rmsnorm)(float *y, const float *x, const float *w, int n, int d, float eps,
+                    dsv4_exec *ex);
+    void (*act_quant)(float *y, const float *x, int n, int d, int block, dsv4_exec *ex);
+    void (*act_codes)(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
+                      dsv4_exec *ex);
+    void (*act_values)(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
+                       dsv4_exec *ex);
+    void (*linear)(float *y, const dsv4_mat *w, const float *x, int n, int groups,
+                   dsv4_exec *ex);
+    void (*rope)(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
+                 int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex);
+    void (*kv_round)(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex);
+    void (*index_round)(float *x, int n, int d, bool rounding, dsv4_exec *ex);
+    void (*compress)(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
+                     dsv4_exec *ex);
+    void (*index_scores)(float *scores, const dsv4_index *in, int n, dsv4_exec *ex);
+    void (*topk)(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
+                 int k, int ratio, int64_t t0, dsv4_exec *ex);
+    void (*attend)(float *o, const dsv4_attend *in, int n, dsv4_exec *ex);
+    void (*hc_pre)(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
+                   const dsv4_hc_shape *s, int n, dsv4_exec *ex);
+    void (*hc_post)(float *h, const float *y, const float *post, const float *comb,
+                    const dsv4_hc_shape *s, int n, dsv4_exec *ex);
+    void (*hc_head)(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
+                    dsv4_exec *ex);
+    void (*route)(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex);
+    void (*swiglu)(float *a, const float *g, const float *u, int n, int d, float limit,
+                   dsv4_exec *ex);
+    void (*expert_ffn)(float *y, const dsv4_ffn *w, const dsv4_acts *x, const int32_t *rows,
+                       const float *weight, int m, float limit, void *scratch, dsv4_exec *ex);
+    void (*add)(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex);
+} dsv4_ops;
+
+extern const dsv4_ops ops_ref;     /* kernels.cu: plain C, wide sums, slow                      */
+extern const dsv4_ops ops_cpu;     /* kernels.c                                                 */
+
+/* Bytes of scratch that expert_ffn needs for these sizes, on any backend. */
+size_t expert_scratch_bytes(int dim, int inter);
+/* Rotation frequencies [rope_dim/2] (M3, YaRN); factor 1 means none. */
+void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
+                   double beta_fast, double beta_slow, double original);
+
+/* === 5. Offload: shards, reads, experts ======================================================= */
+
+typedef struct {
+    const char *name;
+    dsv4_dtype dtype;
+    int n_dims;
+    int64_t shape[4];
+    int shard;
+    uint64_t offset, bytes;        /* in the shard's file; checked to lie inside it             */
+} ckpt_tensor;
+
+typedef struct ckpt ckpt;
+/* Open every shard of DIR (by model.safetensors.index.json, or every *.safetensors without one)
+ * and validate every header: bounds, overlaps, sizes, duplicates, index against shards.  Only
+ * headers are read.  Tensors of a dtype the model never uses are kept out of the table. */
+int ckpt_open(ckpt **out, const char *dir, dsv4_err *err);
+void ckpt_close(ckpt *c);
+const ckpt_tensor *ckpt_find(const ckpt *c, const char *name); /* NULL when absent */
+int ckpt_n_shards(const ckpt *c);
+size_t ckpt_n_tensors(const ckpt *c);
+const ckpt_tensor *ckpt_at(const ckpt *c, size_t i);           /* in order of name */
+const char *ckpt_shard_path(const ckpt *c, int shard);
+
+typedef struct {                   /* counters since open; seconds are of the calling thread    */
+    uint64_t read_bytes, reads, retries;
+    uint64_t hits, misses, evictions;
+    double wait_s;
+} offload_stats;
+
+typedef struct offload offload;
+/* Ready the shards for reading: io_uring and O_DIRECT, or threads and buffered reads where these
+ * are refused; then *note (static text, else NULL) says so in one line.  The ckpt is borrowed. */
+int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err);
+void offload_close(offload *o);
+const offload_stats *offload_get_stats(const offload *o);
+
+typedef struct { const ckpt_tensor *t; void *dst; } load_item;
+/* Read whole tensors into dst (t->bytes each), many at once; returns when all are in. */
+int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err);
+
+/* Where one routed expert lies.  Any of the six may be in any shard; adjacent ones are read
+ * as one. */
+enum { W1, W2, W3, S1, S2, S3, EXPERT_PARTS };
+typedef struct { const ckpt_tensor *part[EXPERT_PARTS]; } expert_source;
+
+/* Bytes of one slot that can hold any of these n experts, alignment included. */
+size_t expert_slot_bytes(const expert_source *src, size_t n);
+/* Allocate n_slots slots (one arena, all of it now); src [n_experts_total] is copied.
+ * dim and inter shape the matrices handed out.  Needs n_slots >= 1. */
+int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
+                 int inter, int n_slots, dsv4_err *err);
+/* Ask for expert `id` (its index in src): returns its slot, pinned, its read on the way or done.
+ * -1 with an empty err->msg: every slot is pinned, unpin one first; -1 with text: an error.
+ * Never waits. */
+int experts_get(offload *o, size_t id, dsv4_err *err);
+/* Wait until a pinned slot's bytes are in, and describe them. */
+int experts_wait(offload *o, int slot, dsv4_ffn *w, dsv4_err *err);
+/* Give a pin back.  A slot whose read is still on its way may be unpinned too. */
+void experts_unpin(offload *o, int slot);
+
+/* === 6. Text ================================================================================== */
+
+typedef struct tok tok;
+/* Read DIR/tokenizer.json: byte-level BPE (M4). */
+int tok_open(tok **out, const char *dir, dsv4_err *err);
+/* The same from memory; `where` names the source in messages. */
+int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err);
+void tok_close(tok *t);
+int tok_n_ids(const tok *t);       /* highest id + 1 */
+/* Ids of len bytes of text; invalid UTF-8 becomes U+FFFD first, as Python's errors="replace".
+ * `special`: added tokens in the text are matched as such, else they are plain text.
+ * On 0 the caller frees *ids. */
+int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t **ids,
+               size_t *n, dsv4_err *err);
+/* The bytes that id stands for (empty for an unknown id); borrowed.  May split a character. */
+const char *tok_bytes(const tok *t, int32_t id, size_t *len);
+bool tok_is_special(const tok *t, int32_t id);
+int32_t tok_special(const tok *t, const char *content); /* id of an added token, or -1 */
+
+/* Cuts a stream of bytes at character ends, so that what is printed is always valid UTF-8. */
+typedef struct { unsigned char held[4]; int n_held; } utf8_stream;
+/* Feed len bytes; whole characters go to out (room for 3 * (len + 4) bytes), broken ones as
+ * U+FFFD; the number of bytes written is returned.  len 0 ends the stream: what is held comes
+ * out. */
+size_t utf8_push(utf8_stream *s, const char *bytes, size_t len, char *out);
+
+/* The prompt of one user turn (M4): BOS, User, text, Assistant, <think> or </think>, as ids.
+ * Special tokens inside the text are plain text.  On 0 the caller frees *ids. */
+int prompt_user_turn(const tok *t, const char *text, size_t len, bool think, int32_t **ids,
+                     size_t *n, dsv4_err *err);
+
+/* === 7. Model ================================================================================= */
+
+typedef struct dsv4_weights dsv4_weights;
+/* Find every tensor the graph needs in the checkpoint and check its dtype and shape; reads
+ * nothing.  The ckpt is borrowed and must outlive *out.  Names the first tensor that is wrong. */
+int weights_bind(dsv4_weights **out, const ckpt *c, const dsv4_config *cfg, dsv4_err *err);
+void weights_close(dsv4_weights *w);
+/* Bytes in the checkpoint: what stays resident, what is streamed, and what the graph never
+ * touches (MTP of another generation). */
+typedef struct { uint64_t dense, experts, mtp, unused; bool has_mtp; } weights_bytes;
+weights_bytes weights_count(const dsv4_weights *w);
+
+typedef enum {                     /* where the time goes                                       */
+    OPC_EMBED, OPC_HC, OPC_PROJ, OPC_COMPRESS, OPC_INDEX, OPC_ATTEND, OPC_GATE, OPC_EXPERTS,
+    OPC_SHARED, OPC_HEAD, OPC_MTP, OPC_N
+} op_class;
+extern const char *const op_class_name[OPC_N];
+
+typedef struct {
+    uint64_t prefill_tokens, decode_tokens;
+    double load_s, prefill_s, decode_s, op_s[OPC_N], expert_wait_s;
+    uint64_t dense_bytes;          /* read at start                                             */
+    uint64_t expert_uses;          /* (layer, expert) pairs computed                            */
+    uint64_t expert_rows;          /* tokens times experts                                      */
+    uint64_t passes;               /* spans put through the layers by prefill                   */
+} dsv4_stats;
+
+/* What a program may take of this machine's memory when nobody said:
+ * min(70% of MemAvailable, the cgroup's limit, MemTotal - 8 GB), at least 1 GB. */
+uint64_t machine_ram_budget(void);
+/* Resident bytes of this process now, and the most there ever were. */
+void machine_rss(uint64_t *now, uint64_t *peak);
+
+typedef struct {                   /* what will live where, in bytes; told before work          */
+    uint64_t budget, base, dense, kv, work, slots, slot_bytes;
+    int n_slots, n_experts_total, span, chunk;
+} dsv4_plan;
+
+typedef struct {
+    const char *dir;
+    int n_threads;                 /* 0: every processor this process may use                   */
+    uint64_t ram_bytes;            /* 0: machine_ram_budget()                                   */
+    int64_t ctx;                   /* tokens of context to make room for                        */
+    int span_hint;                 /* tokens the caller means to prefill at once; 0: ctx        */
+    int chunk;                     /* tokens through attention at once; 0: chosen               */
+    bool no_rounding;              /* M2's roundings off, KV in F32                             */
+    bool mtp;                      /* load the MTP block and keep its KV                        */
+} dsv4_opts;
+
+typedef struct dsv4_engine dsv4_engine;
+/* Plan the memory, refuse with the numbers when it cannot work, load the dense weights.
+ * cfg and ckpt are borrowed and must outlive the engine. */
+int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
+                dsv4_err *err);
+void engine_close(dsv4_engine *e);
+const dsv4_plan *engine_plan(const dsv4_engine *e);
+const dsv4_stats *engine_stats(const dsv4_engine *e);
+const offload_stats *engine_offload_stats(const dsv4_engine *e);
+const char *engine_note(const dsv4_engine *e); /* one line on a slower path taken, or NULL */
+
+/* Called after each layer of a forward.  Nonzero stops with -1 and err->msg "interrupted". */
+typedef int (*progress_fn)(void *arg, int layers_done, int layers_total);
+
+typedef struct dsv4_session dsv4_session;
+/* One sequence: KV and position.  The engine must outlive it; one session at a time. */
+int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void *arg,
+                 dsv4_err *err);
+void session_close(dsv4_session *s);
+void session_reset(dsv4_session *s);           /* to position 0 */
+int64_t session_pos(const dsv4_session *s);    /* tokens in so far */
+
+/* Put n tokens (1 <= n <= plan.span) through the model at the session's position.  One token
+ * after a prompt is decode; there is one path for both.  After -1 the session must be reset. */
+int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err);
+/* logits [n][vocab_size] of tokens i0..i0+n-1 of the last session_forward. */
+void session_logits(dsv4_session *s, int i0, int n, float *logits);
+/* MTP (M3): given the token that follows the last one, the logits of the one after it.
+ * Needs opts.mtp; next_token must then be the first one of the next session_forward. */
+int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *err);
+
+/* The graph in pieces, for those who look inside (tests): streams h [n][hc_mult][hidden_size].
+ * layer num_hidden_layers is the MTP block's own block. */
+int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, int n,
+                  int64_t t0, dsv4_err *err);
+
+typedef struct { float temperature, top_p; uint64_t seed; } sample_opts;
+typedef struct { uint64_t state; } sample_rng;
+void sample_seed(sample_rng *rng, uint64_t seed);
+/* One token from logits [n_vocab].  temperature 0 is the argmax, ties to the lower id.
+ * scratch holds n_vocab ids. */
+int32_t sample(const float *logits, int n_vocab, const sample_opts *o, sample_rng *rng,
+               int32_t *scratch);
+/* -log softmax(logits)[token], in double. */
+double token_nll(const float *logits, int n_vocab, int32_t token);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,747 @@
+/* kernels.cu -- the book of ops: what each operation computes, and its plain-C reference.
+ *
+ *      contract (a comment)  ->  NAME_ref, here  ->  NAME_cpu, in kernels.c
+ *
+ * A reference is the specification: scalar, sums in double, in MODEL.md's words, never optimised.
+ * The fast twin is checked against it: `==` where a contract says BIT-DEFINED, else within a
+ * tolerance that follows from the length of its sums.  BIT-DEFINED operations give the same bits
+ * on every machine and backend, so their reference keeps F32 wherever the definition says F32.
+ *
+ * Invariants   1 nothing is allocated, nothing is kept between calls
+ *              2 an output may alias an input only where its contract says so
+ *              3 an assert means a caller's bug; the numbers in weights never trip one
+ * Contents     1 number formats   2 exp and rotation frequencies   3 rounding blocks
+ *              4..23 the operations of dsv4_ops, in its order   24 the table
+ * Not here     SIMD and threads (kernels.c), the graph (dsv4.c)
+ *
+ * Built as C11 and, for a GPU, as C++17: the common subset of both.                             */
+#include "dsv4.h"
+
+#include <assert.h>
+#include <math.h>
+#include <string.h>
+
+/* === 1. Number formats (M1) =================================================================== */
+
+static uint32_t f32_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static float bits_f32(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+/* The code, without sign, of x >= 0 in a small float format of `mant` mantissa bits, with
+ * subnormals, whose least normal number is 2^(least - 127).  Nearest, ties to the even code.
+ * Adding 2^(e + 23 - mant) makes the F32 addition itself round to the format's step at
+ * exponent e; the sum's low bits then count steps.  x must not exceed the format's largest. */
+static uint32_t small_code(float x, uint32_t least, uint32_t mant) {
+    uint32_t e = f32_bits(x) >> 23;
+    if (e < least) e = least;
+    float big = bits_f32((e + 23 - mant) << 23);
+    uint32_t steps = f32_bits(x + big) - f32_bits(big);
+    return ((e - least) << mant) + steps;
+}
+
+/* 512 times the value of an e4m3 code, an integer: |m| <= 229376.  (A NaN code counts as 480.) */
+static int32_t e4m3_int(uint8_t code) {
+    int32_t mag = code & 127;
+    int32_t m = mag < 8 ? mag : (8 + (mag & 7)) << ((mag >> 3) - 1);
+    return code & 128 ? -m : m;
+}
+
+/* Twice the value of an e2m1 nibble, an integer: |w| <= 12. */
+static int32_t e2m1_int(uint8_t nibble) {
+    static const int8_t twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+    return nibble & 8 ? -twice[nibble & 7] : twice[nibble & 7];
+}
+
+float e4m3_to_f32(uint8_t code) {
+    if ((code & 127) == 127) return NAN;
+    float x = (float)e4m3_int(code) * 0x1p-9f;
+    return code == 128 ? -0.0f : x;
+}
+
+uint8_t f32_to_e4m3(float x) {
+    uint8_t sign = (uint8_t)(f32_bits(x) >> 24 & 128);
+    if (isnan(x)) return sign | 127;
+    return (uint8_t)(sign | small_code(fminf(fabsf(x), 448), 127 - 6, 3));
+}
+
+float e2m1_to_f32(uint8_t nibble) {
+    float x = (float)e2m1_int(nibble) * 0.5f;
+    return (nibble & 15) == 8 ? -0.0f : x;
+}
+
+uint8_t f32_to_e2m1(float x) {
+    uint8_t sign = (uint8_t)(f32_bits(x) >> 28 & 8);
+    return (uint8_t)(sign | small_code(fminf(fabsf(x), 6), 127, 1));
+}
+
+float e8m0_to_f32(uint8_t code) {
+    if (code == 255) return NAN;
+    return bits_f32(code ? (uint32_t)code << 23 : 1u << 22); /* 2^-127 is subnormal in F32 */
+}
+
+float bf16_to_f32(uint16_t bits) { return bits_f32((uint32_t)bits << 16); }
+
+uint16_t f32_to_bf16(float x) {
+    uint32_t u = f32_bits(x);
+    if (isnan(x)) return (uint16_t)(u >> 16 | 0x40);         /* quiet, so that it stays NaN */
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+float f16_to_f32(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16;
+    uint32_t e = bits >> 10 & 31, mant = bits & 1023;
+    if (e == 31) return bits_f32(sign | 0x7f800000 | mant << 13);
+    if (e == 0) return (sign ? -1.0f : 1.0f) * (float)mant * 0x1p-24f;
+    return bits_f32(sign | (e + 112) << 23 | mant << 13);
+}
+
+/* Element (r, c) of a weight matrix in any stored format, its scale multiplied in. */
+static double mat_at(const dsv4_mat *w, int r, int c) {
+    size_t at = (size_t)r * (size_t)w->cols + (size_t)c;
+    const uint8_t *bytes = (const uint8_t *)w->data;
+    switch (w->dtype) {
+    case DT_F32: return ((const float *)w->data)[at];
+    case DT_F16: return f16_to_f32(((const uint16_t *)w->data)[at]);
+    case DT_BF16: return bf16_to_f32(((const uint16_t *)w->data)[at]);
+    case DT_F8_E4M3: {
+        size_t s = (size_t)(r / 128) * (size_t)((w->cols + 127) / 128) + (size_t)(c / 128);
+        return (double)e4m3_to_f32(bytes[at]) * e8m0_to_f32(w->scale[s]);
+    }
+    case DT_I8: {
+        uint8_t nibble = (uint8_t)(bytes[at / 2] >> (4 * (c & 1)) & 15);
+        return (double)e2m1_to_f32(nibble) * e8m0_to_f32(w->scale[at / 32]);
+    }
+    default: assert(!"a dtype that no matrix has"); return 0;
+    }
+}
+
+/* === 2. exp and rotation frequencies ========================================================== */
+
+/* exp_f32: BIT-DEFINED.  x = n ln 2 + r with |r| <= 0.35, exp r by its Taylor series to r^7
+ * (error 5e-9), then times 2^n in two halves, so that subnormal results round only once and
+ * too large ones overflow by themselves.  Adding 1.5 * 2^23 rounds x / ln 2 to the integer n.
+ * ln 2 = 0.693147182464... - 1.90465e-9: the F32 nearest it, and the rest. */
+float exp_f32(float x) {
+    const float shift = 0x1.8p23f;
+    x = x < -105.0f ? -105.0f : x;                           /* a NaN passes both             */
+    x = x > 89.0f ? 89.0f : x;
+    float shifted = fmaf(x, 1.44269504f, shift);
+    float n = shifted - shift;
+    float r = fmaf(n, 1.90465421e-9f, fmaf(n, -0.693147182f, x));
+    float p = 1.0f / 5040;
+    p = fmaf(p, r, 1.0f / 720);
+    p = fmaf(p, r, 1.0f / 120);
+    p = fmaf(p, r, 1.0f / 24);
+    p = fmaf(p, r, 1.0f / 6);
+    p = fmaf(p, r, 0.5f);
+    p = fmaf(p, r, 1.0f);
+    p = fmaf(p, r, 1.0f);
+    int32_t exponent = (int32_t)(f32_bits(shifted) - f32_bits(shift));
+    int32_t half = exponent >> 1;
+    float a = bits_f32((uint32_t)(half + 127) << 23);
+    float b = bits_f32((uint32_t)(exponent - half + 127) << 23);
+    return p * a * b;
+}
+
+/* rope_inv_freq (M3, YaRN): every step in F32 but the power, low and high.  factor 1: none. */
+void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
+                   double beta_fast, double beta_slow, double original) {
+    assert(rope_dim > 0 && rope_dim % 2 == 0);
+    const double two_pi = 6.283185307179586;
+    double per = rope_dim / (2 * log(theta)), last = rope_dim - 1;
+    /* The pair that turns `beta` times within the original context, clamped to one there is. */
+    double low = floor(per * log(original / (two_pi * beta_fast)));
+    double high = ceil(per * log(original / (two_pi * beta_slow)));
+    low = fmin(fmax(low, 0), last);
+    high = fmin(fmax(high, 0), last);
+    if (high == low) high += 0.001;
+    for (int i = 0; i < rope_dim / 2; i++) {
+        float f = 1.0f / (float)pow(theta, (double)(2 * i) / rope_dim);
+        float ramp = ((float)i - (float)low) / (float)(high - low);
+        ramp = fminf(fmaxf(ramp, 0), 1);
+        inv_freq[i] = factor == 1 ? f : f / (float)factor * ramp + f * (1 - ramp);
+    }
+}
+
+/* === 3. Rounding blocks (M2): shared by act_quant, act_codes, kv_round, index_round =========== */
+
+/* The e8m0 code of the least power of two >= s, where s is a positive normal F32. */
+static uint8_t ceil_pow2_code(float s) {
+    uint32_t u = f32_bits(s);
+    return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
+}
+
+static float max_abs(const float *x, int n) {
+    float amax = 0;
+    for (int i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x[i]));
+    return amax;
+}
+
+/* aq128's scale of one block: 2^ceil(log2(max(amax, 1e-4) / 448)), the product taken in F32. */
+static uint8_t e4m3_block_scale(const float *x, int n) {
+    return ceil_pow2_code(fmaxf(max_abs(x, n), 1e-4f) * (1.0f / 448));
+}
+
+static void e4m3_round_blocks(float *y, const float *x, int d, int block) {
+    for (int b = 0; b < d; b += block) {
+        int len = d - b < block ? d - b : block;
+        float s = e8m0_to_f32(e4m3_block_scale(x + b, len));
+        for (int i = b; i < b + len; i++) y[i] = e4m3_to_f32(f32_to_e4m3(x[i] / s)) * s;
+    }
+}
+
+/* === 4. embed: every stream starts as the token's row ============================ M3, first line
+ * out  h [n][hc][w.cols]
+ * in   w F32, F16 or BF16 [vocab][dim]   tokens [n], each < w.rows (asserted)
+ *      BIT-DEFINED (a copy)                                                                     */
+static void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+                      dsv4_exec *ex) {
+    for (int t = 0; t < n; t++) {
+        assert(tokens[t] >= 0 && tokens[t] < w->rows);
+        for (int i = 0; i < hc; i++)
+            for (int c = 0; c < w->cols; c++) *h++ = (float)mat_at(w, tokens[t], c);
+    }
+}
+
+/* === 5. rmsnorm: y = x / sqrt(mean(x^2) + eps) * w ================================= M3 =========
+ * out  y [n][d]; may be x
+ * in   x [n][d]   w [d], or NULL for no weight                                                  */
+static void rmsnorm_ref(float *y, const float *x, const float *w, int n, int d, float eps,
+                        dsv4_exec *ex) {
+    for (int t = 0; t < n; t++, x += d, y += d) {
+        double sum = 0;
+        for (int c = 0; c < d; c++) sum += (double)x[c] * x[c];
+        double r = 1 / sqrt(sum / d + eps);
+        for (int c = 0; c < d; c++) y[c] = (float)(x[c] * r * (w ? w[c] : 1));
+    }
+}
+
+/* === 6. act_quant: rounded activations, as F32 ===================================== M2, aq128 ==
+ *   per block: s = 2^ceil(log2(max(amax, 1e-4) * F32(1/448))), y = e4m3(x / s) * s
+ * out  y [n][d]; may be x
+ * in   x [n][d]; block 128 or 64, a shorter last block of a row is a block
+ *      BIT-DEFINED.  A NaN stays one; an infinity makes its block NaN.                          */
+static void act_quant_ref(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
+    assert(block == 128 || block == 64);
+    for (int t = 0; t < n; t++)
+        e4m3_round_blocks(y + (size_t)t * (size_t)d, x + (size_t)t * (size_t)d, d, block);
+}
+
+/* === 7. act_codes: the same values as codes and scales ============================= M2, aq128 ==
+ * out  code [n][d] e4m3   scale [n][ceil(d/128)] e8m0
+ * in   x [n][d] finite
+ *      BIT-DEFINED                                                                              */
+static void act_codes_ref(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
+                          dsv4_exec *ex) {
+    for (int t = 0; t < n; t++, x += d, code += d)
+        for (int b = 0; b < d; b += 128) {
+            int len = d - b < 128 ? d - b : 128;
+            uint8_t s = e4m3_block_scale(x + b, len);
+            for (int i = b; i < b + len; i++) code[i] = f32_to_e4m3(x[i] / e8m0_to_f32(s));
+            *scale++ = s;
+        }
+}
+
+/* === 8. act_values: the values of codes and scales ================================= M2, aq128 ==
+ * out  y [n][d] = e4m3(code) * scale of its block of 128: act_quant's y, bit by bit
+ * in   code [n][d] e4m3   scale [n][ceil(d/128)] e8m0
+ *      BIT-DEFINED                                                                              */
+static void act_values_ref(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
+                           dsv4_exec *ex) {
+    for (int t = 0; t < n; t++, y += d, code += d, scale += (d + 127) / 128)
+        for (int i = 0; i < d; i++) y[i] = e4m3_to_f32(code[i]) * e8m0_to_f32(scale[i / 128]);
+}
+
+/* === 9. linear: y = W x, per group of rows ========================================= M3 =========
+ *   rows are cut in `groups` equal groups; group g sees its own columns of x:
+ *   y[t][r] = sum_c w[r][c] * x[t][(r / (rows/groups)) * cols + c]
+ *   groups 1 is the plain product; more is the grouped low-rank output projection wo_a.
+ * out  y [n][rows]; must not alias x
+ * in   w any of dsv4_mat's five formats   x [n][groups*cols], rounded by the caller where M2
+ *      says so
+ * req  rows % groups == 0   FP8 scales <= 2^119, no NaN among codes and scales
+ *      An element's bits depend on its row and token only, never on n, on its neighbours or on
+ *      threads.                                                                                 */
+static void linear_ref(float *y, const dsv4_mat *w, const float *x, int n, int groups,
+                       dsv4_exec *ex) {
+    assert(groups > 0 && w->rows % groups == 0);
+    int group_rows = w->rows / groups;
+    for (int t = 0; t < n; t++)
+        for (int r = 0; r < w->rows; r++) {
+            const float *xg = x + ((size_t)t * (size_t)groups + (size_t)(r / group_rows))
+                                * (size_t)w->cols;
+            double sum = 0;
+            for (int c = 0; c < w->cols; c++) sum += mat_at(w, r, c) * xg[c];
+            *y++ = (float)sum;
+        }
+}
+
+/* === 10. rope: rotate adjacent pairs of the last rope_dim dims ====================== M3, YaRN ===
+ *   token t stands at position pos0 + t*step; angle_i = double(position) * inv_freq[i];
+ *   (a, b) -> (a cos - b sin, a sin + b cos) with cos and sin in F32; inverse: sin negated
+ * i/o  x [n][n_heads][head_dim]
+ * in   inv_freq [rope_dim/2]; rope_dim even, <= head_dim
+ *      F32 products and sums, never fused                                                       */
+static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
+                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
+    assert(rope_dim % 2 == 0 && rope_dim <= head_dim);
+    size_t token = (size_t)n_heads * (size_t)head_dim;
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < rope_dim / 2; i++) {
+            double angle = (double)(pos0 + t * step) * inv_freq[i];
+            float c = (float)cos(angle), s = (float)sin(angle);
+            if (inverse) s = -s;
+            float *pair = x + (size_t)t * token + (head_dim - rope_dim + 2 * i);
+            for (int h = 0; h < n_heads; h++, pair += head_dim) {
+                float a = pair[0], b = pair[1];
+                pair[0] = a * c - b * s;
+                pair[1] = a * s + b * c;
+            }
+        }
+}
+
+/* === 11. kv_round: KV entries as the cache holds them =============================== M2 ========
+ *   the first head_dim - rope_dim dims as act_quant in blocks of 64, the others through BF16
+ * i/o  kv [n][head_dim]
+ *      BIT-DEFINED                                                                              */
+static void kv_round_ref(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
+    assert(rope_dim <= head_dim);
+    for (int t = 0; t < n; t++, kv += head_dim) {
+        e4m3_round_blocks(kv, kv, head_dim - rope_dim, 64);
+        for (int c = head_dim - rope_dim; c < head_dim; c++)
+            kv[c] = bf16_to_f32(f32_to_bf16(kv[c]));
+    }
+}
+
+/* === 12. index_round: indexer queries and keys ====================================== M2 ========
+ *   Walsh-Hadamard (Sylvester order) in F32: butterflies of distance 1, 2, 4 .. d/2, then times
+ *   F32(d^-0.5); if rounding, per block of 32 (a shorter last one is a block):
+ *   s = 2^ceil(log2(max(amax, 6*2^-126) / 6)), x = e2m1(x / s) * s
+ * i/o  x [n][d], d a power of two
+ *      BIT-DEFINED                                                                              */
+static void index_round_ref(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
+    assert(d > 0 && (d & (d - 1)) == 0);
+    float norm = (float)(1 / sqrt((double)d));
+    for (int t = 0; t < n; t++, x += d) {
+        for (int dist = 1; dist < d; dist *= 2)
+            for (int i = 0; i < d; i++) {
+                if (i & dist) continue;
+                float a = x[i], b = x[i + dist];
+                x[i] = a + b;
+                x[i + dist] = a - b;
+            }
+        for (int i = 0; i < d; i++) x[i] *= norm;
+        for (int b = 0; rounding && b < d; b += 32) {
+            int len = d - b < 32 ? d - b : 32;
+            float s = fmaxf(max_abs(x + b, len), 6 * 0x1p-126f) / 6;
+            s = e8m0_to_f32(ceil_pow2_code(s));
+            for (int i = b; i < b + len; i++) x[i] = e2m1_to_f32(f32_to_e2m1(x[i] / s)) * s;
+        }
+    }
+}
+
+/* === 13. compress: entries of the KV or index compressor ============================ M3 ========
+ *   Entry g is, per dim, a softmax-weighted mean of its candidates.  ratio 4: tokens of group
+ *   g-1 through channels 0..d-1 (absent for g = 0), then of group g through channels d..2d-1;
+ *   another ratio: tokens of group g, channels 0..d-1.  A candidate's logit is its score plus
+ *   ape[token % ratio] of the same channel.
+ * out  entries [n_groups][d], groups g0..; before norm, rope and rounding
+ * in   see dsv4_compress: token j's rows are kv, score [j - t0] if j >= t0, else the rings'
+ *      row j % (coff*ratio)
+ * req  every token of the groups asked for is in kv or in the rings                             */
+static double compress_ref_dim(const dsv4_compress *in, int64_t g, int c) {
+    int coff = in->ratio == 4 ? 2 : 1;
+    size_t width = (size_t)(coff * in->d);
+    double top = -INFINITY, sum = 0, mean = 0;
+    for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
+        for (int64_t j = (g - coff + 1) * in->ratio; j < (g + 1) * in->ratio; j++) {
+            if (j < 0) continue;                             /* group -1 does not exist */
+            bool now = j >= in->t0;
+            size_t row = (size_t)(now ? j - in->t0 : j % (coff * in->ratio));
+            size_t ch = (size_t)(c + (coff == 2 && j >= g * in->ratio ? in->d : 0));
+            double s = (double)(now ? in->score : in->ring_score)[row * width + ch]
+                     + in->ape[(size_t)(j % in->ratio) * width + ch];
+            if (pass == 0) {
+                top = fmax(top, s);
+            } else {
+                sum += exp(s - top);
+                mean += exp(s - top) * (now ? in->kv : in->ring_kv)[row * width + ch];
+            }
+        }
+    return mean / sum;
+}
+
+static void compress_ref(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
+                         dsv4_exec *ex) {
+    assert(in->ratio > 0 && g0 >= 0);
+    for (int64_t g = g0; g < g0 + n_groups; g++)
+        for (int c = 0; c < in->d; c++) *entries++ = (float)compress_ref_dim(in, g, c);
+}
+
+/* === 14. index_scores: how much each token wants each visible entry ================= M3, indexer
+ *   scores[t][e] = sum_h w[t][h] * w_scale * relu(q[t][h] . keys[e]), e < (t0 + t + 1) / ratio
+ * out  scores rows `stride` floats apart; entries that are not visible are left alone
+ * in   see dsv4_index                                                                           */
+static void index_scores_ref(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
+    for (int t = 0; t < n; t++) {
+        int64_t visible = (in->t0 + t + 1) / in->ratio;
+        assert((size_t)visible <= in->stride || n == 1);
+        for (int64_t e = 0; e < visible; e++) {
+            double sum = 0;
+            for (int h = 0; h < in->n_heads; h++) {
+                size_t head = (size_t)t * (size_t)in->n_heads + (size_t)h;
+                const float *q = in->q + head * (size_t)in->d;
+                const float *k = in->keys + (size_t)e * (size_t)in->d;
+                double dot = 0;
+                for (int c = 0; c < in->d; c++) dot += (double)q[c] * k[c];
+                sum += (double)in->w[head] * in->w_scale * fmax(dot, 0);
+            }
+            scores[(size_t)t * in->stride + (size_t)e] = (float)sum;
+        }
+    }
+}
+
+/* === 15. topk: the best entries of each token ======================================= M3, indexer
+ *   of scores[t][0..(t0+t+1)/ratio) the k largest, equal ones by the lower entry; -0 equals 0
+ * out  idx [n][k] ascending, the first count[t] set   count [n] = min(k, visible entries)
+ * in   scores rows `stride` floats apart, no NaN
+ *      BIT-DEFINED                                                                              */
+static void topk_ref_row(int32_t *idx, int count, const float *s, int64_t visible) {
+    int32_t last = -1;                                       /* the one chosen before            */
+    for (int i = 0; i < count; i++) {
+        int32_t best = -1;
+        for (int32_t e = 0; e < visible; e++) {
+            bool later = last < 0 || s[e] < s[last] || (s[e] == s[last] && e > last);
+            if (later && (best < 0 || s[e] > s[best])) best = e;
+        }
+        int at = i;                                          /* insert in ascending order        */
+        for (; at > 0 && idx[at - 1] > best; at--) idx[at] = idx[at - 1];
+        idx[at] = last = best;
+    }
+}
+
+static void topk_ref(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
+                     int k, int ratio, int64_t t0, dsv4_exec *ex) {
+    for (int t = 0; t < n; t++) {
+        int64_t visible = (t0 + t + 1) / ratio;
+        assert(visible <= INT32_MAX);
+        count[t] = visible < k ? (int32_t)visible : k;
+        topk_ref_row(idx + (size_t)t * (size_t)k, count[t], scores + (size_t)t * stride, visible);
+    }
+}
+
+/* === 16. attend: softmax attention over what each token sees ======================== M3 ========
+ *   Token t = t0 + row sees a list: window positions max(0, t-window+1)..t ascending, then
+ *   compressed entries ascending: none if ratio is 0, idx[row][0..count[row]) if idx is set,
+ *   else all (t+1)/ratio.  A list item k is key and value of all heads:
+ *   score = q.k * head_dim^-0.5; p = exp(score) / (sum exp(score) + exp(sink)); o = sum p k
+ * out  o [n][n_heads][head_dim], before the inverse rope; must not alias q
+ * in   see dsv4_attend: position p's row is kv[p - t0] if p >= t0, else ring[p % window]        */
+enum { REF_MAX_HEAD_DIM = 4096 };                            /* bounds the sums on the stack     */
+
+static const float *attend_ref_item(const dsv4_attend *in, int row, int64_t j) {
+    int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
+    size_t dim = (size_t)in->head_dim;
+    int64_t p = first + j, e = j - (t - first + 1);
+    if (p <= t) {
+        return p >= in->t0 ? in->kv + (size_t)(p - in->t0) * dim
+                           : in->ring + (size_t)(p % in->window) * dim;
+    }
+    if (in->idx) e = in->idx[(size_t)row * (size_t)in->topk + (size_t)e];
+    return in->comp + (size_t)e * dim;
+}
+
+static void attend_ref_head(float *o, const dsv4_attend *in, int row, const float *q, double sink,
+                            int64_t n_items) {
+    double sum[REF_MAX_HEAD_DIM], top = sink, denominator = 0;
+    memset(sum, 0, sizeof sum);
+    for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
+        for (int64_t j = 0; j < n_items; j++) {
+            const float *k = attend_ref_item(in, row, j);
+            double score = 0;
+            for (int c = 0; c < in->head_dim; c++) score += (double)q[c] * k[c];
+            score /= sqrt((double)in->head_dim);
+            if (pass == 0) {
+                top = fmax(top, score);
+                continue;
+            }
+            double p = exp(score - top);
+            denominator += p;
+            for (int c = 0; c < in->head_dim; c++) sum[c] += p * k[c];
+        }
+    denominator += exp(sink - top);
+    for (int c = 0; c < in->head_dim; c++) o[c] = (float)(sum[c] / denominator);
+}
+
+static void attend_ref(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
+    assert(in->head_dim <= REF_MAX_HEAD_DIM && in->window > 0);
+    for (int row = 0; row < n; row++) {
+        int64_t t = in->t0 + row;
+        int64_t n_items = t + 1 < in->window ? t + 1 : in->window;
+        if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
+        for (int h = 0; h < in->n_heads; h++) {
+            size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h) * (size_t)in->head_dim;
+            attend_ref_head(o + at, in, row, in->q + at, in->sink[h], n_items);
+        }
+    }
+}
+
+/* === 17. hc_pre: what a sublayer sees of the streams ================================ M3 ========
+ *   m = (fn . concat(h)) / sqrt(mean(h^2) + rms_eps), then, with hc = s.hc,
+ *   pre_i  = sigmoid(m_i * scale0 + base_i) + hc_eps
+ *   post_i = 2 * sigmoid(m_[hc+i] * scale1 + base_[hc+i])
+ *   C_ij   = m_[2hc+i*hc+j] * scale2 + base_[..]: softmax over j, + hc_eps, columns divided by
+ *            (sum + hc_eps), then sinkhorn_iters - 1 times rows, then columns, so divided
+ * out  x [n][dim] = sum_i pre_i h_i   post [n][hc]   comb [n][hc][hc]
+ * in   h [n][hc][dim]   w: fn [(2+hc)*hc][hc*dim], scale [3], base [(2+hc)*hc]                  */
+static double sigmoid_ref(double x) { return 1 / (1 + exp(-x)); }
+
+/* m [rows of fn] of one token's streams h [hc*dim] */
+static void hc_mix_ref(double *m, const float *h, const float *fn, int rows,
+                       const dsv4_hc_shape *s) {
+    int len = s->hc * s->dim;
+    double square = 0;
+    for (int c = 0; c < len; c++) square += (double)h[c] * h[c];
+    for (int r = 0; r < rows; r++, fn += len) {
+        m[r] = 0;
+        for (int c = 0; c < len; c++) m[r] += (double)fn[c] * h[c];
+        m[r] /= sqrt(square / len + s->rms_eps);
+    }
+}
+
+/* Divide the rows (by_row), or the columns, of C [hc][hc] by their sum + eps. */
+static void sinkhorn_ref(double *C, int hc, bool by_row, double eps) {
+    int line_step = by_row ? hc : 1, step = by_row ? 1 : hc;
+    for (int line = 0; line < hc; line++) {
+        double sum = 0;
+        for (int i = 0; i < hc; i++) sum += C[line * line_step + i * step];
+        for (int i = 0; i < hc; i++) C[line * line_step + i * step] /= sum + eps;
+    }
+}
+
+static void hc_sum_ref(float *x, const double *pre, const float *h, const dsv4_hc_shape *s) {
+    for (int c = 0; c < s->dim; c++) {
+        double sum = 0;
+        for (int i = 0; i < s->hc; i++) sum += pre[i] * h[i * s->dim + c];
+        x[c] = (float)sum;
+    }
+}
+
+static void hc_pre_ref(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
+                       const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
+    int hc = s->hc;
+    assert(hc > 0 && hc <= MAX_HC);
+    for (int t = 0; t < n; t++, h += (size_t)hc * (size_t)s->dim, x += s->dim) {
+        double m[(2 + MAX_HC) * MAX_HC], pre[MAX_HC], C[MAX_HC * MAX_HC];
+        hc_mix_ref(m, h, w->fn, (2 + hc) * hc, s);
+        for (int i = 0; i < hc; i++) {
+            pre[i] = sigmoid_ref(m[i] * w->scale[0] + w->base[i]) + s->hc_eps;
+            *post++ = (float)(2 * sigmoid_ref(m[hc + i] * w->scale[1] + w->base[hc + i]));
+        }
+        for (int i = 0; i < hc; i++) {
+            double row[MAX_HC], sum = 0;
+            for (int j = 0; j < hc; j++) {
+                int at = (2 + i) * hc + j;
+                row[j] = exp(m[at] * w->scale[2] + w->base[at]);
+                sum += row[j];
+            }
+            for (int j = 0; j < hc; j++) C[i * hc + j] = row[j] / sum + s->hc_eps;
+        }
+        sinkhorn_ref(C, hc, false, s->hc_eps);
+        for (int it = 1; it < s->sinkhorn_iters; it++) {
+            sinkhorn_ref(C, hc, true, s->hc_eps);
+            sinkhorn_ref(C, hc, false, s->hc_eps);
+        }
+        for (int i = 0; i < hc * hc; i++) *comb++ = (float)C[i];
+        hc_sum_ref(x, pre, h, s);
+    }
+}
+
+/* === 18. hc_post: the sublayer's output goes back into the streams ================== M3 ========
+ *   new h_j = post_j * y + sum_i comb_ij h_i
+ * i/o  h [n][hc][dim]
+ * in   y [n][dim]   post [n][hc]   comb [n][hc][hc]                                             */
+static void hc_post_ref(float *h, const float *y, const float *post, const float *comb,
+                        const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
+    int hc = s->hc, dim = s->dim;
+    assert(hc > 0 && hc <= MAX_HC);
+    for (int t = 0; t < n; t++, h += (size_t)hc * (size_t)dim, y += dim, post += hc,
+             comb += hc * hc)
+        for (int c = 0; c < dim; c++) {
+            double fresh[MAX_HC];
+            for (int j = 0; j < hc; j++) {
+                fresh[j] = (double)post[j] * y[c];
+                for (int i = 0; i < hc; i++) fresh[j] += (double)comb[i * hc + j] * h[i * dim + c];
+            }
+            for (int j = 0; j < hc; j++) h[j * dim + c] = (float)fresh[j];
+        }
+}
+
+/* === 19. hc_head: the last streams become one vector ================================ M3, head ==
+ *   pre_i = sigmoid(m_i * scale0 + base_i) + hc_eps with m as in hc_pre; x = sum_i pre_i h_i
+ * out  x [n][dim], before the norm
+ * in   h [n][hc][dim]   w: fn [hc][hc*dim], scale [1], base [hc]                                */
+static void hc_head_ref(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
+                        dsv4_exec *ex) {
+    assert(s->hc > 0 && s->hc <= MAX_HC);
+    for (int t = 0; t < n; t++, h += (size_t)s->hc * (size_t)s->dim, x += s->dim) {
+        double m[MAX_HC];
+        hc_mix_ref(m, h, w->fn, s->hc, s);
+        for (int i = 0; i < s->hc; i++)
+            m[i] = sigmoid_ref(m[i] * w->scale[0] + w->base[i]) + s->hc_eps;
+        hc_sum_ref(x, m, h, s);
+    }
+}
+
+/* === 20. route: the experts of each token, and their weights ======================== M3, MoE ===
+ *   s_e = F32 of sqrt(softplus(logit_e)); chosen: tid2eid[token] in its order if tid2eid is set,
+ *   else the topk largest s_e + bias_e (an F32 sum), descending, ties to the lower expert;
+ *   weight = s_e / sum(s of the chosen) * scale
+ * out  ids, weights [n][topk]
+ * in   see dsv4_route; n_experts <= MAX_EXPERTS, topk <= n_experts, tid2eid's ids < n_experts
+ *      (asserted: the loader checks the table)
+ *      ids are BIT-DEFINED up to the last bit of libm's exp and log1p                           */
+static void route_ref_choose(int32_t *ids, const dsv4_route *in, const float *s, int token) {
+    if (in->tid2eid) {
+        const int32_t *row = in->tid2eid + (size_t)in->tokens[token] * (size_t)in->topk;
+        memcpy(ids, row, (size_t)in->topk * sizeof *ids);
+        return;
+    }
+    for (int i = 0; i < in->topk; i++) {
+        int best = -1;
+        for (int e = 0; e < in->n_experts; e++) {
+            bool taken = false;
+            for (int j = 0; j < i; j++) taken |= ids[j] == e;
+            if (!taken && (best < 0 || s[e] + in->bias[e] > s[best] + in->bias[best])) best = e;
+        }
+        ids[i] = best;
+    }
+}
+
+static void route_ref(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
+    assert(in->n_experts <= MAX_EXPERTS && in->topk <= in->n_experts);
+    for (int t = 0; t < n; t++, ids += in->topk, weights += in->topk) {
+        float s[MAX_EXPERTS];
+        for (int e = 0; e < in->n_experts; e++) {
+            double x = in->logits[(size_t)t * (size_t)in->n_experts + (size_t)e];
+            s[e] = (float)sqrt(fmax(x, 0) + log1p(exp(-fabs(x))));
+        }
+        route_ref_choose(ids, in, s, t);
+        double sum = 0;
+        for (int i = 0; i < in->topk; i++) {
+            assert(ids[i] >= 0 && ids[i] < in->n_experts);
+            sum += s[ids[i]];
+        }
+        for (int i = 0; i < in->topk; i++) weights[i] = (float)(s[ids[i]] / sum * in->scale);
+    }
+}
+
+/* === 21. swiglu: an expert's activation ============================================= M3, MoE ===
+ *   g = min(g, limit), u = clamp(u, -limit, limit), a = (g / (1 + exp_f32(-g))) * u, all in F32
+ * out  a [n][d]; may be g or u
+ * in   g, u [n][d]
+ *      BIT-DEFINED                                                                              */
+static void swiglu_ref(float *a, const float *g, const float *u, int n, int d, float limit,
+                       dsv4_exec *ex) {
+    for (size_t i = 0; i < (size_t)n * (size_t)d; i++) {
+        float gate = fminf(g[i], limit), up = fminf(fmaxf(u[i], -limit), limit);
+        a[i] = gate / (1 + exp_f32(-gate)) * up;
+    }
+}
+
+/* === 22. expert_ffn: one routed expert on the tokens that chose it ================== M3, MoE ===
+ *   for i < m, with x row rows[i]:  a = swiglu(w1 x, w3 x) * weight[i];  y[rows[i]] += w2 aq128(a)
+ * i/o  y [..][dim] F32, only rows named in `rows` are touched
+ * in   w1, w3 [inter][dim], w2 [dim][inter]: DT_I8; at any byte address
+ *      x: code and scale set (roundings on), or f32 alone (off)   rows [m], distinct
+ *      weight [m]   limit: swiglu's
+ *      scratch: expert_scratch_bytes(dim, inter) bytes, aligned to 64
+ * req  m <= EXPERT_ROWS; dim % 32 == 0, inter % 32 == 0
+ *
+ * Roundings on: BIT-DEFINED.  A row times a vector, for block b of 32 columns:
+ *   sum_b  = sum over i < 32 of (2 * e2m1) * (512 * e4m3), an exact integer; to F32, to nearest
+ *   term_b = sum_b * 2^k, k = w's scale code + x's scale code - 264, clamped to [-126, 127]
+ *   lane[b % 8] += term_b in F32, b ascending, lanes from +0;
+ *   result = ((l0 + l4) + (l2 + l6)) + ((l1 + l5) + (l3 + l7))
+ * then swiglu, an F32 product with weight, act_codes, w2 in the same way, an F32 sum into y.
+ * Codes and scales that mean NaN are not looked for; they count as 480 and 2^128.
+ * Roundings off: the same without act_codes, products as in linear.                             */
+static float fp4_dot_ref(const dsv4_mat *w, int r, const uint8_t *code, const uint8_t *scale) {
+    float lane[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (int b = 0; b < w->cols / 32; b++) {
+        size_t block = (size_t)r * (size_t)(w->cols / 32) + (size_t)b;
+        const uint8_t *pairs = (const uint8_t *)w->data + block * 16;
+        int64_t sum = 0;
+        for (int i = 0; i < 32; i++) {
+            uint8_t nibble = (uint8_t)(pairs[i / 2] >> (4 * (i & 1)) & 15);
+            sum += e2m1_int(nibble) * e4m3_int(code[32 * b + i]);
+        }
+        int k = w->scale[block] + scale[b / 4] - 264;
+        k = k < -126 ? -126 : k > 127 ? 127 : k;
+        lane[b % 8] += (float)sum * bits_f32((uint32_t)(k + 127) << 23);
+    }
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6]))
+         + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+/* Row r of w times one vector: codes and scales if code is set, else f32. */
+static float expert_ref_dot(const dsv4_mat *w, int r, const uint8_t *code, const uint8_t *scale,
+                            const float *f32) {
+    if (code) return fp4_dot_ref(w, r, code, scale);
+    double sum = 0;
+    for (int c = 0; c < w->cols; c++) sum += mat_at(w, r, c) * f32[c];
+    return (float)sum;
+}
+
+static void expert_ffn_ref(float *y, const dsv4_ffn *w, const dsv4_acts *x, const int32_t *rows,
+                           const float *weight, int m, float limit, void *scratch,
+                           dsv4_exec *ex) {
+    int dim = w->w1.cols, inter = w->w1.rows;
+    assert(m <= EXPERT_ROWS && dim % 32 == 0 && inter % 32 == 0);
+    assert((x->code != NULL) != (x->f32 != NULL));
+    float *a = (float *)scratch;                             /* [inter], one token at a time     */
+    uint8_t *code = (uint8_t *)(a + inter), *scale = code + inter;
+    for (int i = 0; i < m; i++) {
+        size_t row = (size_t)rows[i];
+        const uint8_t *xc = x->code ? x->code + row * (size_t)dim : NULL;
+        const uint8_t *xs = x->code ? x->scale + row * (size_t)((dim + 127) / 128) : NULL;
+        const float *xf = x->code ? NULL : x->f32 + row * (size_t)dim;
+        for (int r = 0; r < inter; r++) {
+            float g = expert_ref_dot(&w->w1, r, xc, xs, xf);
+            float u = expert_ref_dot(&w->w3, r, xc, xs, xf);
+            swiglu_ref(a + r, &g, &u, 1, 1, limit, ex);
+            a[r] *= weight[i];
+        }
+        if (x->code) act_codes_ref(code, scale, a, 1, inter, ex);
+        for (int r = 0; r < dim; r++)
+            y[row * (size_t)dim + (size_t)r] +=
+                expert_ref_dot(&w->w2, r, x->code ? code : NULL, scale, a);
+    }
+}
+
+/* === 23. add: y[t][c][:] += x[t][:] for c < copies ==============================================
+ * i/o  y [n][copies][d]
+ * in   x [n][d]
+ *      BIT-DEFINED                                                                              */
+static void add_ref(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
+    for (int t = 0; t < n; t++, x += d)
+        for (int c = 0; c < copies; c++)
+            for (int i = 0; i < d; i++) *y++ += x[i];
+}
+
+/* === 24. The table ============================================================================ */
+
+const dsv4_ops ops_ref = {
+    "ref",       embed_ref,    rmsnorm_ref,     act_quant_ref, act_codes_ref,    act_values_ref,
+    linear_ref,  rope_ref,     kv_round_ref,    index_round_ref, compress_ref,   index_scores_ref,
+    topk_ref,    attend_ref,   hc_pre_ref,      hc_post_ref,   hc_head_ref,      route_ref,
+    swiglu_ref,  expert_ffn_ref, add_ref,
+};

@@ -1,0 +1,1522 @@
+/* offload.c -- from files to memory: config.json, shards, reads, the expert cache.
+ *
+ *   config.json --------------------------> config_load()   sizes and constants, all checked
+ *   *.safetensors headers ----------------> ckpt_open()     table of tensors, in order of name
+ *   *.safetensors bytes
+ *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
+ *        |-- bounce buffer --copy--> dst    offload_load()  dense weights, once, at start
+ *        +-- slot of the arena, in place    experts_*()     one routed expert a slot
+ *
+ *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
+ *              off  ^head           want ^   ^len  what is read around the payload is ignored
+ *
+ * Invariants  1 a slot with pins, or with a read on its way, is never given to another expert
+ *             2 at most IO_DEPTH reads in flight; what waits beyond them keeps its order
+ *             3 no allocation after experts_open()
+ *             4 every completion goes through io_on_read(), whoever did the reading
+ *             5 what lies in a file is an error of theirs, never an assert of ours
+ * Contents    1 text, files, JSON   2 config   3 headers   4 checkpoint   5 requests
+ *             6 ring and threads    7 open and load        8 expert cache
+ * Not here    which tensors the model needs and their shapes (dsv4.c), what experts compute     */
+#define _GNU_SOURCE 1              /* O_DIRECT */
+#include "dsv4.h"
+
+#include <assert.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <jansson.h>
+#include <liburing.h>
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdalign.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    MAX_CONFIG_BYTES = 16 << 20,   /* real ones have 2 KB; pruned ones list what they kept      */
+    MAX_INDEX_BYTES = 256 << 20,   /* real ones have 4 MB                                       */
+    MAX_DIM = 1 << 20,             /* of any one axis, so that products of two fit an int64_t   */
+    MAX_VOCAB = 1 << 22,
+    MAX_RATIO = 1 << 16,           /* tokens that one compressed entry stands for               */
+    MAX_POSITION = 1 << 30,
+    IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
+    IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
+    IO_DEPTH = 128,                /* reads in flight; NVMe drives saturate far below           */
+    IO_TRIES_MAX = 64,             /* tries of one read that bring nothing new                  */
+    IO_THREADS = 8,                /* where io_uring is refused                                 */
+    LOAD_DEPTH = 32,               /* bounce buffers                                            */
+};
+
+/* === 1. Text, files, JSON ===================================================================== */
+
+/* A JSON value as one printable line, cut to fit a message; an absent one is named so. */
+typedef struct { char text[96]; size_t n; } shown;
+
+static int show_some(const char *bytes, size_t n, void *arg) {
+    shown *s = arg;
+    size_t room = sizeof s->text - 1 - s->n;
+    size_t take = n < room ? n : room;
+    memcpy(s->text + s->n, bytes, take);
+    s->n += take;
+    return take == n ? 0 : -1;     /* full: the dump stops here, however large the value is     */
+}
+
+static shown show(const json_t *v) {
+    shown s = {.n = 0};
+    if (!v) {
+        memcpy(s.text, "absent", s.n = strlen("absent"));
+    } else if (json_dump_callback(v, show_some, &s,
+                                  JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII)) {
+        memcpy(s.text + sizeof s.text - 4, "...", 4);
+    }
+    return s;
+}
+
+/* True for a name that can stand in a table and in a message: 1 to MAX_NAME - 1 bytes, none of
+ * them a control character. */
+static bool name_ok(const char *name) {
+    size_t n = strlen(name);
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)name[i] < ' ' || name[i] == 0x7f) return false;
+    return n > 0 && n < MAX_NAME;
+}
+
+static int join(char path[PATH_MAX], const char *dir, const char *file, dsv4_err *err) {
+    int n = snprintf(path, PATH_MAX, "%s/%s", dir, file);
+    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", dir);
+    return 0;
+}
+
+/* Read exactly n bytes at off, through short reads and signals. */
+static int read_fully(int fd, void *dst, size_t n, uint64_t off, const char *path,
+                      dsv4_err *err) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(fd, (char *)dst + done, n - done, (off_t)(off + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0)
+            return fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
+                        strerror(errno));
+        if (got == 0)
+            return fail(err, "read %s: it ends at byte %" PRIu64 ", %zu bytes early", path,
+                        off + done, n - done);
+        done += (size_t)got;
+    }
+    return 0;
+}
+
+/* Open a regular file for plain reading and tell its size; the caller closes *fd. */
+static int open_file(int *fd, uint64_t *size, const char *path, dsv4_err *err) {
+    struct stat st;
+    *fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (*fd < 0) return fail(err, "open %s: %s", path, strerror(errno));
+    if (fstat(*fd, &st) || !S_ISREG(st.st_mode)) {
+        close(*fd);
+        return fail(err, "open %s: it is not a regular file", path);
+    }
+    *size = (uint64_t)st.st_size;
+    return 0;
+}
+
+/* A whole small file; on 0 the caller frees *text. */
+static int read_text(char **text, size_t *len, const char *path, size_t max, dsv4_err *err) {
+    int fd;
+    uint64_t size;
+    if (open_file(&fd, &size, path, err)) return -1;
+    int rc = -1;
+    *text = NULL;
+    if (size > max)
+        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    else if (!(*text = malloc((size_t)size + 1)))
+        fail(err, "%s: out of memory", path);
+    else
+        rc = read_fully(fd, *text, (size_t)size, 0, path, err);
+    close(fd);
+    if (rc) {
+        free(*text);
+        *text = NULL;
+    }
+    *len = (size_t)size;
+    return rc;
+}
+
+/* A JSON object from memory, no key twice.  NULL with err->msg set when it is none. */
+static json_t *parse_object(const char *text, size_t len, const char *where, dsv4_err *err) {
+    json_error_t bad;
+    json_t *root = json_loadb(text, len, JSON_REJECT_DUPLICATES, &bad);
+    if (!root) {
+        for (char *p = bad.text; *p; p++)          /* it quotes the file, newlines and all      */
+            if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
+        fail(err, "%s: line %d: %s", where, bad.line, bad.text);
+    } else if (!json_is_object(root)) {
+        fail(err, "%s: holds %s, not a JSON object", where, show(root).text);
+        json_decref(root);
+        root = NULL;
+    }
+    return root;
+}
+
+/* === 2. Config ================================================================================ */
+
+/* Every whole number of config.json that the model needs.  A number that is a size is bounded, so
+ * that what is computed from it later cannot overflow. */
+static const struct { const char *key; size_t at; int lo, hi, multiple; } int_fields[] = {
+#define FIELD(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), lo, hi, multiple}
+    FIELD(hidden_size, 32, MAX_DIM, 32),
+    FIELD(num_hidden_layers, 1, MAX_LAYERS, 1),
+    FIELD(num_attention_heads, 1, MAX_DIM, 1),
+    FIELD(head_dim, 2, MAX_DIM, 1),
+    FIELD(qk_rope_head_dim, 2, MAX_DIM, 2),        /* rotation is on pairs                      */
+    FIELD(q_lora_rank, 1, MAX_DIM, 1),
+    FIELD(o_lora_rank, 1, MAX_DIM, 1),
+    FIELD(o_groups, 1, MAX_DIM, 1),
+    FIELD(sliding_window, 1, MAX_DIM, 1),
+    FIELD(index_n_heads, 1, MAX_DIM, 1),
+    FIELD(index_head_dim, 1, MAX_DIM, 1),
+    FIELD(index_topk, 1, MAX_DIM, 1),
+    FIELD(n_routed_experts, 1, MAX_EXPERTS, 1),
+    FIELD(num_experts_per_tok, 1, MAX_TOPK, 1),
+    FIELD(n_shared_experts, 1, 1, 1),              /* the graph has exactly one                 */
+    FIELD(moe_intermediate_size, 32, MAX_DIM, 32), /* FP4 scales stand for 32                   */
+    FIELD(num_hash_layers, 0, MAX_LAYERS, 1),
+    FIELD(hc_mult, 1, MAX_HC, 1),
+    FIELD(hc_sinkhorn_iters, 1, 1000, 1),
+    FIELD(vocab_size, 1, MAX_VOCAB, 1),
+    FIELD(num_nextn_predict_layers, 0, MAX_LAYERS, 1),
+    FIELD(bos_token_id, 0, MAX_VOCAB, 1),
+    FIELD(eos_token_id, 0, MAX_VOCAB, 1),
+#undef FIELD
+};
+
+typedef struct {                   /* where a value is looked up, and how it is called          */
+    const json_t *object;
+    const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
+    dsv4_err *err;
+} config_in;
+
+static int want_int(const config_in *in, const char *key, int64_t lo, int64_t hi,
+                    int64_t multiple, int64_t *out) {
+    const json_t *v = json_object_get(in->object, key);
+    if (!json_is_integer(v) || json_integer_value(v) < lo || json_integer_value(v) > hi ||
+        json_integer_value(v) % multiple)
+        return fail(in->err,
+                    "%s: %s%s is %s; accepted: whole numbers from %" PRId64 " to %" PRId64
+                    ", multiples of %" PRId64,
+                    in->where, in->prefix, key, show(v).text, lo, hi, multiple);
+    *out = json_integer_value(v);
+    return 0;
+}
+
+/* A number, with or without a point: rope_theta is written both ways. */
+static int want_real(const config_in *in, const char *key, double lo, double hi, double *out) {
+    const json_t *v = json_object_get(in->object, key);
+    if (!json_is_number(v) || !(json_number_value(v) >= lo) || !(json_number_value(v) <= hi))
+        return fail(in->err, "%s: %s%s is %s; accepted: numbers from %g to %g", in->where,
+                    in->prefix, key, show(v).text, lo, hi);
+    *out = json_number_value(v);
+    return 0;
+}
+
+static int want_float(const config_in *in, const char *key, double lo, double hi, float *out) {
+    double x;
+    if (want_real(in, key, lo, hi, &x)) return -1;
+    *out = (float)x;               /* the official code holds these in F32 tensors or rounds so */
+    return 0;
+}
+
+/* A constant of the architecture: the program computes this value's way and no other. */
+static int want_text(const config_in *in, const char *key, const char *accepted) {
+    const json_t *v = json_object_get(in->object, key);
+    if (!json_is_string(v) || strcmp(json_string_value(v), accepted) != 0)
+        return fail(in->err, "%s: %s%s is %s; accepted: \"%s\"", in->where, in->prefix, key,
+                    show(v).text, accepted);
+    return 0;
+}
+
+/* What says which architecture this is.  model_type comes first: of another one, nothing else
+ * need make sense. */
+static int config_kind(const config_in *in) {
+    const json_t *type = json_object_get(in->object, "model_type");
+    if (!json_is_string(type)) return want_text(in, "model_type", "deepseek_v4");
+    if (strcmp(json_string_value(type), "deepseek_v4") != 0) {
+        shown s = show(type);      /* without its quotes                                        */
+        return fail(in->err,
+                    "%s: model_type %.*s is another architecture; this program runs deepseek_v4",
+                    in->where, (int)s.n - 2, s.text + 1);
+    }
+    if (want_text(in, "expert_dtype", "fp4")) return -1;
+    if (want_text(in, "scoring_func", "sqrtsoftplus")) return -1;
+    if (want_text(in, "topk_method", "noaux_tc")) return -1;
+
+    const json_t *norm = json_object_get(in->object, "norm_topk_prob");
+    if (!json_is_true(norm))
+        return fail(in->err, "%s: norm_topk_prob is %s; accepted: true", in->where,
+                    show(norm).text);
+    int64_t one;
+    if (json_object_get(in->object, "num_key_value_heads") &&
+        want_int(in, "num_key_value_heads", 1, 1, 1, &one))
+        return -1;
+
+    const json_t *quant = json_object_get(in->object, "quantization_config");
+    if (!quant || json_is_null(quant)) return 0;
+    config_in sub = {quant, in->where, "quantization_config.", in->err};
+    if (!json_is_object(quant))
+        return fail(in->err, "%s: quantization_config is %s; accepted: an object", in->where,
+                    show(quant).text);
+    if (json_object_get(quant, "fmt") && want_text(&sub, "fmt", "e4m3")) return -1;
+    if (json_object_get(quant, "scale_fmt") && want_text(&sub, "scale_fmt", "ue8m0")) return -1;
+    const json_t *block = json_object_get(quant, "weight_block_size");
+    if (block && (json_array_size(block) != 2 ||
+                  json_integer_value(json_array_get(block, 0)) != 128 ||
+                  json_integer_value(json_array_get(block, 1)) != 128))
+        return fail(in->err, "%s: quantization_config.weight_block_size is %s; accepted: "
+                    "[128,128]", in->where, show(block).text);
+    return 0;
+}
+
+/* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
+static int config_ratios(dsv4_config *cfg, const config_in *in) {
+    const json_t *list = json_object_get(in->object, "compress_ratios");
+    size_t n = json_array_size(list), layers = (size_t)cfg->num_hidden_layers;
+    if (!json_is_array(list) || n < layers)
+        return fail(in->err, "%s: compress_ratios is %s (%zu entries); accepted: one for each of "
+                    "the %zu layers", in->where, show(list).text, n, layers);
+    for (size_t l = 0; l <= layers && l < n; l++) {
+        const json_t *v = json_array_get(list, l);
+        json_int_t ratio = json_integer_value(v);
+        if (!json_is_integer(v) || ratio < 0 || ratio == 1 || ratio > MAX_RATIO)
+            return fail(in->err, "%s: compress_ratios[%zu] is %s; accepted: 0, or whole numbers "
+                        "from 2 to %d", in->where, l, show(v).text, MAX_RATIO);
+        cfg->compress_ratios[l] = (int)ratio;
+    }
+    return 0;
+}
+
+static int config_reals(dsv4_config *cfg, const config_in *in) {
+    /* F32 holds the whole of these ranges; theta's logarithm is divided by */
+    if (want_real(in, "rope_theta", 2, 1e15, &cfg->rope_theta)) return -1;
+    if (want_real(in, "compress_rope_theta", 2, 1e15, &cfg->compress_rope_theta)) return -1;
+    if (want_float(in, "swiglu_limit", 1e-6, 1e6, &cfg->swiglu_limit)) return -1;
+    if (want_float(in, "routed_scaling_factor", 1e-6, 1e6, &cfg->routed_scaling_factor))
+        return -1;
+    if (want_float(in, "hc_eps", 1e-30, 1, &cfg->hc_eps)) return -1;
+    if (want_float(in, "rms_norm_eps", 1e-30, 1, &cfg->rms_norm_eps)) return -1;
+
+    const json_t *rope = json_object_get(in->object, "rope_scaling");
+    bool compressed = false;
+    for (int l = 0; l <= cfg->num_hidden_layers; l++) compressed |= cfg->compress_ratios[l] != 0;
+    if (!compressed && (!rope || json_is_null(rope))) {
+        cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
+        return 0;
+    }
+    if (!json_is_object(rope))
+        return fail(in->err, "%s: rope_scaling is %s; accepted: an object, since some layers have "
+                    "a compress ratio", in->where, show(rope).text);
+    config_in sub = {rope, in->where, "rope_scaling.", in->err};
+    if (want_text(&sub, "type", "yarn")) return -1;
+    if (want_real(&sub, "factor", 1, 1e6, &cfg->yarn_factor)) return -1;
+    if (want_real(&sub, "beta_slow", 1e-6, 1e6, &cfg->yarn_beta_slow)) return -1;
+    if (want_real(&sub, "beta_fast", cfg->yarn_beta_slow, 1e6, &cfg->yarn_beta_fast)) return -1;
+    return want_real(&sub, "original_max_position_embeddings", 1, 1e12, &cfg->yarn_original);
+}
+
+/* What two keys say together. */
+static int config_check(const dsv4_config *c, const config_in *in) {
+    int64_t ratio = 0, heads = (int64_t)c->num_attention_heads * c->head_dim;
+    bool csa = false;
+    for (int l = 0; l <= c->num_hidden_layers; l++) {
+        if (ratio < c->compress_ratios[l]) ratio = c->compress_ratios[l];
+        csa |= c->compress_ratios[l] == 4;
+    }
+    const struct { bool ok; const char *key; int value; const char *accepted; } rules[] = {
+        {c->qk_rope_head_dim < c->head_dim, "qk_rope_head_dim", c->qk_rope_head_dim,
+         "less than head_dim"},
+        {c->qk_rope_head_dim <= c->index_head_dim, "qk_rope_head_dim", c->qk_rope_head_dim,
+         "at most index_head_dim"},
+        {!csa || (c->index_head_dim % 32 == 0 && !(c->index_head_dim & (c->index_head_dim - 1))),
+         "index_head_dim", c->index_head_dim, "a power of two from 32 (Hadamard, blocks of 32)"},
+        {heads % c->o_groups == 0, "o_groups", c->o_groups,
+         "a divisor of num_attention_heads * head_dim"},
+        {c->num_experts_per_tok <= c->n_routed_experts, "num_experts_per_tok",
+         c->num_experts_per_tok, "at most n_routed_experts"},
+        {c->num_hash_layers <= c->num_hidden_layers, "num_hash_layers", c->num_hash_layers,
+         "at most num_hidden_layers"},
+        {c->bos_token_id < c->vocab_size, "bos_token_id", c->bos_token_id,
+         "less than vocab_size"},
+        {c->eos_token_id < c->vocab_size, "eos_token_id", c->eos_token_id,
+         "less than vocab_size"},
+    };
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        if (!rules[i].ok)
+            return fail(in->err, "%s: %s is %d; accepted: %s", in->where, rules[i].key,
+                        rules[i].value, rules[i].accepted);
+
+    /* Sizes that become an int somewhere; each factor alone is bounded already. */
+    const struct { const char *what; int64_t value; } sizes[] = {
+        {"num_attention_heads * head_dim", heads},
+        {"o_groups * o_lora_rank", (int64_t)c->o_groups * c->o_lora_rank},
+        {"index_n_heads * index_head_dim", (int64_t)c->index_n_heads * c->index_head_dim},
+        {"sliding_window * head_dim", (int64_t)c->sliding_window * c->head_dim},
+        {"largest compress_ratios * 4 * head_dim", ratio * 4 * c->head_dim},
+        {"hidden_size * moe_intermediate_size",
+         (int64_t)c->hidden_size * c->moe_intermediate_size},
+        {"n_routed_experts * hidden_size", (int64_t)c->n_routed_experts * c->hidden_size},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value > INT_MAX)
+            return fail(in->err, "%s: %s is %" PRId64 "; accepted: at most %d", in->where,
+                        sizes[i].what, sizes[i].value, INT_MAX);
+    return 0;
+}
+
+int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
+                 dsv4_err *err) {
+    *cfg = (dsv4_config){.hidden_size = 0};
+    json_t *root = parse_object(json, len, where, err);
+    if (!root) return -1;
+    config_in in = {root, where, "", err};
+    int rc = config_kind(&in);
+    for (size_t i = 0; !rc && i < sizeof int_fields / sizeof *int_fields; i++) {
+        int64_t value = 0;
+        rc = want_int(&in, int_fields[i].key, int_fields[i].lo, int_fields[i].hi,
+                      int_fields[i].multiple, &value);
+        memcpy((char *)cfg + int_fields[i].at, &(int){(int)value}, sizeof(int));
+    }
+    if (!rc) rc = want_int(&in, "max_position_embeddings", 1, MAX_POSITION, 1,
+                           &cfg->max_position_embeddings);
+    if (!rc) rc = config_ratios(cfg, &in);
+    if (!rc) rc = config_reals(cfg, &in);
+    if (!rc) rc = config_check(cfg, &in);
+    json_decref(root);
+    return rc;
+}
+
+int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
+    char path[PATH_MAX];
+    char *text;
+    size_t len;
+    if (join(path, dir, "config.json", err)) return -1;
+    if (read_text(&text, &len, path, MAX_CONFIG_BYTES, err)) return -1;
+    int rc = config_parse(cfg, text, len, path, err);
+    free(text);
+    /* The model is called as its directory, also where that was given as "." or "models/x/". */
+    if (!rc && realpath(dir, path)) snprintf(cfg->name, MAX_NAME, "%s", strrchr(path, '/') + 1);
+    return rc;
+}
+
+/* === 3. Headers =============================================================================== */
+
+typedef struct {
+    char *path;                    /* DIR/FILE, ours                                            */
+    const char *file;              /* FILE, in path                                             */
+    uint64_t size;                 /* of the file when its header was read                      */
+    char *names;                   /* of its tensors, one block, ours                           */
+} shard;
+
+struct ckpt {
+    shard *shards;
+    int n_shards;
+    ckpt_tensor *tensors;          /* in order of name once open                                */
+    size_t n_tensors, cap_tensors;
+};
+
+/* Types of the safetensors format by size; DT_N marks those the model never uses. */
+static const struct { const char *name; dsv4_dtype dtype; uint64_t bytes; } stored_types[] = {
+    {"F32", DT_F32, 4}, {"F16", DT_F16, 2}, {"BF16", DT_BF16, 2}, {"F8_E4M3", DT_F8_E4M3, 1},
+    {"F8_E8M0", DT_F8_E8M0, 1}, {"I8", DT_I8, 1}, {"I64", DT_I64, 8},
+    {"F64", DT_N, 8}, {"F8_E5M2", DT_N, 1}, {"I32", DT_N, 4}, {"I16", DT_N, 2}, {"U8", DT_N, 1},
+    {"U16", DT_N, 2}, {"U32", DT_N, 4}, {"U64", DT_N, 8}, {"BOOL", DT_N, 1},
+};
+
+static bool whole(const json_t *v) { return json_is_integer(v) && json_integer_value(v) >= 0; }
+
+/* One entry of a header.  Its end is checked by header_parse(), once for the whole file. */
+static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64_t data_at,
+                       dsv4_err *err) {
+    const json_t *type = json_object_get(v, "dtype");
+    const json_t *shape = json_object_get(v, "shape");
+    const json_t *range = json_object_get(v, "data_offsets");
+    if (!json_is_string(type))
+        return fail(err, "%s: tensor %s: dtype is %s, not a string", path, t->name,
+                    show(type).text);
+    const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
+    if (json_array_size(range) != 2 || !whole(begin) || !whole(end) ||
+        json_integer_value(begin) > json_integer_value(end))
+        return fail(err, "%s: tensor %s: data_offsets is %s, not [begin,end]", path, t->name,
+                    show(range).text);
+    t->offset = data_at + (uint64_t)json_integer_value(begin);
+    t->bytes = (uint64_t)(json_integer_value(end) - json_integer_value(begin));
+
+    uint64_t bytes = 0;            /* of one element, then of all; 0 while the type is unknown  */
+    t->dtype = DT_N;
+    for (size_t i = 0; i < sizeof stored_types / sizeof *stored_types; i++)
+        if (!strcmp(json_string_value(type), stored_types[i].name)) {
+            t->dtype = stored_types[i].dtype;
+            bytes = stored_types[i].bytes;
+        }
+    bool known = bytes > 0, fits = true;
+    size_t n = json_array_size(shape);
+    for (size_t d = 0; d < n; d++) {
+        const json_t *size = json_array_get(shape, d);
+        fits = fits && whole(size);
+        uint64_t count = fits ? (uint64_t)json_integer_value(size) : 0;
+        fits = fits && !__builtin_mul_overflow(bytes, count, &bytes);
+        if (d < 4) t->shape[d] = (int64_t)count;
+    }
+    if (!json_is_array(shape) || !fits)
+        return fail(err, "%s: tensor %s: shape is %s, not a list of sizes whose product fits 64 "
+                    "bits", path, t->name, show(shape).text);
+    if (known && bytes != t->bytes)
+        return fail(err, "%s: tensor %s: shape %s of %s needs %" PRIu64 " bytes but data_offsets "
+                    "give %" PRIu64, path, t->name, show(shape).text, json_string_value(type),
+                    bytes, t->bytes);
+    if (n > 4) t->dtype = DT_N;    /* nothing of ours: no tensor of the model has so many axes  */
+    t->n_dims = (int)(n > 4 ? 4 : n);
+    return 0;
+}
+
+static int by_offset(const void *a, const void *b) {
+    const ckpt_tensor *x = a, *y = b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes); /* empty ones first: they cover nothing */
+}
+
+/* Sort the n tensors of one shard as they lie in it: none may begin before the last one ends. */
+static int check_overlaps(ckpt_tensor *t, size_t n, const shard *s, dsv4_err *err) {
+    qsort(t, n, sizeof *t, by_offset);
+    const ckpt_tensor *last = NULL;
+    for (size_t i = 0; i < n; i++) {
+        if (t[i].bytes == 0) continue;
+        if (last && t[i].offset < last->offset + last->bytes)
+            return fail(err, "%s: tensors %s and %s overlap at byte %" PRIu64, s->path,
+                        last->name, t[i].name, t[i].offset);
+        last = &t[i];
+    }
+    return 0;
+}
+
+/* Room for every name of a header in one block, and for n more tensors in the table. */
+static int header_room(ckpt *c, shard *s, json_t *root, dsv4_err *err) {
+    const char *name;
+    json_t *value;
+    size_t bytes = 0, n = json_object_size(root);
+    json_object_foreach(root, name, value) {
+        json_t *text = NULL;
+        if (!name_ok(name)) {
+            fail(err, "%s: a tensor is called %s; accepted: 1 to %d bytes, no control characters",
+                 s->path, show(text = json_string(name)).text, MAX_NAME - 1);
+            json_decref(text);
+            return -1;
+        }
+        bytes += strlen(name) + 1;
+    }
+    s->names = malloc(bytes + 1);
+    if (c->n_tensors + n > c->cap_tensors) {
+        size_t cap = 2 * c->cap_tensors + n;
+        ckpt_tensor *grown = realloc(c->tensors, cap * sizeof *grown);
+        if (!grown) return fail(err, "%s: out of memory for %zu tensors", s->path, cap);
+        c->tensors = grown;
+        c->cap_tensors = cap;
+    }
+    return s->names ? 0 : fail(err, "%s: out of memory for %zu names", s->path, n);
+}
+
+/* Add the tensors of one header to the table.  The shard's path and size are set; `text` follows
+ * the file's first eight bytes.  Types unknown to us go in as DT_N: the index may name them. */
+static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_err *err) {
+    shard *s = &c->shards[which];
+    json_t *root = parse_object(text, len, s->path, err);
+    if (!root) return -1;
+    const char *key;
+    json_t *value;
+    size_t first = c->n_tensors;
+    uint64_t data_at = 8 + (uint64_t)len, need = data_at;
+    int rc = header_room(c, s, root, err);
+    char *name = s->names;
+    if (!rc) json_object_foreach(root, key, value) {
+        if (!strcmp(key, "__metadata__")) continue; /* notes of whoever wrote the file          */
+        ckpt_tensor *t = &c->tensors[c->n_tensors];
+        *t = (ckpt_tensor){.name = name, .shard = which};
+        name = stpcpy(name, key) + 1;
+        if ((rc = entry_parse(t, s->path, value, data_at, err))) break;
+        if (need < t->offset + t->bytes) need = t->offset + t->bytes;
+        c->n_tensors++;
+    }
+    json_decref(root);
+    if (rc) return -1;
+    if (need > s->size)
+        return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
+                    "file is cut short, download it again", s->path, s->size, need);
+    if (c->n_tensors == first) return 0;
+    return check_overlaps(c->tensors + first, c->n_tensors - first, s, err);
+}
+
+/* Length of the header from a file's first eight bytes, checked against the file's size. */
+static int header_length(const shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
+    uint64_t n = 0;
+    for (int i = 7; i >= 0; i--) n = n << 8 | raw[i];
+    if (n < 2 || n > MAX_HEADER_BYTES)
+        return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d; this is no "
+                    "safetensors file, or it is damaged", s->path, n, MAX_HEADER_BYTES);
+    if (n > s->size - 8)
+        return fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the "
+                    "file is cut short, download it again", s->path, s->size, n + 8);
+    *len = (size_t)n;
+    return 0;
+}
+
+/* Read one shard's header, and nothing behind it. */
+static int shard_read(ckpt *c, int which, dsv4_err *err) {
+    shard *s = &c->shards[which];
+    int fd;
+    if (open_file(&fd, &s->size, s->path, err)) return -1;
+    uint8_t raw[8];
+    char *text = NULL;
+    size_t len = 0;
+    int rc = -1;
+    if (s->size < 8)
+        fail(err, "%s: has %" PRIu64 " bytes; a safetensors file has at least 10: download it "
+             "again", s->path, s->size);
+    else if (!read_fully(fd, raw, 8, 0, s->path, err) && !header_length(s, raw, &len, err)) {
+        text = malloc(len);
+        rc = text ? read_fully(fd, text, len, 8, s->path, err)
+                  : fail(err, "%s: out of memory for a header of %zu bytes", s->path, len);
+    }
+    close(fd);
+    if (!rc) rc = header_parse(c, which, text, len, err);
+    free(text);
+    return rc;
+}
+
+/* === 4. Checkpoint ============================================================================ */
+
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
+}
+
+/* Make the list of shards from n file names, in order of name.  Names are sorted in place. */
+static int set_shards(ckpt *c, const char *dir, const char **files, size_t n, dsv4_err *err) {
+    if (n > MAX_SHARDS)
+        return fail(err, "%s: %zu shards; accepted: at most %d", dir, n, MAX_SHARDS);
+    c->shards = calloc(n + 1, sizeof *c->shards);
+    if (!c->shards) return fail(err, "%s: out of memory", dir);
+    qsort(files, n, sizeof *files, by_text);
+    for (size_t i = 0; i < n; i++) {
+        char path[PATH_MAX];
+        if (join(path, dir, files[i], err)) return -1;
+        shard *s = &c->shards[c->n_shards++];
+        if (!(s->path = strdup(path))) return fail(err, "%s: out of memory", dir);
+        s->file = s->path + strlen(dir) + 1;
+    }
+    return 0;
+}
+
+/* Without an index: every *.safetensors of the directory. */
+static int list_dir(ckpt *c, const char *dir, dsv4_err *err) {
+    struct dirent **found;
+    int n_found = scandir(dir, &found, NULL, NULL);
+    if (n_found < 0) return fail(err, "open %s: %s", dir, strerror(errno));
+    const char **files = calloc((size_t)n_found + 1, sizeof *files);
+    size_t n = 0;
+    for (int i = 0; files && i < n_found; i++) {
+        const char *dot = strrchr(found[i]->d_name, '.');
+        if (dot && !strcmp(dot, ".safetensors")) files[n++] = found[i]->d_name;
+    }
+    int rc = !files ? fail(err, "%s: out of memory", dir)
+             : n    ? set_shards(c, dir, files, n, err)
+                    : fail(err, "%s: holds no *.safetensors file", dir);
+    for (int i = 0; i < n_found; i++) free(found[i]);
+    free(found);
+    free(files);
+    return rc;
+}
+
+/* Every file name of the index, once.  A name must stay inside the directory. */
+static int index_files(ckpt *c, const char *dir, json_t *map, const char *path, dsv4_err *err) {
+    const char *name;
+    json_t *value;
+    json_t *set = json_object();
+    int rc = set ? 0 : fail(err, "%s: out of memory", path);
+    json_object_foreach(map, name, value) {
+        const char *file = json_string_value(value);
+        if (!file || !name_ok(file) || strchr(file, '/') || !strcmp(file, "..") ||
+            !strcmp(file, ".")) {
+            rc = fail(err, "%s: a tensor lies in %s; accepted: the name of a file beside the "
+                      "index", path, show(value).text);
+        } else if (!rc && json_object_set(set, file, json_true())) {
+            rc = fail(err, "%s: out of memory", path);
+        }
+        if (rc) break;
+    }
+    size_t n = json_object_size(set), i = 0;
+    const char **files = calloc(n + 1, sizeof *files);
+    if (!rc && !files) rc = fail(err, "%s: out of memory", path);
+    if (!rc) {
+        json_object_foreach(set, name, value) files[i++] = name;
+        rc = set_shards(c, dir, files, n, err);
+    }
+    free(files);
+    json_decref(set);
+    return rc;
+}
+
+/* Name the shards that a partial download has not brought, before anything is read. */
+static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
+    char names[400] = "";
+    size_t used = 0;
+    int n = 0;
+    for (int i = 0; i < c->n_shards; i++) {
+        struct stat st;
+        if (!stat(c->shards[i].path, &st) || errno != ENOENT) continue;
+        n++;
+        if (used + strlen(c->shards[i].file) + 8 < sizeof names)
+            used += (size_t)snprintf(names + used, sizeof names - used, "%s%s",
+                                     used ? ", " : "", c->shards[i].file);
+        else if (names[used - 1] != '.')
+            used += (size_t)snprintf(names + used, sizeof names - used, ", ...");
+    }
+    if (!n) return 0;
+    return fail(err, "%s: %d of %d shards are missing: the download is not complete, go on with "
+                "it: %s", dir, n, c->n_shards, names);
+}
+
+/* Read the index where there is one: *map is its weight_map, ours to give back, else NULL. */
+static int index_load(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
+    char path[PATH_MAX];
+    char *text;
+    size_t len;
+    *map = NULL;
+    if (join(path, dir, "model.safetensors.index.json", err)) return -1;
+    if (access(path, F_OK) && errno == ENOENT) return list_dir(c, dir, err);
+    if (read_text(&text, &len, path, MAX_INDEX_BYTES, err)) return -1;
+    json_t *root = parse_object(text, len, path, err);
+    free(text);
+    if (!root) return -1;
+    *map = json_incref(json_object_get(root, "weight_map"));
+    json_decref(root);
+    if (!json_is_object(*map) || json_object_size(*map) == 0)
+        return fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
+                    "tensor", path, show(*map).text);
+    if (index_files(c, dir, *map, path, err)) return -1;
+    return check_missing(c, dir, err);
+}
+
+/* The table is in order of name: the same name twice lies side by side. */
+static int check_duplicates(const ckpt *c, dsv4_err *err) {
+    for (size_t i = 1; i < c->n_tensors; i++) {
+        const ckpt_tensor *a = &c->tensors[i - 1], *b = &c->tensors[i];
+        if (!strcmp(a->name, b->name))
+            return fail(err, "tensor %s lies in two shards, %s and %s", a->name,
+                        c->shards[a->shard].path, c->shards[b->shard].file);
+    }
+    return 0;
+}
+
+/* Index and shards must tell the same story, in both directions. */
+static int check_index(const ckpt *c, json_t *map, dsv4_err *err) {
+    const char *name;
+    json_t *value;
+    json_object_foreach(map, name, value) {
+        const char *file = json_string_value(value);
+        const ckpt_tensor *t = ckpt_find(c, name);
+        json_t *text = NULL;
+        if (!t) {
+            fail(err, "the index says that tensor %s lies in %s, but it does not; download both "
+                 "again", show(text = json_string(name)).text, file);
+            json_decref(text);
+            return -1;
+        }
+        if (strcmp(c->shards[t->shard].file, file) != 0)
+            return fail(err, "the index says that tensor %s lies in %s, but it lies in %s", name,
+                        file, c->shards[t->shard].path);
+    }
+    for (size_t i = 0; i < c->n_tensors; i++)
+        if (!json_object_get(map, c->tensors[i].name))
+            return fail(err, "tensor %s lies in %s, but the index does not name it",
+                        c->tensors[i].name, c->shards[c->tensors[i].shard].path);
+    return 0;
+}
+
+/* Checks are done: keep only what the model can use, in as little memory as that needs. */
+static void drop_unused(ckpt *c) {
+    size_t n = 0;
+    for (size_t i = 0; i < c->n_tensors; i++)
+        if (c->tensors[i].dtype != DT_N) c->tensors[n++] = c->tensors[i];
+    c->n_tensors = n;
+    ckpt_tensor *fit = realloc(c->tensors, (n + 1) * sizeof *fit);
+    if (fit) c->tensors = fit;
+}
+
+int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
+    *out = NULL;
+    json_t *map = NULL;
+    ckpt *c = calloc(1, sizeof *c);
+    if (!c) return fail(err, "%s: out of memory", dir);
+    int rc = index_load(c, dir, &map, err);
+    for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
+    if (!rc) {
+        if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+        rc = check_duplicates(c, err);
+    }
+    if (!rc && map) rc = check_index(c, map, err);
+    json_decref(map);
+    if (rc) {
+        ckpt_close(c);
+        return -1;
+    }
+    drop_unused(c);
+    *out = c;
+    return 0;
+}
+
+void ckpt_close(ckpt *c) {
+    if (!c) return;
+    for (int i = 0; i < c->n_shards; i++) {
+        free(c->shards[i].path);
+        free(c->shards[i].names);
+    }
+    free(c->shards);
+    free(c->tensors);
+    free(c);
+}
+
+const ckpt_tensor *ckpt_find(const ckpt *c, const char *name) {
+    ckpt_tensor key = {.name = name};
+    if (!c->n_tensors) return NULL;
+    return bsearch(&key, c->tensors, c->n_tensors, sizeof key, by_name);
+}
+
+int ckpt_n_shards(const ckpt *c) { return c->n_shards; }
+
+size_t ckpt_n_tensors(const ckpt *c) { return c->n_tensors; }
+
+const ckpt_tensor *ckpt_at(const ckpt *c, size_t i) {
+    assert(i < c->n_tensors);
+    return &c->tensors[i];
+}
+
+const char *ckpt_shard_path(const ckpt *c, int which) {
+    assert(which >= 0 && which < c->n_shards);
+    return c->shards[which].path;
+}
+
+/* === 5. Requests ==============================================================================
+ * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
+ * open; the ring and the threads know nothing else, and io_on_read() decides for both.           */
+
+enum { LOAD = -1 };                /* owner of a request that is not an expert's slot           */
+
+typedef struct {                   /* why a read failed: errno, or one of ours; 0 is no failure */
+    int cause, shard;
+    uint64_t off;
+} io_fault;
+enum { CAUSE_EOF = -1, CAUSE_STUCK = -2 };
+
+typedef struct io_req {
+    struct io_req *next;           /* in the free list, or in a queue of the threads            */
+    uint8_t *buf;                  /* on a 4 KiB edge                                           */
+    uint64_t off;                  /* in the file, on a 4 KiB edge                              */
+    uint32_t len;                  /* bytes to read, whole blocks: the last may lie beyond EOF  */
+    uint32_t want;                 /* bytes to the end of the payload: these must come          */
+    uint32_t done;                 /* bytes in, whole blocks unless all came                    */
+    int shard;
+    int owner;                     /* slot, or LOAD                                             */
+    size_t item;                   /* LOAD: which item this is a piece of                       */
+    int tries, io_errors;          /* in a row without progress; EIO so far                     */
+    int res;                       /* a thread's answer: bytes or -errno, as io_uring gives it  */
+    int cause;                     /* set by IO_FAILED                                          */
+} io_req;
+
+typedef enum { IO_DONE, IO_AGAIN, IO_FAILED } io_next;
+
+/* What does one completion mean?  Pure: no ring, no clock, no system call.
+ *   short read    go on from the last whole block (O_DIRECT reads nothing else)
+ *   end of file   right behind the payload, an error before its end
+ *   EINTR, EAGAIN once more, a bounded number of times in a row
+ *   EIO           once more: drives do recover; then it is the caller's                          */
+static io_next io_on_read(io_req *r, int res) {
+    assert(r->done < r->want);
+    assert(r->want <= r->len);
+    assert(res <= (int)(r->len - r->done));
+    r->cause = -res;
+    if (res == -EIO && r->io_errors++ == 0) return IO_AGAIN;
+    if (res < 0 && res != -EAGAIN && res != -EINTR) return IO_FAILED;
+    r->cause = CAUSE_EOF;
+    if (res == 0) return IO_FAILED;
+    if (res > 0) {
+        uint32_t in = r->done + (uint32_t)res;
+        uint32_t edge = in & ~(uint32_t)(IO_ALIGN - 1);
+        if (edge > r->done) r->tries = 0;
+        r->done = in >= r->want ? in : edge;
+    }
+    if (r->done >= r->want) return IO_DONE;
+    r->cause = CAUSE_STUCK;
+    return ++r->tries > IO_TRIES_MAX ? IO_FAILED : IO_AGAIN;
+}
+
+/* Cut the next piece of the payload [off, off + bytes) of a file, `at` bytes of whole blocks
+ * being asked for already.  Returns how far `at` comes with it; buf, owner are the caller's. */
+static uint64_t cut_piece(io_req *r, int which, uint64_t off, uint64_t bytes, uint64_t at) {
+    uint64_t begin = (off & ~(uint64_t)(IO_ALIGN - 1)) + at, left = off + bytes - begin;
+    assert(begin < off + bytes);
+    uint32_t want = left < IO_PIECE ? (uint32_t)left : IO_PIECE;
+    uint32_t len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
+    *r = (io_req){.off = begin, .len = len, .want = want, .shard = which};
+    return at + len;
+}
+
+typedef struct {                   /* one offload_load() at work                                */
+    const load_item *items;
+    size_t n_items, next_item;     /* the cursor: item, and bytes of it asked for               */
+    uint64_t at;
+    uint8_t *bounce;               /* [LOAD_DEPTH][IO_PIECE]                                    */
+    uint8_t *free[LOAD_DEPTH];
+    int n_free;
+    io_fault fault;                /* the first one                                             */
+    const ckpt_tensor *failed;
+} load_job;
+
+typedef struct {                   /* a stretch of a shard's file, landing in a slot            */
+    int shard;
+    uint64_t off, bytes;           /* payload                                                   */
+    size_t region;                 /* in the slot; the payload begins at region + off % 4096    */
+} slot_run;
+
+/* FREE --get--> READING --all pieces in--> READY --coldest, no pins--> READING of another expert
+ *                  +--one failed, the others in--> FAILED --last pin given back--> FREE          */
+typedef enum { SLOT_FREE, SLOT_READING, SLOT_READY, SLOT_FAILED } slot_state;
+
+typedef struct {
+    slot_state state;
+    int pins;
+    size_t id;                     /* expert; not of a FREE slot                                */
+    int colder, warmer;            /* neighbours in the idle list                               */
+    int next_queued;               /* in the queue of slots with pieces to ask for              */
+    int n_runs, run;               /* the cursor: run, and bytes of it asked for                */
+    uint64_t at;
+    int in_flight;                 /* pieces                                                    */
+    slot_run runs[EXPERT_PARTS];
+    io_fault fault;
+} expert_slot;
+
+typedef struct { int fd; bool direct; } io_file;
+
+struct offload {
+    const ckpt *c;
+    io_file *files;                /* one a shard                                               */
+    offload_stats stats;
+    io_req *free_reqs;
+    int in_flight;
+    load_job *load;                /* while offload_load() runs                                 */
+
+    bool has_ring, fixed_files;
+    struct io_uring ring;
+    pthread_t threads[IO_THREADS]; /* else                                                      */
+    int n_threads;
+    pthread_mutex_t lock;          /* of the next four                                          */
+    pthread_cond_t work, answer;
+    io_req *todo, **todo_end, *answered;
+    bool stop;
+
+    expert_source *src;            /* [n_experts]                                               */
+    size_t n_experts;
+    int32_t *slot_of;              /* [n_experts], -1: none                                     */
+    int dim, inter;
+    uint8_t *arena;                /* [n_slots][slot_bytes]                                     */
+    size_t slot_bytes;
+    expert_slot *slots;
+    int n_slots, n_orphans;        /* orphans: READING without a pin                            */
+    int coldest, warmest;          /* the idle list: FREE, then READY by last use; no pins      */
+    int queue, queue_end;          /* slots in order of get                                     */
+
+    io_req reqs[IO_DEPTH];
+};
+
+static void slot_piece_in(offload *o, io_req *r, bool failed);
+static void slot_feed(offload *o);
+
+/* === 6. Ring and threads ====================================================================== */
+
+/* One attempt at what is missing of a request, on its way to whoever reads. */
+static void io_start(offload *o, io_req *r) {
+    uint32_t n = r->len - r->done;
+    o->stats.read_bytes += n;
+    o->stats.reads++;
+    if (o->has_ring) {
+        struct io_uring_sqe *sqe = io_uring_get_sqe(&o->ring);
+        assert(sqe);               /* as many entries as requests                               */
+        int fd = o->fixed_files ? r->shard : o->files[r->shard].fd;
+        io_uring_prep_read(sqe, fd, r->buf + r->done, n, r->off + r->done);
+        if (o->fixed_files) io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
+        io_uring_sqe_set_data(sqe, r);
+        return;
+    }
+    r->next = NULL;
+    pthread_mutex_lock(&o->lock);
+    *o->todo_end = r;
+    o->todo_end = &r->next;
+    pthread_cond_signal(&o->work);
+    pthread_mutex_unlock(&o->lock);
+}
+
+static io_req *take_req(offload *o) {
+    io_req *r = o->free_reqs;
+    if (r) o->free_reqs = r->next;
+    return r;
+}
+
+static void give_req(offload *o, io_req *r) {
+    r->next = o->free_reqs;
+    o->free_reqs = r;
+}
+
+static void load_piece_in(offload *o, io_req *r, bool failed) {
+    load_job *job = o->load;
+    const load_item *item = &job->items[r->item];
+    const ckpt_tensor *t = item->t;
+    if (failed && !job->fault.cause) {
+        job->fault = (io_fault){r->cause, r->shard, r->off + r->done};
+        job->failed = t;
+    }
+    if (!failed) {                 /* from the tensor's begin, or from the piece's              */
+        uint64_t from = r->off > t->offset ? r->off : t->offset;
+        memcpy((uint8_t *)item->dst + (from - t->offset), r->buf + (from - r->off),
+               r->off + r->want - from);
+    }
+    job->free[job->n_free++] = r->buf;
+}
+
+/* The one path of every completion. */
+static void io_complete(offload *o, io_req *r, int res) {
+    io_next next = io_on_read(r, res);
+    if (next == IO_AGAIN) {
+        o->stats.retries++;
+        io_start(o, r);
+        return;
+    }
+    o->in_flight--;
+    if (!o->files[r->shard].direct)    /* the page cache must not fill up with what we keep     */
+        (void)posix_fadvise(o->files[r->shard].fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
+    if (r->owner == LOAD) load_piece_in(o, r, next == IO_FAILED);
+    else slot_piece_in(o, r, next == IO_FAILED);
+    give_req(o, r);
+}
+
+/* Sleep until the ring has a completion.  Signals wake us: the caller looks and comes back. */
+static int ring_wait(offload *o, dsv4_err *err) {
+    int rc = -EAGAIN;
+    for (int tries = 0; rc < 0 && tries < IO_TRIES_MAX; tries++) {
+        rc = io_uring_submit_and_wait(&o->ring, 1);
+        if (rc == -EINTR) return 0;
+        if (rc < 0 && rc != -EAGAIN && rc != -EBUSY) break;
+    }
+    return rc < 0 ? fail(err, "io_uring: %s", strerror(-rc)) : 0;
+}
+
+static int ring_reap(offload *o, bool wait, dsv4_err *err) {
+    struct io_uring_cqe *cqes[IO_DEPTH];
+    if (wait && !io_uring_cq_ready(&o->ring) && ring_wait(o, err)) return -1;
+    unsigned n = io_uring_peek_batch_cqe(&o->ring, cqes, IO_DEPTH);
+    for (unsigned i = 0; i < n; i++) {
+        io_req *r = io_uring_cqe_get_data(cqes[i]);
+        io_complete(o, r, cqes[i]->res);
+    }
+    io_uring_cq_advance(&o->ring, n);
+    return 0;
+}
+
+static void threads_reap(offload *o, bool wait) {
+    pthread_mutex_lock(&o->lock);
+    while (wait && !o->answered) pthread_cond_wait(&o->answer, &o->lock);
+    io_req *list = o->answered;
+    o->answered = NULL;
+    pthread_mutex_unlock(&o->lock);
+    while (list) {
+        io_req *r = list;
+        list = r->next;
+        io_complete(o, r, r->res);
+    }
+}
+
+/* Handle the completions that are there (with `wait`: at least one, or a signal), and ask for
+ * what they made room for.  A failed submission shows here, when somebody waits for it. */
+static int io_reap(offload *o, bool wait, dsv4_err *err) {
+    int rc = 0;
+    assert(!wait || o->in_flight > 0);
+    if (o->has_ring) rc = ring_reap(o, wait, err);
+    else threads_reap(o, wait);
+    slot_feed(o);
+    if (o->has_ring) (void)io_uring_submit(&o->ring); /* what it leaves is submitted next time  */
+    return rc;
+}
+
+static void *read_thread(void *arg) {
+    offload *o = arg;
+    pthread_mutex_lock(&o->lock);
+    for (;;) {
+        while (!o->todo && !o->stop) pthread_cond_wait(&o->work, &o->lock);
+        io_req *r = o->todo;
+        if (!r) break;
+        o->todo = r->next;
+        if (!o->todo) o->todo_end = &o->todo;
+        pthread_mutex_unlock(&o->lock);
+        ssize_t n = pread(o->files[r->shard].fd, r->buf + r->done, r->len - r->done,
+                          (off_t)(r->off + r->done));
+        r->res = n < 0 ? -errno : (int)n;
+        pthread_mutex_lock(&o->lock);
+        r->next = o->answered;
+        o->answered = r;
+        pthread_cond_signal(&o->answer);
+    }
+    pthread_mutex_unlock(&o->lock);
+    return NULL;
+}
+
+static int threads_open(offload *o, dsv4_err *err) {
+    sigset_t all, before;
+    int rc = 0;
+    sigfillset(&all);              /* signals are for the program's own threads                 */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (o->n_threads < IO_THREADS && !rc) {
+        rc = pthread_create(&o->threads[o->n_threads], NULL, read_thread, o);
+        if (!rc) o->n_threads++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return o->n_threads ? 0 : fail(err, "start a reading thread: %s", strerror(rc));
+}
+
+/* === 7. Open and load ========================================================================= */
+
+/* Open a shard past the page cache if one trial read goes through: flags promise, reads tell. */
+static int file_open(io_file *f, const shard *s, dsv4_err *err) {
+    alignas(IO_ALIGN) uint8_t page[IO_ALIGN];
+    struct stat st;
+    f->fd = open(s->path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+    f->direct = f->fd >= 0 && pread(f->fd, page, sizeof page, 0) > 0;
+    if (!f->direct) {
+        if (f->fd >= 0) close(f->fd);
+        f->fd = open(s->path, O_RDONLY | O_CLOEXEC);
+    }
+    if (f->fd < 0 || fstat(f->fd, &st))
+        return fail(err, "open %s: %s", s->path, strerror(errno));
+    if ((uint64_t)st.st_size != s->size)
+        return fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it "
+                    "still being downloaded?", s->path, (uint64_t)st.st_size, s->size);
+    return 0;
+}
+
+/* The ring, or false where it is refused or too old to read (Linux before 5.6). */
+static bool ring_open(offload *o) {
+    if (io_uring_queue_init(IO_DEPTH, &o->ring, 0)) return false;
+    if (!(o->ring.features & IORING_FEAT_RW_CUR_POS)) {
+        io_uring_queue_exit(&o->ring);
+        return false;
+    }
+    int fds[MAX_SHARDS];
+    for (int i = 0; i < o->c->n_shards; i++) fds[i] = o->files[i].fd;
+    o->fixed_files = !io_uring_register_files(&o->ring, fds, (unsigned)o->c->n_shards);
+    return true;
+}
+
+int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err) {
+    static const char *const notes[2][2] = { /* [ring][direct] */
+        {"io_uring and O_DIRECT are both refused here: reading with threads through the page "
+         "cache, which is slower; a local ext4 or XFS disk outside the container is not",
+         "io_uring is refused here (by a container's seccomp profile, or kernel.io_uring_disabled)"
+         ": reading with threads, which is slower; allow io_uring_setup to change that"},
+        {"the checkpoint's file system refuses O_DIRECT: reading through the page cache, which is "
+         "slower; a local ext4 or XFS disk does not refuse", NULL},
+    };
+    *out = NULL;
+    *note = NULL;
+    offload *o = calloc(1, sizeof *o);
+    if (!o) return fail(err, "out of memory");
+    pthread_mutex_init(&o->lock, NULL);
+    pthread_cond_init(&o->work, NULL);
+    pthread_cond_init(&o->answer, NULL);
+    o->c = c;
+    o->todo_end = &o->todo;
+    o->coldest = o->warmest = o->queue = o->queue_end = -1;
+    for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
+    o->files = calloc((size_t)c->n_shards + 1, sizeof *o->files);
+    int rc = o->files ? 0 : fail(err, "out of memory");
+    bool direct = true;
+    for (int i = 0; o->files && i < c->n_shards; i++) o->files[i].fd = -1;
+    for (int i = 0; !rc && i < c->n_shards; i++) {
+        rc = file_open(&o->files[i], &c->shards[i], err);
+        direct &= o->files[i].direct;
+    }
+    if (!rc) o->has_ring = ring_open(o);
+    if (!rc && !o->has_ring) rc = threads_open(o, err);
+    if (rc) {
+        offload_close(o);
+        return -1;
+    }
+    *note = notes[o->has_ring][direct];
+    *out = o;
+    return 0;
+}
+
+static void experts_close(offload *o) {
+    if (o->arena) munmap(o->arena, o->slot_bytes * (size_t)o->n_slots);
+    free(o->slots);
+    free(o->slot_of);
+    free(o->src);
+}
+
+void offload_close(offload *o) {
+    if (!o) return;
+    dsv4_err ignored;
+    o->queue = o->queue_end = -1;  /* ask for nothing more; what is on its way must land        */
+    while (o->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
+    pthread_mutex_lock(&o->lock);
+    o->stop = true;
+    pthread_cond_broadcast(&o->work);
+    pthread_mutex_unlock(&o->lock);
+    for (int i = 0; i < o->n_threads; i++) pthread_join(o->threads[i], NULL);
+    if (o->has_ring) io_uring_queue_exit(&o->ring);
+    for (int i = 0; o->files && i < o->c->n_shards; i++)
+        if (o->files[i].fd >= 0) close(o->files[i].fd);
+    experts_close(o);
+    pthread_cond_destroy(&o->answer);
+    pthread_cond_destroy(&o->work);
+    pthread_mutex_destroy(&o->lock);
+    free(o->files);
+    free(o);
+}
+
+const offload_stats *offload_get_stats(const offload *o) { return &o->stats; }
+
+/* One failure as one line; t is the tensor that was hit, if known. */
+static int fault_message(const offload *o, const io_fault *f, const ckpt_tensor *t,
+                         dsv4_err *err) {
+    const char *cause = f->cause == CAUSE_EOF     ? "the file ends there; it was cut short"
+                        : f->cause == CAUSE_STUCK ? "tried many times, nothing comes"
+                                                  : strerror(f->cause);
+    assert(f->cause);
+    return fail(err, "read %s at byte %" PRIu64 " (tensor %s): %s",
+                o->c->shards[f->shard].path, f->off, t ? t->name : "unknown", cause);
+}
+
+/* Ask for pieces while there are items, requests and bounce buffers. */
+static void load_feed(offload *o, load_job *job) {
+    while (job->next_item < job->n_items && job->n_free > 0 && o->free_reqs) {
+        const ckpt_tensor *t = job->items[job->next_item].t;
+        if (t->bytes > 0) {
+            io_req *r = take_req(o);
+            job->at = cut_piece(r, t->shard, t->offset, t->bytes, job->at);
+            r->owner = LOAD;
+            r->item = job->next_item;
+            r->buf = job->free[--job->n_free];
+            o->in_flight++;
+            io_start(o, r);
+        }
+        if (t->bytes == 0 || job->at >= t->offset % IO_ALIGN + t->bytes) {
+            job->next_item++;
+            job->at = 0;
+        }
+    }
+}
+
+int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
+    load_job job = {.items = items, .n_items = n};
+    size_t bytes = (size_t)LOAD_DEPTH * IO_PIECE;
+    job.bounce = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (job.bounce == MAP_FAILED) return fail(err, "map %zu bytes: %s", bytes, strerror(errno));
+    for (int i = 0; i < LOAD_DEPTH; i++) job.free[job.n_free++] = job.bounce + i * IO_PIECE;
+    assert(!o->load);
+    o->load = &job;
+    int rc = 0;
+    /* After a failure nothing more is asked for, but what is on its way has our buffers. */
+    while (!rc && (job.next_item < n || job.n_free < LOAD_DEPTH)) {
+        if (!job.fault.cause) load_feed(o, &job);
+        else job.next_item = n;
+        if (job.n_free < LOAD_DEPTH || o->in_flight > 0) rc = io_reap(o, o->in_flight > 0, err);
+    }
+    o->load = NULL;
+    munmap(job.bounce, bytes);
+    if (!rc && job.fault.cause) rc = fault_message(o, &job.fault, job.failed, err);
+    return rc;
+}
+
+/* === 8. Expert cache ========================================================================== */
+
+/* The idle list holds every slot that may be given away, coldest first: FREE ones lie before all
+ * READY ones, so that nothing is evicted while something is free. */
+static void idle_unlink(offload *o, int at) {
+    expert_slot *s = &o->slots[at];
+    *(s->colder < 0 ? &o->coldest : &o->slots[s->colder].warmer) = s->warmer;
+    *(s->warmer < 0 ? &o->warmest : &o->slots[s->warmer].colder) = s->colder;
+    s->colder = s->warmer = -1;
+}
+
+static void idle_link(offload *o, int at, bool cold) {
+    expert_slot *s = &o->slots[at];
+    assert(s->pins == 0);
+    assert(s->state == SLOT_FREE || s->state == SLOT_READY);
+    s->colder = cold ? -1 : o->warmest;
+    s->warmer = cold ? o->coldest : -1;
+    *(s->colder < 0 ? &o->coldest : &o->slots[s->colder].warmer) = at;
+    *(s->warmer < 0 ? &o->warmest : &o->slots[s->warmer].colder) = at;
+}
+
+/* Lay out one expert: sort its parts as they lie in the files, merge those that touch, give each
+ * run whole blocks of the slot.  Returns the bytes of all. */
+static size_t lay_out(const expert_source *src, slot_run runs[EXPERT_PARTS], int *n_runs) {
+    const ckpt_tensor *part[EXPERT_PARTS];
+    for (int i = 0; i < EXPERT_PARTS; i++) {
+        const ckpt_tensor *t = src->part[i];
+        int k = i;
+        for (; k > 0 && (part[k - 1]->shard > t->shard || (part[k - 1]->shard == t->shard &&
+                                                          part[k - 1]->offset > t->offset)); k--)
+            part[k] = part[k - 1];
+        part[k] = t;
+    }
+    int n = 0;
+    for (int i = 0; i < EXPERT_PARTS; i++) {
+        slot_run *last = &runs[n > 0 ? n - 1 : 0];
+        if (n > 0 && last->shard == part[i]->shard && last->off + last->bytes == part[i]->offset)
+            last->bytes += part[i]->bytes;
+        else
+            runs[n++] = (slot_run){part[i]->shard, part[i]->offset, part[i]->bytes, 0};
+    }
+    size_t used = 0;
+    for (int i = 0; i < n; i++) {
+        runs[i].region = used;
+        used += (size_t)((runs[i].off % IO_ALIGN + runs[i].bytes + IO_ALIGN - 1) / IO_ALIGN *
+                         IO_ALIGN);
+    }
+    *n_runs = n;
+    return used;
+}
+
+size_t expert_slot_bytes(const expert_source *src, size_t n) {
+    size_t most = 0;
+    for (size_t i = 0; i < n; i++) {
+        slot_run runs[EXPERT_PARTS];
+        int n_runs;
+        size_t bytes = lay_out(&src[i], runs, &n_runs);
+        if (most < bytes) most = bytes;
+    }
+    return most;
+}
+
+/* Sizes must fit dim and inter, or a kernel would read past a slot's end. */
+static int check_parts(const expert_source *src, size_t n, int dim, int inter, dsv4_err *err) {
+    for (size_t i = 0; i < n; i++)
+        for (int p = 0; p < EXPERT_PARTS; p++) {
+            const ckpt_tensor *t = src[i].part[p];
+            uint64_t bytes = (uint64_t)dim * (uint64_t)inter / (p <= W3 ? 2 : 32);
+            if (t->bytes != bytes)
+                return fail(err, "tensor %s: has %" PRIu64 " bytes; expected: %" PRIu64, t->name,
+                            t->bytes, bytes);
+        }
+    return 0;
+}
+
+int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
+                 int inter, int n_slots, dsv4_err *err) {
+    assert(!o->arena);             /* once                                                      */
+    assert(n_slots >= 1);
+    assert(n_experts_total >= 1);
+    assert(dim % 32 == 0 && inter % 32 == 0);
+    if (check_parts(src, n_experts_total, dim, inter, err)) return -1;
+    o->n_experts = n_experts_total;
+    o->n_slots = n_slots;
+    o->dim = dim;
+    o->inter = inter;
+    o->slot_bytes = expert_slot_bytes(src, n_experts_total);
+    o->src = calloc(n_experts_total, sizeof *src);
+    o->slot_of = calloc(n_experts_total, sizeof *o->slot_of);
+    o->slots = calloc((size_t)n_slots, sizeof *o->slots);
+    size_t bytes;
+    bool fits = !__builtin_mul_overflow(o->slot_bytes, (size_t)n_slots, &bytes);
+    void *arena = fits ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                              -1, 0) : MAP_FAILED;
+    if (arena != MAP_FAILED) o->arena = arena;
+    if (!o->src || !o->slot_of || !o->slots || !o->arena) {
+        experts_close(o);
+        o->src = NULL, o->slot_of = NULL, o->slots = NULL, o->arena = NULL;
+        return fail(err, "no memory for %d expert slots of %zu bytes; lower the memory budget",
+                    n_slots, o->slot_bytes);
+    }
+    /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost. */
+    (void)madvise(arena, bytes, MADV_HUGEPAGE);
+    memcpy(o->src, src, n_experts_total * sizeof *src);
+    for (size_t i = 0; i < n_experts_total; i++) o->slot_of[i] = -1;
+    for (int i = 0; i < n_slots; i++) idle_link(o, i, false);
+    return 0;
+}
+
+/* Ask for pieces of queued slots, in order, while there are free requests. */
+static void slot_feed(offload *o) {
+    while (o->queue >= 0 && o->free_reqs) {
+        expert_slot *s = &o->slots[o->queue];
+        const slot_run *run = &s->runs[s->run];
+        assert(s->state == SLOT_READING);
+        io_req *r = take_req(o);
+        uint64_t at = s->at;
+        s->at = cut_piece(r, run->shard, run->off, run->bytes, at);
+        r->owner = o->queue;
+        r->buf = o->arena + o->slot_bytes * (size_t)o->queue + run->region + at;
+        s->in_flight++;
+        o->in_flight++;
+        io_start(o, r);
+        if (s->at < run->off % IO_ALIGN + run->bytes) continue;
+        s->at = 0;
+        if (++s->run == s->n_runs) o->queue = s->next_queued;
+    }
+}
+
+/* A piece has come or failed.  The last one settles the slot; until then even a failed slot
+ * stays READING, since the others still land in it. */
+static void slot_piece_in(offload *o, io_req *r, bool failed) {
+    expert_slot *s = &o->slots[r->owner];
+    assert(s->state == SLOT_READING);
+    assert(s->in_flight > 0);
+    s->in_flight--;
+    if (failed && !s->fault.cause) {
+        s->fault = (io_fault){r->cause, r->shard, r->off + r->done};
+        /* Of a slot with pieces both asked for and not yet, the queue's head is the only one. */
+        if (s->run < s->n_runs && o->queue >= 0) {
+            assert(o->queue == r->owner);
+            o->queue = s->next_queued;
+        }
+        s->run = s->n_runs;
+    }
+    if (s->in_flight > 0 || s->run < s->n_runs) return;
+
+    bool orphan = s->pins == 0;
+    s->state = SLOT_READY;
+    if (s->fault.cause) {          /* forget the expert: the next get reads it anew             */
+        o->slot_of[s->id] = -1;
+        s->state = orphan ? SLOT_FREE : SLOT_FAILED;
+    }
+    if (!orphan) return;
+    o->n_orphans--;
+    idle_link(o, r->owner, s->state == SLOT_FREE);
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Take the coldest idle slot away from its expert, if it has one. */
+static int slot_take(offload *o) {
+    int at = o->coldest;
+    expert_slot *s = &o->slots[at];
+    idle_unlink(o, at);
+    assert(s->pins == 0);              /* never while a kernel may still read it                */
+    assert(s->in_flight == 0);         /* never while a read is landing in it                   */
+    if (s->state == SLOT_READY) {
+        assert(o->slot_of[s->id] == at);
+        o->slot_of[s->id] = -1;
+        o->stats.evictions++;
+    }
+    s->state = SLOT_FREE;
+    return at;
+}
+
+int experts_get(offload *o, size_t id, dsv4_err *err) {
+    assert(id < o->n_experts);
+    err->msg[0] = 0;
+    if (io_reap(o, false, err)) return -1;
+    int at = o->slot_of[id];
+    if (at >= 0) {
+        expert_slot *s = &o->slots[at];
+        o->stats.hits++;
+        if (s->pins++ > 0) return at;
+        if (s->state == SLOT_READY) idle_unlink(o, at);
+        else o->n_orphans--;
+        return at;
+    }
+    /* Slots without a pin but with a read on its way: the caller has nothing to give back, so
+     * waiting for the first of them is the only way on. */
+    double begin = seconds();
+    while (o->coldest < 0 && o->n_orphans > 0)
+        if (io_reap(o, true, err)) return -1;
+    o->stats.wait_s += seconds() - begin;
+    if (o->coldest < 0) return -1;
+
+    at = slot_take(o);
+    expert_slot *s = &o->slots[at];
+    *s = (expert_slot){.state = SLOT_READING, .pins = 1, .id = id, .next_queued = -1};
+    size_t bytes = lay_out(&o->src[id], s->runs, &s->n_runs);
+    assert(bytes <= o->slot_bytes);
+    o->slot_of[id] = at;
+    o->stats.misses++;
+    *(o->queue < 0 ? &o->queue : &o->slots[o->queue_end].next_queued) = at;
+    o->queue_end = at;
+    slot_feed(o);
+    if (o->has_ring) (void)io_uring_submit(&o->ring);
+    return at;
+}
+
+/* Where part p of the slot's expert lies in memory. */
+static const uint8_t *part_at(const offload *o, int at, int p) {
+    const expert_slot *s = &o->slots[at];
+    const ckpt_tensor *t = o->src[s->id].part[p];
+    int i = 0;
+    while (s->runs[i].shard != t->shard || t->offset < s->runs[i].off ||
+           t->offset >= s->runs[i].off + s->runs[i].bytes)
+        assert(++i < s->n_runs);
+    return o->arena + o->slot_bytes * (size_t)at + s->runs[i].region +
+           s->runs[i].off % IO_ALIGN + (t->offset - s->runs[i].off);
+}
+
+/* The part that byte `off` of a shard belongs to, or NULL. */
+static const ckpt_tensor *part_hit(const expert_source *src, const io_fault *f) {
+    for (int p = 0; p < EXPERT_PARTS; p++) {
+        const ckpt_tensor *t = src->part[p]; /* a block may begin before its payload            */
+        if (t->shard == f->shard && f->off + IO_ALIGN > t->offset &&
+            f->off < t->offset + t->bytes)
+            return t;
+    }
+    return NULL;
+}
+
+int experts_wait(offload *o, int slot, dsv4_ffn *w, dsv4_err *err) {
+    assert(slot >= 0 && slot < o->n_slots);
+    expert_slot *s = &o->slots[slot];
+    assert(s->pins > 0);
+    if (s->state == SLOT_READING) {
+        double begin = seconds();
+        int rc = 0;
+        while (s->state == SLOT_READING && !rc) rc = io_reap(o, true, err);
+        o->stats.wait_s += seconds() - begin;
+        if (rc) return -1;
+    }
+    if (s->state == SLOT_FAILED)
+        return fault_message(o, &s->fault, part_hit(&o->src[s->id], &s->fault), err);
+    assert(s->state == SLOT_READY);
+    w->w1 = (dsv4_mat){DT_I8, o->inter, o->dim, part_at(o, slot, W1), part_at(o, slot, S1)};
+    w->w2 = (dsv4_mat){DT_I8, o->dim, o->inter, part_at(o, slot, W2), part_at(o, slot, S2)};
+    w->w3 = (dsv4_mat){DT_I8, o->inter, o->dim, part_at(o, slot, W3), part_at(o, slot, S3)};
+    return 0;
+}
+
+void experts_unpin(offload *o, int slot) {
+    assert(slot >= 0 && slot < o->n_slots);
+    expert_slot *s = &o->slots[slot];
+    assert(s->pins > 0);
+    if (--s->pins > 0) return;
+    if (s->state == SLOT_READING) {
+        o->n_orphans++;
+        return;
+    }
+    if (s->state == SLOT_FAILED) s->state = SLOT_FREE;
+    idle_link(o, slot, s->state == SLOT_FREE);
+}

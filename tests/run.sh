@@ -1,0 +1,28 @@
+#!/bin/sh
+# run.sh BUILD_DIR DSV4 -- every test, a line each; the last line is "N passed, N failed".
+# A program prints "ok ..." or "FAIL ..." for each test; one that dies otherwise counts as failed.
+build=$1 dsv4=$2 venv=build/venv/bin/python3
+log=$build/test.log
+: >"$log"
+try() {
+    "$@" >"$build/one.log" 2>&1
+    rc=$?
+    cat "$build/one.log"
+    cat "$build/one.log" >>"$log"
+    if [ $rc -ne 0 ] && ! grep -q '^FAIL ' "$build/one.log"; then
+        echo "FAIL $*: exit $rc" | tee -a "$log"
+    fi
+}
+try tests/style.sh
+try "$build/test_units"
+try "$build/test_kernels"
+try "$build/test_text"
+try "$build/test_offload"
+try "$build/test_model"
+try $venv tests/test_ref.py
+try $venv tests/test_tokenizer.py "$build/tokenize"
+try $venv tests/test_cli.py "$dsv4" "$build/mkmodel"
+passed=$(grep -c '^ok ' "$log")
+failed=$(grep -c '^FAIL ' "$log")
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
