@@ -119,7 +119,7 @@ static double mat_at(const dsv4_mat *w, int r, int c) {
         uint8_t nibble = (uint8_t)(bytes[at / 2] >> (4 * (c & 1)) & 15);
         return (double)e2m1_to_f32(nibble) * e8m0_to_f32(w->scale[at / 32]);
     }
-    default: assert(!"a dtype that no matrix has"); return 0;
+    default: assert(0); return 0;                            /* no matrix has another dtype */
     }
 }
 
@@ -237,8 +237,8 @@ static void act_quant_ref(float *y, const float *x, int n, int d, int block, dsv
 
 /* === 7. act_codes: the same values as codes and scales ============================= M2, aq128 ==
  * out  code [n][d] e4m3   scale [n][ceil(d/128)] e8m0
- * in   x [n][d] finite
- *      BIT-DEFINED                                                                              */
+ * in   x [n][d]
+ *      BIT-DEFINED.  A NaN gets a NaN code; an infinity gives its whole block NaN codes.        */
 static void act_codes_ref(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
     for (int t = 0; t < n; t++, x += d, code += d)
@@ -648,11 +648,12 @@ static void route_ref(int32_t *ids, float *weights, const dsv4_route *in, int n,
  *   g = min(g, limit), u = clamp(u, -limit, limit), a = (g / (1 + exp_f32(-g))) * u, all in F32
  * out  a [n][d]; may be g or u
  * in   g, u [n][d]
- *      BIT-DEFINED                                                                              */
+ *      BIT-DEFINED.  A NaN stays one.                                                          */
 static void swiglu_ref(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
     for (size_t i = 0; i < (size_t)n * (size_t)d; i++) {
-        float gate = fminf(g[i], limit), up = fminf(fmaxf(u[i], -limit), limit);
+        float gate = g[i] > limit ? limit : g[i], up = u[i] > limit ? limit : u[i];
+        up = up < -limit ? -limit : up;
         a[i] = gate / (1 + exp_f32(-gate)) * up;
     }
 }

@@ -57,42 +57,28 @@ enum {
 
 /* === 1. Text, files, JSON ===================================================================== */
 
-/* A JSON value as one printable line, cut to fit a message; an absent one is named so. */
+/* A JSON value as text, cut to fit a message (and to be compared with a short constant). */
 typedef struct { char text[96]; size_t n; } shown;
 
 static int show_some(const char *bytes, size_t n, void *arg) {
     shown *s = arg;
-    size_t room = sizeof s->text - 1 - s->n;
-    size_t take = n < room ? n : room;
+    size_t room = sizeof s->text - 1 - s->n, take = n < room ? n : room;
     memcpy(s->text + s->n, bytes, take);
     s->n += take;
     return take == n ? 0 : -1;     /* full: the dump stops here, however large the value is     */
 }
 
 static shown show(const json_t *v) {
-    shown s = {.n = 0};
-    if (!v) {
-        memcpy(s.text, "absent", s.n = strlen("absent"));
-    } else if (json_dump_callback(v, show_some, &s,
-                                  JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII)) {
+    shown s = {.text = "absent"};
+    if (v && json_dump_callback(v, show_some, memset(&s, 0, sizeof s),
+                                JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII))
         memcpy(s.text + sizeof s.text - 4, "...", 4);
-    }
     return s;
-}
-
-/* True for a name that can stand in a table and in a message: 1 to MAX_NAME - 1 bytes, none of
- * them a control character. */
-static bool name_ok(const char *name) {
-    size_t n = strlen(name);
-    for (size_t i = 0; i < n; i++)
-        if ((unsigned char)name[i] < ' ' || name[i] == 0x7f) return false;
-    return n > 0 && n < MAX_NAME;
 }
 
 static int join(char path[PATH_MAX], const char *dir, const char *file, dsv4_err *err) {
     int n = snprintf(path, PATH_MAX, "%s/%s", dir, file);
-    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", dir);
-    return 0;
+    return n > 0 && n < PATH_MAX ? 0 : fail(err, "%.200s...: the path is too long", dir);
 }
 
 /* Read exactly n bytes at off, through short reads and signals. */
@@ -101,12 +87,9 @@ static int read_fully(int fd, void *dst, size_t n, uint64_t off, const char *pat
     for (size_t done = 0; done < n;) {
         ssize_t got = pread(fd, (char *)dst + done, n - done, (off_t)(off + done));
         if (got < 0 && errno == EINTR) continue;
-        if (got < 0)
+        if (got <= 0)
             return fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
-                        strerror(errno));
-        if (got == 0)
-            return fail(err, "read %s: it ends at byte %" PRIu64 ", %zu bytes early", path,
-                        off + done, n - done);
+                        got ? strerror(errno) : "the file ends there");
         done += (size_t)got;
     }
     return 0;
@@ -115,7 +98,7 @@ static int read_fully(int fd, void *dst, size_t n, uint64_t off, const char *pat
 /* Open a regular file for plain reading and tell its size; the caller closes *fd. */
 static int open_file(int *fd, uint64_t *size, const char *path, dsv4_err *err) {
     struct stat st;
-    *fd = open(path, O_RDONLY | O_CLOEXEC);
+    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO of that name must not hang us */
     if (*fd < 0) return fail(err, "open %s: %s", path, strerror(errno));
     if (fstat(*fd, &st) || !S_ISREG(st.st_mode)) {
         close(*fd);
@@ -125,35 +108,11 @@ static int open_file(int *fd, uint64_t *size, const char *path, dsv4_err *err) {
     return 0;
 }
 
-/* A whole small file; on 0 the caller frees *text. */
-static int read_text(char **text, size_t *len, const char *path, size_t max, dsv4_err *err) {
-    int fd;
-    uint64_t size;
-    if (open_file(&fd, &size, path, err)) return -1;
-    int rc = -1;
-    *text = NULL;
-    if (size > max)
-        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
-    else if (!(*text = malloc((size_t)size + 1)))
-        fail(err, "%s: out of memory", path);
-    else
-        rc = read_fully(fd, *text, (size_t)size, 0, path, err);
-    close(fd);
-    if (rc) {
-        free(*text);
-        *text = NULL;
-    }
-    *len = (size_t)size;
-    return rc;
-}
-
 /* A JSON object from memory, no key twice.  NULL with err->msg set when it is none. */
 static json_t *parse_object(const char *text, size_t len, const char *where, dsv4_err *err) {
     json_error_t bad;
     json_t *root = json_loadb(text, len, JSON_REJECT_DUPLICATES, &bad);
     if (!root) {
-        for (char *p = bad.text; *p; p++)          /* it quotes the file, newlines and all      */
-            if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
         fail(err, "%s: line %d: %s", where, bad.line, bad.text);
     } else if (!json_is_object(root)) {
         fail(err, "%s: holds %s, not a JSON object", where, show(root).text);
@@ -163,13 +122,105 @@ static json_t *parse_object(const char *text, size_t len, const char *where, dsv
     return root;
 }
 
-/* === 2. Config ================================================================================ */
+/* A whole small file; on 0 the caller frees *text. */
+static int read_text(char **text, size_t *len, const char *path, size_t max, dsv4_err *err) {
+    int fd, rc = -1;
+    uint64_t size;
+    if (open_file(&fd, &size, path, err)) return -1;
+    *text = NULL;
+    *len = (size_t)size;
+    if (size > max)
+        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    else if (!(*text = malloc(*len + 1)))
+        fail(err, "%s: out of memory", path);
+    else if ((rc = read_fully(fd, *text, *len, 0, path, err)))
+        free(*text);
+    close(fd);
+    return rc;
+}
 
-/* Every whole number of config.json that the model needs.  A number that is a size is bounded, so
- * that what is computed from it later cannot overflow. */
+/* === 2. Config ================================================================================
+ * A message names the file, the key, what it holds and what would be accepted.                   */
+
+typedef struct {                   /* where values are looked up, and how the place is called   */
+    const json_t *object;
+    const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
+    dsv4_err *err;
+} config_in;
+
+static int refuse(const config_in *in, const char *key, const char *accepted) {
+    return fail(in->err, "%s: %s%s is %s; accepted: %s", in->where, in->prefix, key,
+                show(json_object_get(in->object, key)).text, accepted);
+}
+
+static int want_int(const config_in *in, const char *key, int64_t lo, int64_t hi,
+                    int64_t multiple, int64_t *out) {
+    const json_t *v = json_object_get(in->object, key);
+    char accepted[96];
+    *out = json_integer_value(v);  /* 0 where it is none                                        */
+    if (json_is_integer(v) && *out >= lo && *out <= hi && *out % multiple == 0) return 0;
+    int n = snprintf(accepted, sizeof accepted, "whole numbers from %" PRId64 " to %" PRId64, lo,
+                     hi);
+    if (multiple > 1)
+        snprintf(accepted + n, sizeof accepted - (size_t)n, ", multiples of %" PRId64, multiple);
+    return refuse(in, key, accepted);
+}
+
+/* A number, with or without a point: rope_theta is written both ways. */
+static int want_real(const config_in *in, const char *key, double lo, double hi, double *out) {
+    const json_t *v = json_object_get(in->object, key);
+    char accepted[64];
+    *out = json_number_value(v);
+    if (json_is_number(v) && *out >= lo && *out <= hi) return 0;
+    snprintf(accepted, sizeof accepted, "numbers from %g to %g", lo, hi);
+    return refuse(in, key, accepted);
+}
+
+/* What the program computes in one way only.  Values stand as JSON writes them. */
+typedef struct { const char *key, *value; bool optional; } constant;
+
+static const constant constants[] = {
+    {"expert_dtype", "\"fp4\"", false},          {"scoring_func", "\"sqrtsoftplus\"", false},
+    {"topk_method", "\"noaux_tc\"", false},      {"norm_topk_prob", "true", false},
+    {"num_key_value_heads", "1", true},          {NULL, NULL, false},
+}, quant_constants[] = {
+    {"fmt", "\"e4m3\"", true},                   {"scale_fmt", "\"ue8m0\"", true},
+    {"weight_block_size", "[128,128]", true},    {NULL, NULL, false},
+}, yarn_constants[] = {
+    {"type", "\"yarn\"", false},                 {NULL, NULL, false},
+};
+
+static int want_constants(const config_in *in, const constant *k) {
+    for (; k->key; k++) {
+        const json_t *v = json_object_get(in->object, k->key);
+        if ((v || !k->optional) && strcmp(show(v).text, k->value) != 0)
+            return refuse(in, k->key, k->value);
+    }
+    return 0;
+}
+
+/* What says which architecture this is.  model_type comes first: of another one, nothing else
+ * need make sense. */
+static int config_kind(const config_in *in) {
+    const json_t *type = json_object_get(in->object, "model_type");
+    const json_t *quant = json_object_get(in->object, "quantization_config");
+    const config_in sub = {quant, in->where, "quantization_config.", in->err};
+    if (!json_is_string(type)) return refuse(in, "model_type", "\"deepseek_v4\"");
+    if (strcmp(json_string_value(type), "deepseek_v4") != 0)
+        return fail(in->err, "%s: model_type %.64s is another architecture; this program runs "
+                    "deepseek_v4", in->where, json_string_value(type));
+    if (want_constants(in, constants)) return -1;
+    if (!quant || json_is_null(quant)) return 0;       /* the tensors' own dtypes decide        */
+    if (!json_is_object(quant)) return refuse(in, "quantization_config", "an object");
+    return want_constants(&sub, quant_constants);
+}
+
+/* Every whole number that the model needs.  A number that is a size is bounded, so that what is
+ * computed from it later cannot overflow. */
 static const struct { const char *key; size_t at; int lo, hi, multiple; } int_fields[] = {
 #define FIELD(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), lo, hi, multiple}
-    FIELD(hidden_size, 32, MAX_DIM, 32),
+    FIELD(hidden_size, 32, MAX_DIM, 32),           /* FP4 scales stand for 32                   */
+    FIELD(moe_intermediate_size, 32, MAX_DIM, 32),
     FIELD(num_hidden_layers, 1, MAX_LAYERS, 1),
     FIELD(num_attention_heads, 1, MAX_DIM, 1),
     FIELD(head_dim, 2, MAX_DIM, 1),
@@ -184,7 +235,6 @@ static const struct { const char *key; size_t at; int lo, hi, multiple; } int_fi
     FIELD(n_routed_experts, 1, MAX_EXPERTS, 1),
     FIELD(num_experts_per_tok, 1, MAX_TOPK, 1),
     FIELD(n_shared_experts, 1, 1, 1),              /* the graph has exactly one                 */
-    FIELD(moe_intermediate_size, 32, MAX_DIM, 32), /* FP4 scales stand for 32                   */
     FIELD(num_hash_layers, 0, MAX_LAYERS, 1),
     FIELD(hc_mult, 1, MAX_HC, 1),
     FIELD(hc_sinkhorn_iters, 1, 1000, 1),
@@ -195,176 +245,98 @@ static const struct { const char *key; size_t at; int lo, hi, multiple; } int_fi
 #undef FIELD
 };
 
-typedef struct {                   /* where a value is looked up, and how it is called          */
-    const json_t *object;
-    const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
-    dsv4_err *err;
-} config_in;
-
-static int want_int(const config_in *in, const char *key, int64_t lo, int64_t hi,
-                    int64_t multiple, int64_t *out) {
-    const json_t *v = json_object_get(in->object, key);
-    if (!json_is_integer(v) || json_integer_value(v) < lo || json_integer_value(v) > hi ||
-        json_integer_value(v) % multiple)
-        return fail(in->err,
-                    "%s: %s%s is %s; accepted: whole numbers from %" PRId64 " to %" PRId64
-                    ", multiples of %" PRId64,
-                    in->where, in->prefix, key, show(v).text, lo, hi, multiple);
-    *out = json_integer_value(v);
-    return 0;
-}
-
-/* A number, with or without a point: rope_theta is written both ways. */
-static int want_real(const config_in *in, const char *key, double lo, double hi, double *out) {
-    const json_t *v = json_object_get(in->object, key);
-    if (!json_is_number(v) || !(json_number_value(v) >= lo) || !(json_number_value(v) <= hi))
-        return fail(in->err, "%s: %s%s is %s; accepted: numbers from %g to %g", in->where,
-                    in->prefix, key, show(v).text, lo, hi);
-    *out = json_number_value(v);
-    return 0;
-}
-
-static int want_float(const config_in *in, const char *key, double lo, double hi, float *out) {
-    double x;
-    if (want_real(in, key, lo, hi, &x)) return -1;
-    *out = (float)x;               /* the official code holds these in F32 tensors or rounds so */
-    return 0;
-}
-
-/* A constant of the architecture: the program computes this value's way and no other. */
-static int want_text(const config_in *in, const char *key, const char *accepted) {
-    const json_t *v = json_object_get(in->object, key);
-    if (!json_is_string(v) || strcmp(json_string_value(v), accepted) != 0)
-        return fail(in->err, "%s: %s%s is %s; accepted: \"%s\"", in->where, in->prefix, key,
-                    show(v).text, accepted);
-    return 0;
-}
-
-/* What says which architecture this is.  model_type comes first: of another one, nothing else
- * need make sense. */
-static int config_kind(const config_in *in) {
-    const json_t *type = json_object_get(in->object, "model_type");
-    if (!json_is_string(type)) return want_text(in, "model_type", "deepseek_v4");
-    if (strcmp(json_string_value(type), "deepseek_v4") != 0) {
-        shown s = show(type);      /* without its quotes                                        */
-        return fail(in->err,
-                    "%s: model_type %.*s is another architecture; this program runs deepseek_v4",
-                    in->where, (int)s.n - 2, s.text + 1);
+static int config_ints(dsv4_config *cfg, const config_in *in) {
+    for (size_t i = 0; i < sizeof int_fields / sizeof *int_fields; i++) {
+        int64_t value;
+        if (want_int(in, int_fields[i].key, int_fields[i].lo, int_fields[i].hi,
+                     int_fields[i].multiple, &value))
+            return -1;
+        memcpy((char *)cfg + int_fields[i].at, &(int){(int)value}, sizeof(int));
     }
-    if (want_text(in, "expert_dtype", "fp4")) return -1;
-    if (want_text(in, "scoring_func", "sqrtsoftplus")) return -1;
-    if (want_text(in, "topk_method", "noaux_tc")) return -1;
-
-    const json_t *norm = json_object_get(in->object, "norm_topk_prob");
-    if (!json_is_true(norm))
-        return fail(in->err, "%s: norm_topk_prob is %s; accepted: true", in->where,
-                    show(norm).text);
-    int64_t one;
-    if (json_object_get(in->object, "num_key_value_heads") &&
-        want_int(in, "num_key_value_heads", 1, 1, 1, &one))
-        return -1;
-
-    const json_t *quant = json_object_get(in->object, "quantization_config");
-    if (!quant || json_is_null(quant)) return 0;
-    config_in sub = {quant, in->where, "quantization_config.", in->err};
-    if (!json_is_object(quant))
-        return fail(in->err, "%s: quantization_config is %s; accepted: an object", in->where,
-                    show(quant).text);
-    if (json_object_get(quant, "fmt") && want_text(&sub, "fmt", "e4m3")) return -1;
-    if (json_object_get(quant, "scale_fmt") && want_text(&sub, "scale_fmt", "ue8m0")) return -1;
-    const json_t *block = json_object_get(quant, "weight_block_size");
-    if (block && (json_array_size(block) != 2 ||
-                  json_integer_value(json_array_get(block, 0)) != 128 ||
-                  json_integer_value(json_array_get(block, 1)) != 128))
-        return fail(in->err, "%s: quantization_config.weight_block_size is %s; accepted: "
-                    "[128,128]", in->where, show(block).text);
-    return 0;
+    return want_int(in, "max_position_embeddings", 1, MAX_POSITION, 1,
+                    &cfg->max_position_embeddings);
 }
 
 /* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
     const json_t *list = json_object_get(in->object, "compress_ratios");
     size_t n = json_array_size(list), layers = (size_t)cfg->num_hidden_layers;
-    if (!json_is_array(list) || n < layers)
-        return fail(in->err, "%s: compress_ratios is %s (%zu entries); accepted: one for each of "
-                    "the %zu layers", in->where, show(list).text, n, layers);
+    char accepted[80];
+    snprintf(accepted, sizeof accepted, "0 or 2 to %d for each of the %zu layers", MAX_RATIO,
+             layers);
+    if (n < layers) return refuse(in, "compress_ratios", accepted);
     for (size_t l = 0; l <= layers && l < n; l++) {
         const json_t *v = json_array_get(list, l);
         json_int_t ratio = json_integer_value(v);
         if (!json_is_integer(v) || ratio < 0 || ratio == 1 || ratio > MAX_RATIO)
-            return fail(in->err, "%s: compress_ratios[%zu] is %s; accepted: 0, or whole numbers "
-                        "from 2 to %d", in->where, l, show(v).text, MAX_RATIO);
+            return fail(in->err, "%s: compress_ratios[%zu] is %s; accepted: %s", in->where, l,
+                        show(v).text, accepted);
         cfg->compress_ratios[l] = (int)ratio;
     }
     return 0;
 }
 
 static int config_reals(dsv4_config *cfg, const config_in *in) {
-    /* F32 holds the whole of these ranges; theta's logarithm is divided by */
-    if (want_real(in, "rope_theta", 2, 1e15, &cfg->rope_theta)) return -1;
-    if (want_real(in, "compress_rope_theta", 2, 1e15, &cfg->compress_rope_theta)) return -1;
-    if (want_float(in, "swiglu_limit", 1e-6, 1e6, &cfg->swiglu_limit)) return -1;
-    if (want_float(in, "routed_scaling_factor", 1e-6, 1e6, &cfg->routed_scaling_factor))
+    double limit, scale, hc_eps, rms_eps; /* F32 holds these ranges whole, above zero           */
+    if (want_real(in, "rope_theta", 2, 1e15, &cfg->rope_theta) || /* ln(theta) is divided by    */
+        want_real(in, "compress_rope_theta", 2, 1e15, &cfg->compress_rope_theta) ||
+        want_real(in, "swiglu_limit", 1e-6, 1e6, &limit) ||
+        want_real(in, "routed_scaling_factor", 1e-6, 1e6, &scale) ||
+        want_real(in, "hc_eps", 1e-30, 1, &hc_eps) ||
+        want_real(in, "rms_norm_eps", 1e-30, 1, &rms_eps))
         return -1;
-    if (want_float(in, "hc_eps", 1e-30, 1, &cfg->hc_eps)) return -1;
-    if (want_float(in, "rms_norm_eps", 1e-30, 1, &cfg->rms_norm_eps)) return -1;
+    cfg->swiglu_limit = (float)limit;
+    cfg->routed_scaling_factor = (float)scale;
+    cfg->hc_eps = (float)hc_eps;
+    cfg->rms_norm_eps = (float)rms_eps;
 
     const json_t *rope = json_object_get(in->object, "rope_scaling");
+    const config_in sub = {rope, in->where, "rope_scaling.", in->err};
     bool compressed = false;
     for (int l = 0; l <= cfg->num_hidden_layers; l++) compressed |= cfg->compress_ratios[l] != 0;
-    if (!compressed && (!rope || json_is_null(rope))) {
-        cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
-        return 0;
-    }
+    cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
+    if (!compressed && (!rope || json_is_null(rope))) return 0;
     if (!json_is_object(rope))
-        return fail(in->err, "%s: rope_scaling is %s; accepted: an object, since some layers have "
-                    "a compress ratio", in->where, show(rope).text);
-    config_in sub = {rope, in->where, "rope_scaling.", in->err};
-    if (want_text(&sub, "type", "yarn")) return -1;
-    if (want_real(&sub, "factor", 1, 1e6, &cfg->yarn_factor)) return -1;
-    if (want_real(&sub, "beta_slow", 1e-6, 1e6, &cfg->yarn_beta_slow)) return -1;
-    if (want_real(&sub, "beta_fast", cfg->yarn_beta_slow, 1e6, &cfg->yarn_beta_fast)) return -1;
+        return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
+    if (want_constants(&sub, yarn_constants) ||
+        want_real(&sub, "factor", 1, 1e6, &cfg->yarn_factor) ||
+        want_real(&sub, "beta_slow", 1e-6, 1e6, &cfg->yarn_beta_slow) ||
+        want_real(&sub, "beta_fast", cfg->yarn_beta_slow, 1e6, &cfg->yarn_beta_fast))
+        return -1;
     return want_real(&sub, "original_max_position_embeddings", 1, 1e12, &cfg->yarn_original);
 }
 
 /* What two keys say together. */
 static int config_check(const dsv4_config *c, const config_in *in) {
     int64_t ratio = 0, heads = (int64_t)c->num_attention_heads * c->head_dim;
-    bool csa = false;
+    int hadamard = c->index_head_dim, rope = c->qk_rope_head_dim;
+    bool csa = false;              /* ratio 4 brings the indexer                                */
     for (int l = 0; l <= c->num_hidden_layers; l++) {
         if (ratio < c->compress_ratios[l]) ratio = c->compress_ratios[l];
         csa |= c->compress_ratios[l] == 4;
     }
-    const struct { bool ok; const char *key; int value; const char *accepted; } rules[] = {
-        {c->qk_rope_head_dim < c->head_dim, "qk_rope_head_dim", c->qk_rope_head_dim,
-         "less than head_dim"},
-        {c->qk_rope_head_dim <= c->index_head_dim, "qk_rope_head_dim", c->qk_rope_head_dim,
-         "at most index_head_dim"},
-        {!csa || (c->index_head_dim % 32 == 0 && !(c->index_head_dim & (c->index_head_dim - 1))),
-         "index_head_dim", c->index_head_dim, "a power of two from 32 (Hadamard, blocks of 32)"},
-        {heads % c->o_groups == 0, "o_groups", c->o_groups,
-         "a divisor of num_attention_heads * head_dim"},
+    const struct { bool ok; const char *key, *accepted; } rules[] = {
+        {rope < c->head_dim, "qk_rope_head_dim", "less than head_dim"},
+        {rope <= c->index_head_dim, "qk_rope_head_dim", "at most index_head_dim"},
+        {!csa || (hadamard % 32 == 0 && (hadamard & (hadamard - 1)) == 0), "index_head_dim",
+         "a power of two from 32, for the Hadamard transform and its blocks of 32"},
+        {heads % c->o_groups == 0, "o_groups", "a divisor of num_attention_heads * head_dim"},
         {c->num_experts_per_tok <= c->n_routed_experts, "num_experts_per_tok",
-         c->num_experts_per_tok, "at most n_routed_experts"},
-        {c->num_hash_layers <= c->num_hidden_layers, "num_hash_layers", c->num_hash_layers,
+         "at most n_routed_experts"},
+        {c->num_hash_layers <= c->num_hidden_layers, "num_hash_layers",
          "at most num_hidden_layers"},
-        {c->bos_token_id < c->vocab_size, "bos_token_id", c->bos_token_id,
-         "less than vocab_size"},
-        {c->eos_token_id < c->vocab_size, "eos_token_id", c->eos_token_id,
-         "less than vocab_size"},
+        {c->bos_token_id < c->vocab_size, "bos_token_id", "less than vocab_size"},
+        {c->eos_token_id < c->vocab_size, "eos_token_id", "less than vocab_size"},
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
-        if (!rules[i].ok)
-            return fail(in->err, "%s: %s is %d; accepted: %s", in->where, rules[i].key,
-                        rules[i].value, rules[i].accepted);
+        if (!rules[i].ok) return refuse(in, rules[i].key, rules[i].accepted);
 
-    /* Sizes that become an int somewhere; each factor alone is bounded already. */
-    const struct { const char *what; int64_t value; } sizes[] = {
+    const struct { const char *what; int64_t value; } sizes[] = { /* an int somewhere later     */
         {"num_attention_heads * head_dim", heads},
         {"o_groups * o_lora_rank", (int64_t)c->o_groups * c->o_lora_rank},
         {"index_n_heads * index_head_dim", (int64_t)c->index_n_heads * c->index_head_dim},
         {"sliding_window * head_dim", (int64_t)c->sliding_window * c->head_dim},
-        {"largest compress_ratios * 4 * head_dim", ratio * 4 * c->head_dim},
+        {"4 * the largest of compress_ratios * head_dim", 4 * ratio * c->head_dim},
         {"hidden_size * moe_intermediate_size",
          (int64_t)c->hidden_size * c->moe_intermediate_size},
         {"n_routed_experts * hidden_size", (int64_t)c->n_routed_experts * c->hidden_size},
@@ -378,32 +350,22 @@ static int config_check(const dsv4_config *c, const config_in *in) {
 
 int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
                  dsv4_err *err) {
-    *cfg = (dsv4_config){.hidden_size = 0};
+    *cfg = (dsv4_config){.name = ""};
     json_t *root = parse_object(json, len, where, err);
     if (!root) return -1;
-    config_in in = {root, where, "", err};
-    int rc = config_kind(&in);
-    for (size_t i = 0; !rc && i < sizeof int_fields / sizeof *int_fields; i++) {
-        int64_t value = 0;
-        rc = want_int(&in, int_fields[i].key, int_fields[i].lo, int_fields[i].hi,
-                      int_fields[i].multiple, &value);
-        memcpy((char *)cfg + int_fields[i].at, &(int){(int)value}, sizeof(int));
-    }
-    if (!rc) rc = want_int(&in, "max_position_embeddings", 1, MAX_POSITION, 1,
-                           &cfg->max_position_embeddings);
-    if (!rc) rc = config_ratios(cfg, &in);
-    if (!rc) rc = config_reals(cfg, &in);
-    if (!rc) rc = config_check(cfg, &in);
+    const config_in in = {root, where, "", err};
+    int rc = config_kind(&in) || config_ints(cfg, &in) || config_ratios(cfg, &in) ||
+             config_reals(cfg, &in) || config_check(cfg, &in);
     json_decref(root);
-    return rc;
+    return rc ? -1 : 0;
 }
 
 int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
-    char path[PATH_MAX];
-    char *text;
+    char path[PATH_MAX], *text;
     size_t len;
-    if (join(path, dir, "config.json", err)) return -1;
-    if (read_text(&text, &len, path, MAX_CONFIG_BYTES, err)) return -1;
+    if (join(path, dir, "config.json", err) ||
+        read_text(&text, &len, path, MAX_CONFIG_BYTES, err))
+        return -1;
     int rc = config_parse(cfg, text, len, path, err);
     free(text);
     /* The model is called as its directory, also where that was given as "." or "models/x/". */
@@ -411,7 +373,10 @@ int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
     return rc;
 }
 
-/* === 3. Headers =============================================================================== */
+/* === 3. Headers ===============================================================================
+ *   u64 length | JSON: name -> {dtype, shape, data_offsets} | data; offsets count from its begin
+ * What a header says is checked before it is used; the JSON is freed, the table keeps about 130
+ * bytes a tensor.                                                                                */
 
 typedef struct {
     char *path;                    /* DIR/FILE, ours                                            */
@@ -440,13 +405,12 @@ static bool whole(const json_t *v) { return json_is_integer(v) && json_integer_v
 /* One entry of a header.  Its end is checked by header_parse(), once for the whole file. */
 static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64_t data_at,
                        dsv4_err *err) {
-    const json_t *type = json_object_get(v, "dtype");
-    const json_t *shape = json_object_get(v, "shape");
+    const json_t *type = json_object_get(v, "dtype"), *shape = json_object_get(v, "shape");
     const json_t *range = json_object_get(v, "data_offsets");
+    const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
     if (!json_is_string(type))
         return fail(err, "%s: tensor %s: dtype is %s, not a string", path, t->name,
                     show(type).text);
-    const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
     if (json_array_size(range) != 2 || !whole(begin) || !whole(end) ||
         json_integer_value(begin) > json_integer_value(end))
         return fail(err, "%s: tensor %s: data_offsets is %s, not [begin,end]", path, t->name,
@@ -461,16 +425,15 @@ static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64
             t->dtype = stored_types[i].dtype;
             bytes = stored_types[i].bytes;
         }
-    bool known = bytes > 0, fits = true;
+    bool known = bytes > 0, fits = json_is_array(shape);
     size_t n = json_array_size(shape);
-    for (size_t d = 0; d < n; d++) {
+    for (size_t d = 0; d < n && fits; d++) {
         const json_t *size = json_array_get(shape, d);
-        fits = fits && whole(size);
-        uint64_t count = fits ? (uint64_t)json_integer_value(size) : 0;
-        fits = fits && !__builtin_mul_overflow(bytes, count, &bytes);
-        if (d < 4) t->shape[d] = (int64_t)count;
+        fits = whole(size) &&
+               !__builtin_mul_overflow(bytes, (uint64_t)json_integer_value(size), &bytes);
+        if (d < 4) t->shape[d] = (int64_t)json_integer_value(size);
     }
-    if (!json_is_array(shape) || !fits)
+    if (!fits)
         return fail(err, "%s: tensor %s: shape is %s, not a list of sizes whose product fits 64 "
                     "bits", path, t->name, show(shape).text);
     if (known && bytes != t->bytes)
@@ -484,14 +447,14 @@ static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64
 
 static int by_offset(const void *a, const void *b) {
     const ckpt_tensor *x = a, *y = b;
-    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
-    return (x->bytes > y->bytes) - (x->bytes < y->bytes); /* empty ones first: they cover nothing */
+    return (x->offset > y->offset) - (x->offset < y->offset);
 }
 
-/* Sort the n tensors of one shard as they lie in it: none may begin before the last one ends. */
+/* Sort the n tensors of one shard as they lie in it: none may begin before another one ends.
+ * Empty tensors cover nothing and may lie anywhere; so may gaps. */
 static int check_overlaps(ckpt_tensor *t, size_t n, const shard *s, dsv4_err *err) {
-    qsort(t, n, sizeof *t, by_offset);
     const ckpt_tensor *last = NULL;
+    if (n) qsort(t, n, sizeof *t, by_offset);
     for (size_t i = 0; i < n; i++) {
         if (t[i].bytes == 0) continue;
         if (last && t[i].offset < last->offset + last->bytes)
@@ -502,22 +465,18 @@ static int check_overlaps(ckpt_tensor *t, size_t n, const shard *s, dsv4_err *er
     return 0;
 }
 
-/* Room for every name of a header in one block, and for n more tensors in the table. */
+/* Room for every name of a header in one block, and for its tensors in the table. */
 static int header_room(ckpt *c, shard *s, json_t *root, dsv4_err *err) {
     const char *name;
     json_t *value;
-    size_t bytes = 0, n = json_object_size(root);
+    size_t bytes = 1, n = json_object_size(root);
     json_object_foreach(root, name, value) {
-        json_t *text = NULL;
-        if (!name_ok(name)) {
-            fail(err, "%s: a tensor is called %s; accepted: 1 to %d bytes, no control characters",
-                 s->path, show(text = json_string(name)).text, MAX_NAME - 1);
-            json_decref(text);
-            return -1;
-        }
-        bytes += strlen(name) + 1;
+        size_t len = strlen(name); /* jansson refuses names with a NUL inside                   */
+        if (len == 0 || len >= MAX_NAME)
+            return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...",
+                        s->path, len, MAX_NAME - 1, name);
+        bytes += len + 1;
     }
-    s->names = malloc(bytes + 1);
     if (c->n_tensors + n > c->cap_tensors) {
         size_t cap = 2 * c->cap_tensors + n;
         ckpt_tensor *grown = realloc(c->tensors, cap * sizeof *grown);
@@ -525,6 +484,7 @@ static int header_room(ckpt *c, shard *s, json_t *root, dsv4_err *err) {
         c->tensors = grown;
         c->cap_tensors = cap;
     }
+    s->names = malloc(bytes);
     return s->names ? 0 : fail(err, "%s: out of memory for %zu names", s->path, n);
 }
 
@@ -532,29 +492,26 @@ static int header_room(ckpt *c, shard *s, json_t *root, dsv4_err *err) {
  * the file's first eight bytes.  Types unknown to us go in as DT_N: the index may name them. */
 static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_err *err) {
     shard *s = &c->shards[which];
-    json_t *root = parse_object(text, len, s->path, err);
+    json_t *root = parse_object(text, len, s->path, err), *value;
     if (!root) return -1;
     const char *key;
-    json_t *value;
     size_t first = c->n_tensors;
     uint64_t data_at = 8 + (uint64_t)len, need = data_at;
     int rc = header_room(c, s, root, err);
     char *name = s->names;
     if (!rc) json_object_foreach(root, key, value) {
         if (!strcmp(key, "__metadata__")) continue; /* notes of whoever wrote the file          */
-        ckpt_tensor *t = &c->tensors[c->n_tensors];
+        ckpt_tensor *t = &c->tensors[c->n_tensors++];
         *t = (ckpt_tensor){.name = name, .shard = which};
         name = stpcpy(name, key) + 1;
         if ((rc = entry_parse(t, s->path, value, data_at, err))) break;
         if (need < t->offset + t->bytes) need = t->offset + t->bytes;
-        c->n_tensors++;
     }
     json_decref(root);
     if (rc) return -1;
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
-    if (c->n_tensors == first) return 0;
     return check_overlaps(c->tensors + first, c->n_tensors - first, s, err);
 }
 
@@ -563,7 +520,7 @@ static int header_length(const shard *s, const uint8_t raw[8], size_t *len, dsv4
     uint64_t n = 0;
     for (int i = 7; i >= 0; i--) n = n << 8 | raw[i];
     if (n < 2 || n > MAX_HEADER_BYTES)
-        return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d; this is no "
+        return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
                     "safetensors file, or it is damaged", s->path, n, MAX_HEADER_BYTES);
     if (n > s->size - 8)
         return fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the "
@@ -575,20 +532,20 @@ static int header_length(const shard *s, const uint8_t raw[8], size_t *len, dsv4
 /* Read one shard's header, and nothing behind it. */
 static int shard_read(ckpt *c, int which, dsv4_err *err) {
     shard *s = &c->shards[which];
-    int fd;
-    if (open_file(&fd, &s->size, s->path, err)) return -1;
     uint8_t raw[8];
     char *text = NULL;
     size_t len = 0;
-    int rc = -1;
+    int fd, rc = -1;
+    if (open_file(&fd, &s->size, s->path, err)) return -1;
     if (s->size < 8)
-        fail(err, "%s: has %" PRIu64 " bytes; a safetensors file has at least 10: download it "
-             "again", s->path, s->size);
-    else if (!read_fully(fd, raw, 8, 0, s->path, err) && !header_length(s, raw, &len, err)) {
-        text = malloc(len);
-        rc = text ? read_fully(fd, text, len, 8, s->path, err)
-                  : fail(err, "%s: out of memory for a header of %zu bytes", s->path, len);
-    }
+        fail(err, "%s: has %" PRIu64 " bytes, less than the shortest header: the file is cut "
+             "short, download it again", s->path, s->size);
+    else if (read_fully(fd, raw, 8, 0, s->path, err) || header_length(s, raw, &len, err))
+        rc = -1;
+    else if (!(text = malloc(len)))
+        fail(err, "%s: out of memory for a header of %zu bytes", s->path, len);
+    else
+        rc = read_fully(fd, text, len, 8, s->path, err);
     close(fd);
     if (!rc) rc = header_parse(c, which, text, len, err);
     free(text);
@@ -605,19 +562,22 @@ static int by_name(const void *a, const void *b) {
     return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
 }
 
-/* Make the list of shards from n file names, in order of name.  Names are sorted in place. */
+/* Make the list of shards, in order of name, from n file names of which many may be the same.
+ * The names are sorted in place. */
 static int set_shards(ckpt *c, const char *dir, const char **files, size_t n, dsv4_err *err) {
-    if (n > MAX_SHARDS)
-        return fail(err, "%s: %zu shards; accepted: at most %d", dir, n, MAX_SHARDS);
-    c->shards = calloc(n + 1, sizeof *c->shards);
+    char path[PATH_MAX];
+    c->shards = calloc(MAX_SHARDS, sizeof *c->shards);
     if (!c->shards) return fail(err, "%s: out of memory", dir);
-    qsort(files, n, sizeof *files, by_text);
+    if (n) qsort(files, n, sizeof *files, by_text);
     for (size_t i = 0; i < n; i++) {
-        char path[PATH_MAX];
+        if (i > 0 && !strcmp(files[i], files[i - 1])) continue;
+        if (c->n_shards == MAX_SHARDS)
+            return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
         if (join(path, dir, files[i], err)) return -1;
-        shard *s = &c->shards[c->n_shards++];
+        shard *s = &c->shards[c->n_shards];
         if (!(s->path = strdup(path))) return fail(err, "%s: out of memory", dir);
         s->file = s->path + strlen(dir) + 1;
+        c->n_shards++;
     }
     return 0;
 }
@@ -625,7 +585,7 @@ static int set_shards(ckpt *c, const char *dir, const char **files, size_t n, ds
 /* Without an index: every *.safetensors of the directory. */
 static int list_dir(ckpt *c, const char *dir, dsv4_err *err) {
     struct dirent **found;
-    int n_found = scandir(dir, &found, NULL, NULL);
+    int n_found = scandir(dir, &found, NULL, NULL), rc;
     if (n_found < 0) return fail(err, "open %s: %s", dir, strerror(errno));
     const char **files = calloc((size_t)n_found + 1, sizeof *files);
     size_t n = 0;
@@ -633,68 +593,53 @@ static int list_dir(ckpt *c, const char *dir, dsv4_err *err) {
         const char *dot = strrchr(found[i]->d_name, '.');
         if (dot && !strcmp(dot, ".safetensors")) files[n++] = found[i]->d_name;
     }
-    int rc = !files ? fail(err, "%s: out of memory", dir)
-             : n    ? set_shards(c, dir, files, n, err)
-                    : fail(err, "%s: holds no *.safetensors file", dir);
-    for (int i = 0; i < n_found; i++) free(found[i]);
+    if (!files) rc = fail(err, "%s: out of memory", dir);
+    else if (!n) rc = fail(err, "%s: holds no *.safetensors file", dir);
+    else rc = set_shards(c, dir, files, n, err);
+    while (n_found > 0) free(found[--n_found]);
     free(found);
     free(files);
     return rc;
 }
 
-/* Every file name of the index, once.  A name must stay inside the directory. */
-static int index_files(ckpt *c, const char *dir, json_t *map, const char *path, dsv4_err *err) {
-    const char *name;
+/* With one: every file that it names.  A name must stay inside the directory. */
+static int list_index(ckpt *c, const char *dir, json_t *map, const char *path, dsv4_err *err) {
+    const char *name, **files = calloc(json_object_size(map) + 1, sizeof *files);
     json_t *value;
-    json_t *set = json_object();
-    int rc = set ? 0 : fail(err, "%s: out of memory", path);
-    json_object_foreach(map, name, value) {
+    size_t n = 0;
+    int rc = files ? 0 : fail(err, "%s: out of memory", path);
+    if (!rc) json_object_foreach(map, name, value) {
         const char *file = json_string_value(value);
-        if (!file || !name_ok(file) || strchr(file, '/') || !strcmp(file, "..") ||
-            !strcmp(file, ".")) {
-            rc = fail(err, "%s: a tensor lies in %s; accepted: the name of a file beside the "
-                      "index", path, show(value).text);
-        } else if (!rc && json_object_set(set, file, json_true())) {
-            rc = fail(err, "%s: out of memory", path);
+        if (!file || !*file || strlen(file) >= MAX_NAME || strchr(file, '/') ||
+            !strcmp(file, ".") || !strcmp(file, "..")) {
+            rc = fail(err, "%s: tensor %.200s lies in %s; accepted: the name of a file beside the "
+                      "index", path, name, show(value).text);
+            break;
         }
-        if (rc) break;
+        files[n++] = file;
     }
-    size_t n = json_object_size(set), i = 0;
-    const char **files = calloc(n + 1, sizeof *files);
-    if (!rc && !files) rc = fail(err, "%s: out of memory", path);
-    if (!rc) {
-        json_object_foreach(set, name, value) files[i++] = name;
-        rc = set_shards(c, dir, files, n, err);
-    }
+    if (!rc) rc = set_shards(c, dir, files, n, err);
     free(files);
-    json_decref(set);
     return rc;
 }
 
 /* Name the shards that a partial download has not brought, before anything is read. */
 static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
     char names[400] = "";
-    size_t used = 0;
-    int n = 0;
+    int used = 0, n = 0;
     for (int i = 0; i < c->n_shards; i++) {
-        struct stat st;
-        if (!stat(c->shards[i].path, &st) || errno != ENOENT) continue;
+        if (!access(c->shards[i].path, F_OK) || errno != ENOENT) continue;
         n++;
-        if (used + strlen(c->shards[i].file) + 8 < sizeof names)
-            used += (size_t)snprintf(names + used, sizeof names - used, "%s%s",
-                                     used ? ", " : "", c->shards[i].file);
-        else if (names[used - 1] != '.')
-            used += (size_t)snprintf(names + used, sizeof names - used, ", ...");
+        used += snprintf(names + used, sizeof names - (size_t)used, " %s", c->shards[i].file);
+        if (used >= (int)sizeof names) used = sizeof names - 1; /* the list is cut there        */
     }
-    if (!n) return 0;
-    return fail(err, "%s: %d of %d shards are missing: the download is not complete, go on with "
-                "it: %s", dir, n, c->n_shards, names);
+    return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, go on with the download:%s",
+                             dir, n, c->n_shards, names);
 }
 
-/* Read the index where there is one: *map is its weight_map, ours to give back, else NULL. */
-static int index_load(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
-    char path[PATH_MAX];
-    char *text;
+/* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL. */
+static int find_shards(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
+    char path[PATH_MAX], *text;
     size_t len;
     *map = NULL;
     if (join(path, dir, "model.safetensors.index.json", err)) return -1;
@@ -705,46 +650,35 @@ static int index_load(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
     if (!root) return -1;
     *map = json_incref(json_object_get(root, "weight_map"));
     json_decref(root);
-    if (!json_is_object(*map) || json_object_size(*map) == 0)
+    if (json_object_size(*map) == 0)
         return fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
                     "tensor", path, show(*map).text);
-    if (index_files(c, dir, *map, path, err)) return -1;
-    return check_missing(c, dir, err);
+    return list_index(c, dir, *map, path, err) || check_missing(c, dir, err) ? -1 : 0;
 }
 
-/* The table is in order of name: the same name twice lies side by side. */
-static int check_duplicates(const ckpt *c, dsv4_err *err) {
+/* Every tensor once (the table is in order of name), and where the index says, both ways. */
+static int check_table(const ckpt *c, json_t *map, dsv4_err *err) {
+    const char *name;
+    json_t *value;
     for (size_t i = 1; i < c->n_tensors; i++) {
         const ckpt_tensor *a = &c->tensors[i - 1], *b = &c->tensors[i];
         if (!strcmp(a->name, b->name))
             return fail(err, "tensor %s lies in two shards, %s and %s", a->name,
                         c->shards[a->shard].path, c->shards[b->shard].file);
     }
-    return 0;
-}
-
-/* Index and shards must tell the same story, in both directions. */
-static int check_index(const ckpt *c, json_t *map, dsv4_err *err) {
-    const char *name;
-    json_t *value;
-    json_object_foreach(map, name, value) {
+    if (map) json_object_foreach(map, name, value) {
         const char *file = json_string_value(value);
         const ckpt_tensor *t = ckpt_find(c, name);
-        json_t *text = NULL;
-        if (!t) {
-            fail(err, "the index says that tensor %s lies in %s, but it does not; download both "
-                 "again", show(text = json_string(name)).text, file);
-            json_decref(text);
-            return -1;
-        }
-        if (strcmp(c->shards[t->shard].file, file) != 0)
-            return fail(err, "the index says that tensor %s lies in %s, but it lies in %s", name,
-                        file, c->shards[t->shard].path);
+        if (!t || strcmp(c->shards[t->shard].file, file) != 0)
+            return fail(err, "the index says that tensor %.255s lies in %s, but it lies in %s; "
+                        "download both again", name, file,
+                        t ? c->shards[t->shard].file : "no shard");
     }
-    for (size_t i = 0; i < c->n_tensors; i++)
+    for (size_t i = 0; map && i < c->n_tensors; i++)
         if (!json_object_get(map, c->tensors[i].name))
-            return fail(err, "tensor %s lies in %s, but the index does not name it",
-                        c->tensors[i].name, c->shards[c->tensors[i].shard].path);
+            return fail(err, "tensor %s lies in %s, but the index does not name it; download "
+                        "both again", c->tensors[i].name,
+                        c->shards[c->tensors[i].shard].path);
     return 0;
 }
 
@@ -759,17 +693,16 @@ static void drop_unused(ckpt *c) {
 }
 
 int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
-    *out = NULL;
     json_t *map = NULL;
     ckpt *c = calloc(1, sizeof *c);
+    *out = NULL;
     if (!c) return fail(err, "%s: out of memory", dir);
-    int rc = index_load(c, dir, &map, err);
+    int rc = find_shards(c, dir, &map, err);
     for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
     if (!rc) {
         if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
-        rc = check_duplicates(c, err);
+        rc = check_table(c, map, err);
     }
-    if (!rc && map) rc = check_index(c, map, err);
     json_decref(map);
     if (rc) {
         ckpt_close(c);
@@ -880,8 +813,7 @@ typedef struct {                   /* one offload_load() at work                
     const load_item *items;
     size_t n_items, next_item;     /* the cursor: item, and bytes of it asked for               */
     uint64_t at;
-    uint8_t *bounce;               /* [LOAD_DEPTH][IO_PIECE]                                    */
-    uint8_t *free[LOAD_DEPTH];
+    uint8_t *free[LOAD_DEPTH];     /* bounce buffers, IO_PIECE bytes each                       */
     int n_free;
     io_fault fault;                /* the first one                                             */
     const ckpt_tensor *failed;
@@ -918,9 +850,10 @@ struct offload {
     offload_stats stats;
     io_req *free_reqs;
     int in_flight;
-    load_job *load;                /* while offload_load() runs                                 */
+    load_job load;                 /* items are set while offload_load() runs                   */
 
     bool has_ring, fixed_files;
+    int ring_error;                /* errno: it broke, and every call from then on says so      */
     struct io_uring ring;
     pthread_t threads[IO_THREADS]; /* else                                                      */
     int n_threads;
@@ -982,7 +915,8 @@ static void give_req(offload *o, io_req *r) {
 }
 
 static void load_piece_in(offload *o, io_req *r, bool failed) {
-    load_job *job = o->load;
+    load_job *job = &o->load;
+    if (!job->items) return;       /* the ring broke, and who asked for this has left           */
     const load_item *item = &job->items[r->item];
     const ckpt_tensor *t = item->t;
     if (failed && !job->fault.cause) {
@@ -1014,26 +948,22 @@ static void io_complete(offload *o, io_req *r, int res) {
 }
 
 /* Sleep until the ring has a completion.  Signals wake us: the caller looks and comes back. */
-static int ring_wait(offload *o, dsv4_err *err) {
+static void ring_wait(offload *o) {
     int rc = -EAGAIN;
-    for (int tries = 0; rc < 0 && tries < IO_TRIES_MAX; tries++) {
+    for (int tries = 0; (rc == -EAGAIN || rc == -EBUSY) && tries < IO_TRIES_MAX; tries++)
         rc = io_uring_submit_and_wait(&o->ring, 1);
-        if (rc == -EINTR) return 0;
-        if (rc < 0 && rc != -EAGAIN && rc != -EBUSY) break;
-    }
-    return rc < 0 ? fail(err, "io_uring: %s", strerror(-rc)) : 0;
+    if (rc < 0 && rc != -EINTR) o->ring_error = -rc;
 }
 
-static int ring_reap(offload *o, bool wait, dsv4_err *err) {
+static void ring_reap(offload *o, bool wait) {
     struct io_uring_cqe *cqes[IO_DEPTH];
-    if (wait && !io_uring_cq_ready(&o->ring) && ring_wait(o, err)) return -1;
+    if (wait && !io_uring_cq_ready(&o->ring)) ring_wait(o);
     unsigned n = io_uring_peek_batch_cqe(&o->ring, cqes, IO_DEPTH);
     for (unsigned i = 0; i < n; i++) {
         io_req *r = io_uring_cqe_get_data(cqes[i]);
         io_complete(o, r, cqes[i]->res);
     }
     io_uring_cq_advance(&o->ring, n);
-    return 0;
 }
 
 static void threads_reap(offload *o, bool wait) {
@@ -1052,13 +982,12 @@ static void threads_reap(offload *o, bool wait) {
 /* Handle the completions that are there (with `wait`: at least one, or a signal), and ask for
  * what they made room for.  A failed submission shows here, when somebody waits for it. */
 static int io_reap(offload *o, bool wait, dsv4_err *err) {
-    int rc = 0;
     assert(!wait || o->in_flight > 0);
-    if (o->has_ring) rc = ring_reap(o, wait, err);
+    if (o->has_ring) ring_reap(o, wait);
     else threads_reap(o, wait);
     slot_feed(o);
     if (o->has_ring) (void)io_uring_submit(&o->ring); /* what it leaves is submitted next time  */
-    return rc;
+    return o->ring_error ? fail(err, "io_uring: %s", strerror(o->ring_error)) : 0;
 }
 
 static void *read_thread(void *arg) {
@@ -1210,7 +1139,8 @@ static int fault_message(const offload *o, const io_fault *f, const ckpt_tensor 
 }
 
 /* Ask for pieces while there are items, requests and bounce buffers. */
-static void load_feed(offload *o, load_job *job) {
+static void load_feed(offload *o) {
+    load_job *job = &o->load;
     while (job->next_item < job->n_items && job->n_free > 0 && o->free_reqs) {
         const ckpt_tensor *t = job->items[job->next_item].t;
         if (t->bytes > 0) {
@@ -1230,24 +1160,29 @@ static void load_feed(offload *o, load_job *job) {
 }
 
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
-    load_job job = {.items = items, .n_items = n};
+    load_job *job = &o->load;
     size_t bytes = (size_t)LOAD_DEPTH * IO_PIECE;
-    job.bounce = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (job.bounce == MAP_FAILED) return fail(err, "map %zu bytes: %s", bytes, strerror(errno));
-    for (int i = 0; i < LOAD_DEPTH; i++) job.free[job.n_free++] = job.bounce + i * IO_PIECE;
-    assert(!o->load);
-    o->load = &job;
-    int rc = 0;
-    /* After a failure nothing more is asked for, but what is on its way has our buffers. */
-    while (!rc && (job.next_item < n || job.n_free < LOAD_DEPTH)) {
-        if (!job.fault.cause) load_feed(o, &job);
-        else job.next_item = n;
-        if (job.n_free < LOAD_DEPTH || o->in_flight > 0) rc = io_reap(o, o->in_flight > 0, err);
+    assert(!job->items);
+    if (n == 0) return 0;
+    if (io_reap(o, false, err)) return -1;
+    uint8_t *bounce = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+                           0);
+    if (bounce == MAP_FAILED) return fail(err, "map %zu bytes: %s", bytes, strerror(errno));
+    *job = (load_job){.items = items, .n_items = n};
+    while (job->n_free < LOAD_DEPTH) {
+        job->free[job->n_free] = bounce + (size_t)job->n_free * IO_PIECE;
+        job->n_free++;
     }
-    o->load = NULL;
-    munmap(job.bounce, bytes);
-    if (!rc && job.fault.cause) rc = fault_message(o, &job.fault, job.failed, err);
-    return rc;
+    int rc = 0;
+    while (!rc && (job->next_item < n || job->n_free < LOAD_DEPTH)) {
+        if (!job->fault.cause) load_feed(o);
+        else job->next_item = n;   /* ask for nothing more, but what is on its way has buffers  */
+        if (o->in_flight > 0) rc = io_reap(o, true, err);
+    }
+    job->items = NULL;
+    if (rc) return rc;             /* a broken ring: buffers are left to reads that may come    */
+    munmap(bounce, bytes);
+    return job->fault.cause ? fault_message(o, &job->fault, job->failed, err) : 0;
 }
 
 /* === 8. Expert cache ========================================================================== */
@@ -1469,12 +1404,12 @@ int experts_get(offload *o, size_t id, dsv4_err *err) {
 static const uint8_t *part_at(const offload *o, int at, int p) {
     const expert_slot *s = &o->slots[at];
     const ckpt_tensor *t = o->src[s->id].part[p];
-    int i = 0;
-    while (s->runs[i].shard != t->shard || t->offset < s->runs[i].off ||
-           t->offset >= s->runs[i].off + s->runs[i].bytes)
-        assert(++i < s->n_runs);
-    return o->arena + o->slot_bytes * (size_t)at + s->runs[i].region +
-           s->runs[i].off % IO_ALIGN + (t->offset - s->runs[i].off);
+    const slot_run *run = s->runs;
+    while (run->shard != t->shard || t->offset < run->off || t->offset >= run->off + run->bytes)
+        run++;
+    assert(run < s->runs + s->n_runs);
+    return o->arena + o->slot_bytes * (size_t)at + run->region + run->off % IO_ALIGN +
+           (t->offset - run->off);
 }
 
 /* The part that byte `off` of a shard belongs to, or NULL. */

@@ -44,7 +44,7 @@ enum {
     BLOCK_TENSORS_MAX = 64,    /* tensors of a block besides its routed experts (true: 50)     */
     PATH_BYTES = 4096,
     PIECE_BYTES = 4 << 20,     /* what a thread fills and writes at a time                     */
-    N_THREADS = 4,             /* more than one, so that filling and writing overlap           */
+    N_THREADS = 2,             /* so that filling and writing overlap                            */
 };
 
 typedef struct { char msg[PATH_BYTES + 256]; } mk_err;
@@ -579,6 +579,12 @@ static int assign_shards(model *m, mk_err *err) {
         if (m->tensors[i].expert >= 0)
             m->tensors[i].shard = (int)((i + (size_t)m->tensors[i].expert) % (size_t)m->n_shards);
     qsort(m->tensors, m->n_tensors, sizeof *m->tensors, by_place);
+    int last = m->tensors[0].shard;
+    m->n_shards = 1;                                /* number anew: splitting may empty some */
+    for (size_t i = 0; i < m->n_tensors; i++) {
+        if (m->tensors[i].shard != last) last = m->tensors[i].shard, m->n_shards++;
+        m->tensors[i].shard = m->n_shards - 1;
+    }
     return 0;
 }
 
@@ -789,11 +795,11 @@ static const char *const merges[] = {
     "Ġ c", "n d", "ĠĠ ĠĠ", "â Ģ", "Ġ b", "Ġ f", "a l", "a r", "l l", "Ġo f", "Ġa nd",
     "Ġ in", "Ġt o", "l e", "s t", "v e", "Ġ m", "Ġ p", "Ġ d", "i on", "Ġ is", "at ion",
     "en t", "Ġ h", "Ġ y", "Ġy ou", "Ġb e", "Ġt h", "Ġth at", "Ġf or", "o w", "c h",
-    "Ġw it", "Ġwit h", "l d", "Ġw or", "Ġwor ld", "h ell", "hell o", "Ġ re"};
+    "Ġw it", "Ġwit h", "l d", "Ġw or", "Ġwor ld", "he ll", "hell o", "Ġ re"};
 enum { N_MERGES = sizeof merges / sizeof *merges };
 
-/* The vocabulary by ids: specials 0 to 2, the byte-level alphabet in the order of its code
- * points, what merges make, then pieces that no text gives ("Ġu319"), up to the last id. */
+/* The pieces by ids: specials 0 to 2, the byte-level alphabet in the order of its code points,
+ * what merges make, then pieces that no text gives ("Ġu319") up to the other specials. */
 static void write_vocab(FILE *f, const model *m) {
     int id = 0;
     for (; id < 3; id++) json(f, "%s\n      '%s': %d", id ? "," : "", special_text[id], id);
@@ -804,9 +810,22 @@ static void write_vocab(FILE *f, const model *m) {
         int left = (int)strcspn(merges[i], " ");
         json(f, ",\n      '%.*s%s': %d", left, merges[i], merges[i] + left + 1, id++);
     }
-    for (int special = 3; id < m->o.shape.vocab_size; id++) {
-        if (special < N_SPECIAL && id == m->o.shape.special_id[special]) special++;
-        else json(f, ",\n      'Ġu%d': %d", id, id);
+    for (; id < m->o.shape.special_id[3]; id++) json(f, ",\n      'Ġu%d': %d", id, id);
+}
+
+/* Specials 0 to 2, which are pieces as well, then all ids from the next special on: without gaps,
+ * for the tokenizers library counts on by itself. */
+static void write_added_tokens(FILE *f, const model *m) {
+    const int *special_id = m->o.shape.special_id;
+    for (int id = 0, next = 0; id < m->o.shape.vocab_size; id++) {
+        if (id >= 3 && id < special_id[3]) continue;
+        char text[48];
+        snprintf(text, sizeof text, "<｜place▁holder▁no▁%d｜>", id);
+        bool named = next < N_SPECIAL && id == special_id[next];
+        json(f, "%s\n    {'id': %d, 'content': '%s', 'single_word': false, 'lstrip': false,\n"
+             "     'rstrip': false, 'normalized': %s, 'special': %s}", id ? "," : "", id,
+             named ? special_text[next++] : text, id < 3 ? "false" : "true",
+             id < 3 ? "true" : "false");
     }
 }
 
@@ -819,11 +838,7 @@ static void write_tokenizer(FILE *f, const model *m) {
         "|\\\\s*[\\r\\n]+|\\\\s+(?!\\\\S)|\\\\s+"};
     json(f, "{\n  'version': '1.0',\n  'truncation': null,\n  'padding': null,\n"
          "  'added_tokens': [");
-    for (int i = 0; i < N_SPECIAL; i++)
-        json(f, "%s\n    {'id': %d, 'content': '%s', 'single_word': false, 'lstrip': false,\n"
-             "     'rstrip': false, 'normalized': %s, 'special': %s}", i ? "," : "",
-             m->o.shape.special_id[i], special_text[i], i < 3 ? "false" : "true",
-             i < 3 ? "true" : "false");
+    write_added_tokens(f, m);
     json(f, "\n  ],\n  'normalizer': {'type': 'Sequence', 'normalizers': []},\n"
          "  'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [\n");
     for (size_t i = 0; i < sizeof split / sizeof *split; i++)

@@ -20,6 +20,7 @@ import ref
 HERE = pathlib.Path(__file__).parent
 GOLDENS = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "goldens"
 TINY = GOLDENS / "tiny-a"
+EXACT = 1e-6           # one operation with F64 sums, by the rms; the table's 5e-6 is for F32 sums
 SHARP = 1e-4           # rel rms of a row, two correct programs without the roundings
 NOISE = 1e-5           # the same program cut differently: only the order of F64 sums differs
 failed = []
@@ -62,8 +63,9 @@ def as_sets(ids):
 # --- units ---
 
 def unit_error(name, got, want):
-    """(error, its bound) of one unit output; the bound is the golden table's."""
-    assert got.shape == want.shape and got.dtype == want.dtype, name
+    """(error, its bound) of one unit output, which must be the golden's bit for bit or to EXACT."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return np.nan, 0
     op, _, rest = name.partition(".")
     if op in ("e4m3", "e2m1", "e8m0", "act_quant128", "act_quant64", "fp4_act_quant"):
         equal = (got == want) & (np.signbit(got) == np.signbit(want))
@@ -73,10 +75,8 @@ def unit_error(name, got, want):
     error = np.abs(got.astype(np.float64) - want)
     if rest.endswith(("forward", "inverse")):            # the golden's are from F32 angles:
         error = error[[0, 1, 3]]                         # of use at positions 0, 1 and 65536
-    if op == "rope":
-        return error.max(), 5e-6
     rms = np.sqrt((want.astype(np.float64)**2).mean())
-    return error.max() / rms, 1e-5 if name in ("fp8_linear.y", "fp4_linear.y") else 5e-6
+    return error.max() / (1 if op == "rope" else rms), EXACT
 
 def test_units():
     """Every output in the golden unit file from its inputs: one line an operation."""
@@ -95,7 +95,11 @@ def test_units():
                ", ".join(f"{rest} {error:.2g} of {bound:g}" for rest, error, bound in rows))
     for op in ("rope.plain", "rope.compressed"):
         at_most(f"units {op}: angles in F64 at every position",
-                np.abs(outputs[f"{op}.forward"] - turn_by_tables(golden, op)).max(), 5e-6)
+                np.abs(outputs[f"{op}.forward"] - turn_by_tables(golden, op)).max(), EXACT)
+    x = golden["act_quant128.x"]                         # zeros do not change a block's scale
+    padded = np.hstack([x[:, :200], np.zeros((len(x), 56), np.float32)])
+    same("units aq128: a shorter last block is a block",
+         ref.aq128(x[:, :200]), ref.aq128(padded)[:, :200])
 
 def turn_by_tables(golden, op):
     """x turned by the golden's cosines and sines of F64 angles."""
@@ -252,6 +256,9 @@ def test_files(tmp):
         (bare / file).symlink_to((TINY / file).resolve())
     same("a directory without an index has the same tensors",
          sorted(ref.load_checkpoint(bare)[1]), sorted(ref.load_checkpoint(TINY)[1]))
+    ref.save(bare / "model-dspark.safetensors", {"mtp.1.norm.weight": np.ones(1, np.float32)})
+    drafts = [name for name in ref.golden(bare, np.arange(3), 1, ["nq"]) if "mtp" in name]
+    report("a checkpoint with mtp.1. runs without MTP", not drafts, drafts or "no mtp.* rows")
 
 def command(*args):
     subprocess.run([sys.executable, HERE / "ref.py", *args], check=True)

@@ -1,0 +1,1460 @@
+/* kernels.c -- the CPU twins of the operations in kernels.cu, and the threads they run on.
+ *
+ *      operation  ->  exec_for: blocks of items, handed out by a counter  ->  item function
+ *                          one item = a tile of rows, a token, or a block of entries
+ *
+ * The contracts stand in kernels.cu; here a comment says only how a twin differs.
+ *
+ * Invariants   1 the bits of an output element depend on its row and token only: an item computes
+ *                whole elements, and each sum has one order (eight lanes, then sum8's tree)
+ *              2 no allocation outside exec_open, no state outside dsv4_exec
+ *              3 the same bits with AVX2 and without: lanes are lanes of GCC vectors, and each
+ *                helper of section 1 that has two bodies computes the same in both
+ * Contents     1 vectors   2 thread pool   3 exp and rounding   4 cheap operations
+ *              5 dot products   6 linear   7 compress   8 index scores and top-k   9 attend
+ *              10 hyper-connections   11 experts   12 the table                                 */
+#define _GNU_SOURCE
+#include "dsv4.h"
+
+#include <assert.h>
+#include <linux/futex.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdalign.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+/* === 1. Vectors ===============================================================================
+ * Eight lanes.  Operators come from GCC's vector extension, the functions below do the rest.    */
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline f32x8 splat8(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
+
+static inline f32x8 load8(const float *p) {
+    f32x8 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store8(float *p, f32x8 v) { memcpy(p, &v, sizeof v); }
+
+/* The first n floats, and zeros up to eight; all eight if n is larger. */
+static inline f32x8 load_upto8(const float *p, int n) {
+    f32x8 v = splat8(0);
+    if (n >= 8) return load8(p);
+    memcpy(&v, p, (size_t)n * sizeof *p);
+    return v;
+}
+
+static inline void store_upto8(float *p, f32x8 v, int n) {
+    memcpy(p, &v, (size_t)min_int(n, 8) * sizeof *p);
+}
+
+/* a*b + c, rounded once. */
+static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
+#ifdef __AVX2__
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+/* a < b ? a : b, so that a NaN in b passes. */
+static inline f32x8 min8(f32x8 a, f32x8 b) {
+#ifdef __AVX2__
+    return _mm256_min_ps(a, b);
+#else
+    for (int i = 0; i < 8; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
+    return b;
+#endif
+}
+
+/* a > b ? a : b, so that a NaN in b passes. */
+static inline f32x8 max8(f32x8 a, f32x8 b) {
+#ifdef __AVX2__
+    return _mm256_max_ps(a, b);
+#else
+    for (int i = 0; i < 8; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
+    return b;
+#endif
+}
+
+static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
+
+/* The sum of the lanes, always as this tree. */
+static inline float sum8(f32x8 v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+static inline float max_lane8(f32x8 v) {
+    float top = v[0];
+    for (int i = 1; i < 8; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+static inline f32x8 bf16_load8(const uint16_t *p) {
+    u16x8 v;
+    memcpy(&v, p, sizeof v);
+    return (f32x8)(__builtin_convertvector(v, u32x8) << 16);
+}
+
+static inline f32x8 f16_load8(const uint16_t *p) {
+#ifdef __F16C__
+    __m128i v;
+    memcpy(&v, p, sizeof v);
+    return _mm256_cvtph_ps(v);
+#else
+    f32x8 v;
+    for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
+    return v;
+#endif
+}
+
+/* 2^-8 of the values of eight e4m3 codes (no NaN codes): their bits, moved to where F16 has its
+ * exponent and mantissa, are F16 numbers, which also makes subnormals cost nothing. */
+static inline f32x8 e4m3_load8(const uint8_t *p) {
+#ifdef __F16C__
+    __m128i v = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
+    v = _mm_and_si128(_mm_srai_epi16(v, 1), _mm_set1_epi16((short)0xbfff));
+    return _mm256_cvtph_ps(v);
+#else
+    f32x8 v;
+    for (int i = 0; i < 8; i++) v[i] = e4m3_to_f32(p[i]) * 0x1p-8f;
+    return v;
+#endif
+}
+
+/* === 2. Thread pool ===========================================================================
+ *
+ *   caller                                        worker
+ *   write the job, next = 0                       sleep until the bell changes
+ *   gate = OPEN, ring the bell, wake some         join: gate + 1, if it is OPEN
+ *   take blocks until there are none              take blocks until there are none
+ *   gate - OPEN: nobody joins any more            leave: gate - 1; the last one of a closed
+ *   wait until gate is 0                          gate wakes the caller
+ *
+ * A worker that comes late finds the gate closed and sleeps again: a small job ends as soon as
+ * the caller has done it.  Every wait spins for a few microseconds, then sleeps in the kernel. */
+
+enum { SPINS = 60 };
+#define OPEN 0x80000000u           /* in gate; the other bits count workers inside */
+
+typedef void (*exec_fn)(void *arg, int64_t begin, int64_t end);
+
+struct dsv4_exec {
+    int n_workers;
+    pthread_t worker[MAX_THREADS];
+    exec_fn fn;                    /* the job; written while the gate is shut and nobody inside */
+    void *arg;
+    int64_t n_items, grain;
+    _Atomic bool stop;
+    alignas(64) _Atomic int64_t next;
+    alignas(64) _Atomic uint32_t gate;
+    alignas(64) _Atomic uint32_t bell;
+};
+
+static void futex_wake(_Atomic uint32_t *word, int n) {
+    (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
+}
+
+/* Return once *word is (or was for a moment) not `old`. */
+static void wait_change(_Atomic uint32_t *word, uint32_t old) {
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(word, memory_order_acquire) != old) return;
+#if defined __x86_64__
+        __builtin_ia32_pause();
+#elif defined __aarch64__
+        __asm__ volatile("isb");
+#endif
+    }
+    while (atomic_load_explicit(word, memory_order_acquire) == old)
+        (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
+}
+
+static void take_blocks(dsv4_exec *ex) {
+    for (;;) {
+        int64_t begin = atomic_fetch_add_explicit(&ex->next, ex->grain, memory_order_relaxed);
+        if (begin >= ex->n_items) return;
+        ex->fn(ex->arg, begin, min_i64(begin + ex->grain, ex->n_items));
+    }
+}
+
+static bool gate_join(dsv4_exec *ex) {
+    uint32_t g = atomic_load_explicit(&ex->gate, memory_order_relaxed);
+    while (g & OPEN)
+        if (atomic_compare_exchange_weak_explicit(&ex->gate, &g, g + 1, memory_order_acquire,
+                                                  memory_order_relaxed))
+            return true;
+    return false;
+}
+
+static void *worker_main(void *arg) {
+    dsv4_exec *ex = arg;
+    uint32_t heard = 0;
+    for (;;) {
+        wait_change(&ex->bell, heard);
+        heard = atomic_load_explicit(&ex->bell, memory_order_acquire);
+        if (atomic_load(&ex->stop)) return NULL;
+        if (!gate_join(ex)) continue;
+        take_blocks(ex);
+        if (atomic_fetch_sub_explicit(&ex->gate, 1, memory_order_acq_rel) == 1)
+            futex_wake(&ex->gate, 1);
+    }
+}
+
+/* fn(arg, begin, end) on blocks of `grain` items until all n_items are done, each once. */
+static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, exec_fn fn, void *arg) {
+    assert(grain > 0);
+    assert(atomic_load_explicit(&ex->gate, memory_order_relaxed) == 0);
+    int64_t n_blocks = (n_items + grain - 1) / grain;
+    if (n_blocks <= 1 || ex->n_workers == 0) {
+        if (n_items > 0) fn(arg, 0, n_items);
+        return;
+    }
+    ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain;
+    atomic_store_explicit(&ex->next, 0, memory_order_relaxed);
+    atomic_store_explicit(&ex->gate, OPEN, memory_order_release);
+    atomic_fetch_add_explicit(&ex->bell, 1, memory_order_release);
+    futex_wake(&ex->bell, (int)min_i64(ex->n_workers, n_blocks - 1));
+    take_blocks(ex);
+    uint32_t inside = atomic_fetch_and_explicit(&ex->gate, ~OPEN, memory_order_acq_rel) & ~OPEN;
+    while (inside) {
+        wait_change(&ex->gate, inside);
+        inside = atomic_load_explicit(&ex->gate, memory_order_acquire);
+    }
+}
+
+/* A grain that gives each thread several blocks, but no block over `most` items. */
+static int64_t grain_for(const dsv4_exec *ex, int64_t n_items, int64_t most) {
+    int64_t grain = n_items / (4 * (ex->n_workers + 1));
+    return grain < 1 ? 1 : min_i64(grain, most);
+}
+
+int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err) {
+    assert(n_threads > 0 && n_threads <= MAX_THREADS);
+    dsv4_exec *ex = aligned_alloc(64, sizeof *ex);
+    if (!ex) return fail(err, "no memory for the thread pool");
+    memset(ex, 0, sizeof *ex);
+    for (int i = 0; i < n_threads - 1; i++) {
+        int rc = pthread_create(&ex->worker[i], NULL, worker_main, ex);
+        if (rc) {
+            exec_close(ex);
+            return fail(err, "start thread %d of %d: %s; use fewer threads", i + 2, n_threads,
+                        strerror(rc));
+        }
+        ex->n_workers++;
+    }
+    *out = ex;
+    return 0;
+}
+
+void exec_close(dsv4_exec *ex) {
+    if (!ex) return;
+    atomic_store(&ex->stop, true);
+    atomic_fetch_add(&ex->bell, 1);
+    futex_wake(&ex->bell, MAX_THREADS);
+    for (int i = 0; i < ex->n_workers; i++) (void)pthread_join(ex->worker[i], NULL);
+    free(ex);
+}
+
+/* === 3. exp and rounding ====================================================================== */
+
+/* exp_f32's twin, lane by lane: the same steps, so the same bits. */
+static inline f32x8 exp8(f32x8 x) {
+    const f32x8 shift = splat8(0x1.8p23f);
+    x = min8(splat8(89), max8(splat8(-105), x));
+    f32x8 shifted = fma8(x, splat8(1.44269504f), shift);
+    f32x8 n = shifted - shift;
+    f32x8 r = fma8(n, splat8(1.90465421e-9f), fma8(n, splat8(-0.693147182f), x));
+    f32x8 p = splat8(1.0f / 5040);
+    p = fma8(p, r, splat8(1.0f / 720));
+    p = fma8(p, r, splat8(1.0f / 120));
+    p = fma8(p, r, splat8(1.0f / 24));
+    p = fma8(p, r, splat8(1.0f / 6));
+    p = fma8(p, r, splat8(0.5f));
+    p = fma8(p, r, splat8(1));
+    p = fma8(p, r, splat8(1));
+    i32x8 exponent = (i32x8)shifted - (i32x8)shift;
+    i32x8 half = exponent >> 1;
+    f32x8 a = (f32x8)((u32x8)(half + 127) << 23);
+    f32x8 b = (f32x8)((u32x8)(exponent - half + 127) << 23);
+    return p * a * b;
+}
+
+/* |x|, which must not exceed the format's largest, on the grid of a small float format: as
+ * small_code in kernels.cu.  *steps tells how many steps of the grid at *exponent it is. */
+static inline f32x8 small_round8(f32x8 x, float least, uint32_t mant, u32x8 *exponent,
+                                 u32x8 *steps) {
+    *exponent = (u32x8)max8(x, splat8(least)) >> 23;
+    f32x8 big = (f32x8)((*exponent + (23 - mant)) << 23);
+    f32x8 sum = x + big;
+    *steps = (u32x8)sum - (u32x8)big;
+    return sum - big;
+}
+
+/* Eight values as e4m3 (values, or codes in the low bytes of lanes).  A NaN stays one. */
+static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
+    u32x8 sign = (u32x8)x & 0x80000000u, exponent, steps;
+    f32x8 y = small_round8(min8(splat8(448), abs8(x)), 0x1p-6f, 3, &exponent, &steps);
+    u32x8 mag = ((exponent - (127 - 6)) << 3) + steps;
+    *code = ((mag | (u32x8)(x != x)) & 127) | sign >> 24;
+    return (f32x8)((u32x8)y | sign);
+}
+
+/* One block of at most 128 values, zero-padded to whole vectors. */
+typedef struct { alignas(32) float x[128]; } round_block;
+
+static inline float block_load(round_block *b, const float *x, int len) {
+    f32x8 top = splat8(0);
+    memset(b->x, 0, sizeof b->x);
+    memcpy(b->x, x, (size_t)len * sizeof *x);
+    for (int i = 0; i < len; i += 8) top = max8(abs8(load8(b->x + i)), top);
+    return max_lane8(top);
+}
+
+/* The e8m0 code of the least power of two >= s, a positive normal number. */
+static inline uint8_t ceil_pow2_code(float s) {
+    uint32_t u;
+    memcpy(&u, &s, sizeof u);
+    return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
+}
+
+/* aq128's scale code; x / scale is x times the second result exactly, both being powers of 2. */
+static inline uint8_t e4m3_block_scale(float amax, float *inverse) {
+    uint8_t code = ceil_pow2_code((amax > 1e-4f ? amax : 1e-4f) * (1.0f / 448));
+    *inverse = 1 / e8m0_to_f32(code);
+    return code;
+}
+
+/* A block's values rounded through e4m3 (y), or its codes (code); returns the scale code. */
+static uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
+    round_block b;
+    float inverse;
+    uint8_t scale = e4m3_block_scale(block_load(&b, x, len), &inverse);
+    u8x8 codes[16];
+    for (int i = 0; i < len; i += 8) {
+        u32x8 c;
+        f32x8 v = e4m3_round8(load8(b.x + i) * splat8(inverse), &c);
+        store8(b.x + i, v * splat8(e8m0_to_f32(scale)));
+        codes[i / 8] = __builtin_convertvector(c, u8x8);
+    }
+    if (y) memcpy(y, b.x, (size_t)len * sizeof *y);
+    if (code) memcpy(code, codes, (size_t)len);
+    return scale;
+}
+
+static void e4m3_row(float *y, const float *x, int d, int block) {
+    for (int b = 0; b < d; b += block)
+        (void)e4m3_block(y + b, NULL, x + b, min_int(block, d - b));
+}
+
+/* === 4. Cheap operations: parallel over tokens ================================================ */
+
+enum { TOKEN_GRAIN = 1 };
+
+typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } embed_args;
+
+static void embed_tokens(void *arg, int64_t begin, int64_t end) {
+    const embed_args *a = arg;
+    float *h = a->h + (size_t)begin * (size_t)a->hc * (size_t)a->w->cols;
+    ops_ref.embed(h, a->w, a->tokens + begin, (int)(end - begin), a->hc, NULL);
+}
+
+/* Differs: the reference on slices. */
+static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+                      dsv4_exec *ex) {
+    embed_args a = {h, w, tokens, hc};
+    exec_for(ex, n, TOKEN_GRAIN, embed_tokens, &a);
+}
+
+typedef struct { float *y; const float *x, *w; int d; float eps; } rmsnorm_args;
+
+static void rmsnorm_tokens(void *arg, int64_t begin, int64_t end) {
+    const rmsnorm_args *a = arg;
+    for (int64_t t = begin; t < end; t++) {
+        const float *x = a->x + (size_t)t * (size_t)a->d;
+        float *y = a->y + (size_t)t * (size_t)a->d;
+        f32x8 sum = splat8(0);
+        for (int c = 0; c < a->d; c += 8) {
+            f32x8 v = load_upto8(x + c, a->d - c);
+            sum = fma8(v, v, sum);
+        }
+        float r = 1 / sqrtf(sum8(sum) / (float)a->d + a->eps);
+        for (int c = 0; c < a->d; c++) y[c] = a->w ? x[c] * r * a->w[c] : x[c] * r;
+    }
+}
+
+static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
+                        dsv4_exec *ex) {
+    rmsnorm_args a = {y, x, w, d, eps};
+    exec_for(ex, n, grain_for(ex, n, 64), rmsnorm_tokens, &a);
+}
+
+typedef struct {
+    float *y;
+    uint8_t *code, *scale;
+    const float *x;
+    const uint8_t *from_code, *from_scale;
+    int d, block;
+} act_args;
+
+static void act_quant_tokens(void *arg, int64_t begin, int64_t end) {
+    const act_args *a = arg;
+    for (int64_t t = begin; t < end; t++) {
+        size_t at = (size_t)t * (size_t)a->d;
+        e4m3_row(a->y + at, a->x + at, a->d, a->block);
+    }
+}
+
+static void act_quant_cpu(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
+    assert(block == 128 || block == 64);
+    act_args a = {.y = y, .x = x, .d = d, .block = block};
+    exec_for(ex, n, TOKEN_GRAIN, act_quant_tokens, &a);
+}
+
+static void codes_row(uint8_t *code, uint8_t *scale, const float *x, int d) {
+    for (int b = 0; b < d; b += 128)
+        scale[b / 128] = e4m3_block(NULL, code + b, x + b, min_int(128, d - b));
+}
+
+static void act_codes_tokens(void *arg, int64_t begin, int64_t end) {
+    const act_args *a = arg;
+    for (int64_t t = begin; t < end; t++) {
+        size_t at = (size_t)t * (size_t)a->d, block = (size_t)t * (size_t)((a->d + 127) / 128);
+        codes_row(a->code + at, a->scale + block, a->x + at, a->d);
+    }
+}
+
+static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
+                          dsv4_exec *ex) {
+    act_args a = {.code = code, .scale = scale, .x = x, .d = d};
+    exec_for(ex, n, TOKEN_GRAIN, act_codes_tokens, &a);
+}
+
+static void act_values_tokens(void *arg, int64_t begin, int64_t end) {
+    const act_args *a = arg;
+    size_t d = (size_t)a->d, blocks = (d + 127) / 128, t = (size_t)begin;
+    ops_ref.act_values(a->y + t * d, a->from_code + t * d, a->from_scale + t * blocks,
+                       (int)(end - begin), a->d, NULL);
+}
+
+/* Differs: the reference on slices. */
+static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
+                           dsv4_exec *ex) {
+    act_args a = {.y = y, .from_code = code, .from_scale = scale, .d = d};
+    exec_for(ex, n, TOKEN_GRAIN, act_values_tokens, &a);
+}
+
+typedef struct {
+    float *x;
+    const float *inv_freq;
+    int n_heads, head_dim, rope_dim;
+    int64_t pos0, step;
+    bool inverse;
+} rope_args;
+
+static void rope_tokens(void *arg, int64_t begin, int64_t end) {
+    const rope_args *a = arg;
+    float *x = a->x + (size_t)begin * (size_t)a->n_heads * (size_t)a->head_dim;
+    ops_ref.rope(x, a->inv_freq, (int)(end - begin), a->n_heads, a->head_dim, a->rope_dim,
+                 a->pos0 + begin * a->step, a->step, a->inverse, NULL);
+}
+
+/* Differs: the reference on slices. */
+static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
+                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
+    rope_args a = {x, inv_freq, n_heads, head_dim, rope_dim, pos0, step, inverse};
+    exec_for(ex, n, TOKEN_GRAIN, rope_tokens, &a);
+}
+
+typedef struct { float *kv; int head_dim, rope_dim; } kv_round_args;
+
+static void kv_round_tokens(void *arg, int64_t begin, int64_t end) {
+    const kv_round_args *a = arg;
+    int cut = a->head_dim - a->rope_dim;
+    for (int64_t t = begin; t < end; t++) {
+        float *kv = a->kv + (size_t)t * (size_t)a->head_dim;
+        e4m3_row(kv, kv, cut, 64);
+        for (int c = cut; c < a->head_dim; c++) kv[c] = bf16_to_f32(f32_to_bf16(kv[c]));
+    }
+}
+
+static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
+    assert(rope_dim <= head_dim);
+    kv_round_args a = {kv, head_dim, rope_dim};
+    exec_for(ex, n, TOKEN_GRAIN, kv_round_tokens, &a);
+}
+
+typedef struct { float *x; int d; bool rounding; } index_round_args;
+
+static void e2m1_row(float *x, int d) {
+    for (int at = 0; at < d; at += 32) {
+        round_block b;
+        int len = min_int(32, d - at);
+        float amax = block_load(&b, x + at, len);
+        uint8_t code = ceil_pow2_code((amax > 6 * 0x1p-126f ? amax : 6 * 0x1p-126f) / 6);
+        float scale = e8m0_to_f32(code), inverse = 1 / scale;
+        for (int i = 0; i < len; i += 8) {
+            f32x8 v = load8(b.x + i) * splat8(inverse);
+            u32x8 sign = (u32x8)v & 0x80000000u, exponent, steps;
+            f32x8 r = small_round8(min8(splat8(6), abs8(v)), 1, 1, &exponent, &steps);
+            store8(b.x + i, (f32x8)((u32x8)r | sign) * splat8(scale));
+        }
+        memcpy(x + at, b.x, (size_t)len * sizeof *x);
+    }
+}
+
+static void index_round_rows(void *arg, int64_t begin, int64_t end) {
+    const index_round_args *a = arg;
+    float norm = (float)(1 / sqrt((double)a->d));
+    for (int64_t t = begin; t < end; t++) {
+        float *x = a->x + (size_t)t * (size_t)a->d;
+        for (int dist = 1; dist < a->d; dist *= 2)
+            for (int i = 0; i < a->d; i += 2 * dist)
+                for (int j = i; j < i + dist; j++) {
+                    float p = x[j], q = x[j + dist];
+                    x[j] = p + q;
+                    x[j + dist] = p - q;
+                }
+        for (int i = 0; i < a->d; i++) x[i] *= norm;
+        if (a->rounding) e2m1_row(x, a->d);
+    }
+}
+
+static void index_round_cpu(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
+    assert(d > 0 && (d & (d - 1)) == 0);
+    index_round_args a = {x, d, rounding};
+    exec_for(ex, n, 16, index_round_rows, &a);
+}
+
+typedef struct { int32_t *ids; float *weights; const dsv4_route *in; } route_args;
+
+static void route_tokens(void *arg, int64_t begin, int64_t end) {
+    const route_args *a = arg;
+    dsv4_route in = *a->in;
+    in.logits += (size_t)begin * (size_t)in.n_experts;
+    if (in.tokens) in.tokens += begin;
+    size_t at = (size_t)begin * (size_t)in.topk;
+    ops_ref.route(a->ids + at, a->weights + at, &in, (int)(end - begin), NULL);
+}
+
+/* Differs: the reference on slices. */
+static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
+    route_args a = {ids, weights, in};
+    exec_for(ex, n, TOKEN_GRAIN, route_tokens, &a);
+}
+
+typedef struct { float *a; const float *g, *u; int d; float limit; } swiglu_args;
+
+static void swiglu_row(float *a, const float *g, const float *u, int d, float limit) {
+    for (int c = 0; c < d; c += 8) {
+        f32x8 gate = min8(splat8(limit), load_upto8(g + c, d - c));
+        f32x8 up = max8(splat8(-limit), min8(splat8(limit), load_upto8(u + c, d - c)));
+        store_upto8(a + c, gate / (splat8(1) + exp8(-gate)) * up, d - c);
+    }
+}
+
+static void swiglu_tokens(void *arg, int64_t begin, int64_t end) {
+    const swiglu_args *a = arg;
+    for (int64_t t = begin; t < end; t++) {
+        size_t at = (size_t)t * (size_t)a->d;
+        swiglu_row(a->a + at, a->g + at, a->u + at, a->d, a->limit);
+    }
+}
+
+static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
+                       dsv4_exec *ex) {
+    swiglu_args args = {a, g, u, d, limit};
+    exec_for(ex, n, TOKEN_GRAIN, swiglu_tokens, &args);
+}
+
+typedef struct { float *y; const float *x; int copies, d; } add_args;
+
+static void add_tokens(void *arg, int64_t begin, int64_t end) {
+    const add_args *a = arg;
+    size_t d = (size_t)a->d, copies = (size_t)a->copies;
+    for (size_t i = (size_t)begin * copies; i < (size_t)end * copies; i++) {
+        float *y = a->y + i * d;
+        const float *x = a->x + i / copies * d;
+        for (size_t c = 0; c < d; c++) y[c] += x[c];
+    }
+}
+
+static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
+    add_args a = {y, x, copies, d};
+    exec_for(ex, n, TOKEN_GRAIN, add_tokens, &a);
+}
+
+/* === 5. Dot products ==========================================================================
+ * Everything that multiplies F32 rows goes through dot_tile: four rows times one or three
+ * vectors; an element is eight fma lanes, k ascending, then sum8's tree, in any company.        */
+
+enum { TILE_ROWS = 4, TILE_VECS = 3 };
+
+/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (a constant where inlined). */
+static inline __attribute__((always_inline))
+void dot_tile_n(float (*out)[TILE_ROWS], const float *const *w, const float *x, size_t ldx,
+                int len, int n_vecs) {
+    f32x8 acc[TILE_VECS][TILE_ROWS];
+    for (int v = 0; v < n_vecs; v++)
+        for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
+    int c = 0;
+    for (; c + 8 <= len; c += 8)
+        for (int r = 0; r < TILE_ROWS; r++) {
+            f32x8 wr = load8(w[r] + c);
+            for (int v = 0; v < n_vecs; v++)
+                acc[v][r] = fma8(wr, load8(x + (size_t)v * ldx + c), acc[v][r]);
+        }
+    if (c < len)
+        for (int r = 0; r < TILE_ROWS; r++) {
+            f32x8 wr = load_upto8(w[r] + c, len - c);
+            for (int v = 0; v < n_vecs; v++)
+                acc[v][r] = fma8(wr, load_upto8(x + (size_t)v * ldx + c, len - c), acc[v][r]);
+        }
+    for (int v = 0; v < n_vecs; v++)
+        for (int r = 0; r < TILE_ROWS; r++) out[v][r] = sum8(acc[v][r]);
+}
+
+/* As many vectors as fit, at most TILE_VECS; returns how many. */
+static inline int dot_tile(float (*out)[TILE_ROWS], const float *const *w, const float *x,
+                           size_t ldx, int len, int n_vecs) {
+    if (n_vecs >= TILE_VECS) {
+        dot_tile_n(out, w, x, ldx, len, TILE_VECS);
+        return TILE_VECS;
+    }
+    dot_tile_n(out, w, x, ldx, len, 1);
+    return 1;
+}
+
+/* === 6. linear ================================================================================
+ * Differs: F32.  A tile of four rows is decoded to F32, TILE_COLS columns at a time, and then
+ * multiplied with the tokens; an element adds its column blocks in ascending order.  FP8 scales
+ * are multiplied into the weights, which is exact.                                              */
+
+enum { TILE_COLS = 1024, TOKEN_BLOCK = 64 };
+
+/* Columns c0 .. c0+len-1 of row r as F32. */
+static void decode_fp8(float *dst, const dsv4_mat *w, int r, int c0, int len) {
+    const uint8_t *src = (const uint8_t *)w->data + (size_t)r * (size_t)w->cols + c0;
+    const uint8_t *scale = w->scale + (size_t)(r / 128) * (size_t)((w->cols + 127) / 128)
+                         + c0 / 128;
+    assert(c0 % 128 == 0);
+    for (int b = 0; b < len; b += 128) {
+        int n = min_int(128, len - b), c = 0;
+        f32x8 s = splat8(e8m0_to_f32(scale[b / 128]) * 256);
+        for (; c + 8 <= n; c += 8) store8(dst + b + c, e4m3_load8(src + b + c) * s);
+        for (; c < n; c++) dst[b + c] = e4m3_to_f32(src[b + c]) * e8m0_to_f32(scale[b / 128]);
+    }
+}
+
+static void decode_fp4(float *dst, const dsv4_mat *w, int r, int c0, int len) {
+    size_t at = (size_t)r * (size_t)w->cols + (size_t)c0;
+    const uint8_t *src = (const uint8_t *)w->data + at / 2;
+    for (int c = 0; c < len; c++) {
+        float s = e8m0_to_f32(w->scale[(at + (size_t)c) / 32]);
+        dst[c] = e2m1_to_f32((uint8_t)(src[c / 2] >> (4 * (c & 1)) & 15)) * s;
+    }
+}
+
+static void decode_row(float *dst, const dsv4_mat *w, int r, int c0, int len) {
+    size_t at = (size_t)r * (size_t)w->cols + (size_t)c0;
+    const uint16_t *half = (const uint16_t *)w->data;        /* not yet moved to `at` */
+    int c = 0;
+    switch (w->dtype) {
+    case DT_F32: memcpy(dst, (const float *)w->data + at, (size_t)len * sizeof *dst); break;
+    case DT_F16:
+        for (; c + 8 <= len; c += 8) store8(dst + c, f16_load8(half + at + c));
+        for (; c < len; c++) dst[c] = f16_to_f32(half[at + (size_t)c]);
+        break;
+    case DT_BF16:
+        for (; c + 8 <= len; c += 8) store8(dst + c, bf16_load8(half + at + c));
+        for (; c < len; c++) dst[c] = bf16_to_f32(half[at + (size_t)c]);
+        break;
+    case DT_F8_E4M3: decode_fp8(dst, w, r, c0, len); break;
+    case DT_I8: decode_fp4(dst, w, r, c0, len); break;
+    default: assert(0);                                      /* no matrix has another dtype */
+    }
+}
+
+typedef struct {
+    float *y;
+    const dsv4_mat *w;
+    const float *x;
+    int n, groups, group_rows, group_tiles;
+} linear_args;
+
+/* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1. */
+static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0, int t1) {
+    alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
+    int group = tile / a->group_tiles, first = tile % a->group_tiles * TILE_ROWS;
+    int n_rows = min_int(TILE_ROWS, a->group_rows - first);
+    int row0 = group * a->group_rows + first;
+    const float *w[TILE_ROWS];
+    for (int r = 0; r < TILE_ROWS; r++) {                    /* a ragged tile repeats its last */
+        w[r] = wbuf[min_int(r, n_rows - 1)];
+        if (r < n_rows) decode_row(wbuf[r], a->w, row0 + r, c0, len);
+    }
+    size_t ldx = (size_t)a->groups * (size_t)a->w->cols;
+    const float *x = a->x + (size_t)group * (size_t)a->w->cols + c0;
+    for (int t = t0, n_vecs; t < t1; t += n_vecs) {
+        float out[TILE_VECS][TILE_ROWS];
+        n_vecs = dot_tile(out, w, x + (size_t)t * ldx, ldx, len, t1 - t);
+        for (int v = 0; v < n_vecs; v++) {
+            float *y = a->y + (size_t)(t + v) * (size_t)a->w->rows + row0;
+            for (int r = 0; r < n_rows; r++) y[r] = c0 ? y[r] + out[v][r] : out[v][r];
+        }
+    }
+}
+
+static void linear_tiles(void *arg, int64_t begin, int64_t end) {
+    const linear_args *a = arg;
+    for (int t0 = 0; t0 < a->n; t0 += TOKEN_BLOCK)
+        for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
+            for (int tile = (int)begin; tile < end; tile++)
+                linear_tile(a, tile, c0, min_int(TILE_COLS, a->w->cols - c0), t0,
+                            min_int(t0 + TOKEN_BLOCK, a->n));
+}
+
+static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
+                       dsv4_exec *ex) {
+    assert(groups > 0 && w->rows % groups == 0);
+    int group_rows = w->rows / groups, group_tiles = (group_rows + TILE_ROWS - 1) / TILE_ROWS;
+    linear_args a = {y, w, x, n, groups, group_rows, group_tiles};
+    int64_t n_tiles = (int64_t)groups * group_tiles;
+    exec_for(ex, n_tiles, grain_for(ex, n_tiles, 16), linear_tiles, &a);
+}
+
+/* === 7. compress ==============================================================================
+ * Differs: F32, eight dims at a time.  An item is COMPRESS_DIMS dims of an entry.               */
+
+enum { COMPRESS_DIMS = 64 };
+
+typedef struct { float *entries; const dsv4_compress *in; int64_t g0; int n_chunks; }
+    compress_args;
+
+/* Dims c .. c+7 (or to d) of entry g. */
+static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
+    int coff = in->ratio == 4 ? 2 : 1, len = in->d - c;
+    size_t width = (size_t)(coff * in->d);
+    int64_t own = g * in->ratio, first = own - (coff - 1) * in->ratio;
+    f32x8 top = splat8(-INFINITY), sum = splat8(0), mean = splat8(0);
+    for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
+        for (int64_t j = first < 0 ? 0 : first; j < own + in->ratio; j++) {
+            size_t ch = (size_t)(c + (coff == 2 && j >= own ? in->d : 0));
+            bool now = j >= in->t0;
+            size_t at = (size_t)(now ? j - in->t0 : j % (coff * in->ratio)) * width + ch;
+            f32x8 s = load_upto8((now ? in->score : in->ring_score) + at, len)
+                    + load_upto8(in->ape + (size_t)(j % in->ratio) * width + ch, len);
+            if (pass == 0) {
+                top = max8(s, top);
+                continue;
+            }
+            f32x8 p = exp8(s - top);
+            sum += p;
+            mean = fma8(p, load_upto8((now ? in->kv : in->ring_kv) + at, len), mean);
+        }
+    return mean / sum;
+}
+
+static void compress_chunks(void *arg, int64_t begin, int64_t end) {
+    const compress_args *a = arg;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t g = i / a->n_chunks;
+        int c = (int)(i % a->n_chunks) * COMPRESS_DIMS, stop = min_int(c + COMPRESS_DIMS, a->in->d);
+        float *entry = a->entries + (size_t)g * (size_t)a->in->d;
+        for (; c < stop; c += 8)
+            store_upto8(entry + c, compress_dims(a->in, a->g0 + g, c), stop - c);
+    }
+}
+
+static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
+                         dsv4_exec *ex) {
+    assert(in->ratio > 0 && g0 >= 0);
+    compress_args a = {entries, in, g0, (in->d + COMPRESS_DIMS - 1) / COMPRESS_DIMS};
+    exec_for(ex, (int64_t)n_groups * a.n_chunks, 1, compress_chunks, &a);
+}
+
+/* === 8. Index scores and top-k ================================================================ */
+
+enum { SCORE_BLOCK = 256 };        /* entries of an item */
+
+typedef struct { float *scores; const dsv4_index *in; int n; } index_args;
+
+/* Scores of entries e0 .. e0+n-1, n <= TILE_ROWS, for token t: heads ascending. */
+static void score_tile(float *scores, const dsv4_index *in, int t, int64_t e0, int n) {
+    const float *k[TILE_ROWS], *w = in->w + (size_t)t * (size_t)in->n_heads;
+    float sum[TILE_ROWS] = {0};
+    size_t d = (size_t)in->d;
+    const float *q = in->q + (size_t)t * (size_t)in->n_heads * d;
+    for (int r = 0; r < TILE_ROWS; r++) k[r] = in->keys + (size_t)(e0 + min_int(r, n - 1)) * d;
+    for (int h = 0, n_heads; h < in->n_heads; h += n_heads) {
+        float dot[TILE_VECS][TILE_ROWS];
+        n_heads = dot_tile(dot, k, q + (size_t)h * d, d, in->d, in->n_heads - h);
+        for (int v = 0; v < n_heads; v++)
+            for (int r = 0; r < TILE_ROWS; r++)
+                sum[r] += w[h + v] * in->w_scale * (dot[v][r] > 0 ? dot[v][r] : 0);
+    }
+    memcpy(scores + e0, sum, (size_t)n * sizeof *sum);
+}
+
+/* Item: block i / n of the entries, token i % n, so that neighbours share the keys. */
+static void score_blocks(void *arg, int64_t begin, int64_t end) {
+    const index_args *a = arg;
+    for (int64_t i = begin; i < end; i++) {
+        int t = (int)(i % a->n);
+        int64_t e = i / a->n * SCORE_BLOCK, visible = (a->in->t0 + t + 1) / a->in->ratio;
+        int64_t stop = min_i64(e + SCORE_BLOCK, visible);
+        float *scores = a->scores + (size_t)t * a->in->stride;
+        for (; e < stop; e += TILE_ROWS)
+            score_tile(scores, a->in, t, e, (int)min_i64(TILE_ROWS, stop - e));
+    }
+}
+
+/* Differs: F32. */
+static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
+    index_args a = {scores, in, n};
+    int64_t most = (in->t0 + n) / in->ratio;
+    assert((size_t)most <= in->stride || n == 1);
+    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK * n, 1, score_blocks, &a);
+}
+
+typedef struct {
+    int32_t *idx, *count;
+    const float *scores;
+    size_t stride;
+    int k, ratio;
+    int64_t t0;
+} topk_args;
+
+/* Bits that sort as the numbers do; -0 becomes 0. */
+static inline uint32_t sort_key(float x) {
+    uint32_t u;
+    x += 0.0f;
+    memcpy(&u, &x, sizeof u);
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+/* The key of the k-th largest of n > k scores, found 11 bits at a time from the top;
+ * *n_equal says how many with that very key belong to the k. */
+static uint32_t kth_key(const float *s, int64_t n, int k, int *n_equal) {
+    static const int shift[3] = {21, 10, 0};
+    uint32_t found = 0, known = 0;                           /* the bits found, and their mask  */
+    for (int pass = 0; pass < 3; pass++) {
+        uint32_t count[2048] = {0}, digits = pass == 2 ? 1023 : 2047;
+        for (int64_t e = 0; e < n; e++) {
+            uint32_t key = sort_key(s[e]);
+            if ((key & known) == found) count[key >> shift[pass] & digits]++;
+        }
+        uint32_t digit = digits;
+        for (; count[digit] < (uint32_t)k; digit--) k -= (int)count[digit];
+        found |= digit << shift[pass];
+        known |= digits << shift[pass];
+    }
+    *n_equal = k;
+    return found;
+}
+
+static void topk_tokens(void *arg, int64_t begin, int64_t end) {
+    const topk_args *a = arg;
+    for (int64_t t = begin; t < end; t++) {
+        const float *s = a->scores + (size_t)t * a->stride;
+        int32_t *idx = a->idx + (size_t)t * (size_t)a->k, visible;
+        assert((a->t0 + t + 1) / a->ratio <= INT32_MAX);
+        visible = (int32_t)((a->t0 + t + 1) / a->ratio);
+        a->count[t] = min_int(visible, a->k);
+        if (visible <= a->k) {
+            for (int32_t e = 0; e < visible; e++) idx[e] = e;
+            continue;
+        }
+        int n_equal, n = 0;
+        uint32_t least = kth_key(s, visible, a->k, &n_equal);
+        for (int32_t e = 0; n < a->k; e++) {
+            uint32_t key = sort_key(s[e]);
+            if (key > least || (key == least && n_equal-- > 0)) idx[n++] = e;
+        }
+    }
+}
+
+/* Differs: a radix select, three passes over the scores however large k is. */
+static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
+                     int k, int ratio, int64_t t0, dsv4_exec *ex) {
+    topk_args a = {idx, count, scores, stride, k, ratio, t0};
+    exec_for(ex, n, TOKEN_GRAIN, topk_tokens, &a);
+}
+
+/* === 9. attend ================================================================================
+ * Differs: F32, in one pass.  An item is HEAD_GROUP heads of a token.  The list is taken in
+ * blocks of ATTEND_BLOCK items; with m the largest score so far, o and the denominator l are
+ * kept relative to exp(m) and scaled down when m grows.  The sink is where m and l begin.       */
+
+enum { HEAD_GROUP = 8, ATTEND_BLOCK = 64 };
+
+typedef struct { float *o; const dsv4_attend *in; int n_groups; } attend_args;
+
+/* One block: list items [n], padded to a multiple of TILE_ROWS by repeating the last, and each
+ * head's scores, then probabilities. */
+typedef struct {
+    int n, padded;
+    const float *item[ATTEND_BLOCK];
+    alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
+} attend_block;
+
+/* Items j0 .. of the list of token t0 + row, which has n_items. */
+static void attend_gather(attend_block *b, const dsv4_attend *in, int row, int64_t j0,
+                          int64_t n_items) {
+    int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
+    size_t dim = (size_t)in->head_dim;
+    b->n = (int)min_i64(ATTEND_BLOCK, n_items - j0);
+    b->padded = (b->n + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    for (int i = 0; i < b->padded; i++) {
+        int64_t p = first + j0 + min_int(i, b->n - 1), e = p - t - 1;
+        if (p >= in->t0 && p <= t) {
+            b->item[i] = in->kv + (size_t)(p - in->t0) * dim;
+        } else if (p <= t) {
+            b->item[i] = in->ring + (size_t)(p % in->window) * dim;
+        } else {
+            if (in->idx) e = in->idx[(size_t)row * (size_t)in->topk + (size_t)e];
+            b->item[i] = in->comp + (size_t)e * dim;
+        }
+    }
+}
+
+/* b->p = scores of n_heads heads q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
+static void attend_scores(attend_block *b, const float *q, int n_heads, int head_dim) {
+    float scale = (float)(1 / sqrt((double)head_dim));
+    for (int i = 0; i < ATTEND_BLOCK; i += TILE_ROWS)
+        for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
+            float dot[TILE_VECS][TILE_ROWS] = {{0}};
+            n_vecs = 1;
+            if (i < b->padded)
+                n_vecs = dot_tile(dot, b->item + i, q + (size_t)h * (size_t)head_dim,
+                                  (size_t)head_dim, head_dim, n_heads - h);
+            for (int v = 0; v < n_vecs; v++)
+                for (int r = 0; r < TILE_ROWS; r++)
+                    b->p[h + v][i + r] = i + r < b->n ? dot[v][r] * scale : -INFINITY;
+        }
+}
+
+/* Turn one head's scores into probabilities relative to exp(*m), raising *m and scaling *l and
+ * o [d] down if a score is larger; their sum joins *l. */
+static void attend_softmax(float *p, float *m, float *l, float *o, int d) {
+    f32x8 top8 = load8(p), sum = splat8(0);
+    for (int i = 8; i < ATTEND_BLOCK; i += 8) top8 = max8(load8(p + i), top8);
+    float top = max_lane8(top8);
+    if (top > *m) {
+        float shrink = exp_f32(*m - top);
+        *m = top;
+        *l *= shrink;
+        for (int c = 0; c < d; c++) o[c] *= shrink;
+    }
+    for (int i = 0; i < ATTEND_BLOCK; i += 8) {
+        f32x8 e = exp8(load8(p + i) - splat8(*m));
+        sum += e;
+        store8(p + i, e);
+    }
+    *l += sum8(sum);
+}
+
+/* o[h][0..d) += sum over four items of p[h][i] * item[i], for n_heads heads (a constant). */
+static inline __attribute__((always_inline))
+void attend_mix_n(float *o, const float *const *item, const float (*p)[ATTEND_BLOCK], int i,
+                  int d, int n_heads) {
+    f32x8 w[2][TILE_ROWS];
+    for (int h = 0; h < n_heads; h++)
+        for (int r = 0; r < TILE_ROWS; r++) w[h][r] = splat8(p[h][i + r]);
+    for (int c = 0; c < d; c += 8) {
+        f32x8 sum[2];
+        for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + (size_t)h * (size_t)d + c, d - c);
+        for (int r = 0; r < TILE_ROWS; r++) {
+            f32x8 k = load_upto8(item[i + r] + c, d - c);
+            for (int h = 0; h < n_heads; h++) sum[h] = fma8(w[h][r], k, sum[h]);
+        }
+        for (int h = 0; h < n_heads; h++) store_upto8(o + (size_t)h * (size_t)d + c, sum[h], d - c);
+    }
+}
+
+static void attend_mix(float *o, const attend_block *b, int n_heads, int d) {
+    for (int i = 0; i < b->padded; i += TILE_ROWS)
+        for (int h = 0; h < n_heads; h += 2) {
+            float *oh = o + (size_t)h * (size_t)d;
+            if (h + 2 <= n_heads)
+                attend_mix_n(oh, b->item, b->p + h, i, d, 2);
+            else
+                attend_mix_n(oh, b->item, b->p + h, i, d, 1);
+        }
+}
+
+static void attend_groups(void *arg, int64_t begin, int64_t end) {
+    const attend_args *a = arg;
+    const dsv4_attend *in = a->in;
+    int d = in->head_dim;
+    for (int64_t item = begin; item < end; item++) {
+        int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * HEAD_GROUP;
+        int n_heads = min_int(HEAD_GROUP, in->n_heads - h0);
+        int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
+        if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
+        size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
+        float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];
+        memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
+        for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
+        for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
+            attend_block b;
+            attend_gather(&b, in, row, j, n_items);
+            attend_scores(&b, in->q + at, n_heads, d);
+            for (int h = 0; h < n_heads; h++)
+                attend_softmax(b.p[h], &m[h], &l[h], o + (size_t)h * (size_t)d, d);
+            attend_mix(o, &b, n_heads, d);
+        }
+        for (int h = 0; h < n_heads; h++)
+            for (int c = 0; c < d; c++) o[(size_t)h * (size_t)d + (size_t)c] /= l[h];
+    }
+}
+
+static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
+    assert(in->window > 0);
+    attend_args a = {o, in, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
+    exec_for(ex, (int64_t)n * a.n_groups, 1, attend_groups, &a);
+}
+
+/* === 10. Hyper-connections ====================================================================
+ * Differs: F32.  fn . h is a linear over TOKEN_BLOCK tokens, so that one token uses all threads. */
+
+enum { MAX_MIX = (2 + MAX_HC) * MAX_HC, HC_POST_DIMS = 512 };
+
+typedef struct {
+    float *x, *post, *comb;        /* of the token block; post, comb NULL in hc_head            */
+    const float *h, *mix;
+    const dsv4_hc *w;
+    const dsv4_hc_shape *s;
+} hc_args;
+
+static inline float sigmoid(float x) { return 1 / (1 + exp_f32(-x)); }
+
+/* Divide the rows (by_row), or the columns, of C [hc][hc] by their sum + eps. */
+static void sinkhorn_step(float *C, int hc, bool by_row, float eps) {
+    int line_step = by_row ? hc : 1, step = by_row ? 1 : hc;
+    for (int line = 0; line < hc; line++) {
+        float sum = 0;
+        for (int i = 0; i < hc; i++) sum += C[line * line_step + i * step];
+        for (int i = 0; i < hc; i++) C[line * line_step + i * step] /= sum + eps;
+    }
+}
+
+static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const dsv4_hc_shape *s) {
+    int hc = s->hc;
+    for (int i = 0; i < hc; i++) {
+        float top = -INFINITY, sum = 0, *row = C + i * hc;
+        for (int j = 0; j < hc; j++) {
+            int at = (2 + i) * hc + j;
+            row[j] = m[at] * r * w->scale[2] + w->base[at];
+            top = row[j] > top ? row[j] : top;
+        }
+        for (int j = 0; j < hc; j++) sum += row[j] = exp_f32(row[j] - top);
+        for (int j = 0; j < hc; j++) row[j] = row[j] / sum + s->hc_eps;
+    }
+    sinkhorn_step(C, hc, false, s->hc_eps);
+    for (int it = 1; it < s->sinkhorn_iters; it++) {
+        sinkhorn_step(C, hc, true, s->hc_eps);
+        sinkhorn_step(C, hc, false, s->hc_eps);
+    }
+}
+
+static void hc_mix_tokens(void *arg, int64_t begin, int64_t end) {
+    const hc_args *a = arg;
+    int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
+    for (int64_t t = begin; t < end; t++) {
+        const float *h = a->h + (size_t)t * (size_t)len, *m = a->mix + t * n_mix;
+        float *x = a->x + (size_t)t * (size_t)dim, pre[MAX_HC];
+        f32x8 square = splat8(0);
+        for (int c = 0; c < len; c += 8) {
+            f32x8 v = load_upto8(h + c, len - c);
+            square = fma8(v, v, square);
+        }
+        float r = 1 / sqrtf(sum8(square) / (float)len + a->s->rms_eps);
+        for (int i = 0; i < hc; i++) {
+            pre[i] = sigmoid(m[i] * r * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
+            if (!a->post) continue;
+            float z = m[hc + i] * r * a->w->scale[1] + a->w->base[hc + i];
+            a->post[t * hc + i] = 2 * sigmoid(z);
+        }
+        if (a->comb) hc_comb(a->comb + t * hc * hc, m, r, a->w, a->s);
+        for (int c = 0; c < dim; c += 8) {
+            f32x8 sum = splat8(0);
+            for (int i = 0; i < hc; i++)
+                sum = fma8(splat8(pre[i]), load_upto8(h + i * dim + c, dim - c), sum);
+            store_upto8(x + c, sum, dim - c);
+        }
+    }
+}
+
+/* hc_pre and, with post and comb NULL, hc_head */
+static void hc_mix(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
+                   const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
+    float mix[TOKEN_BLOCK * MAX_MIX];
+    int hc = s->hc, len = hc * s->dim;
+    assert(hc > 0 && hc <= MAX_HC);
+    dsv4_mat fn = {DT_F32, post ? (2 + hc) * hc : hc, len, w->fn, NULL};
+    for (int t = 0; t < n; t += TOKEN_BLOCK) {
+        int n_now = min_int(TOKEN_BLOCK, n - t);
+        hc_args a = {x + (size_t)t * (size_t)s->dim, post ? post + t * hc : NULL,
+                     comb ? comb + t * hc * hc : NULL, h + (size_t)t * (size_t)len, mix, w, s};
+        linear_cpu(mix, &fn, a.h, n_now, 1, ex);
+        exec_for(ex, n_now, TOKEN_GRAIN, hc_mix_tokens, &a);
+    }
+}
+
+static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
+                       const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
+    hc_mix(x, post, comb, h, w, s, n, ex);
+}
+
+static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
+                        dsv4_exec *ex) {
+    hc_mix(x, NULL, NULL, h, w, s, n, ex);
+}
+
+typedef struct { float *h; const float *y, *post, *comb; int hc, dim, n_chunks; } hc_post_args;
+
+static void hc_post_chunks(void *arg, int64_t begin, int64_t end) {
+    const hc_post_args *a = arg;
+    int hc = a->hc, dim = a->dim;
+    for (int64_t item = begin; item < end; item++) {
+        int64_t t = item / a->n_chunks;
+        int c = (int)(item % a->n_chunks) * HC_POST_DIMS, stop = min_int(c + HC_POST_DIMS, dim);
+        float *h = a->h + (size_t)t * (size_t)(hc * dim);
+        const float *y = a->y + (size_t)t * (size_t)dim;
+        const float *post = a->post + t * hc, *comb = a->comb + t * hc * hc;
+        for (; c < stop; c += 8) {
+            f32x8 old[MAX_HC], yc = load_upto8(y + c, stop - c);
+            for (int i = 0; i < hc; i++) old[i] = load_upto8(h + i * dim + c, stop - c);
+            for (int j = 0; j < hc; j++) {
+                f32x8 sum = splat8(post[j]) * yc;
+                for (int i = 0; i < hc; i++) sum = fma8(splat8(comb[i * hc + j]), old[i], sum);
+                store_upto8(h + j * dim + c, sum, stop - c);
+            }
+        }
+    }
+}
+
+static void hc_post_cpu(float *h, const float *y, const float *post, const float *comb,
+                        const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
+    assert(s->hc > 0 && s->hc <= MAX_HC);
+    int n_chunks = (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS;
+    hc_post_args a = {h, y, post, comb, s->hc, s->dim, n_chunks};
+    exec_for(ex, (int64_t)n * n_chunks, 2, hc_post_chunks, &a);
+}
+
+/* === 11. Experts ==============================================================================
+ * Roundings on, an x row is packed once: each e4m3 integer m (18 bits and sign) is cut into three
+ * signed limbs, m = l0 + 128 l1 + 16384 l2, that fit vpmaddubsw; it wants its other factor
+ * unsigned, so weights become u = 2*e2m1 + 12 and 12 * sum(m) is subtracted from a block's sum.
+ *
+ *   packed x   per two blocks of 32: l0 of even columns, of odd columns, l1 .., l2 ..: 6 x 32 bytes
+ *              of which the first 16 are the first block's; then per block 12 * sum(m); then per
+ *              block x's share of the exponent.  Padded with zeros to eight blocks.
+ *   u          per two blocks: even columns, odd columns: 2 x 32 bytes, divided alike
+ *   lane       eight blocks are summed at once; block b of them stands in lane block_lane(b)
+ *
+ * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
+
+enum { FP4_COLS = 2048, FP4_GROUPS = FP4_COLS / 256 };       /* columns decoded at a time */
+
+static inline int block_lane(int b) { return (b & 1) * 4 + (b & 7) / 2; }
+
+static inline size_t padded_blocks(int cols) { return (size_t)((cols + 255) / 256 * 8); }
+
+static size_t packed_bytes(int cols) { return padded_blocks(cols) * (96 + 2 * sizeof(int32_t)); }
+
+typedef struct { int8_t *limbs; int32_t *offset, *exponent; } packed_row;
+
+static packed_row packed_at(uint8_t *base, int cols, int64_t row) {
+    size_t blocks = padded_blocks(cols);
+    uint8_t *p = base + (size_t)row * packed_bytes(cols);
+    int32_t *offset = (int32_t *)(void *)(p + blocks * 96);
+    return (packed_row){(int8_t *)p, offset, offset + blocks};
+}
+
+static void pack_row(packed_row x, const uint8_t *code, const uint8_t *scale, int cols) {
+    memset(x.limbs, 0, packed_bytes(cols));
+    for (int b = 0; b < cols / 32; b++) {
+        int8_t *limbs = x.limbs + b / 2 * 192 + (b & 1) * 16;
+        int32_t sum = 0;
+        for (int i = 0; i < 32; i++) {
+            int32_t c = code[32 * b + i], mag = c & 127, sign = c & 128 ? -1 : 1;
+            mag = mag < 8 ? mag : (8 + (mag & 7)) << ((mag >> 3) - 1);
+            int8_t *l = limbs + (i & 1) * 32 + i / 2;
+            l[0] = (int8_t)(sign * (mag & 127));
+            l[64] = (int8_t)(sign * (mag >> 7 & 127));
+            l[128] = (int8_t)(sign * (mag >> 14));
+            sum += sign * mag;
+        }
+        x.offset[b / 8 * 8 + block_lane(b)] = 12 * sum;
+        x.exponent[b / 8 * 8 + block_lane(b)] = scale[b / 4] - 264 + 127;
+    }
+}
+
+/* u of 32 packed bytes: nibble -> 2*e2m1 + 12. */
+static inline void fp4_decode32(uint8_t *u, const uint8_t *src) {
+    static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                             12, 11, 10, 9,  8,  6,  4,  0};
+#ifdef __AVX2__
+    __m128i half;
+    memcpy(&half, offset_twice, sizeof half);
+    __m256i table = _mm256_broadcastsi128_si256(half), low = _mm256_set1_epi8(15);
+    __m256i v = _mm256_loadu_si256((const __m256i *)src);
+    __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(v, low));
+    __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
+    _mm256_storeu_si256((__m256i *)u, even);
+    _mm256_storeu_si256((__m256i *)(u + 32), odd);
+#else
+    for (int i = 0; i < 32; i++) {
+        u[i] = offset_twice[src[i] & 15];
+        u[32 + i] = offset_twice[src[i] >> 4];
+    }
+#endif
+}
+
+/* The sums of u * m over eight blocks, each in its block_lane. */
+static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
+#ifdef __AVX2__
+    const __m256i weight[3] = {_mm256_set1_epi16(1), _mm256_set1_epi16(128),
+                               _mm256_set1_epi16(16384)};
+    __m256i sum[4];
+    for (int pair = 0; pair < 4; pair++) {
+        __m256i even = _mm256_loadu_si256((const __m256i *)(u + 64 * pair));
+        __m256i odd = _mm256_loadu_si256((const __m256i *)(u + 64 * pair + 32));
+        const __m256i *x = (const __m256i *)(limbs + 192 * pair);
+        sum[pair] = _mm256_setzero_si256();
+        for (int l = 0; l < 3; l++) {
+            __m256i p = _mm256_maddubs_epi16(even, _mm256_loadu_si256(x + 2 * l));
+            __m256i q = _mm256_maddubs_epi16(odd, _mm256_loadu_si256(x + 2 * l + 1));
+            p = _mm256_madd_epi16(_mm256_add_epi16(p, q), weight[l]);
+            sum[pair] = _mm256_add_epi32(sum[pair], p);
+        }
+    }
+    return (i32x8)_mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]),
+                                    _mm256_hadd_epi32(sum[2], sum[3]));
+#else
+    i32x8 sums;
+    for (int b = 0; b < 8; b++) {
+        const uint8_t *ub = u + b / 2 * 64 + (b & 1) * 16;
+        const int8_t *x = limbs + b / 2 * 192 + (b & 1) * 16;
+        int32_t sum = 0;
+        for (int odd = 0; odd <= 32; odd += 32)
+            for (int i = odd; i < odd + 16; i++)
+                sum += ub[i] * (x[i] + 128 * x[i + 64] + 16384 * x[i + 128]);
+        sums[block_lane(b)] = sum;
+    }
+    return sums;
+#endif
+}
+
+/* 2^k as F32, k + 127 = e clamped to a normal number's exponent. */
+static inline f32x8 pow2_8(i32x8 e) {
+#ifdef __AVX2__
+    e = (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)e, _mm256_set1_epi32(1)),
+                                _mm256_set1_epi32(254));
+#else
+    for (int i = 0; i < 8; i++) e[i] = e[i] < 1 ? 1 : e[i] > 254 ? 254 : e[i];
+#endif
+    return (f32x8)((u32x8)e << 23);
+}
+
+typedef struct { uint8_t u[FP4_COLS]; int32_t exponent[FP4_COLS / 32]; } fp4_row;
+
+/* n_blocks blocks from block b0 of row r, padded to a multiple of eight. */
+static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blocks) {
+    size_t at = (size_t)r * (size_t)(w->cols / 32) + (size_t)b0;
+    const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
+    int b = 0;
+    for (; b + 2 <= n_blocks; b += 2) fp4_decode32(row->u + b * 32, src + b * 16);
+    if (b < n_blocks) {
+        uint8_t last[32] = {0};
+        memcpy(last, src + b * 16, 16);
+        fp4_decode32(row->u + b * 32, last);
+        b += 2;
+    }
+    if (b % 8) memset(row->u + b * 32, 0, (size_t)(8 - b % 8) * 32);
+    for (int g = 0; g < n_blocks; g += 8)
+        for (int i = 0; i < 8; i++)
+            row->exponent[g + block_lane(i)] = g + i < n_blocks ? scale[g + i] : 0;
+}
+
+/* Add n_groups times eight blocks to the lanes; x is that of the first. */
+static inline f32x8 fp4_dot(f32x8 lanes, const fp4_row *w, packed_row x, int n_groups) {
+    for (int g = 0; g < n_groups; g++) {
+        i32x8 sums = block_sums8(w->u + 256 * g, x.limbs + 768 * g), offset, xe, we;
+        memcpy(&offset, x.offset + 8 * g, sizeof offset);
+        memcpy(&xe, x.exponent + 8 * g, sizeof xe);
+        memcpy(&we, w->exponent + 8 * g, sizeof we);
+        lanes += __builtin_convertvector(sums - offset, f32x8) * pow2_8(xe + we);
+    }
+    return lanes;
+}
+
+/* The contract's tree, from lanes in block_lane's order. */
+static inline float sum_block_lanes(f32x8 v) {
+    return ((v[0] + v[2]) + (v[1] + v[3])) + ((v[4] + v[6]) + (v[5] + v[7]));
+}
+
+typedef struct {
+    const dsv4_mat *w[2];          /* of one shape; w[1] may be NULL                            */
+    float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
+    const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
+    uint8_t *x;                    /* packed, [m]                                               */
+    int m, n_tiles;
+} fp4_args;
+
+/* w's rows r0 .. r0+3 (or to the end) times all tokens. */
+static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
+    f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
+    fp4_row row[TILE_ROWS];
+    int n_rows = min_int(TILE_ROWS, w->rows - r0), n_blocks = w->cols / 32;
+    memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
+    for (int b0 = 0; b0 < n_blocks; b0 += FP4_COLS / 32) {
+        int n_now = min_int(FP4_COLS / 32, n_blocks - b0);
+        for (int r = 0; r < n_rows; r++) fp4_decode(&row[r], w, r0 + r, b0, n_now);
+        for (int t = 0; t < a->m; t++) {
+            packed_row x = packed_at(a->x, w->cols, t);
+            x.limbs += b0 * 96, x.offset += b0, x.exponent += b0;
+            for (int r = 0; r < n_rows; r++)
+                lanes[t][r] = fp4_dot(lanes[t][r], &row[r], x, (n_now + 7) / 8);
+        }
+    }
+    for (int t = 0; t < a->m; t++) {
+        float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
+        for (int r = 0; r < n_rows; r++) {
+            float sum = sum_block_lanes(lanes[t][r]);
+            y[r] = a->rows ? y[r] + sum : sum;
+        }
+    }
+}
+
+static void fp4_tiles(void *arg, int64_t begin, int64_t end) {
+    const fp4_args *a = arg;
+    for (int64_t i = begin; i < end; i++) {
+        int which = i >= a->n_tiles, tile = (int)i - which * a->n_tiles;
+        fp4_tile(a, a->w[which], a->out[which], tile * TILE_ROWS);
+    }
+}
+
+static void fp4_run(fp4_args *a, dsv4_exec *ex) {
+    a->n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t n_items = (int64_t)a->n_tiles * (a->w[1] ? 2 : 1);
+    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_tiles, a);
+}
+
+/* The caller's scratch: EXPERT_ROWS rows of each. */
+typedef struct {
+    float *g, *u;                  /* [inter]                                                   */
+    uint8_t *x, *a, *code;         /* packed x, packed a, a's codes and scales: roundings on    */
+    float *f32, *out;              /* gathered x, w2's result [dim]: roundings off              */
+} expert_scratch;
+
+static size_t code_bytes(int inter) { return (size_t)inter + (size_t)((inter + 127) / 128); }
+
+size_t expert_scratch_bytes(int dim, int inter) {
+    size_t on = packed_bytes(dim) + packed_bytes(inter) + code_bytes(inter);
+    size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
+    return EXPERT_ROWS * (both + (on > off ? on : off));
+}
+
+static expert_scratch scratch_at(void *base, int dim, int inter) {
+    expert_scratch s;
+    s.g = base;
+    s.u = s.g + (size_t)EXPERT_ROWS * (size_t)inter;
+    s.f32 = s.u + (size_t)EXPERT_ROWS * (size_t)inter;
+    s.out = s.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
+    s.x = (uint8_t *)s.f32;                                  /* either these, or f32 and out     */
+    s.a = s.x + EXPERT_ROWS * packed_bytes(dim);
+    s.code = s.a + EXPERT_ROWS * packed_bytes(inter);
+    return s;
+}
+
+typedef struct {
+    const expert_scratch *s;
+    const dsv4_acts *x;
+    const int32_t *rows;
+    const float *weight;
+    int dim, inter;
+    float limit;
+} expert_args;
+
+/* Gather: x rows, packed or as F32. */
+static void expert_gather(void *arg, int64_t begin, int64_t end) {
+    const expert_args *a = arg;
+    size_t dim = (size_t)a->dim, blocks = (dim + 127) / 128;
+    for (int64_t i = begin; i < end; i++) {
+        size_t row = (size_t)a->rows[i];
+        if (a->x->code)
+            pack_row(packed_at(a->s->x, a->dim, i), a->x->code + row * dim,
+                     a->x->scale + row * blocks, a->dim);
+        else
+            memcpy(a->s->f32 + (size_t)i * dim, a->x->f32 + row * dim, dim * sizeof(float));
+    }
+}
+
+/* g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
+static void expert_activate(void *arg, int64_t begin, int64_t end) {
+    const expert_args *a = arg;
+    for (int64_t i = begin; i < end; i++) {
+        float *g = a->s->g + (size_t)i * (size_t)a->inter;
+        swiglu_row(g, g, a->s->u + (size_t)i * (size_t)a->inter, a->inter, a->limit);
+        for (int c = 0; c < a->inter; c++) g[c] *= a->weight[i];
+        if (!a->x->code) continue;
+        uint8_t *code = a->s->code + (size_t)i * code_bytes(a->inter), *scale = code + a->inter;
+        codes_row(code, scale, g, a->inter);
+        pack_row(packed_at(a->s->a, a->inter, i), code, scale, a->inter);
+    }
+}
+
+/* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
+static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, const int32_t *rows,
+                           const float *weight, int m, float limit, void *scratch,
+                           dsv4_exec *ex) {
+    int dim = w->w1.cols, inter = w->w1.rows;
+    assert(m <= EXPERT_ROWS && dim % 32 == 0 && inter % 32 == 0);
+    assert((x->code != NULL) != (x->f32 != NULL));
+    assert((uintptr_t)scratch % 64 == 0);
+    expert_scratch s = scratch_at(scratch, dim, inter);
+    expert_args a = {&s, x, rows, weight, dim, inter, limit};
+    exec_for(ex, m, 1, expert_gather, &a);
+    if (x->code) {
+        fp4_args up = {{&w->w1, &w->w3}, {s.g, s.u}, NULL, s.x, m, 0};
+        fp4_args down = {{&w->w2, NULL}, {y, NULL}, rows, s.a, m, 0};
+        fp4_run(&up, ex);
+        exec_for(ex, m, 1, expert_activate, &a);
+        fp4_run(&down, ex);
+        return;
+    }
+    linear_cpu(s.g, &w->w1, s.f32, m, 1, ex);
+    linear_cpu(s.u, &w->w3, s.f32, m, 1, ex);
+    exec_for(ex, m, 1, expert_activate, &a);
+    linear_cpu(s.out, &w->w2, s.g, m, 1, ex);
+    for (int i = 0; i < m; i++)
+        add_cpu(y + (size_t)rows[i] * (size_t)dim, s.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
+}
+
+/* === 12. The table ============================================================================ */
+
+const dsv4_ops ops_cpu = {
+    "cpu",       embed_cpu,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,
+    linear_cpu,  rope_cpu,     kv_round_cpu,    index_round_cpu, compress_cpu,   index_scores_cpu,
+    topk_cpu,    attend_cpu,   hc_pre_cpu,      hc_post_cpu,   hc_head_cpu,      route_cpu,
+    swiglu_cpu,  expert_ffn_cpu, add_cpu,
+};

@@ -1,0 +1,1031 @@
+/* text.c -- bytes <-> tokens <-> prompt: the byte-level BPE of a checkpoint's tokenizer.json.
+ *
+ *   "x = 15<think>"              bytes; what is not UTF-8 becomes U+FFFD            section 1
+ *        | added tokens first, longest first (only if the caller wants them)        section 5
+ *   "x = 15"  128821
+ *        | regex after regex, each cutting the pieces that the one before left      section 5
+ *   "x" " =" " " "15"            words
+ *        | one id a byte; the pair of neighbours with the lowest rank is merged,
+ *        | the leftmost one on ties, until no pair has a rank                       section 6
+ *   90 438 223 868  128821       ids
+ *
+ * Invariants  1 a tok is never written after tok_parse: any number of threads may encode
+ *             2 every one of the 256 bytes has an id, so no text is ever lost
+ *             3 a regex only ever sees valid UTF-8, and only the piece it cuts
+ *             4 time is near linear in the text, whatever the text and the file: merging
+ *               is O(n log n) a word, and a regex that is too slow ends in an error
+ *             5 the JSON tree is gone when tok_parse returns
+ *
+ * Contents    1 UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
+ *             5 cutting text   6 merging a word   7 encoding, decoding, prompt
+ * Not here    chat messages with history or tools, and HTTP
+ */
+#define _POSIX_C_SOURCE 200809L    /* open_memstream, the thread's CPU clock                    */
+
+#include "dsv4.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <jansson.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+
+enum {
+    MAX_JSON_BYTES = 32 << 20,     /* V4's file has 6.4 MB; jansson may need 60 times as much   */
+    MAX_IDS = 1 << 24,
+    MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
+    MAX_SPLITS = 16,
+    MAX_PATTERN_BYTES = 4096,
+    MAX_TEXT_BYTES = 1 << 30,      /* so that places in a text fit 32 bits                      */
+    MAX_PROBES = 1024,             /* in the merge table; an honest one needs about a hundred   */
+    SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try            */
+    CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
+    REGEX_HEAP_KIB = 256 << 10,
+    SEEN_SLOTS = 1 << 14,          /* words remembered while one text is encoded                */
+    SEEN_WORD_BYTES = 64,
+};
+
+#define NO_RANK UINT32_MAX
+
+static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
+
+/* === 1. UTF-8 =================================================================================
+ * Broken text is repaired the way Python's bytes.decode(errors="replace") and Unicode (3.9, best
+ * practice) do: one U+FFFD for each maximal piece that starts like a character and breaks off. */
+
+typedef enum { CH_WHOLE, CH_BROKEN, CH_CUT } ch_state;
+
+/* What do the n > 0 bytes at s begin with?  A whole character, a broken one, or the start of one
+ * that n bytes do not finish; the length of any of these is returned. */
+static size_t utf8_char(const unsigned char *s, size_t n, ch_state *state) {
+    unsigned c = s[0], lo = 0x80, hi = 0xbf;
+    size_t want = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+    *state = want ? CH_WHOLE : CH_BROKEN;
+    if (c == 0xe0) lo = 0xa0;      /* shorter forms exist                                       */
+    if (c == 0xed) hi = 0x9f;      /* surrogates                                                */
+    if (c == 0xf0) lo = 0x90;      /* shorter forms exist                                       */
+    if (c == 0xf4) hi = 0x8f;      /* above U+10FFFF                                            */
+    for (size_t i = 1; i < want; i++) {
+        if (i == n || s[i] < lo || s[i] > hi) {
+            *state = i == n ? CH_CUT : CH_BROKEN;
+            return i;
+        }
+        lo = 0x80, hi = 0xbf;
+    }
+    return want ? want : 1;
+}
+
+static bool utf8_valid(const char *text, size_t len) {
+    const unsigned char *s = (const unsigned char *)text;
+    ch_state state = CH_WHOLE;
+    for (size_t i = 0; i < len && state == CH_WHOLE;)
+        i += s[i] < 0x80 ? 1 : utf8_char(s + i, len - i, &state);
+    return state == CH_WHOLE;
+}
+
+size_t utf8_push(utf8_stream *s, const char *bytes, size_t len, char *out) {
+    static const char replacement[] = "\xef\xbf\xbd";
+    size_t n_out = 0;
+    for (size_t i = 0; i < len; i++) {
+        s->held[s->n_held++] = (unsigned char)bytes[i];
+        /* What was held is the start of a character.  The new byte goes on with it, ends it, or
+         * breaks it; then it is looked at once more, as a start of its own. */
+        while (s->n_held > 0) {
+            ch_state state;
+            size_t n = utf8_char(s->held, (size_t)s->n_held, &state);
+            if (state == CH_CUT) break;
+            size_t n_new = state == CH_WHOLE ? n : 3;
+            memcpy(out + n_out, state == CH_WHOLE ? (const char *)s->held : replacement, n_new);
+            n_out += n_new;
+            s->n_held -= (int)n;
+            memmove(s->held, s->held + n, (size_t)s->n_held);
+        }
+        assert(s->n_held < 4);
+    }
+    if (len == 0 && s->n_held > 0) {
+        memcpy(out, replacement, 3);
+        n_out = 3;
+        s->n_held = 0;
+    }
+    return n_out;
+}
+
+/* A repaired copy of text, to be freed; NULL when there is no memory. */
+static char *utf8_repair(const char *text, size_t *len) {
+    utf8_stream s = {0};
+    char *out = malloc(3 * (*len + 4));
+    if (!out) return NULL;
+    size_t n = utf8_push(&s, text, *len, out);
+    *len = n + utf8_push(&s, NULL, 0, out + n);
+    return out;
+}
+
+/* === 2. The tables ============================================================================
+ * Everything an open tokenizer is.  For V4: 1.5 MB of pieces, 1 MB of bytes, 3.6 MB of merges. */
+
+typedef struct {                   /* what an id stands for                                     */
+    uint32_t at, len;              /* in tok.bytes                                              */
+    bool known, special;
+} piece;
+
+typedef struct {                   /* a string to be looked up in a sorted table                */
+    const char *s;                 /* in tok.bytes                                              */
+    uint32_t len;
+    int32_t id;
+    int pass;                      /* added tokens only: see tok.added                          */
+} named;
+
+typedef struct { uint32_t left, right, rank; } merge_slot; /* rank NO_RANK: empty               */
+
+struct tok {
+    int n_ids;
+    piece *pieces;                 /* [n_ids]                                                   */
+    char *bytes;                   /* of all pieces                                             */
+    int32_t byte_id[256];
+    merge_slot *slots;             /* [slot_mask + 1] open addressing, at most half full        */
+    uint32_t slot_mask;
+    int32_t *merged;               /* [rank] the id that the pair of this rank becomes          */
+    named *added;                  /* [n_added] in order of bytes.  `tokenizers` looks for those
+                                      with "normalized" false in the whole text (pass 0), then
+                                      for the others in what is left (pass 1)                   */
+    size_t n_added;
+    bool starts[2][256];           /* an added token of this pass starts with this byte         */
+    named *words;                  /* [n_words] the vocabulary in order of bytes, only where
+                                      "ignore_merges" looks whole words up first                */
+    size_t n_words;
+    pcre2_code *split[MAX_SPLITS];
+    int n_splits;
+};
+
+void tok_close(tok *t) {
+    if (!t) return;
+    for (int i = 0; i < t->n_splits; i++) pcre2_code_free(t->split[i]);
+    free(t->words);
+    free(t->added);
+    free(t->merged);
+    free(t->slots);
+    free(t->bytes);
+    free(t->pieces);
+    free(t);
+}
+
+/* The slot of a pair, or the empty one where it belongs; NULL after too many probes, which only a
+ * file made to collide needs. */
+static merge_slot *merge_find(const tok *t, uint32_t left, uint32_t right) {
+    uint64_t key = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
+    uint32_t at = (uint32_t)(key >> 32);
+    for (int i = 0; i < MAX_PROBES; i++, at++) {
+        merge_slot *slot = &t->slots[at & t->slot_mask];
+        if (slot->rank == NO_RANK || (slot->left == left && slot->right == right)) return slot;
+    }
+    return NULL;
+}
+
+static int by_bytes(const void *a, const void *b) {
+    const named *x = a, *y = b;
+    int order = memcmp(x->s, y->s, x->len < y->len ? x->len : y->len);
+    return order ? order : (x->len > y->len) - (x->len < y->len);
+}
+
+/* === 3. Patterns ==============================================================================
+ * `tokenizers` runs its regexes with Oniguruma, we with PCRE2.  Only what both read alike passes,
+ * by being listed here; the rest is refused by name.  Two things are rewritten:
+ *   \s       PCRE2's also takes U+180E: Oniguruma's 25 characters are written out;
+ *   \p{L}    has the letters of the library's Unicode version.  Distributions ship PCRE2 with
+ *            Unicode 14; what 15 and 16 added (some 10,000 characters, among them the pink heart
+ *            emoji) is added to the class.  For a later PCRE2 the addition says nothing new. */
+
+static const char white_space[] = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000";
+
+static const struct { char category; const char *added; } unicode_16[] = {
+    {'L', "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 "
+          "1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 "
+          "11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff "
+          "1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d "
+          "31350-323af"},
+    {'M', "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca "
+          "113cc-113d0 113d2 113e1-113e2 11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 "
+          "13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef"},
+    {'N', "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 "
+          "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"},
+    {'P', "1b4e-1b4f 1b7f 10d6e 113d4-113d5 113d7-113d8 11b00-11b09 11be1 11f43-11f4f "
+          "16d6d-16d6f 1e5ff"},
+    {'S', "2427-2429 2ffc-2fff 31e4-31e5 31ef 10d8e-10d8f 1cc00-1ccef 1cd00-1ceb3 1f6dc "
+          "1f774-1f776 1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f "
+          "1faad-1faaf 1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 "
+          "1fbcb-1fbef"},
+    {'Z', ""},
+};
+
+/* "9-d 20" as "\x{9}-\x{d}\x{20}", to stand in brackets. */
+static void put_ranges(FILE *out, const char *ranges) {
+    for (const char *s = ranges; *s;) {
+        int n = (int)strspn(s, "0123456789abcdef");
+        fprintf(out, "\\x{%.*s}", n, s);
+        s += n;
+        if (*s == '-') fputc('-', out);
+        if (*s) s++;
+    }
+}
+
+/* Rewrite the escape at s into out.  Returns its length in s, or 0 if it is not one we know. */
+static size_t put_escape(FILE *out, const char *s, bool in_brackets) {
+    const char *added = NULL;
+    size_t len = 2;
+    bool negated = s[1] == 'S' || s[1] == 'P';
+    if (s[1] == 's' || s[1] == 'S') added = white_space;
+    if ((s[1] == 'p' || s[1] == 'P') && s[2] == '{' && s[3] && s[4] == '}') {
+        for (size_t i = 0; i < sizeof unicode_16 / sizeof *unicode_16; i++)
+            if (unicode_16[i].category == s[3]) added = unicode_16[i].added;
+        len = 5;
+    }
+    if (added) {
+        /* "a-\s" is no range, and [^...] cannot stand in brackets. */
+        if (in_brackets && (negated || s[-1] == '-' || (s[len] == '-' && s[len + 1] != ']')))
+            return 0;
+        if (!in_brackets) fputs(negated ? "[^" : "[", out);
+        if (len == 5) fprintf(out, "\\p{%c}", s[3]);
+        put_ranges(out, added);
+        if (!in_brackets) fputc(']', out);
+        return len;
+    }
+    if (!s[1] || !strchr("rnt!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", s[1])) return 0;
+    fprintf(out, "\\%c", s[1]);
+    return 2;
+}
+
+/* Length of the quantifier {n}, {n,} or {n,m} at s; 0 if it is none, or has a + or ? behind it,
+ * which the two libraries read differently. */
+static size_t quantifier(const char *s) {
+    static const char digits[] = "0123456789";
+    size_t n = 1 + strspn(s + 1, digits);
+    if (n == 1) return 0;
+    if (s[n] == ',') n += 1 + strspn(s + n + 1, digits);
+    return s[n] == '}' && s[n + 1] != '+' && s[n + 1] != '?' ? n + 1 : 0;
+}
+
+/* May the '(' at s open a group? */
+static bool group_known(const char *s) {
+    static const char *const known[] = {"?:", "?=", "?!", "?>", "?<=", "?<!"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strncmp(s + 1, known[i], strlen(known[i])) == 0) return true;
+    return s[1] != '?' && s[1] != '*';
+}
+
+/* Rewrite an Oniguruma pattern for PCRE2.  Returns NULL, or the place of what is not understood. */
+static const char *translate(FILE *out, const char *pattern) {
+    bool in_brackets = false;
+    for (const char *s = pattern; *s;) {
+        size_t len = 1;
+        if (*s == '\\') {
+            len = put_escape(out, s, in_brackets);
+            if (len == 0) return s;
+            s += len;
+            continue;
+        }
+        if (in_brackets) {
+            if (*s == '[' || (*s == '&' && s[1] == '&')) return s; /* classes within classes    */
+            in_brackets = *s != ']';
+        } else if (*s == '[') {
+            in_brackets = true;
+            if (s[1] == '^') len = 2;
+            if (s[len] == ']') return s;
+        } else if (*s == '{') {
+            len = quantifier(s);
+            if (len == 0) return s;
+        } else if (*s == '(' && !group_known(s)) {
+            return s;
+        }
+        fwrite(s, 1, len, out);
+        s += len;
+    }
+    return NULL;
+}
+
+/* === 4. Reading tokenizer.json ================================================================
+ * The file is not trusted.  What could change ids and is not known here is refused by name.      */
+
+typedef struct {
+    tok *t;
+    const char *where;
+    const json_t *root, *vocab;
+    char *scratch;                 /* as long as the file: any string in it fits                */
+    size_t n_bytes;                /* of tok.bytes in use                                       */
+    dsv4_err *err;
+} reader;
+
+/* fail() with the file's name.  Strings of the file may stand in the message, so control
+ * characters and characters cut in half are replaced: a message is one line of UTF-8. */
+__attribute__((format(printf, 2, 3)))
+static int refuse(const reader *r, const char *fmt, ...) {
+    char raw[256], line[3 * (sizeof raw + 4) + 1];
+    utf8_stream s = {0};
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(raw, sizeof raw, fmt, args);
+    va_end(args);
+    for (char *p = raw; *p; p++)
+        if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
+    size_t n = utf8_push(&s, raw, strlen(raw), line);
+    n += utf8_push(&s, NULL, 0, line + n);
+    line[n] = 0;
+    return fail(r->err, "%s: %s", r->where, line);
+}
+
+/* Absent, null, false or empty: a setting that does nothing. */
+static bool is_off(const json_t *v) {
+    return !v || json_is_null(v) || json_is_false(v) || (json_is_string(v) && !json_string_length(v));
+}
+
+static const char *type_of(const json_t *v) {
+    const char *type = json_string_value(json_object_get(v, "type"));
+    return type ? type : "(no type)";
+}
+
+/* The settings around the tables. */
+static int check_settings(const reader *r) {
+    static const char *const off[] = {"dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                                      "byte_fallback"};
+    const json_t *model = json_object_get(r->root, "model");
+    const json_t *norm = json_object_get(r->root, "normalizer");
+    const json_t *decoder = json_object_get(r->root, "decoder");
+    const json_t *steps = json_object_get(norm, "normalizers");
+    if (!json_is_object(r->root)) return refuse(r, "not a JSON object");
+    if (!is_off(json_object_get(r->root, "truncation"))) return refuse(r, "truncation is set");
+    if (!is_off(json_object_get(r->root, "padding"))) return refuse(r, "padding is set");
+    if (!is_off(norm) && strcmp(type_of(norm), "Sequence") != 0)
+        return refuse(r, "normalizer %.60s is not supported", type_of(norm));
+    if (!is_off(norm) && (!json_is_array(steps) || json_array_size(steps) > 0))
+        return refuse(r, "normalizer Sequence is not empty: %.60s is not supported",
+                      type_of(json_array_get(steps, 0)));
+    if (strcmp(type_of(decoder), "ByteLevel") != 0)
+        return refuse(r, "decoder %.60s is not ByteLevel", type_of(decoder));
+    if (strcmp(type_of(model), "BPE") != 0)
+        return refuse(r, "model.type %.60s is not BPE", type_of(model));
+    for (size_t i = 0; i < sizeof off / sizeof *off; i++)
+        if (!is_off(json_object_get(model, off[i])))
+            return refuse(r, "model.%s is set, which is not supported", off[i]);
+    return 0;
+}
+
+static bool id_ok(const json_t *v) {
+    return json_is_integer(v) && json_integer_value(v) >= 0 && json_integer_value(v) < MAX_IDS;
+}
+
+/* Check the types and ids of vocab and added_tokens, and make room for what they hold. */
+static int make_room(reader *r) {
+    json_t *vocab = json_object_get(json_object_get(r->root, "model"), "vocab"), *value;
+    const json_t *added = json_object_get(r->root, "added_tokens");
+    const char *key;
+    size_t n_bytes = 0, i;
+    json_int_t max_id = 0;
+    if (!json_is_object(vocab)) return refuse(r, "model.vocab is not an object");
+    r->vocab = vocab;
+    json_object_foreach(vocab, key, value) {
+        if (!id_ok(value))
+            return refuse(r, "model.vocab: the id of \"%.60s\" is not an integer in 0..%d", key,
+                          MAX_IDS - 1);
+        if (!*key) return refuse(r, "model.vocab: an empty string");
+        if (json_integer_value(value) > max_id) max_id = json_integer_value(value);
+        n_bytes += strlen(key);
+    }
+    if (!is_off(added) && !json_is_array(added)) return refuse(r, "added_tokens is not an array");
+    json_array_foreach(added, i, value) {
+        const json_t *content = json_object_get(value, "content");
+        size_t len = json_string_length(content);
+        if (len == 0 || len > MAX_ADDED_BYTES)
+            return refuse(r, "added_tokens[%zu]: content is not a string of 1 to %d bytes", i,
+                          MAX_ADDED_BYTES);
+        if (!id_ok(json_object_get(value, "id")))
+            return refuse(r, "added_tokens[%zu] \"%.60s\": id is not an integer in 0..%d", i,
+                          json_string_value(content), MAX_IDS - 1);
+        json_int_t id = json_integer_value(json_object_get(value, "id"));
+        if (id > max_id) max_id = id;
+        n_bytes += len;
+    }
+    tok *t = r->t;
+    t->n_ids = (int)max_id + 1;
+    t->n_added = json_array_size(added);
+    t->pieces = calloc((size_t)t->n_ids, sizeof *t->pieces); /* gaps cost no memory until used  */
+    t->bytes = malloc(n_bytes + 1);
+    t->added = calloc(t->n_added + 1, sizeof *t->added);
+    return t->pieces && t->bytes && t->added ? 0 : oom(r->err);
+}
+
+/* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
+ * other 68 in order.  Decodes s; returns its length, or 0 if a character is not in the alphabet. */
+static size_t from_byte_level(char *out, const char *s) {
+    size_t n = 0;
+    for (const unsigned char *p = (const unsigned char *)s; *p;) {
+        unsigned c = *p++;
+        if (c >= 0xc2 && c < 0xe0) c = (c & 0x1f) << 6 | (*p++ & 0x3f); /* jansson checked UTF-8 */
+        else if (c >= 0x80) return 0;
+        if (c >= 0x100 && c <= 0x120) c -= 0x100;                       /* 00..20 */
+        else if (c >= 0x121 && c <= 0x142) c = c - 0x121 + 0x7f;        /* 7f..a0 */
+        else if (c == 0x143) c = 0xad;
+        else if (c <= 0x20 || (c >= 0x7f && c <= 0xa0) || c == 0xad || c > 0xff) return 0;
+        out[n++] = (char)c;
+    }
+    return n;
+}
+
+/* Give id the n bytes that were just written behind those in use. */
+static void place(reader *r, int32_t id, size_t n) {
+    r->t->pieces[id] = (piece){.at = (uint32_t)r->n_bytes, .len = (uint32_t)n, .known = true};
+    r->n_bytes += n;
+}
+
+/* Strings outside the alphabet (V4 lists its first special tokens in vocab too) are no result of
+ * merging bytes; they only stand for themselves. */
+static int read_vocab(reader *r) {
+    tok *t = r->t;
+    json_t *vocab = json_object_get(json_object_get(r->root, "model"), "vocab"), *value;
+    const json_t *whole = json_object_get(json_object_get(r->root, "model"), "ignore_merges");
+    const char *key;
+    for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
+    if (json_is_true(whole)) {
+        t->words = calloc(json_object_size(vocab) + 1, sizeof *t->words);
+        if (!t->words) return oom(r->err);
+    }
+    json_object_foreach(vocab, key, value) {
+        int32_t id = (int32_t)json_integer_value(value);
+        char *s = t->bytes + r->n_bytes;
+        size_t n = from_byte_level(s, key);
+        if (t->pieces[id].known)
+            return refuse(r, "model.vocab: id %d of \"%.60s\" has another string too", id, key);
+        if (n == 1) t->byte_id[(unsigned char)*s] = id;
+        if (n > 0 && t->words) t->words[t->n_words++] = (named){.s = s, (uint32_t)n, id, 0};
+        if (n == 0) memcpy(s, key, n = strlen(key));
+        place(r, id, n);
+    }
+    for (int b = 0; b < 256; b++)
+        if (t->byte_id[b] < 0) return refuse(r, "model.vocab has no token for byte 0x%02x", b);
+    if (t->words) qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
+    return 0;
+}
+
+/* The id of a string of the vocabulary, or -1. */
+static int32_t vocab_id(const reader *r, const char *s) {
+    const json_t *v = json_object_get(r->vocab, s);
+    return v ? (int32_t)json_integer_value(v) : -1;
+}
+
+/* One merge: "left right", or ["left", "right"] as newer files have it. */
+static int read_merge(const reader *r, const json_t *v, uint32_t rank) {
+    tok *t = r->t;
+    const char *left = json_string_value(json_array_get(v, 0));
+    const char *right = json_string_value(json_array_get(v, 1));
+    if (json_is_string(v)) {
+        strcpy(r->scratch, json_string_value(v));
+        char *space = strchr(r->scratch, ' ');
+        if (space) {
+            *space = 0;
+            left = r->scratch;
+            right = space + 1;
+        }
+    }
+    if (!left || !right || (json_is_array(v) && json_array_size(v) != 2))
+        return refuse(r, "model.merges[%u] is no pair of strings", rank);
+    int32_t l = vocab_id(r, left), m = vocab_id(r, right);
+    if (l < 0 || m < 0)
+        return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank, l < 0 ? left : right);
+    size_t n = strlen(left);
+    memmove(r->scratch, left, n);
+    memmove(r->scratch + n, right, strlen(right) + 1);
+    t->merged[rank] = vocab_id(r, r->scratch);
+    if (t->merged[rank] < 0)
+        return refuse(r, "model.merges[%u]: the result \"%.60s\" is not in vocab", rank, r->scratch);
+    merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
+    if (!slot) return refuse(r, "model.merges[%u]: too many pairs collide", rank);
+    if (slot->rank != NO_RANK)
+        return refuse(r, "model.merges[%u] is the same pair as [%u]", rank, slot->rank);
+    *slot = (merge_slot){(uint32_t)l, (uint32_t)m, rank};
+    return 0;
+}
+
+static int read_merges(reader *r) {
+    tok *t = r->t;
+    const json_t *merges = json_object_get(json_object_get(r->root, "model"), "merges"), *value;
+    size_t n = json_array_size(merges), n_slots = 2, i;
+    if (!json_is_array(merges)) return refuse(r, "model.merges is not an array");
+    while (n_slots < 2 * n) n_slots *= 2;
+    t->slots = malloc(n_slots * sizeof *t->slots);
+    t->merged = malloc((n + 1) * sizeof *t->merged);
+    if (!t->slots || !t->merged) return oom(r->err);
+    memset(t->slots, 0xff, n_slots * sizeof *t->slots); /* all NO_RANK */
+    t->slot_mask = (uint32_t)(n_slots - 1);
+    json_array_foreach(merges, i, value)
+        if (read_merge(r, value, (uint32_t)i)) return -1;
+    return 0;
+}
+
+/* An added token stands for its content as it is written, never for bytes of the alphabet. */
+static int read_added_token(reader *r, size_t i, const json_t *v) {
+    static const char *const off[] = {"lstrip", "rstrip", "single_word"};
+    tok *t = r->t;
+    const char *content = json_string_value(json_object_get(v, "content"));
+    int32_t id = (int32_t)json_integer_value(json_object_get(v, "id"));
+    int32_t in_vocab = vocab_id(r, content);
+    const json_t *normalized = json_object_get(v, "normalized");
+    bool special = json_is_true(json_object_get(v, "special"));
+    for (size_t k = 0; k < sizeof off / sizeof *off; k++)
+        if (!is_off(json_object_get(v, off[k])))
+            return refuse(r, "added_tokens[%zu] \"%.60s\": %s is not supported", i, content, off[k]);
+    if (in_vocab >= 0 && in_vocab != id)
+        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d, but %d in model.vocab", i, content, id,
+                      in_vocab);
+    if (in_vocab < 0 && t->pieces[id].known)
+        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d has another string too", i, content, id);
+    char *s = t->bytes + r->n_bytes;
+    size_t n = strlen(content);
+    memcpy(s, content, n);
+    place(r, id, n);
+    t->pieces[id].special = special;
+    int pass = normalized ? json_is_true(normalized) : !special;
+    t->added[i] = (named){.s = s, (uint32_t)n, id, pass};
+    t->starts[pass][(unsigned char)*s] = true;
+    return 0;
+}
+
+static int read_added(reader *r) {
+    tok *t = r->t;
+    json_t *value;
+    size_t i;
+    json_array_foreach(json_object_get(r->root, "added_tokens"), i, value)
+        if (read_added_token(r, i, value)) return -1;
+    qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
+    for (i = 1; i < t->n_added; i++)
+        if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
+            return refuse(r, "added_tokens: \"%.*s\" stands there twice", (int)t->added[i].len,
+                          t->added[i].s);
+    return 0;
+}
+
+/* Compile a pattern and append it to tok.split. */
+static int add_split(reader *r, const char *pattern, bool literal) {
+    tok *t = r->t;
+    char *text = NULL;
+    size_t len = 0, at;
+    int code = 0;
+    uint32_t may_be_empty = 1;
+    uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT;
+    if (t->n_splits == MAX_SPLITS) return refuse(r, "pre_tokenizer has over %d splits", MAX_SPLITS);
+    if (strlen(pattern) > MAX_PATTERN_BYTES)
+        return refuse(r, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
+    FILE *out = open_memstream(&text, &len);
+    if (!out) return oom(r->err);
+    const char *unknown = literal ? (fputs(pattern, out), NULL) : translate(out, pattern);
+    pcre2_compile_context *context = pcre2_compile_context_create(NULL);
+    if (fclose(out) || !context) {
+        pcre2_compile_context_free(context);
+        free(text);
+        return oom(r->err);
+    }
+    /* As in Oniguruma's Ruby syntax: only \n is a line end, and ^ and $ match at each. */
+    pcre2_set_newline(context, PCRE2_NEWLINE_LF);
+    options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
+    pcre2_code *re = unknown ? NULL
+                             : pcre2_compile((PCRE2_SPTR)text, len, options, &code, &at, context);
+    pcre2_compile_context_free(context);
+    free(text);
+    if (unknown) return refuse(r, "pre_tokenizer: pattern not supported from \"%.60s\"", unknown);
+    if (!re) {
+        PCRE2_UCHAR why[128];
+        pcre2_get_error_message(code, why, sizeof why);
+        return refuse(r, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
+    }
+    t->split[t->n_splits++] = re;
+    pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
+    if (may_be_empty) return refuse(r, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
+    pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
+    return 0;
+}
+
+/* One step of the pre-tokenizer; the last one, and only that, is ByteLevel. */
+static int read_step(reader *r, const json_t *step, bool last) {
+    /* The library's own pattern for "use_regex", which is true where it is absent. */
+    static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
+                               "|\\s+(?!\\S)|\\s+";
+    const json_t *pattern = json_object_get(step, "pattern");
+    const char *regex = json_string_value(json_object_get(pattern, "Regex"));
+    const char *literal = json_string_value(json_object_get(pattern, "String"));
+    const char *behavior = json_string_value(json_object_get(step, "behavior"));
+    if (strcmp(type_of(step), last ? "ByteLevel" : "Split") != 0)
+        return refuse(r, "pre_tokenizer: %.60s where %s is expected", type_of(step),
+                      last ? "ByteLevel" : "Split");
+    if (last && !json_is_false(json_object_get(step, "add_prefix_space")))
+        return refuse(r, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
+    if (last) return is_off(json_object_get(step, "use_regex"))
+                         && json_object_get(step, "use_regex") ? 0 : add_split(r, gpt2, false);
+    if (!behavior || strcmp(behavior, "Isolated") != 0)
+        return refuse(r, "pre_tokenizer: Split with behavior %.60s is not supported",
+                      behavior ? behavior : "(none)");
+    if (!is_off(json_object_get(step, "invert")))
+        return refuse(r, "pre_tokenizer: Split with invert is not supported");
+    if (!regex && !literal) return refuse(r, "pre_tokenizer: Split without a pattern");
+    return add_split(r, regex ? regex : literal, !regex);
+}
+
+static int read_pre_tokenizer(reader *r) {
+    const json_t *pre = json_object_get(r->root, "pre_tokenizer");
+    const json_t *steps = json_object_get(pre, "pretokenizers");
+    if (strcmp(type_of(pre), "Sequence") != 0) return read_step(r, pre, true);
+    size_t n = json_array_size(steps);
+    if (n == 0) return refuse(r, "pre_tokenizer has no steps");
+    for (size_t i = 0; i < n; i++)
+        if (read_step(r, json_array_get(steps, i), i + 1 == n)) return -1;
+    return 0;
+}
+
+int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
+    reader r = {.where = where, .err = err};
+    json_error_t why;
+    *out = NULL;
+    if (len > MAX_JSON_BYTES)
+        return refuse(&r, "%zu bytes, over the limit of %d", len, MAX_JSON_BYTES);
+    json_t *root = json_loadb(json, len, JSON_REJECT_DUPLICATES, &why);
+    if (!root) return refuse(&r, "line %d: %s", why.line, why.text);
+    r.root = root;
+    r.t = calloc(1, sizeof *r.t);
+    r.scratch = malloc(len + 1);
+    int rc = r.t && r.scratch ? 0 : oom(err);
+    if (!rc) rc = check_settings(&r);
+    if (!rc) rc = make_room(&r);
+    if (!rc) rc = read_vocab(&r);
+    if (!rc) rc = read_merges(&r);
+    if (!rc) rc = read_added(&r);
+    if (!rc) rc = read_pre_tokenizer(&r);
+    free(r.scratch);
+    json_decref(root);
+#ifdef __GLIBC__
+    malloc_trim(0);                /* the tree was 250,000 small blocks                         */
+#endif
+    if (rc) tok_close(r.t);
+    else *out = r.t;
+    return rc;
+}
+
+int tok_open(tok **out, const char *dir, dsv4_err *err) {
+    char path[4096];
+    *out = NULL;
+    int n = snprintf(path, sizeof path, "%s/tokenizer.json", dir);
+    if (n < 0 || (size_t)n >= sizeof path) return fail(err, "%s: path is too long", dir);
+    FILE *f = fopen(path, "rbe");
+    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
+    /* One byte more than the limit is enough for tok_parse to refuse the file. */
+    char *json = malloc(MAX_JSON_BYTES + 1);
+    size_t len = json ? fread(json, 1, MAX_JSON_BYTES + 1, f) : 0;
+    int rc = 0;
+    if (!json) rc = oom(err);
+    else if (ferror(f)) rc = fail(err, "read %s: %s", path, strerror(errno));
+    fclose(f);
+    if (!rc) rc = tok_parse(out, json, len, path, err);
+    free(json);
+    return rc;
+}
+
+/* === 5. Cutting text ==========================================================================
+ * Each stage hands its pieces to the next one at once, so that no list of pieces is ever made:
+ *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()                     */
+
+typedef struct { uint32_t at, len, first, n; } seen_word;
+
+typedef struct { int32_t id; uint32_t rank, prev, next; } symbol;
+
+typedef struct {                   /* one tok_encode                                            */
+    const tok *t;
+    const char *text;              /* all of it, valid UTF-8                                    */
+    int32_t *ids;
+    size_t n, cap;
+    seen_word *seen;               /* [seen_mask + 1] words of this text by hash: their ids are
+                                      ids[first..first+n), so nothing is stored twice           */
+    uint32_t seen_mask;
+    symbol *sym;                   /* [n_sym] of the word that is merged                        */
+    uint64_t *heap;                /* [2 * n_sym] its pairs: rank << 32 | place                 */
+    size_t n_sym, n_heap;
+    pcre2_match_data *match;
+    pcre2_match_context *limits;
+    double deadline_s;             /* of this thread's CPU time                                 */
+    size_t unclocked;              /* bytes searched since the clock was looked at              */
+    dsv4_err *err;
+} encoder;
+
+static int word(encoder *e, const char *s, size_t len); /* section 6 */
+
+static int push_id(encoder *e, int32_t id) {
+    if (e->n == e->cap) {
+        size_t cap = e->cap ? 2 * e->cap : 64;
+        int32_t *ids = realloc(e->ids, cap * sizeof *ids);
+        if (!ids) return oom(e->err);
+        e->ids = ids;
+        e->cap = cap;
+    }
+    e->ids[e->n++] = id;
+    return 0;
+}
+
+static double cpu_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+/* Find the first match of split i at or behind *from: its end, or len with *from = len.  The
+ * search goes window by window: PCRE2 limits the work at one place, but not how many places it
+ * tries, and some patterns scan to the end of the text at each. */
+static int search(encoder *e, int i, const char *s, size_t len, size_t *from, size_t *to) {
+    const pcre2_code *re = e->t->split[i];
+    for (size_t at = *from; at < len;) {
+        pcre2_set_offset_limit(e->limits, at + SEARCH_WINDOW);
+        int rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK, e->match, e->limits);
+        if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter may use more memory */
+            rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
+                             e->match, e->limits);
+        if (rc < 0 && rc != PCRE2_ERROR_NOMATCH) {
+            PCRE2_UCHAR why[128];
+            pcre2_get_error_message(rc, why, sizeof why);
+            return fail(e->err, "tokenizer: regex %d fails on this text: %s", i, (char *)why);
+        }
+        const size_t *span = pcre2_get_ovector_pointer(e->match);
+        size_t next = rc < 0 ? at + SEARCH_WINDOW + 1 : span[1];
+        e->unclocked += next - at;
+        if (e->unclocked >= CLOCK_BYTES) {
+            e->unclocked = 0;
+            if (cpu_seconds() > e->deadline_s)
+                return fail(e->err, "tokenizer: regex %d is too slow on this text", i);
+        }
+        if (rc >= 0) {
+            assert(span[1] > span[0]); /* patterns that match nothing were refused */
+            *from = span[0];
+            *to = span[1];
+            return 0;
+        }
+        for (at = next; at < len && ((unsigned char)s[at] & 0xc0) == 0x80;) at++;
+    }
+    *from = *to = len;
+    return 0;
+}
+
+/* Matches of split i, and what lies between them, go to split i + 1. */
+static int cut_regex(encoder *e, int i, const char *s, size_t len) {
+    if (i == e->t->n_splits) return word(e, s, len);
+    for (size_t done = 0; done < len;) {
+        size_t from = done, to = len;
+        if (search(e, i, s, len, &from, &to)) return -1;
+        if (from > done && cut_regex(e, i + 1, s + done, from - done)) return -1;
+        if (to > from && cut_regex(e, i + 1, s + from, to - from)) return -1;
+        done = to;
+    }
+    return 0;
+}
+
+/* In tok.added[lo..hi), whose first `depth` bytes are alike: the first with a byte >= c there. */
+static size_t narrow(const named *added, size_t lo, size_t hi, uint32_t depth, int c) {
+    while (lo < hi) {
+        size_t mid = lo + (hi - lo) / 2;
+        if ((unsigned char)added[mid].s[depth] < c) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo;
+}
+
+/* The longest added token of this pass that the text starts with, or NULL.  The sorted table is
+ * walked like a tree: [lo, hi) are those that begin with the bytes read so far. */
+static const named *longest_added(const tok *t, int pass, const char *s, size_t len) {
+    const named *best = NULL;
+    size_t lo = 0, hi = t->n_added;
+    for (uint32_t depth = 0; lo < hi; depth++) {
+        if (t->added[lo].len == depth) { /* the shortest stands first */
+            if (t->added[lo].pass == pass) best = &t->added[lo];
+            lo++;
+        }
+        if (depth == len) break;
+        int c = (unsigned char)s[depth];
+        lo = narrow(t->added, lo, hi, depth, c);
+        hi = narrow(t->added, lo, hi, depth, c + 1);
+    }
+    return best;
+}
+
+static int cut_added(encoder *e, int pass, const char *s, size_t len) {
+    if (pass == 2) return cut_regex(e, 0, s, len);
+    size_t done = 0;
+    for (size_t i = 0; i < len;) {
+        const named *added = e->t->starts[pass][(unsigned char)s[i]]
+                                 ? longest_added(e->t, pass, s + i, len - i) : NULL;
+        if (!added) {
+            i++;
+            continue;
+        }
+        if (i > done && cut_added(e, pass + 1, s + done, i - done)) return -1;
+        if (push_id(e, added->id)) return -1;
+        done = i += added->len;
+    }
+    return done < len ? cut_added(e, pass + 1, s + done, len - done) : 0;
+}
+
+/* === 6. Merging a word ========================================================================
+ * A word is a list of symbols, at first one a byte; symbol i also holds the rank of its pair with
+ * the next one.  A heap holds every pair under (rank, place).  A merge changes the ranks of two
+ * pairs and pushes them anew; an entry whose rank is no longer its symbol's is stale and skipped.
+ * Each merge pushes at most two entries: n symbols need room for fewer than 2n.                 */
+
+static void heap_push(encoder *e, uint64_t entry) {
+    size_t i = e->n_heap++;
+    for (; i > 0 && e->heap[(i - 1) / 4] > entry; i = (i - 1) / 4)
+        e->heap[i] = e->heap[(i - 1) / 4];
+    e->heap[i] = entry;
+}
+
+static uint64_t heap_pop(encoder *e) {
+    uint64_t top = e->heap[0], last = e->heap[--e->n_heap];
+    size_t i = 0;
+    for (size_t child; (child = 4 * i + 1) < e->n_heap; i = child) {
+        size_t end = child + 4 < e->n_heap ? child + 4 : e->n_heap;
+        for (size_t c = child + 1; c < end; c++)
+            if (e->heap[c] < e->heap[child]) child = c;
+        if (e->heap[child] >= last) break;
+        e->heap[i] = e->heap[child];
+    }
+    e->heap[i] = last;
+    return top;
+}
+
+/* Look up the pair of symbol i and the next, and offer it. */
+static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
+    symbol *s = &e->sym[i];
+    s->rank = NO_RANK;
+    if (s->next == n) return;
+    const merge_slot *slot = merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id);
+    if (!slot || slot->rank == NO_RANK) return;
+    s->rank = slot->rank;
+    heap_push(e, (uint64_t)s->rank << 32 | i);
+}
+
+static int merge_word(encoder *e, const unsigned char *s, size_t len) {
+    uint32_t n = (uint32_t)len;
+    if (e->n_sym < len) {
+        free(e->sym);
+        free(e->heap);
+        e->n_sym = len < 256 ? 256 : len;
+        e->sym = malloc(e->n_sym * sizeof *e->sym);
+        e->heap = malloc(e->n_sym * 2 * sizeof *e->heap);
+        if (!e->sym || !e->heap) return oom(e->err);
+    }
+    assert(e->n_heap == 0);
+    for (uint32_t i = 0; i < n; i++) /* symbol 0 has no one before it: prev is n */
+        e->sym[i] = (symbol){e->t->byte_id[s[i]], NO_RANK, i ? i - 1 : n, i + 1};
+    for (uint32_t i = 0; i < n; i++) offer_pair(e, i, n);
+    while (e->n_heap > 0) {
+        uint64_t entry = heap_pop(e);
+        uint32_t rank = (uint32_t)(entry >> 32), i = (uint32_t)entry;
+        symbol *left = &e->sym[i];
+        if (left->rank != rank) continue;
+        symbol *right = &e->sym[left->next];
+        left->id = e->t->merged[rank];
+        left->next = right->next;
+        right->rank = NO_RANK;     /* it is gone: its entries are stale                         */
+        if (left->next != n) e->sym[left->next].prev = i;
+        offer_pair(e, i, n);
+        if (left->prev != n) offer_pair(e, left->prev, n);
+    }
+    for (uint32_t i = 0; i != n; i = e->sym[i].next)
+        if (push_id(e, e->sym[i].id)) return -1;
+    return 0;
+}
+
+/* A word's ids, by the vocabulary as a whole where the file asks for that, else by merging. */
+static int new_word(encoder *e, const char *s, size_t len) {
+    const tok *t = e->t;
+    const named key = {.s = s, .len = (uint32_t)len};
+    const named *whole = NULL;
+    if (t->words) whole = bsearch(&key, t->words, t->n_words, sizeof key, by_bytes);
+    return whole ? push_id(e, whole->id) : merge_word(e, (const unsigned char *)s, len);
+}
+
+/* OPT: most words of a text occurred in it before; then their ids are copied.  A slot keeps the
+ * last word that hashed to it, so a text of colliding words only gains nothing. */
+static int word(encoder *e, const char *s, size_t len) {
+    uint32_t hash = 2166136261u;   /* FNV-1a                                                    */
+    if (len > SEEN_WORD_BYTES) return new_word(e, s, len);
+    for (size_t i = 0; i < len; i++) hash = (hash ^ (unsigned char)s[i]) * 16777619u;
+    seen_word *seen = &e->seen[(hash ^ hash >> 15) & e->seen_mask];
+    if (seen->len == len && memcmp(e->text + seen->at, s, len) == 0) {
+        for (uint32_t i = 0; i < seen->n; i++)
+            if (push_id(e, e->ids[seen->first + i])) return -1;
+        return 0;
+    }
+    size_t first = e->n;
+    if (new_word(e, s, len)) return -1;
+    *seen = (seen_word){(uint32_t)(s - e->text), (uint32_t)len, (uint32_t)first,
+                        (uint32_t)(e->n - first)};
+    return 0;
+}
+
+/* === 7. Encoding, decoding, prompt ============================================================ */
+
+/* Encode valid UTF-8; what e holds is the caller's to free, on -1 too. */
+static int encode_valid(encoder *e, const char *text, size_t len, bool special) {
+    size_t n_seen = 64;
+    while (n_seen < len / 16 && n_seen < SEEN_SLOTS) n_seen *= 2;
+    e->text = text;
+    e->seen_mask = (uint32_t)(n_seen - 1);
+    e->seen = calloc(n_seen, sizeof *e->seen);
+    e->match = pcre2_match_data_create(1, NULL);
+    e->limits = pcre2_match_context_create(NULL);
+    e->cap = len / 4 + 16;         /* English has one id in 4 or 5 bytes                        */
+    e->ids = malloc(e->cap * sizeof *e->ids);
+    if (!e->seen || !e->match || !e->limits || !e->ids) return oom(e->err);
+    /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s even
+     * without a JIT; these limits are far above both. */
+    pcre2_set_match_limit(e->limits, 100000u + (len < UINT32_MAX / 8 ? 4u * (uint32_t)len
+                                                                     : UINT32_MAX / 2));
+    pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
+    e->deadline_s = cpu_seconds() + 5 + 1e-5 * (double)len;
+    return cut_added(e, special ? 0 : 2, text, len);
+}
+
+int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
+               dsv4_err *err) {
+    encoder e = {.t = t, .err = err};
+    char *repaired = NULL;
+    *ids = NULL;
+    *n = 0;
+    if (len > MAX_TEXT_BYTES / 3)  /* each byte of broken text may become three                 */
+        return fail(err, "text of %zu bytes is over the limit of %d", len, MAX_TEXT_BYTES / 3);
+    if (!utf8_valid(text, len)) {
+        repaired = utf8_repair(text, &len);
+        if (!repaired) return oom(err);
+    }
+    int rc = encode_valid(&e, repaired ? repaired : text, len, special);
+    if (rc) {
+        free(e.ids);
+    } else {
+        *ids = e.ids;
+        *n = e.n;
+    }
+    pcre2_match_context_free(e.limits);
+    pcre2_match_data_free(e.match);
+    free(e.heap);
+    free(e.sym);
+    free(e.seen);
+    free(repaired);
+    return rc;
+}
+
+int tok_n_ids(const tok *t) { return t->n_ids; }
+
+const char *tok_bytes(const tok *t, int32_t id, size_t *len) {
+    *len = 0;
+    if (id < 0 || id >= t->n_ids) return "";
+    *len = t->pieces[id].len;
+    return t->bytes + t->pieces[id].at;
+}
+
+bool tok_is_special(const tok *t, int32_t id) {
+    return id >= 0 && id < t->n_ids && t->pieces[id].special;
+}
+
+int32_t tok_special(const tok *t, const char *content) {
+    size_t len = strlen(content);
+    for (size_t i = 0; i < t->n_added; i++)
+        if (t->added[i].len == len && memcmp(t->added[i].s, content, len) == 0)
+            return t->added[i].id;
+    return -1;
+}
+
+int prompt_user_turn(const tok *t, const char *text, size_t len, bool think, int32_t **ids,
+                     size_t *n, dsv4_err *err) {
+    const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+                                 think ? "<think>" : "</think>"};
+    int32_t frame_id[4];
+    size_t n_text;
+    *ids = NULL;
+    *n = 0;
+    for (int i = 0; i < 4; i++) {
+        frame_id[i] = tok_special(t, frame[i]);
+        if (frame_id[i] < 0) return fail(err, "the tokenizer has no token %s", frame[i]);
+    }
+    if (tok_encode(t, text, len, false, ids, &n_text, err)) return -1;
+    int32_t *all = realloc(*ids, (n_text + 4) * sizeof *all);
+    if (!all) {
+        free(*ids);
+        *ids = NULL;
+        return oom(err);
+    }
+    memmove(all + 2, all, n_text * sizeof *all);
+    memcpy(all, frame_id, 2 * sizeof *all);
+    memcpy(all + 2 + n_text, frame_id + 2, 2 * sizeof *all);
+    *ids = all;
+    *n = n_text + 4;
+    return 0;
+}
