@@ -362,7 +362,7 @@ static void print_tiers(const dsv4_engine *e) {
 }
 
 /* One JSON object with every counter (DESIGN.md, "Numbers always at hand"). */
-static int write_stats(const char *path, const dsv4_engine *e, dsv4_err *err) {
+static int write_stats(FILE *f, const dsv4_engine *e, dsv4_err *err) {
     const dsv4_stats *s = engine_stats(e);
     const offload_stats *o = engine_offload_stats(e);
     const dsv4_plan *p = engine_plan(e);
@@ -392,13 +392,11 @@ static int write_stats(const char *path, const dsv4_engine *e, dsv4_err *err) {
         (json_int_t)p->work, "slots", (json_int_t)p->n_slots, "slot_bytes",
         (json_int_t)p->slot_bytes, "span", (json_int_t)p->span,
         "io", "wait_seconds", s->expert_wait_s, "compute_seconds", op_total - s->expert_wait_s);
-    if (!root) return fail(err, "out of memory for %s", path);
-    out_file out;
-    int rc = out_open(&out, path, err);
-    if (rc == 0 && json_dumpf(root, out.f, JSON_INDENT(2))) rc = fail(err, "write %s", path);
-    if (rc == 0) fputc('\n', out.f);
+    if (!root) return fail(err, "out of memory for the statistics");
+    json_dumpf(root, f, JSON_INDENT(2));       /* out_close sees what could not be written */
+    fputc('\n', f);
     json_decref(root);
-    return out_close(&out, rc, err);
+    return 0;
 }
 
 /* === 4. The model behind a command ============================================================ */
@@ -411,6 +409,7 @@ typedef struct {
     dsv4_session *s;
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
     status_line status;
+    out_file stats;                /* opened before the work, so that a bad name costs nothing  */
 } model;
 
 static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err *err) {
@@ -433,6 +432,7 @@ static int model_start(model *m, const args *a, int64_t prompt, int64_t ctx, dsv
     o.span_hint = (int)(a->chunk && a->chunk < prompt ? a->chunk : prompt);
     if (o.chunk > prompt) o.chunk = (int)prompt;
     m->status = (status_line){.on = !a->quiet && isatty(STDERR_FILENO), .n_total = prompt};
+    if (a->stats && out_open(&m->stats, a->stats, err)) return -1;
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
     if (!a->quiet) print_plan(m->e);
     return session_open(&m->s, m->e, on_progress, &m->status, err);
@@ -448,7 +448,8 @@ static void model_close(model *m) {
 
 static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
     status_clear(&m->status);
-    if (rc == 0 && a->stats) rc = write_stats(a->stats, m->e, err);
+    if (rc == 0 && a->stats) rc = write_stats(m->stats.f, m->e, err);
+    rc = out_close(&m->stats, rc, err);
     if (rc == 0 && !a->quiet) print_tiers(m->e);
     model_close(m);
     return rc;

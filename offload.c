@@ -1404,10 +1404,11 @@ int experts_get(offload *o, size_t id, dsv4_err *err) {
 static const uint8_t *part_at(const offload *o, int at, int p) {
     const expert_slot *s = &o->slots[at];
     const ckpt_tensor *t = o->src[s->id].part[p];
-    const slot_run *run = s->runs;
-    while (run->shard != t->shard || t->offset < run->off || t->offset >= run->off + run->bytes)
+    const slot_run *run = s->runs, *end = s->runs + s->n_runs;
+    while (run < end && (run->shard != t->shard || t->offset < run->off ||
+                         t->offset >= run->off + run->bytes))
         run++;
-    assert(run < s->runs + s->n_runs);
+    assert(run < end);
     return o->arena + o->slot_bytes * (size_t)at + run->region + run->off % IO_ALIGN +
            (t->offset - run->off);
 }

@@ -841,18 +841,16 @@ static int cut_added(encoder *e, int pass, const char *s, size_t len) {
 
 static void heap_push(encoder *e, uint64_t entry) {
     size_t i = e->n_heap++;
-    for (; i > 0 && e->heap[(i - 1) / 4] > entry; i = (i - 1) / 4)
-        e->heap[i] = e->heap[(i - 1) / 4];
+    for (; i > 0 && e->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
+        e->heap[i] = e->heap[(i - 1) / 2];
     e->heap[i] = entry;
 }
 
 static uint64_t heap_pop(encoder *e) {
     uint64_t top = e->heap[0], last = e->heap[--e->n_heap];
     size_t i = 0;
-    for (size_t child; (child = 4 * i + 1) < e->n_heap; i = child) {
-        size_t end = child + 4 < e->n_heap ? child + 4 : e->n_heap;
-        for (size_t c = child + 1; c < end; c++)
-            if (e->heap[c] < e->heap[child]) child = c;
+    for (size_t child; (child = 2 * i + 1) < e->n_heap; i = child) {
+        if (child + 1 < e->n_heap && e->heap[child + 1] < e->heap[child]) child++;
         if (e->heap[child] >= last) break;
         e->heap[i] = e->heap[child];
     }

@@ -1,0 +1,1208 @@
+/* test_offload.c -- config, headers, checkpoint, reads and the expert cache, through the public
+ * calls, on files it writes itself; then the same with reads that fail in every way we know.
+ *
+ * Faults   offload.c is included with pread, io_uring_queue_init and io_uring_cqe_get_data bent
+ *          to the hooks of section 1: what the kernel answered is changed where it arrives.
+ * Files    byte `off` of shard s is byte_at(s, off), so every read can be checked by itself.
+ * Usage    test_offload [real-headers.tar.xz]                                                   */
+#define _GNU_SOURCE 1
+#include <fcntl.h>
+#include <liburing.h>
+#include <malloc.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static ssize_t hook_pread(int fd, void *buf, size_t n, off_t off);
+static int hook_ring(unsigned entries, struct io_uring *ring, unsigned flags);
+static void *hook_cqe(struct io_uring_cqe *cqe);
+#define pread hook_pread
+#define io_uring_queue_init hook_ring
+#define io_uring_cqe_get_data hook_cqe
+#include "../offload.c"
+#undef pread
+#undef io_uring_queue_init
+#undef io_uring_cqe_get_data
+
+#include "check.h"
+
+/* === 1. Hooks ================================================================================= */
+
+typedef enum { CALM, NTH, AT, SHORT, INTR, AGAIN } mood;
+
+static struct {
+    bool refuse_ring, refuse_direct;
+    mood mood;
+    int answer;                    /* NTH, AT: what the read gives, as the kernel would         */
+    int nth;                       /* NTH: which read, from 1                                   */
+    int shard, fd;                 /* AT: every read of this file that touches byte `at`        */
+    uint64_t at;
+    atomic_int seen;               /* reads since the mood was set                              */
+    atomic_uint rng;
+} hook;
+
+static void set_mood(mood m, int answer, int nth) {
+    hook.mood = m;
+    hook.answer = answer;
+    hook.nth = nth;
+    hook.seen = 0;
+    hook.rng = 1;
+}
+
+static uint32_t hook_random(void) {
+    uint32_t x = atomic_fetch_add(&hook.rng, 0x9e3779b9u);
+    x = (x ^ x >> 16) * 0x85ebca6bu;
+    x = (x ^ x >> 13) * 0xc2b2ae35u;
+    return x ^ x >> 16;
+}
+
+/* What a read of n bytes that would give `res` gives in this mood. */
+static int bend(bool this_file, uint64_t off, size_t n, int res) {
+    int seen = ++hook.seen;
+    switch (hook.mood) {
+    case NTH: return seen == hook.nth ? hook.answer : res;
+    case AT: return this_file && off <= hook.at && hook.at < off + n ? hook.answer : res;
+    case SHORT: return res > 0 ? 1 + (int)(hook_random() % (uint32_t)res) : res;
+    case INTR: return hook_random() % 2 ? -EINTR : res;
+    case AGAIN: return -EAGAIN;
+    default: return res;
+    }
+}
+
+static ssize_t hook_pread(int fd, void *buf, size_t n, off_t off) {
+    if (hook.refuse_direct && (fcntl(fd, F_GETFL) & O_DIRECT)) {
+        errno = EINVAL;
+        return -1;
+    }
+    int res = (int)pread(fd, buf, n, off), bent = bend(fd == hook.fd, (uint64_t)off, n, res);
+    if (bent < res) memset((char *)buf + (bent > 0 ? bent : 0), 0xee,
+                           (size_t)(res - (bent > 0 ? bent : 0)));
+    if (bent >= 0 || res < 0) return res < 0 ? res : bent;
+    errno = -bent;
+    return -1;
+}
+
+static int hook_ring(unsigned entries, struct io_uring *ring, unsigned flags) {
+    return hook.refuse_ring ? -EPERM : io_uring_queue_init(entries, ring, flags);
+}
+
+static void *hook_cqe(struct io_uring_cqe *cqe) {
+    io_req *r = io_uring_cqe_get_data(cqe);
+    int bent = bend(r->shard == hook.shard, r->off + r->done, r->len - r->done, cqe->res);
+    for (int i = bent > 0 ? bent : 0; i < cqe->res; i++) r->buf[r->done + (uint32_t)i] = 0xee;
+    cqe->res = bent;
+    return r;
+}
+
+/* === 2. Files ================================================================================= */
+
+static char top[PATH_MAX - 300];   /* our temporary directory                                   */
+static const char *real_headers = "tests/goldens/real-headers.tar.xz";
+
+static uint8_t byte_at(int shard, uint64_t off) {
+    uint64_t x = (off >> 3) * 0x9e3779b97f4a7c15u + (uint64_t)shard * 0xd1b54a32d192ed03u + 1;
+    x = (x ^ x >> 29) * 0xbf58476d1ce4e5b9u;
+    return (uint8_t)((x ^ x >> 32) >> 8 * (off & 7));
+}
+
+static bool bytes_right(const uint8_t *p, int shard, uint64_t off, uint64_t n) {
+    for (uint64_t i = 0; i < n; i++)
+        if (p[i] != byte_at(shard, off + i)) return false;
+    return true;
+}
+
+static void write_file(const char *dir, const char *file, const void *data, size_t n) {
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/%s", dir, file);
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(data, 1, n, f) != n || fclose(f)) {
+        printf("FAIL cannot write %s\n", path);
+        exit(1);
+    }
+}
+
+/* A fresh empty directory under top. */
+static const char *fresh_dir(void) {
+    static char dir[PATH_MAX];
+    static int n;
+    snprintf(dir, sizeof dir, "%s/%d", top, n++);
+    mkdir(dir, 0700);
+    return dir;
+}
+
+/* A safetensors file: header as given, then data_bytes of byte_at(). */
+static void write_shard(const char *dir, const char *file, int shard, const char *header,
+                        size_t data_bytes) {
+    size_t len = strlen(header), n = 8 + len + data_bytes;
+    uint8_t *all = malloc(n);
+    for (size_t i = 0; i < 8; i++) all[i] = (uint8_t)((uint64_t)len >> 8 * i);
+    memcpy(all + 8, header, len);
+    for (size_t i = 8 + len; i < n; i++) all[i] = byte_at(shard, i);
+    write_file(dir, file, all, n);
+    free(all);
+}
+
+typedef struct { char *text; size_t n, cap; } str;
+
+static void put(str *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void put(str *s, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    if (s->n + 1024 > s->cap) s->text = realloc(s->text, s->cap = 2 * s->cap + 4096);
+    s->n += (size_t)vsnprintf(s->text + s->n, 1024, fmt, ap);
+    va_end(ap);
+}
+
+/* Remove a directory of files and of such directories. */
+static void remove_tree(const char *dir) {
+    char command[PATH_MAX + 32];
+    snprintf(command, sizeof command, "rm -rf '%s'", dir);
+    if (system(command)) printf("     could not remove %s\n", dir);
+}
+
+static bool says(const dsv4_err *err, const char *fragment) {
+    return strstr(err->msg, fragment) && !strchr(err->msg, '\n') && err->msg[0];
+}
+
+/* === 3. Config ================================================================================ */
+
+static const char base_config[] =
+    "{\"model_type\": \"deepseek_v4\", \"expert_dtype\": \"fp4\", \"norm_topk_prob\": true,"
+    "\"topk_method\": \"noaux_tc\", \"scoring_func\": \"sqrtsoftplus\", \"hidden_size\": 256,"
+    "\"num_hidden_layers\": 3, \"num_attention_heads\": 8, \"num_key_value_heads\": 1,"
+    "\"head_dim\": 128, \"qk_rope_head_dim\": 64, \"q_lora_rank\": 128, \"o_lora_rank\": 128,"
+    "\"o_groups\": 2, \"sliding_window\": 16, \"index_n_heads\": 4, \"index_head_dim\": 64,"
+    "\"index_topk\": 8, \"n_routed_experts\": 8, \"num_experts_per_tok\": 2,"
+    "\"n_shared_experts\": 1, \"moe_intermediate_size\": 128, \"num_hash_layers\": 2,"
+    "\"hc_mult\": 4, \"hc_sinkhorn_iters\": 20, \"hc_eps\": 1e-6, \"rms_norm_eps\": 1e-6,"
+    "\"vocab_size\": 512, \"num_nextn_predict_layers\": 1, \"max_position_embeddings\": 1024,"
+    "\"rope_theta\": 10000, \"compress_rope_theta\": 160000.0, \"swiglu_limit\": 10,"
+    "\"routed_scaling_factor\": 1.5, \"bos_token_id\": 0, \"eos_token_id\": 1,"
+    "\"compress_ratios\": [0, 4, 128, 0, 0, 0],"
+    "\"quantization_config\": {\"fmt\": \"e4m3\", \"scale_fmt\": \"ue8m0\","
+    "  \"weight_block_size\": [128, 128], \"quant_method\": \"fp8\"},"
+    "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 16, \"beta_fast\": 32, \"beta_slow\": 1,"
+    "  \"original_max_position_embeddings\": 64}}";
+
+/* The base with one key ("a" or "a.b") set to a JSON value, or removed. */
+static int parse_edited(dsv4_config *cfg, const char *key, const char *value, dsv4_err *err) {
+    json_t *root = json_loads(base_config, 0, NULL), *at = root;
+    const char *dot = strchr(key, '.');
+    char outer[64];
+    snprintf(outer, sizeof outer, "%.*s", dot ? (int)(dot - key) : 0, key);
+    if (dot) at = json_object_get(root, outer);
+    if (value) json_object_set_new(at, dot ? dot + 1 : key,
+                                   json_loads(value, JSON_DECODE_ANY, NULL));
+    else json_object_del(at, dot ? dot + 1 : key);
+    char *text = json_dumps(root, 0);
+    int rc = config_parse(cfg, text, strlen(text), "cfg.json", err);
+    free(text);
+    json_decref(root);
+    return rc;
+}
+
+static void test_config_reads_every_value(void) {
+    dsv4_config c;
+    dsv4_err err = {""};
+    CHECK(!config_parse(&c, base_config, sizeof base_config - 1, "x", &err), "%s", err.msg);
+    CHECK(c.hidden_size == 256 && c.num_hidden_layers == 3 && c.num_attention_heads == 8, "sizes");
+    CHECK(c.head_dim == 128 && c.qk_rope_head_dim == 64 && c.q_lora_rank == 128, "sizes");
+    CHECK(c.o_lora_rank == 128 && c.o_groups == 2 && c.sliding_window == 16, "sizes");
+    CHECK(c.index_n_heads == 4 && c.index_head_dim == 64 && c.index_topk == 8, "sizes");
+    CHECK(c.n_routed_experts == 8 && c.num_experts_per_tok == 2, "experts");
+    CHECK(c.n_shared_experts == 1 && c.moe_intermediate_size == 128, "experts");
+    CHECK(c.num_hash_layers == 2 && c.hc_mult == 4 && c.hc_sinkhorn_iters == 20, "hc");
+    CHECK(c.vocab_size == 512 && c.num_nextn_predict_layers == 1, "vocab");
+    CHECK(c.max_position_embeddings == 1024, "positions");
+    CHECK(c.rope_theta == 10000 && c.compress_rope_theta == 160000, "theta");
+    CHECK(c.yarn_factor == 16 && c.yarn_beta_fast == 32 && c.yarn_beta_slow == 1, "yarn");
+    CHECK(c.yarn_original == 64 && c.swiglu_limit == 10 && c.routed_scaling_factor == 1.5f, "f");
+    CHECK(c.hc_eps == 1e-6f && c.rms_norm_eps == 1e-6f, "eps");
+    CHECK(c.bos_token_id == 0 && c.eos_token_id == 1, "tokens");
+    CHECK(c.compress_ratios[1] == 4 && c.compress_ratios[2] == 128 && !c.compress_ratios[3], "r");
+}
+
+static void test_config_accepts_what_may_differ(void) {
+    static const struct { const char *key, *value; } good[] = {
+        {"rope_theta", "10000.5"}, {"quantization_config", NULL}, {"quantization_config", "null"},
+        {"num_key_value_heads", NULL}, {"compress_ratios", "[4, 4, 128]"},
+        {"compress_ratios", "[0, 2, 65536, 4, 1, -1]"}, {"num_hash_layers", "0"},
+        {"quantization_config.fmt", NULL}, {"swiglu_limit", "7"}, {"bos_token_id", "511"},
+        {"something_new", "{\"a\": [1, 2]}"}, {"num_nextn_predict_layers", "0"},
+    };
+    dsv4_config c;
+    dsv4_err err = {""};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++)
+        CHECK(!parse_edited(&c, good[i].key, good[i].value, &err), "%s: %s", good[i].key, err.msg);
+    /* rope_scaling may be null where nothing is compressed, and only there */
+    json_t *root = json_loads(base_config, 0, NULL);
+    json_object_set_new(root, "compress_ratios", json_loads("[0,0,0,0]", 0, NULL));
+    json_object_set_new(root, "rope_scaling", json_null());
+    char *text = json_dumps(root, 0);
+    CHECK(!config_parse(&c, text, strlen(text), "x", &err), "%s", err.msg);
+    CHECK(c.yarn_factor == 1, "factor %g", c.yarn_factor);
+    free(text);
+    json_decref(root);
+}
+
+static void test_config_refuses_by_name(void) {
+    static const struct { const char *key, *value, *fragment; } bad[] = {
+        {"model_type", "\"deepseek_v41\"",
+         "deepseek_v41 is another architecture; this program runs deepseek_v4"},
+        {"model_type", "\"llama\"", "llama is another architecture"},
+        {"model_type", "\"a\\nb\"", "is another architecture"},
+        {"model_type", NULL, "model_type is absent"}, {"model_type", "4", "model_type is 4"},
+        {"expert_dtype", "\"fp8\"", "expert_dtype is \"fp8\"; accepted: \"fp4\""},
+        {"expert_dtype", NULL, "expert_dtype is absent"},
+        {"norm_topk_prob", "false", "norm_topk_prob is false; accepted: true"},
+        {"norm_topk_prob", "1", "norm_topk_prob is 1"},
+        {"topk_method", "\"greedy\"", "topk_method is \"greedy\""},
+        {"scoring_func", "\"sigmoid\"", "scoring_func is \"sigmoid\""},
+        {"n_shared_experts", "2", "n_shared_experts is 2"},
+        {"num_key_value_heads", "8", "num_key_value_heads is 8; accepted: 1"},
+        {"quantization_config.fmt", "\"e5m2\"", "quantization_config.fmt is \"e5m2\""},
+        {"quantization_config.scale_fmt", "\"f32\"", "scale_fmt is \"f32\""},
+        {"quantization_config.weight_block_size", "[64,128]", "weight_block_size is [64,128]"},
+        {"quantization_config", "[]", "quantization_config is []"},
+        {"rope_scaling.type", "\"linear\"", "rope_scaling.type is \"linear\""},
+        {"rope_scaling.type", NULL, "rope_scaling.type is absent"},
+        {"rope_scaling.factor", "0", "rope_scaling.factor is 0"},
+        {"rope_scaling.factor", "\"16\"", "rope_scaling.factor is \"16\""},
+        {"rope_scaling.beta_fast", "0.5", "rope_scaling.beta_fast is 0.5; accepted: numbers from 1"},
+        {"rope_scaling.beta_slow", "-1", "beta_slow is -1"},
+        {"rope_scaling.original_max_position_embeddings", NULL, "embeddings is absent"},
+        {"rope_scaling", "null", "rope_scaling is null"},
+        {"rope_scaling", NULL, "rope_scaling is absent"},
+        {"rope_theta", "1", "rope_theta is 1"}, {"rope_theta", "-5.0", "rope_theta is -5.0"},
+        {"compress_rope_theta", "1e300", "compress_rope_theta is 1e300"},
+        {"swiglu_limit", "0", "swiglu_limit is 0"}, {"hc_eps", "0", "hc_eps is 0"},
+        {"rms_norm_eps", "1e-60", "rms_norm_eps is 1e-60"},
+        {"rms_norm_eps", "\"x\"", "rms_norm_eps is \"x\""},
+        {"routed_scaling_factor", "[1.5]", "routed_scaling_factor is [1.5]"},
+    };
+    dsv4_config c;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        dsv4_err err = {""};
+        int rc = parse_edited(&c, bad[i].key, bad[i].value, &err);
+        CHECK(rc == -1 && says(&err, bad[i].fragment) && says(&err, "cfg.json: "),
+              "%s = %s gave %d: %s", bad[i].key, bad[i].value, rc, err.msg);
+    }
+}
+
+static void test_config_bounds_every_size(void) {
+    /* each whole number: absent, a fraction, a text, below and above its range */
+    for (size_t i = 0; i < sizeof int_fields / sizeof *int_fields; i++) {
+        char below[32], above[32], fragment[128];
+        snprintf(below, sizeof below, "%d", int_fields[i].lo - 1);
+        snprintf(above, sizeof above, "%lld", (long long)int_fields[i].hi + int_fields[i].multiple);
+        snprintf(fragment, sizeof fragment, "%s is ", int_fields[i].key);
+        const char *bad[] = {NULL, "1.5", "\"64\"", "true", below, above, "9223372036854775807"};
+        for (size_t k = 0; k < sizeof bad / sizeof *bad; k++) {
+            dsv4_config c;
+            dsv4_err err = {""};
+            int rc = parse_edited(&c, int_fields[i].key, bad[k], &err);
+            CHECK(rc == -1 && says(&err, fragment), "%s = %s gave %d: %s", int_fields[i].key,
+                  bad[k], rc, err.msg);
+        }
+    }
+}
+
+static void test_config_refuses_contradictions(void) {
+    static const struct { const char *key, *value, *fragment; } bad[] = {
+        {"hidden_size", "250", "multiples of 32"},
+        {"moe_intermediate_size", "100", "multiples of 32"},
+        {"qk_rope_head_dim", "63", "multiples of 2"},
+        {"qk_rope_head_dim", "128", "qk_rope_head_dim is 128; accepted: less than head_dim"},
+        {"index_head_dim", "32", "qk_rope_head_dim is 64; accepted: at most index_head_dim"},
+        {"index_head_dim", "96", "index_head_dim is 96; accepted: a power of two"},
+        {"o_groups", "3", "o_groups is 3; accepted: a divisor"},
+        {"num_experts_per_tok", "9", "accepted: at most n_routed_experts"},
+        {"num_hash_layers", "4", "accepted: at most num_hidden_layers"},
+        {"bos_token_id", "512", "bos_token_id is 512; accepted: less than vocab_size"},
+        {"eos_token_id", "512", "eos_token_id is 512"},
+        {"num_attention_heads", "1048576", "accepted: "},
+        {"head_dim", "1048576", "4 * the largest of compress_ratios * head_dim"},
+        {"hidden_size", "1048576", NULL}, {"sliding_window", "1048576", NULL},
+        {"o_lora_rank", "1048576", NULL}, {"max_position_embeddings", "0", "embeddings is 0"},
+        {"max_position_embeddings", "4611686018427387904", "max_position_embeddings is 46"},
+        {"compress_ratios", "[0, 4]", "for each of the 3 layers"},
+        {"compress_ratios", "4", "compress_ratios is 4"},
+        {"compress_ratios", NULL, "compress_ratios is absent"},
+        {"compress_ratios", "[0, 1, 0]", "compress_ratios[1] is 1"},
+        {"compress_ratios", "[0, 0, -4]", "compress_ratios[2] is -4"},
+        {"compress_ratios", "[0, 0, 0, 65537]", "compress_ratios[3] is 65537"},
+        {"compress_ratios", "[0, \"4\", 0]", "compress_ratios[1] is \"4\""},
+        {"compress_ratios", "[0, 4.0, 0]", "compress_ratios[1] is 4.0"},
+    };
+    dsv4_config c;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        dsv4_err err = {""};
+        int rc = parse_edited(&c, bad[i].key, bad[i].value, &err);
+        if (!bad[i].fragment) {    /* large, but no product of it overflows                     */
+            CHECK(rc == 0, "%s = %s gave %s", bad[i].key, bad[i].value, err.msg);
+            continue;
+        }
+        CHECK(rc == -1 && says(&err, bad[i].fragment), "%s = %s gave %d: %s", bad[i].key,
+              bad[i].value, rc, err.msg);
+    }
+}
+
+static void test_config_is_read_from_a_directory(void) {
+    const char *dir = fresh_dir();
+    char slash[PATH_MAX + 8];
+    dsv4_config c;
+    dsv4_err err = {""};
+    CHECK(config_load(&c, dir, &err) == -1 && says(&err, "config.json: No such file"), "%s",
+          err.msg);
+    write_file(dir, "config.json", base_config, sizeof base_config - 1);
+    snprintf(slash, sizeof slash, "%s/./", dir);
+    CHECK(!config_load(&c, slash, &err), "%s", err.msg);
+    CHECK(!strcmp(c.name, strrchr(dir, '/') + 1), "name is %s", c.name);
+    static const struct { const char *text, *fragment; } bad[] = {
+        {"", "config.json: line"}, {"[1]", "holds [1], not a JSON object"},
+        {"{\"a\": 1, \"a\": 2}", "duplicate object key"}, {"{\"a\": \"x\ny\"}", "config.json: line"},
+        {"{\"hidden_size\": 1e999}", "config.json: line"}, {"{} x", "config.json: line"},
+        {"{\"hidden_size\": 99999999999999999999}", "config.json: line"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        write_file(dir, "config.json", bad[i].text, strlen(bad[i].text));
+        CHECK(config_load(&c, dir, &err) == -1 && says(&err, bad[i].fragment), "%s: %s",
+              bad[i].text, err.msg);
+    }
+}
+
+/* === 4. Headers and checkpoints =============================================================== */
+
+static int open_dir(const char *dir, dsv4_err *err) {
+    ckpt *c;
+    err->msg[0] = 0;
+    int rc = ckpt_open(&c, dir, err);
+    ckpt_close(c);
+    return rc;
+}
+
+#define T(name, dtype, shape, offsets)                                                           \
+    "\"" name "\": {\"dtype\": \"" dtype "\", \"shape\": " shape ", \"data_offsets\": " offsets "}"
+
+static void test_header_accepts_the_format(void) {
+    static const char header[] =
+        "{\"__metadata__\": {\"format\": \"pt\"}," T("b", "F32", "[2,2]", "[0,16]") ","
+        T("empty", "F32", "[0,7]", "[4,4]") "," T("a", "I8", "[3]", "[20,23]") ","
+        T("scalar", "BF16", "[]", "[16,18]") "," T("five", "I8", "[1,1,1,1,2]", "[18,20]") ","
+        T("strange", "F4_E2M1X7", "[3]", "[23,25]") "," T("u8", "U8", "[5]", "[25,30]")
+        "}   ";
+    const char *dir = fresh_dir();
+    dsv4_err err = {""};
+    ckpt *c;
+    write_shard(dir, "x.safetensors", 0, header, 30 + 5);
+    CHECK(!ckpt_open(&c, dir, &err), "%s", err.msg);
+    if (!c) return;
+    CHECK(ckpt_n_tensors(c) == 4 && ckpt_n_shards(c) == 1, "%zu tensors", ckpt_n_tensors(c));
+    const char *order[] = {"a", "b", "empty", "scalar"};
+    for (size_t i = 0; i < ckpt_n_tensors(c); i++)
+        CHECK(!strcmp(ckpt_at(c, i)->name, order[i]), "tensor %zu is %s", i, ckpt_at(c, i)->name);
+    const ckpt_tensor *b = ckpt_find(c, "b");
+    CHECK(b && b->dtype == DT_F32 && b->n_dims == 2 && b->shape[0] == 2 && b->shape[1] == 2 &&
+          b->bytes == 16 && b->offset == 8 + strlen(header) && b->shard == 0, "b");
+    CHECK(!ckpt_find(c, "five") && !ckpt_find(c, "u8") && !ckpt_find(c, ""), "not ours");
+    CHECK(strstr(ckpt_shard_path(c, 0), "/x.safetensors"), "%s", ckpt_shard_path(c, 0));
+    ckpt_close(c);
+}
+
+static void test_header_refuses_damage(void) {
+    static const struct { const char *header, *fragment; } bad[] = {
+        {"{", "line 1"}, {"[]", "not a JSON object"}, {"{}}", "line 1"},
+        {"{" T("a", "I8", "[4]", "[0,4]") "," T("a", "I8", "[4]", "[4,8]") "}", "duplicate"},
+        {"{\"a\": 5}", "tensor a: dtype is absent"},
+        {"{\"a\": {\"shape\": [4], \"data_offsets\": [0,4]}}", "tensor a: dtype is absent"},
+        {"{\"a\": {\"dtype\": \"I8\", \"data_offsets\": [0,4]}}", "tensor a: shape is absent"},
+        {"{\"a\": {\"dtype\": \"I8\", \"shape\": [4]}}", "tensor a: data_offsets is absent"},
+        {"{" T("a", "I8", "4", "[0,4]") "}", "tensor a: shape is 4"},
+        {"{" T("a", "I8", "[-4]", "[0,4]") "}", "tensor a: shape is [-4]"},
+        {"{" T("a", "I8", "[4.0]", "[0,4]") "}", "tensor a: shape is [4.0]"},
+        {"{" T("a", "I8", "[4]", "[4,0]") "}", "tensor a: data_offsets is [4,0]"},
+        {"{" T("a", "I8", "[4]", "[-1,3]") "}", "tensor a: data_offsets is [-1,3]"},
+        {"{" T("a", "I8", "[4]", "[0,4,8]") "}", "tensor a: data_offsets is [0,4,8]"},
+        {"{" T("a", "I8", "[4]", "[0,\"4\"]") "}", "tensor a: data_offsets is [0,\"4\"]"},
+        {"{" T("a", "I8", "[5]", "[0,4]") "}", "needs 5 bytes but data_offsets give 4"},
+        {"{" T("a", "F32", "[2]", "[0,4]") "}", "shape [2] of F32 needs 8 bytes"},
+        {"{" T("a", "F64", "[2]", "[0,8]") "}", "shape [2] of F64 needs 16 bytes"},
+        {"{" T("a", "I8", "[1,1,1,1,9]", "[0,4]") "}", "needs 9 bytes"},
+        {"{" T("a", "I8", "[4294967296,4294967296]", "[0,0]") "}", "fits 64 bits"},
+        {"{" T("a", "I64", "[2305843009213693952]", "[0,0]") "}", "fits 64 bits"},
+        {"{" T("a", "I8", "[9223372036854775808]", "[0,0]") "}", "line 1"},
+        {"{" T("a", "I8", "[4]", "[0,4]") "," T("b", "I8", "[4]", "[3,7]") "}",
+         "tensors a and b overlap"},
+        {"{" T("a", "I8", "[8]", "[0,8]") "," T("z", "I8", "[0]", "[2,2]") ","
+         T("b", "U8", "[1]", "[4,5]") "}", "tensors a and b overlap"},
+        {"{" T("a", "I8", "[65]", "[0,65]") "}", "the file is cut short, download it again"},
+        {"{" T("a", "WHAT", "[1]", "[0,65]") "}", "the file is cut short, download it again"},
+        {"{" T("a", "WHAT", "[1]", "[9223372036854775000,9223372036854775807]") "}", "cut short"},
+        {"{" T("", "I8", "[4]", "[0,4]") "}", "a tensor's name has 0 bytes"},
+        {"{\"a\\u0000b\": 1}", "line 1"}, {"{\"\\ud800\": 1}", "line 1"}, {"{\"\xff\": 1}", "line 1"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        const char *dir = fresh_dir();
+        dsv4_err err;
+        write_shard(dir, "m.safetensors", 0, bad[i].header, 64);
+        int rc = open_dir(dir, &err);
+        CHECK(rc == -1 && says(&err, bad[i].fragment) && says(&err, "m.safetensors: "),
+              "%s gave %d: %s", bad[i].header, rc, err.msg);
+    }
+    char longest[2 * MAX_NAME + 64], name[MAX_NAME + 1];
+    memset(name, 'n', MAX_NAME);
+    for (int n = MAX_NAME - 1; n <= MAX_NAME; n++) {
+        const char *dir = fresh_dir();
+        dsv4_err err;
+        name[n] = 0;
+        snprintf(longest, sizeof longest,
+                 "{\"%s\": {\"dtype\": \"I8\", \"shape\": [4], \"data_offsets\": [0,4]}}", name);
+        write_shard(dir, "m.safetensors", 0, longest, 4);
+        int rc = open_dir(dir, &err);
+        CHECK(n < MAX_NAME ? rc == 0 : says(&err, "name has 256 bytes"), "%d: %s", n, err.msg);
+    }
+}
+
+static void test_header_length_is_bounded(void) {
+    static const struct { const char *bytes; size_t n; const char *fragment; } bad[] = {
+        {"", 0, "has 0 bytes"}, {"\2\0\0", 3, "has 3 bytes"},
+        {"\0\0\0\0\0\0\0\0{}", 10, "header of 0 bytes"},
+        {"\1\0\0\0\0\0\0\0{", 9, "header of 1 bytes"},
+        {"\3\0\0\0\0\0\0\0{}", 10, "has 10 bytes but its header alone needs 11"},
+        {"\1\0\100\6\0\0\0\0{}", 10, "header of 104857601 bytes"},
+        {"\377\377\377\377\377\377\377\377{}", 10, "header of 18446744073709551615 bytes"},
+    };
+    dsv4_err err;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        const char *dir = fresh_dir();
+        write_file(dir, "m.safetensors", bad[i].bytes, bad[i].n);
+        int rc = open_dir(dir, &err);
+        CHECK(rc == -1 && says(&err, bad[i].fragment), "%zu gave %d: %s", i, rc, err.msg);
+    }
+    const char *dir = fresh_dir();
+    write_file(dir, "m.safetensors", "\2\0\0\0\0\0\0\0{}", 10); /* the smallest there is */
+    CHECK(open_dir(dir, &err) == 0, "%s", err.msg);
+}
+
+#define A4 "{" T("a", "I8", "[4]", "[0,4]") "}"
+#define B4 "{" T("b", "U8", "[4]", "[0,4]") "}"
+
+static void test_index_and_shards_agree(void) {
+    static const struct { const char *index, *fragment; } tries[] = {
+        {"{\"weight_map\": {\"a\": \"1.safetensors\", \"b\": \"2.safetensors\"}}", NULL},
+        {"{\"weight_map\": {\"a\": \"1.safetensors\"}}", NULL}, /* 2 is then not ours            */
+        {"{\"weight_map\": {\"a\": \"2.safetensors\", \"b\": \"2.safetensors\"}}",
+         "index says that tensor a lies in 2.safetensors, but it lies in no shard"},
+        {"{\"weight_map\": {\"b\": \"1.safetensors\", \"a\": \"2.safetensors\"}}",
+         "lies in 2.safetensors, but it lies in 1.safetensors"},
+        {"{\"weight_map\": {\"a\": \"1.safetensors\", \"c\": \"2.safetensors\"}}",
+         "tensor c lies in 2.safetensors, but it lies in no shard"},
+        {"{\"weight_map\": {\"a\": \"1.safetensors\", \"b\": \"1.safetensors\"}}",
+         "tensor b lies in 1.safetensors, but it lies in no shard"},
+        {"{\"weight_map\": {\"a\": \"2.safetensors\", \"b\": \"2.safetensors\", "
+         "\"c\": \"1.safetensors\"}}", "but it lies in"},
+        {"{\"weight_map\": {\"b\": \"3.safetensors\"}}", "but the index does not name it"},
+        {"{\"weight_map\": {\"a\": \"1.safetensors\", \"b\": \"3.safetensors\"}}",
+         "tensor a lies in two shards"},
+        {"{\"weight_map\": {\"a\": \"1.safetensors\", \"b\": \"8.safetensors\","
+         "\"c\": \"9.safetensors\", \"d\": \"9.safetensors\"}}",
+         "2 of 3 shards are missing, go on with the download: 8.safetensors 9.safetensors"},
+        {"{\"weight_map\": {\"a\": \"../1.safetensors\"}}", "lies in \"../1.safetensors\""},
+        {"{\"weight_map\": {\"a\": \"/etc/passwd\"}}", "tensor a lies in \"/etc/passwd\""},
+        {"{\"weight_map\": {\"a\": \"..\"}}", "accepted: the name of a file"},
+        {"{\"weight_map\": {\"a\": \"\"}}", "accepted: the name of a file"},
+        {"{\"weight_map\": {\"a\": 7}}", "tensor a lies in 7"},
+        {"{\"weight_map\": {\"a\": \"sub\"}}", "sub: it is not a regular file"},
+        {"{\"weight_map\": {}}", "weight_map is {}"}, {"{}", "weight_map is absent"},
+        {"{\"weight_map\": []}", "weight_map is []"}, {"{\"weight_map\":", "index.json: line"},
+        {"{\"weight_map\": {\"a\": \"1.safetensors\", \"a\": \"2.safetensors\"}}", "duplicate"},
+    };
+    const char *dir = fresh_dir();
+    char sub[PATH_MAX + 8];
+    dsv4_err err;
+    snprintf(sub, sizeof sub, "%s/sub", dir);
+    mkdir(sub, 0700);
+    write_shard(dir, "1.safetensors", 0, A4, 4);
+    write_shard(dir, "2.safetensors", 1, B4, 4);
+    write_shard(dir, "3.safetensors", 2, "{" T("a", "I8", "[4]", "[0,4]") ","
+                T("b", "I8", "[4]", "[4,8]") "}", 8);
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        write_file(dir, "model.safetensors.index.json", tries[i].index, strlen(tries[i].index));
+        int rc = open_dir(dir, &err);
+        CHECK(tries[i].fragment ? rc == -1 && says(&err, tries[i].fragment) : rc == 0,
+              "%s gave %d: %s", tries[i].index, rc, err.msg);
+    }
+}
+
+static void test_ckpt_without_an_index(void) {
+    const char *dir = fresh_dir();
+    dsv4_err err;
+    ckpt *c;
+    CHECK(open_dir(dir, &err) == -1 && says(&err, "holds no *.safetensors file"), "%s", err.msg);
+    CHECK(open_dir("/nonexistent-dir", &err) == -1 && says(&err, "No such file"), "%s", err.msg);
+    write_file(dir, "notes.txt", "x", 1);
+    write_shard(dir, "n.safetensors", 0, B4, 4);
+    write_shard(dir, "m.safetensors", 1, A4, 4);
+    CHECK(!ckpt_open(&c, dir, &err), "%s", err.msg);
+    if (!c) return;
+    CHECK(ckpt_n_shards(c) == 2 && strstr(ckpt_shard_path(c, 0), "/m.safetensors"), "order");
+    ckpt_close(c);
+    write_shard(dir, "o.safetensors", 2, A4, 4);
+    CHECK(open_dir(dir, &err) == -1 && says(&err, "tensor a lies in two shards") &&
+          says(&err, "m.safetensors") && says(&err, "o.safetensors"), "%s", err.msg);
+}
+
+/* Write the real checkpoint's 48 shards as sparse files: a header, then a hole. */
+static size_t write_real_layout(const char *dir, int *n_shards) {
+    char command[2 * PATH_MAX], path[PATH_MAX + 300];
+    size_t header_bytes = 0;
+    *n_shards = 0;
+    snprintf(command, sizeof command, "tar xf '%s' -C '%s'", real_headers, dir);
+    if (system(command)) return 0;
+    struct dirent **found;
+    int n = scandir(dir, &found, NULL, alphasort);
+    for (int i = 0; i < n; i++) {
+        char *end = strstr(found[i]->d_name, ".safetensors.json");
+        snprintf(path, sizeof path, "%s/%s", dir, found[i]->d_name);
+        char *text;
+        size_t len;
+        dsv4_err err;
+        if (end && !read_text(&text, &len, path, MAX_HEADER_BYTES, &err)) {
+            json_t *root = json_loadb(text, len, 0, NULL), *v;
+            const char *key;
+            json_int_t data = 0;
+            json_object_foreach(root, key, v) {
+                json_int_t e = json_integer_value(
+                    json_array_get(json_object_get(v, "data_offsets"), 1));
+                if (data < e) data = e;
+            }
+            json_decref(root);
+            text = realloc(text, len + 1);
+            text[len] = 0;
+            end[strlen(".safetensors")] = 0;
+            write_shard(dir, found[i]->d_name, 0, text, 0);
+            snprintf(path, sizeof path, "%s/%s", dir, found[i]->d_name);
+            CHECK(!truncate(path, (off_t)(8 + len) + data), "truncate %s", path);
+            header_bytes += 8 + len;
+            ++*n_shards;
+            free(text);
+        }
+        free(found[i]);
+    }
+    free(found);
+    return header_bytes;
+}
+
+/* Bytes that this process has asked read() and pread() for so far. */
+static uint64_t bytes_read(void) {
+    unsigned long long n = 0;
+    FILE *f = fopen("/proc/self/io", "r");
+    if (f && fscanf(f, "rchar: %llu", &n) != 1) n = 0;
+    if (f) fclose(f);
+    return n;
+}
+
+static void test_ckpt_real_layout(void) {
+    const char *dir = fresh_dir();
+    int n_shards;
+    size_t headers = write_real_layout(dir, &n_shards);
+    CHECK(headers > 0, "%s", real_headers);
+    if (!headers) return;
+    char path[PATH_MAX];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/model.safetensors.index.json", dir);
+    CHECK(!stat(path, &st), "%s", path);
+    dsv4_err err = {""};
+    ckpt *c;
+    uint64_t before = bytes_read();
+    double begin = seconds();
+    int rc = ckpt_open(&c, dir, &err);
+    double took = seconds() - begin;
+    uint64_t read = bytes_read() - before;
+    CHECK(rc == 0, "%s", err.msg);
+    if (rc) return;
+    CHECK(ckpt_n_tensors(c) == 45821 && ckpt_n_shards(c) == 48, "%zu tensors, %d shards",
+          ckpt_n_tensors(c), ckpt_n_shards(c));
+    CHECK(read < headers + (uint64_t)st.st_size + 16384, "%llu bytes read, %zu of headers",
+          (unsigned long long)read, headers);
+    CHECK(took < 2, "%.2f s", took);
+    const ckpt_tensor *t = ckpt_find(c, "layers.42.ffn.experts.159.w2.weight");
+    CHECK(t && t->dtype == DT_I8 && t->shape[0] == 4096 && t->shape[1] == 1024, "an expert");
+    NOTE("%.0f ms, %.1f MB read", 1e3 * took, (double)read * 1e-6);
+    ckpt_close(c);
+
+    dsv4_config cfg;
+    CHECK(!config_load(&cfg, dir, &err), "%s", err.msg);
+    CHECK(cfg.num_hidden_layers == 43 && cfg.n_routed_experts == 160, "config");
+    snprintf(path, sizeof path, "%s/model-00007-of-00048.safetensors", dir);
+    CHECK(!truncate(path, 1000000000), "truncate");
+    CHECK(open_dir(dir, &err) == -1 && says(&err, "has 1000000000 bytes") &&
+          says(&err, "2284469890") && says(&err, "download it again"), "%s", err.msg);
+    unlink(path);
+    CHECK(open_dir(dir, &err) == -1 && says(&err, "1 of 48 shards are missing") &&
+          says(&err, "model-00007-of-00048.safetensors"), "%s", err.msg);
+    remove_tree(dir);
+}
+
+/* === 5. Reads ================================================================================= */
+
+static void test_io_on_read_decides(void) {
+    enum { K = 1024, B = 4096 };
+    static const struct {
+        uint32_t len, want, done; int tries, io_errors, res;
+        io_next next; uint32_t done_after; int cause;
+    } cases[] = {
+        {8 * B, 8 * B, 0, 0, 0, 8 * B, IO_DONE, 8 * B, 0},
+        {8 * B, 7 * B + 1, 0, 0, 0, 7 * B + 1, IO_DONE, 7 * B + 1, 0},  /* short at EOF: all in */
+        {8 * B, 7 * B + 1, 0, 0, 0, 8 * B, IO_DONE, 8 * B, 0},
+        {8 * B, 7 * B + 1, 0, 0, 0, 7 * B, IO_AGAIN, 7 * B, 0},
+        {8 * B, 8 * B, 0, 0, 0, B + 5, IO_AGAIN, B, 0},               /* back to a block edge   */
+        {8 * B, 8 * B, B, 9, 0, 2 * B + 1, IO_AGAIN, 3 * B, 0},
+        {8 * B, 8 * B, B, 9, 0, 7 * B, IO_DONE, 8 * B, 0},
+        {8 * B, 8 * B, B, 0, 0, B - 1, IO_AGAIN, B, 0},               /* no progress            */
+        {8 * B, 8 * B, B, IO_TRIES_MAX, 0, B - 1, IO_FAILED, B, CAUSE_STUCK},
+        {8 * B, 8 * B, B, IO_TRIES_MAX, 0, B, IO_AGAIN, 2 * B, 0},    /* progress pardons       */
+        {8 * B, 8 * B, 0, 0, 0, 0, IO_FAILED, 0, CAUSE_EOF},
+        {8 * B, 8 * B, 3 * B, 0, 0, 0, IO_FAILED, 3 * B, CAUSE_EOF},
+        {8 * B, 8 * B, 0, 0, 0, -EINTR, IO_AGAIN, 0, 0},
+        {8 * B, 8 * B, 0, 0, 0, -EAGAIN, IO_AGAIN, 0, 0},
+        {8 * B, 8 * B, 0, IO_TRIES_MAX, 0, -EAGAIN, IO_FAILED, 0, CAUSE_STUCK},
+        {8 * B, 8 * B, 0, IO_TRIES_MAX, 0, -EINTR, IO_FAILED, 0, CAUSE_STUCK},
+        {8 * B, 8 * B, B, 0, 0, -EIO, IO_AGAIN, B, 0},
+        {8 * B, 8 * B, B, 0, 1, -EIO, IO_FAILED, B, EIO},
+        {8 * B, 8 * B, 0, 0, 0, -EINVAL, IO_FAILED, 0, EINVAL},
+        {8 * B, 8 * B, 0, 0, 0, -ENXIO, IO_FAILED, 0, ENXIO},
+        {B, 1, 0, 0, 0, 1, IO_DONE, 1, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        io_req r = {.len = cases[i].len, .want = cases[i].want, .done = cases[i].done,
+                    .tries = cases[i].tries, .io_errors = cases[i].io_errors};
+        io_next next = io_on_read(&r, cases[i].res);
+        CHECK(next == cases[i].next && r.done == cases[i].done_after &&
+              (next != IO_FAILED || r.cause == cases[i].cause),
+              "case %zu: next %d done %u cause %d", i, next, r.done, r.cause);
+    }
+}
+
+/* Random tensors over n_shards shards: sizes from 0 to `largest`, gaps between some. */
+static void write_random_shards(const char *dir, int n_shards, int n_each, uint32_t largest) {
+    for (int s = 0; s < n_shards; s++) {
+        str h = {0};
+        uint32_t at = 0;
+        put(&h, "{");
+        for (int i = 0; i < n_each; i++) {
+            uint32_t n = i % 7 == 3 ? 0 : hook_random() % (i % 5 ? 9000 : largest);
+            at += hook_random() % 3 ? 0 : hook_random() % 5000;
+            put(&h, "%s\"t%d.%d\": {\"dtype\": \"I8\", \"shape\": [%u], \"data_offsets\": [%u,%u]}",
+                i ? "," : "", s, i, n, at, at + n);
+            at += n;
+        }
+        put(&h, "}%*s", (int)(hook_random() % 50), "");
+        char file[32];
+        snprintf(file, sizeof file, "s%d.safetensors", s);
+        write_shard(dir, file, s, h.text, at);
+        free(h.text);
+    }
+}
+
+typedef struct { ckpt *c; offload *o; load_item *items; size_t n; } loader;
+
+static bool loader_open(loader *l, const char *dir) {
+    dsv4_err err = {""};
+    const char *note;
+    *l = (loader){0};
+    int rc = ckpt_open(&l->c, dir, &err) || offload_open(&l->o, l->c, &note, &err);
+    CHECK(rc == 0, "%s", err.msg);
+    if (rc) return false;
+    l->n = ckpt_n_tensors(l->c);
+    l->items = calloc(l->n, sizeof *l->items);
+    for (size_t i = 0; i < l->n; i++) {
+        const ckpt_tensor *t = ckpt_at(l->c, i);
+        l->items[i] = (load_item){t, (uint8_t *)malloc(t->bytes + 8) + i % 8};
+    }
+    return true;
+}
+
+static void loader_close(loader *l) {
+    for (size_t i = 0; i < l->n; i++) free((uint8_t *)l->items[i].dst - i % 8);
+    free(l->items);
+    offload_close(l->o);
+    ckpt_close(l->c);
+}
+
+/* Load everything into wiped buffers; true if it said so and every byte is right. */
+static bool loads_right(loader *l, dsv4_err *err) {
+    for (size_t i = 0; i < l->n; i++) memset(l->items[i].dst, 0xdd, l->items[i].t->bytes);
+    err->msg[0] = 0;
+    if (offload_load(l->o, l->items, l->n, err)) return false;
+    for (size_t i = 0; i < l->n; i++) {
+        const ckpt_tensor *t = l->items[i].t;
+        if (!bytes_right(l->items[i].dst, t->shard, t->offset, t->bytes)) {
+            snprintf(err->msg, sizeof err->msg, "tensor %s holds other bytes", t->name);
+            return false;
+        }
+    }
+    return true;
+}
+
+static void reads_right(const char *dir, bool refuse_ring, bool refuse_direct, const char *said) {
+    ckpt *c;
+    offload *o;
+    loader l;
+    dsv4_err err = {""};
+    const char *note = NULL;
+    hook.refuse_ring = refuse_ring;
+    hook.refuse_direct = refuse_direct;
+    if (!ckpt_open(&c, dir, &err) && !offload_open(&o, c, &note, &err)) {
+        CHECK(!said || (note && strstr(note, said) && !strchr(note, '\n')), "note: %s", note);
+        CHECK(o->has_ring == !refuse_ring, "ring %d", o->has_ring);
+        CHECK(!refuse_direct || !o->files[0].direct, "direct");
+        offload_close(o);
+    }
+    ckpt_close(c);
+    CHECK(!err.msg[0], "%s", err.msg);
+    if (loader_open(&l, dir)) {
+        bool right = loads_right(&l, &err);
+        CHECK(right, "ring %d direct %d: %s", !refuse_ring, !refuse_direct, err.msg);
+        CHECK(!offload_load(l.o, l.items, 0, &err), "nothing at all");
+        loader_close(&l);
+    }
+    hook.refuse_ring = hook.refuse_direct = false;
+}
+
+static void test_load_every_way_of_reading(void) {
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_random_shards(dir, 3, 60, 3000000);
+    reads_right(dir, false, false, NULL);
+    reads_right(dir, true, false, "io_uring is refused");
+    reads_right(dir, false, true, "O_DIRECT");
+    reads_right(dir, true, true, "io_uring and O_DIRECT are both refused");
+    char shm[] = "/dev/shm/dsv4-test-XXXXXX";
+    if (mkdtemp(shm)) {
+        write_random_shards(shm, 2, 30, 1000000);
+        reads_right(shm, false, false, NULL);
+        reads_right(shm, true, false, NULL);
+        remove_tree(shm);
+    }
+    remove_tree(dir);
+}
+
+static void test_load_survives_bad_reads(void) {
+    const char *dir = fresh_dir();
+    dsv4_err err;
+    set_mood(CALM, 0, 0);
+    write_random_shards(dir, 2, 40, 2500000);
+    for (int threads = 0; threads < 2; threads++) {
+        loader l;
+        hook.refuse_ring = threads;
+        if (!loader_open(&l, dir)) return;
+        uint64_t retries = l.o->stats.retries;
+        CHECK(loads_right(&l, &err) && l.o->stats.retries == retries, "%s", err.msg);
+        int reads = hook.seen;
+        for (int nth = 1; nth <= 60; nth += 7) {   /* a drive that recovers                     */
+            retries = l.o->stats.retries;
+            set_mood(NTH, -EIO, nth);
+            CHECK(loads_right(&l, &err), "EIO at read %d: %s", nth, err.msg);
+            CHECK(l.o->stats.retries == retries + 1, "retries");
+        }
+        set_mood(SHORT, 0, 0);
+        CHECK(loads_right(&l, &err), "short reads: %s", err.msg);
+        CHECK(hook.seen > reads / 2, "%d reads", hook.seen);
+        set_mood(INTR, 0, 0);
+        CHECK(loads_right(&l, &err), "signals: %s", err.msg);
+        set_mood(AGAIN, 0, 0);
+        CHECK(!loads_right(&l, &err) && says(&err, "tried many times"), "%s", err.msg);
+        const ckpt_tensor *t = ckpt_find(l.c, "t1.5");
+        hook.shard = t->shard, hook.fd = l.o->files[t->shard].fd, hook.at = t->offset + t->bytes / 2;
+        static const struct { int answer; const char *says; } bad[] = {
+            {-EIO, "Input/output error"}, {0, "the file ends there"}, {-ENODEV, "No such device"},
+        };
+        for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+            set_mood(AT, bad[i].answer, 0);
+            CHECK(!loads_right(&l, &err) && says(&err, bad[i].says) && says(&err, "at byte ") &&
+                  says(&err, "s1.safetensors") && says(&err, "tensor t1."), "%s", err.msg);
+            set_mood(CALM, 0, 0);
+            CHECK(loads_right(&l, &err), "after it: %s", err.msg);
+        }
+        loader_close(&l);
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+/* A shard that is cut between the check of its header and the read, for real. */
+static void test_load_of_a_shrunken_file(void) {
+    const char *dir = fresh_dir();
+    loader l;
+    dsv4_err err;
+    char path[PATH_MAX + 32];
+    set_mood(CALM, 0, 0);
+    write_shard(dir, "x.safetensors", 0, "{" T("a", "I8", "[9000]", "[0,9000]") "}", 9000);
+    if (!loader_open(&l, dir)) return;
+    snprintf(path, sizeof path, "%s/x.safetensors", dir);
+    CHECK(!truncate(path, 5000), "truncate");
+    CHECK(!loads_right(&l, &err) && says(&err, "the file ends there; it was cut short"), "%s",
+          err.msg);
+    offload *o;
+    const char *note;
+    CHECK(offload_open(&o, l.c, &note, &err) == -1 && says(&err, "has 5000 bytes now"), "%s",
+          err.msg);
+    unlink(path);
+    CHECK(offload_open(&o, l.c, &note, &err) == -1 && says(&err, "No such file"), "%s", err.msg);
+    loader_close(&l);
+}
+
+/* === 6. Experts =============================================================================== */
+
+typedef enum { CONTIGUOUS, SPLIT, SHUFFLED } layout;
+
+/* n experts in three shards.  CONTIGUOUS: as the official ones, all scales, then all weights;
+ * SPLIT: each of the six parts alone; SHUFFLED: parts in any order, any shard, with gaps. */
+static void write_experts(const char *dir, int n, int dim, int inter, layout how) {
+    str h[3] = {{0}};
+    uint32_t at[3] = {0};
+    for (int s = 0; s < 3; s++) put(&h[s], "{");
+    int n_parts = 6 * n, *order = malloc((size_t)n_parts * sizeof *order);
+    for (int i = 0; i < n_parts; i++) {        /* scales of e are parts 3e..3e+2, then weights  */
+        order[i] = i;
+        int k = how == SHUFFLED ? (int)(hook_random() % (uint32_t)(i + 1)) : i;
+        order[i] = order[k];
+        order[k] = i;
+    }
+    for (int i = 0; i < n_parts; i++) {
+        bool weight = order[i] >= 3 * n;
+        int e = order[i] % (3 * n) / 3, w = order[i] % 3 + 1;
+        int s = how == CONTIGUOUS ? e % 3 : how == SPLIT ? (e + order[i]) % 3
+                                                       : (int)(hook_random() % 3);
+        uint32_t bytes = (uint32_t)(dim * inter / (weight ? 2 : 32));
+        at[s] += how == CONTIGUOUS ? 0 : how == SPLIT ? 1 : hook_random() % 3 * 77;
+        put(&h[s], "%s\"e%d.%s%d\": {\"dtype\": \"I8\", \"shape\": [%u], \"data_offsets\": "
+            "[%u,%u]}", h[s].n > 1 ? "," : "", e, weight ? "w" : "s", w, bytes, at[s],
+            at[s] + bytes);
+        at[s] += bytes;
+    }
+    for (int s = 0; s < 3; s++) {
+        char file[32];
+        put(&h[s], "}");
+        snprintf(file, sizeof file, "s%d.safetensors", s);
+        write_shard(dir, file, s, h[s].text, at[s]);
+        free(h[s].text);
+    }
+    free(order);
+}
+
+typedef struct {
+    ckpt *c;
+    offload *o;
+    expert_source *src;
+    int n, dim, inter;
+} cache;
+
+static bool cache_open(cache *k, const char *dir, int n, int dim, int inter, int n_slots) {
+    dsv4_err err = {""};
+    const char *note;
+    *k = (cache){.n = n, .dim = dim, .inter = inter};
+    int rc = ckpt_open(&k->c, dir, &err) || offload_open(&k->o, k->c, &note, &err);
+    k->src = calloc((size_t)n, sizeof *k->src);
+    for (int e = 0; e < n && !rc; e++)
+        for (int p = 0; p < EXPERT_PARTS; p++) {
+            char name[32];
+            snprintf(name, sizeof name, "e%d.%s%d", e, p < S1 ? "w" : "s", p % 3 + 1);
+            k->src[e].part[p] = ckpt_find(k->c, name);
+            if (!k->src[e].part[p]) rc = fail(&err, "no %s", name);
+        }
+    if (!rc) rc = experts_open(k->o, k->src, (size_t)n, dim, inter, n_slots, &err);
+    CHECK(rc == 0, "%s", err.msg);
+    return rc == 0;
+}
+
+static void cache_close(cache *k) {
+    offload_close(k->o);
+    ckpt_close(k->c);
+    free(k->src);
+}
+
+static bool expert_right(const cache *k, int e, const dsv4_ffn *w) {
+    const dsv4_mat *m[] = {&w->w1, &w->w2, &w->w3};
+    for (int p = 0; p < EXPERT_PARTS; p++) {
+        const ckpt_tensor *t = k->src[e].part[p];
+        const void *at = p < S1 ? m[p]->data : m[p - S1]->scale;
+        if (!bytes_right(at, t->shard, t->offset, t->bytes)) return false;
+    }
+    return w->w1.dtype == DT_I8 && w->w1.rows == k->inter && w->w1.cols == k->dim &&
+           w->w2.rows == k->dim && w->w2.cols == k->inter && w->w3.rows == k->inter;
+}
+
+/* The cache's own bookkeeping: every slot is in exactly one place. */
+static bool cache_sound(const offload *o) {
+    int idle = 0, pinned = 0, orphans = 0, seen_ready = 0, last = -1;
+    for (int i = o->coldest; i >= 0; last = i, i = o->slots[i].warmer) {
+        const expert_slot *s = &o->slots[i];
+        if (s->pins || s->in_flight || s->colder != last || ++idle > o->n_slots) return false;
+        if (s->state != SLOT_FREE && s->state != SLOT_READY) return false;
+        if (s->state == SLOT_FREE && seen_ready) return false;
+        seen_ready |= s->state == SLOT_READY;
+    }
+    if (o->warmest != last) return false;
+    for (int i = 0; i < o->n_slots; i++) {
+        const expert_slot *s = &o->slots[i];
+        pinned += s->pins > 0;
+        orphans += s->pins == 0 && s->state == SLOT_READING;
+        bool mapped = s->state == SLOT_READING || s->state == SLOT_READY;
+        if (mapped != (s->state != SLOT_FREE && s->state != SLOT_FAILED)) return false;
+        if (mapped && !s->fault.cause && o->slot_of[s->id] != i) return false;
+    }
+    for (size_t e = 0; e < o->n_experts; e++)
+        if (o->slot_of[e] >= 0 && o->slots[o->slot_of[e]].id != e) return false;
+    return orphans == o->n_orphans && idle + pinned + orphans == o->n_slots;
+}
+
+/* Get, wait, compare, give back; true if right. */
+static bool use_expert(cache *k, int e, dsv4_err *err) {
+    dsv4_ffn w;
+    int slot = experts_get(k->o, (size_t)e, err);
+    if (slot < 0) return false;
+    int rc = experts_wait(k->o, slot, &w, err);
+    bool right = rc == 0 && expert_right(k, e, &w);
+    experts_unpin(k->o, slot);
+    return right;
+}
+
+static void test_experts_of_every_layout(void) {
+    set_mood(CALM, 0, 0);
+    for (int how = CONTIGUOUS; how <= SHUFFLED; how++) {
+        for (int large = 0; large < 2; large++) {
+            int n = large ? 5 : 24, dim = large ? 1056 : 64, inter = large ? 2080 : 96;
+            const char *dir = fresh_dir();
+            write_experts(dir, n, dim, inter, (layout)how);
+            for (int threads = 0; threads < 2; threads++) {
+                cache k;
+                dsv4_err err = {""};
+                hook.refuse_ring = threads;
+                if (cache_open(&k, dir, n, dim, inter, 3)) {
+                    for (int e = 0; e < n; e++)
+                        CHECK(use_expert(&k, e, &err), "layout %d expert %d: %s", how, e, err.msg);
+                    for (int e = n - 1; e >= 0; e--)
+                        CHECK(use_expert(&k, e, &err), "layout %d expert %d: %s", how, e, err.msg);
+                    CHECK(k.o->stats.hits == 3 && k.o->stats.misses == (uint64_t)(2 * n - 3),
+                          "%d hits", (int)k.o->stats.hits);
+                    slot_run runs[EXPERT_PARTS];
+                    int n_runs;
+                    size_t bytes = lay_out(&k.src[0], runs, &n_runs);
+                    CHECK(how == CONTIGUOUS ? n_runs == 2 : n_runs > 2, "%d runs", n_runs);
+                    CHECK(bytes <= expert_slot_bytes(k.src, (size_t)n), "slot");
+                }
+                cache_close(&k);
+            }
+            remove_tree(dir);
+        }
+    }
+    hook.refuse_ring = false;
+}
+
+/* One trace against a model that fits a page: stamp[e] is when e was last given back. */
+static void test_experts_evict_the_least_recently_used(void) {
+    enum { N = 40, SLOTS = 7, STEPS = 3000 };
+    const char *dir = fresh_dir();
+    cache k;
+    dsv4_err err = {""};
+    uint64_t stamp[N] = {0}, now = 0, hits = 0, misses = 0, evictions = 0;
+    int pins[N] = {0}, slot_of[N], cached = 0;
+    set_mood(CALM, 0, 0);
+    write_experts(dir, N, 64, 96, CONTIGUOUS);
+    if (!cache_open(&k, dir, N, 64, 96, SLOTS)) return;
+    size_t heap = mallinfo2().uordblks;
+    for (int e = 0; e < N; e++) slot_of[e] = -1;
+    for (int step = 0; step < STEPS; step++) {
+        int e = (int)(hook_random() % N * (hook_random() % N) / N); /* small ones more often     */
+        if (pins[e] > 0 && hook_random() % 3) {
+            experts_unpin(k.o, slot_of[e]);
+            if (--pins[e] == 0) stamp[e] = ++now;
+            continue;
+        }
+        int coldest = -1;
+        for (int i = 0; i < N; i++)
+            if (slot_of[i] >= 0 && !pins[i] && (coldest < 0 || stamp[i] < stamp[coldest]))
+                coldest = i;
+        bool hit = slot_of[e] >= 0, full = !hit && cached == SLOTS && coldest < 0;
+        int slot = experts_get(k.o, (size_t)e, &err);
+        CHECK(full ? slot == -1 && !err.msg[0] : slot >= 0, "step %d: %s", step, err.msg);
+        if (slot < 0) continue;
+        hits += hit;
+        misses += !hit;
+        if (!hit && cached == SLOTS) {
+            CHECK(slot == slot_of[coldest], "step %d evicted another one", step);
+            slot_of[coldest] = -1;
+            evictions++;
+        } else if (!hit) {
+            cached++;
+        }
+        slot_of[e] = slot;
+        pins[e]++;
+        dsv4_ffn w;
+        CHECK(!experts_wait(k.o, slot, &w, &err) && expert_right(&k, e, &w), "step %d", step);
+        CHECK(cache_sound(k.o), "step %d", step);
+    }
+    const offload_stats *s = offload_get_stats(k.o);
+    CHECK(s->hits == hits && s->misses == misses && s->evictions == evictions, "counters");
+    CHECK(mallinfo2().uordblks == heap, "allocated after start");
+    NOTE("%d hits, %d misses", (int)hits, (int)misses);
+    cache_close(&k);
+}
+
+/* Many asked for and given back in any order, waited for or not: bytes stay right. */
+static void test_experts_random_pins(void) {
+    enum { N = 30, SLOTS = 9, HELD = 12 };
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_experts(dir, N, 512, 544, SHUFFLED);
+    for (int way = 0; way < 4; way++) {
+        cache k;
+        dsv4_err err = {""};
+        int held[HELD], of[HELD], n = 0;
+        hook.refuse_ring = way & 1;
+        if (!cache_open(&k, dir, N, 512, 544, SLOTS)) break;
+        if (way & 2) while (k.o->free_reqs->next) take_req(k.o); /* a ring of depth 1           */
+        for (int step = 0; step < 600; step++) {
+            uint32_t dice = hook_random();
+            if (n < HELD && dice % 2) {
+                int e = (int)(hook_random() % N), slot = experts_get(k.o, (size_t)e, &err);
+                CHECK(slot >= 0 || !err.msg[0], "%s", err.msg);
+                if (slot >= 0) held[n] = slot, of[n++] = e;
+            } else if (n > 0) {
+                int i = (int)(hook_random() % (uint32_t)n);
+                dsv4_ffn w;
+                if (dice % 3)
+                    CHECK(!experts_wait(k.o, held[i], &w, &err) && expert_right(&k, of[i], &w),
+                          "way %d step %d: %s", way, step, err.msg);
+                experts_unpin(k.o, held[i]);
+                held[i] = held[--n], of[i] = of[n];
+            }
+            CHECK(cache_sound(k.o), "way %d step %d", way, step);
+        }
+        cache_close(&k);           /* with reads on their way and pins held                     */
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+static void test_experts_all_pinned(void) {
+    const char *dir = fresh_dir();
+    cache k;
+    dsv4_err err = {"old"};
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 4, 64, 64, CONTIGUOUS);
+    for (int n_slots = 1; n_slots <= 2; n_slots++) {
+        if (!cache_open(&k, dir, 4, 64, 64, n_slots)) return;
+        int slot = -1;
+        for (int i = 0; i < n_slots; i++) slot = experts_get(k.o, (size_t)i, &err);
+        CHECK(experts_get(k.o, 3, &err) == -1 && !err.msg[0], "%s", err.msg);
+        CHECK(experts_get(k.o, (size_t)n_slots - 1, &err) == slot, "a second pin");
+        experts_unpin(k.o, slot);
+        CHECK(experts_get(k.o, 3, &err) == -1 && !err.msg[0], "%s", err.msg);
+        experts_unpin(k.o, slot);  /* perhaps still on its way: then get waits for it           */
+        CHECK(experts_get(k.o, 3, &err) == slot, "%s", err.msg);
+        dsv4_ffn w;
+        CHECK(!experts_wait(k.o, slot, &w, &err) && expert_right(&k, 3, &w), "%s", err.msg);
+        cache_close(&k);
+    }
+    CHECK(cache_open(&k, dir, 4, 64, 64, 9) && use_expert(&k, 0, &err), "more slots than experts");
+    cache_close(&k);
+    if (!ckpt_open(&k.c, dir, &err)) {             /* sizes that do not fit the shape           */
+        const char *note;
+        const ckpt_tensor *t = ckpt_find(k.c, "e0.w1");
+        expert_source src = {{t, t, t, t, t, t}};
+        CHECK(!offload_open(&k.o, k.c, &note, &err), "%s", err.msg);
+        CHECK(experts_open(k.o, &src, 1, 64, 64, 2, &err) == -1 && says(&err, "tensor e0.w1: has"),
+              "%s", err.msg);
+        offload_close(k.o);
+        ckpt_close(k.c);
+    }
+}
+
+/* Reads of one part fail for ever: that expert fails by name, the others do not, and once the
+ * drive is well again everything is. */
+static void test_experts_survive_bad_reads(void) {
+    enum { N = 12, DIM = 1056, INTER = 2080 };
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_experts(dir, N, DIM, INTER, CONTIGUOUS);
+    for (int way = 0; way < 4; way++) {
+        cache k;
+        dsv4_err err = {""};
+        hook.refuse_ring = way & 1;
+        if (!cache_open(&k, dir, N, DIM, INTER, 4)) break;
+        if (way & 2) while (k.o->free_reqs->next) take_req(k.o);
+        for (int p = 0; p < EXPERT_PARTS; p++) {
+            const ckpt_tensor *t = k.src[7].part[p];
+            int slot[3];
+            dsv4_ffn w;
+            hook.shard = t->shard, hook.fd = k.o->files[t->shard].fd;
+            hook.at = t->offset + t->bytes / 2;
+            set_mood(AT, -EIO, 0);
+            for (int i = 0; i < 3; i++) slot[i] = experts_get(k.o, (size_t)(6 + i), &err);
+            CHECK(!experts_wait(k.o, slot[2], &w, &err) && expert_right(&k, 8, &w), "%s", err.msg);
+            CHECK(!experts_wait(k.o, slot[0], &w, &err) && expert_right(&k, 6, &w), "%s", err.msg);
+            for (int i = 0; i < 2; i++) {          /* it says so each time                      */
+                err.msg[0] = 0;
+                CHECK(experts_wait(k.o, slot[1], &w, &err) == -1 && says(&err, t->name) &&
+                      says(&err, ".safetensors at byte ") && says(&err, "Input/output error"),
+                      "%s", err.msg);
+            }
+            for (int i = 0; i < 3; i++) experts_unpin(k.o, slot[i]);
+            int s = experts_get(k.o, 7, &err);     /* fails with nobody waiting                 */
+            CHECK(s >= 0, "%s", err.msg);
+            experts_unpin(k.o, s);
+            while (k.o->in_flight) io_reap(k.o, true, &err);
+            CHECK(cache_sound(k.o) && k.o->slots[s].state == SLOT_FREE, "part %d", p);
+            set_mood(CALM, 0, 0);
+            for (int e = 0; e < N; e++) CHECK(use_expert(&k, e, &err), "%d: %s", e, err.msg);
+            CHECK(cache_sound(k.o), "part %d", p);
+        }
+        static const mood moods[] = {NTH, SHORT, INTR};
+        for (size_t m = 0; m < sizeof moods / sizeof *moods; m++)
+            for (int e = 0; e < N; e++) {
+                set_mood(moods[m], -EIO, 1 + e % 3);
+                CHECK(use_expert(&k, e, &err), "mood %d expert %d: %s", moods[m], e, err.msg);
+            }
+        cache_close(&k);
+    }
+    hook.refuse_ring = false;
+    set_mood(CALM, 0, 0);
+    remove_tree(dir);
+}
+
+int main(int argc, char **argv) {
+    const char *tmp = getenv("TMPDIR");
+    if (argc > 1) real_headers = argv[1];
+    snprintf(top, sizeof top, "%.2000s/dsv4-test-XXXXXX", tmp && *tmp ? tmp : "/tmp");
+    if (!mkdtemp(top)) {
+        printf("FAIL cannot make %s\n", top);
+        return 1;
+    }
+    RUN(test_config_reads_every_value);
+    RUN(test_config_accepts_what_may_differ);
+    RUN(test_config_refuses_by_name);
+    RUN(test_config_bounds_every_size);
+    RUN(test_config_refuses_contradictions);
+    RUN(test_config_is_read_from_a_directory);
+    RUN(test_header_accepts_the_format);
+    RUN(test_header_refuses_damage);
+    RUN(test_header_length_is_bounded);
+    RUN(test_index_and_shards_agree);
+    RUN(test_ckpt_without_an_index);
+    RUN(test_ckpt_real_layout);
+    RUN(test_io_on_read_decides);
+    RUN(test_load_every_way_of_reading);
+    RUN(test_load_survives_bad_reads);
+    RUN(test_load_of_a_shrunken_file);
+    RUN(test_experts_of_every_layout);
+    RUN(test_experts_evict_the_least_recently_used);
+    RUN(test_experts_random_pins);
+    RUN(test_experts_all_pinned);
+    RUN(test_experts_survive_bad_reads);
+    remove_tree(top);
+    return check_done();
+}
