@@ -46,7 +46,7 @@ enum {
     MAX_SPLITS = 16,
     MAX_PATTERN_BYTES = 4096,
     MAX_TEXT_BYTES = 1 << 30,      /* so that places in a text fit 32 bits                      */
-    MAX_PROBES = 1024,             /* in the merge table; an honest one needs about a hundred   */
+    MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                     */
     SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try            */
     CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
     REGEX_HEAP_KIB = 256 << 10,
@@ -281,8 +281,8 @@ static bool group_known(const char *s) {
     return s[1] != '?' && s[1] != '*';
 }
 
-/* Rewrite an Oniguruma pattern for PCRE2.  Returns NULL, or the place of what is not understood. */
-static const char *translate(FILE *out, const char *pattern) {
+/* Rewrite pattern into out.  Returns NULL, or the place of what is not understood. */
+static const char *put_pattern(FILE *out, const char *pattern) {
     bool in_brackets = false;
     for (const char *s = pattern; *s;) {
         size_t len = 1;
@@ -308,6 +308,19 @@ static const char *translate(FILE *out, const char *pattern) {
         fwrite(s, 1, len, out);
         s += len;
     }
+    return NULL;
+}
+
+/* A copy of an Oniguruma pattern for PCRE2, to be freed.  NULL when there is no memory, or with
+ * *unknown set to the place of what is not understood. */
+static char *to_pcre2(const char *pattern, const char **unknown) {
+    char *text = NULL;
+    size_t len = 0;
+    FILE *out = open_memstream(&text, &len);
+    if (!out) return NULL;
+    *unknown = put_pattern(out, pattern);
+    if (fclose(out) == 0 && !*unknown) return text;
+    free(text);
     return NULL;
 }
 
@@ -343,7 +356,8 @@ static int refuse(const reader *r, const char *fmt, ...) {
 
 /* Absent, null, false or empty: a setting that does nothing. */
 static bool is_off(const json_t *v) {
-    return !v || json_is_null(v) || json_is_false(v) || (json_is_string(v) && !json_string_length(v));
+    return !v || json_is_null(v) || json_is_false(v)
+           || (json_is_string(v) && json_string_length(v) == 0);
 }
 
 static const char *type_of(const json_t *v) {
@@ -463,7 +477,8 @@ static int read_vocab(reader *r) {
         if (t->pieces[id].known)
             return refuse(r, "model.vocab: id %d of \"%.60s\" has another string too", id, key);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
-        if (n > 0 && t->words) t->words[t->n_words++] = (named){.s = s, (uint32_t)n, id, 0};
+        if (n > 0 && t->words)
+            t->words[t->n_words++] = (named){.s = s, .len = (uint32_t)n, .id = id};
         if (n == 0) memcpy(s, key, n = strlen(key));
         place(r, id, n);
     }
@@ -497,13 +512,14 @@ static int read_merge(const reader *r, const json_t *v, uint32_t rank) {
         return refuse(r, "model.merges[%u] is no pair of strings", rank);
     int32_t l = vocab_id(r, left), m = vocab_id(r, right);
     if (l < 0 || m < 0)
-        return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank, l < 0 ? left : right);
+        return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank,
+                      l < 0 ? left : right);
     size_t n = strlen(left);
     memmove(r->scratch, left, n);
     memmove(r->scratch + n, right, strlen(right) + 1);
     t->merged[rank] = vocab_id(r, r->scratch);
     if (t->merged[rank] < 0)
-        return refuse(r, "model.merges[%u]: the result \"%.60s\" is not in vocab", rank, r->scratch);
+        return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank, r->scratch);
     merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
     if (!slot) return refuse(r, "model.merges[%u]: too many pairs collide", rank);
     if (slot->rank != NO_RANK)
@@ -539,19 +555,21 @@ static int read_added_token(reader *r, size_t i, const json_t *v) {
     bool special = json_is_true(json_object_get(v, "special"));
     for (size_t k = 0; k < sizeof off / sizeof *off; k++)
         if (!is_off(json_object_get(v, off[k])))
-            return refuse(r, "added_tokens[%zu] \"%.60s\": %s is not supported", i, content, off[k]);
+            return refuse(r, "added_tokens[%zu] \"%.60s\": %s is not supported", i, content,
+                          off[k]);
     if (in_vocab >= 0 && in_vocab != id)
-        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d, but %d in model.vocab", i, content, id,
-                      in_vocab);
+        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d, but %d in model.vocab", i, content,
+                      id, in_vocab);
     if (in_vocab < 0 && t->pieces[id].known)
-        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d has another string too", i, content, id);
+        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d has another string too", i, content,
+                      id);
     char *s = t->bytes + r->n_bytes;
     size_t n = strlen(content);
     memcpy(s, content, n);
     place(r, id, n);
     t->pieces[id].special = special;
     int pass = normalized ? json_is_true(normalized) : !special;
-    t->added[i] = (named){.s = s, (uint32_t)n, id, pass};
+    t->added[i] = (named){.s = s, .len = (uint32_t)n, .id = id, .pass = pass};
     t->starts[pass][(unsigned char)*s] = true;
     return 0;
 }
@@ -573,59 +591,47 @@ static int read_added(reader *r) {
 /* Compile a pattern and append it to tok.split. */
 static int add_split(reader *r, const char *pattern, bool literal) {
     tok *t = r->t;
-    char *text = NULL;
-    size_t len = 0, at;
+    size_t at;
     int code = 0;
-    uint32_t may_be_empty = 1;
-    uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT;
+    uint32_t may_be_empty = 1, options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT;
+    const char *unknown = NULL;
     if (t->n_splits == MAX_SPLITS) return refuse(r, "pre_tokenizer has over %d splits", MAX_SPLITS);
     if (strlen(pattern) > MAX_PATTERN_BYTES)
         return refuse(r, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
-    FILE *out = open_memstream(&text, &len);
-    if (!out) return oom(r->err);
-    const char *unknown = literal ? (fputs(pattern, out), NULL) : translate(out, pattern);
+    char *text = literal ? strdup(pattern) : to_pcre2(pattern, &unknown);
+    if (unknown) return refuse(r, "pre_tokenizer: pattern not supported from \"%.60s\"", unknown);
     pcre2_compile_context *context = pcre2_compile_context_create(NULL);
-    if (fclose(out) || !context) {
-        pcre2_compile_context_free(context);
-        free(text);
-        return oom(r->err);
+    bool ready = text && context;
+    if (ready) {
+        /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
+        pcre2_set_newline(context, PCRE2_NEWLINE_LF);
+        options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
+        t->split[t->n_splits] = pcre2_compile((PCRE2_SPTR)text, PCRE2_ZERO_TERMINATED, options,
+                                              &code, &at, context);
     }
-    /* As in Oniguruma's Ruby syntax: only \n is a line end, and ^ and $ match at each. */
-    pcre2_set_newline(context, PCRE2_NEWLINE_LF);
-    options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
-    pcre2_code *re = unknown ? NULL
-                             : pcre2_compile((PCRE2_SPTR)text, len, options, &code, &at, context);
     pcre2_compile_context_free(context);
     free(text);
-    if (unknown) return refuse(r, "pre_tokenizer: pattern not supported from \"%.60s\"", unknown);
+    if (!ready) return oom(r->err);
+    pcre2_code *re = t->split[t->n_splits];
     if (!re) {
         PCRE2_UCHAR why[128];
         pcre2_get_error_message(code, why, sizeof why);
         return refuse(r, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
     }
-    t->split[t->n_splits++] = re;
+    t->n_splits++;
     pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
     if (may_be_empty) return refuse(r, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
     pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
     return 0;
 }
 
-/* One step of the pre-tokenizer; the last one, and only that, is ByteLevel. */
-static int read_step(reader *r, const json_t *step, bool last) {
-    /* The library's own pattern for "use_regex", which is true where it is absent. */
-    static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
-                               "|\\s+(?!\\S)|\\s+";
+static int read_split(reader *r, const json_t *step) {
     const json_t *pattern = json_object_get(step, "pattern");
     const char *regex = json_string_value(json_object_get(pattern, "Regex"));
     const char *literal = json_string_value(json_object_get(pattern, "String"));
     const char *behavior = json_string_value(json_object_get(step, "behavior"));
-    if (strcmp(type_of(step), last ? "ByteLevel" : "Split") != 0)
-        return refuse(r, "pre_tokenizer: %.60s where %s is expected", type_of(step),
-                      last ? "ByteLevel" : "Split");
-    if (last && !json_is_false(json_object_get(step, "add_prefix_space")))
-        return refuse(r, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
-    if (last) return is_off(json_object_get(step, "use_regex"))
-                         && json_object_get(step, "use_regex") ? 0 : add_split(r, gpt2, false);
+    if (strcmp(type_of(step), "Split") != 0)
+        return refuse(r, "pre_tokenizer: %.60s is not supported here", type_of(step));
     if (!behavior || strcmp(behavior, "Isolated") != 0)
         return refuse(r, "pre_tokenizer: Split with behavior %.60s is not supported",
                       behavior ? behavior : "(none)");
@@ -635,15 +641,28 @@ static int read_step(reader *r, const json_t *step, bool last) {
     return add_split(r, regex ? regex : literal, !regex);
 }
 
+static int read_byte_level(reader *r, const json_t *step) {
+    /* The library's own pattern for "use_regex", which is true where it is absent. */
+    static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
+                               "|\\s+(?!\\S)|\\s+";
+    if (strcmp(type_of(step), "ByteLevel") != 0)
+        return refuse(r, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
+    if (!json_is_false(json_object_get(step, "add_prefix_space")))
+        return refuse(r, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
+    return json_is_false(json_object_get(step, "use_regex")) ? 0 : add_split(r, gpt2, false);
+}
+
+/* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone. */
 static int read_pre_tokenizer(reader *r) {
-    const json_t *pre = json_object_get(r->root, "pre_tokenizer");
-    const json_t *steps = json_object_get(pre, "pretokenizers");
-    if (strcmp(type_of(pre), "Sequence") != 0) return read_step(r, pre, true);
-    size_t n = json_array_size(steps);
-    if (n == 0) return refuse(r, "pre_tokenizer has no steps");
-    for (size_t i = 0; i < n; i++)
-        if (read_step(r, json_array_get(steps, i), i + 1 == n)) return -1;
-    return 0;
+    const json_t *last = json_object_get(r->root, "pre_tokenizer");
+    const json_t *steps = json_object_get(last, "pretokenizers");
+    if (strcmp(type_of(last), "Sequence") == 0) {
+        size_t n = json_array_size(steps);
+        for (size_t i = 0; i + 1 < n; i++)
+            if (read_split(r, json_array_get(steps, i))) return -1;
+        last = json_array_get(steps, n ? n - 1 : 0);
+    }
+    return read_byte_level(r, last);
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
@@ -948,7 +967,7 @@ static int encode_valid(encoder *e, const char *text, size_t len, bool special) 
     pcre2_set_match_limit(e->limits, 100000u + (len < UINT32_MAX / 8 ? 4u * (uint32_t)len
                                                                      : UINT32_MAX / 2));
     pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
-    e->deadline_s = cpu_seconds() + 5 + 1e-5 * (double)len;
+    e->deadline_s = cpu_seconds() + 2 + 1e-5 * (double)len;
     return cut_added(e, special ? 0 : 2, text, len);
 }
 
@@ -1003,8 +1022,8 @@ int32_t tok_special(const tok *t, const char *content) {
 
 int prompt_user_turn(const tok *t, const char *text, size_t len, bool think, int32_t **ids,
                      size_t *n, dsv4_err *err) {
-    const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
-                                 think ? "<think>" : "</think>"};
+    const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
+                                 "<｜Assistant｜>", think ? "<think>" : "</think>"};
     int32_t frame_id[4];
     size_t n_text;
     *ids = NULL;
