@@ -79,6 +79,7 @@ static int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err) 
         return fail(err, "no memory for %s: %.2f GB refused; lower --ram or --ctx", what,
                     (double)size / 1e9);
     a->base = p;
+    madvise(p, a->size, MADV_HUGEPAGE);        /* advice: slower without, not wrong */
     return 0;
 }
 
@@ -645,13 +646,12 @@ static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, int span, i
 }
 
 static int plan_refuse(const dsv4_plan *p, uint64_t least, dsv4_err *err) {
-    return fail(err, "--ram %.2fG is too small: at least %.2fG are needed (program %.2fG, dense "
-                "weights %.2fG, KV %.2fG, and %.2fG for buffers and the fewest expert slots); "
-                "raise --ram or lower --ctx",
-                (double)p->budget / (1 << 30), (double)least / (1 << 30) + 0.005,
-                (double)p->base / (1 << 30), (double)p->dense / (1 << 30),
-                (double)p->kv / (1 << 30),
-                (double)(least - p->base - p->dense - p->kv) / (1 << 30));
+    double mb = 1 << 20;
+    return fail(err, "--ram %.0fM is too small: at least %.0fM are needed (program %.1fM, dense "
+                "weights %.1fM, KV %.1fM, buffers and the fewest expert slots %.1fM); raise --ram "
+                "or lower --ctx", (double)p->budget / mb, ceil((double)least / mb),
+                (double)p->base / mb, (double)p->dense / mb, (double)p->kv / mb,
+                (double)(least - p->base - p->dense - p->kv) / mb);
 }
 
 /* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory

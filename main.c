@@ -322,15 +322,25 @@ static int on_progress(void *arg, int done, int total) {
     return interrupted;
 }
 
-static double gib(uint64_t bytes) { return (double)bytes / (1 << 30); }
+/* "512.0M" or "16.00G", in the units that --ram takes. */
+typedef struct { char text[16]; } size_text;
+static size_text size_of(uint64_t bytes) {
+    size_text s;
+    bool giga = bytes >= (uint64_t)1 << 30;
+    snprintf(s.text, sizeof s.text, giga ? "%.2fG" : "%.1fM",
+             (double)bytes / (giga ? 1 << 30 : 1 << 20));
+    return s;
+}
+
 static double rate(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }
 
 static void print_plan(const dsv4_engine *e) {
     const dsv4_plan *p = engine_plan(e);
-    fprintf(stderr, "plan: %.2f GiB RAM = program %.2f + dense weights %.2f + KV %.2f + buffers "
-            "%.2f + %d of %d experts %.2f; %d tokens a span\n", gib(p->budget), gib(p->base),
-            gib(p->dense), gib(p->kv), gib(p->work), p->n_slots, p->n_experts_total,
-            gib(p->slots), p->span);
+    fprintf(stderr, "plan: RAM %s = program %s + dense weights %s + KV %s + buffers %s + "
+            "%d of %d experts %s; %d tokens a span\n", size_of(p->budget).text,
+            size_of(p->base).text, size_of(p->dense).text, size_of(p->kv).text,
+            size_of(p->work).text, p->n_slots, p->n_experts_total, size_of(p->slots).text,
+            p->span);
     if (engine_note(e)) fprintf(stderr, "note: %s\n", engine_note(e));
 }
 
@@ -357,8 +367,8 @@ static void print_tiers(const dsv4_engine *e) {
     fprintf(stderr, "%-10s %12llu %8.2f %12.2f\n", "decode",
             (unsigned long long)s->decode_tokens, s->decode_s,
             rate((double)s->decode_tokens, s->decode_s));
-    fprintf(stderr, "waited %.2f s for the disk; peak memory %.2f of %.2f GiB\n",
-            s->expert_wait_s, gib(peak), gib(p->budget));
+    fprintf(stderr, "waited %.2f s for the disk; peak memory %s of %s\n", s->expert_wait_s,
+            size_of(peak).text, size_of(p->budget).text);
 }
 
 /* One JSON object with every counter (DESIGN.md, "Numbers always at hand"). */

@@ -40,7 +40,7 @@
 #include <pcre2.h>
 
 enum {
-    MAX_JSON_BYTES = 32 << 20,     /* V4's file has 6.4 MB; jansson may need 60 times as much   */
+    MAX_JSON_BYTES = 16 << 20,     /* V4's file has 6.4 MB; jansson may need 80 times as much   */
     MAX_IDS = 1 << 24,
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
     MAX_SPLITS = 16,
@@ -325,12 +325,19 @@ static char *to_pcre2(const char *pattern, const char **unknown) {
 }
 
 /* === 4. Reading tokenizer.json ================================================================
- * The file is not trusted.  What could change ids and is not known here is refused by name.      */
+ *   vocab {string: id}         -> pieces, bytes, byte_id   strings in GPT-2's byte alphabet
+ *   merges ["a b", ...]        -> slots, merged            in order of rank
+ *   added_tokens [{id, ...}]   -> added                    strings as they are
+ *   pre_tokenizer {...}        -> split
+ * The file is not trusted: every id, pair and size is checked, and a setting that could change
+ * ids and is not known here is refused by name rather than passed over.                         */
 
 typedef struct {
     tok *t;
-    const char *where;
-    const json_t *root, *vocab;
+    const char *where;             /* names the file in messages                                */
+    const json_t *root, *model;
+    json_t *vocab;                 /* also finds the strings of merges: jansson's hash is seeded,
+                                      so no file can make its look-ups slow                     */
     char *scratch;                 /* as long as the file: any string in it fits                */
     size_t n_bytes;                /* of tok.bytes in use                                       */
     dsv4_err *err;
@@ -354,10 +361,10 @@ static int refuse(const reader *r, const char *fmt, ...) {
     return fail(r->err, "%s: %s", r->where, line);
 }
 
-/* Absent, null, false or empty: a setting that does nothing. */
+/* Absent, null, false or "": a setting that does nothing. */
 static bool is_off(const json_t *v) {
-    return !v || json_is_null(v) || json_is_false(v)
-           || (json_is_string(v) && json_string_length(v) == 0);
+    const char *s = json_string_value(v);
+    return !v || json_is_null(v) || json_is_false(v) || (s && !*s);
 }
 
 static const char *type_of(const json_t *v) {
@@ -365,74 +372,56 @@ static const char *type_of(const json_t *v) {
     return type ? type : "(no type)";
 }
 
-/* The settings around the tables. */
+/* The settings around the tables.  post_processor is left alone: it adds tokens that the prompt
+ * format (M4) places itself. */
 static int check_settings(const reader *r) {
-    static const char *const off[] = {"dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                                      "byte_fallback"};
-    const json_t *model = json_object_get(r->root, "model");
-    const json_t *norm = json_object_get(r->root, "normalizer");
+    const struct { const json_t *in; const char *name; } off[] = {
+        {r->root, "truncation"}, {r->root, "padding"}, {r->model, "dropout"},
+        {r->model, "continuing_subword_prefix"}, {r->model, "end_of_word_suffix"},
+        {r->model, "byte_fallback"}};
+    const json_t *normalizer = json_object_get(r->root, "normalizer");
+    const json_t *steps = json_object_get(normalizer, "normalizers");
     const json_t *decoder = json_object_get(r->root, "decoder");
-    const json_t *steps = json_object_get(norm, "normalizers");
     if (!json_is_object(r->root)) return refuse(r, "not a JSON object");
-    if (!is_off(json_object_get(r->root, "truncation"))) return refuse(r, "truncation is set");
-    if (!is_off(json_object_get(r->root, "padding"))) return refuse(r, "padding is set");
-    if (!is_off(norm) && strcmp(type_of(norm), "Sequence") != 0)
-        return refuse(r, "normalizer %.60s is not supported", type_of(norm));
-    if (!is_off(norm) && (!json_is_array(steps) || json_array_size(steps) > 0))
-        return refuse(r, "normalizer Sequence is not empty: %.60s is not supported",
-                      type_of(json_array_get(steps, 0)));
+    for (size_t i = 0; i < sizeof off / sizeof *off; i++)
+        if (!is_off(json_object_get(off[i].in, off[i].name)))
+            return refuse(r, "%s is set, which is not supported", off[i].name);
+    if (!is_off(normalizer) && (!json_is_array(steps) || json_array_size(steps) > 0))
+        return refuse(r, "normalizer %.60s is not supported",
+                      type_of(steps ? json_array_get(steps, 0) : normalizer));
     if (strcmp(type_of(decoder), "ByteLevel") != 0)
         return refuse(r, "decoder %.60s is not ByteLevel", type_of(decoder));
-    if (strcmp(type_of(model), "BPE") != 0)
-        return refuse(r, "model.type %.60s is not BPE", type_of(model));
-    for (size_t i = 0; i < sizeof off / sizeof *off; i++)
-        if (!is_off(json_object_get(model, off[i])))
-            return refuse(r, "model.%s is set, which is not supported", off[i]);
+    if (strcmp(type_of(r->model), "BPE") != 0)
+        return refuse(r, "model.type %.60s is not BPE", type_of(r->model));
+    if (!json_is_object(r->vocab)) return refuse(r, "model.vocab is not an object");
     return 0;
 }
 
-static bool id_ok(const json_t *v) {
-    return json_is_integer(v) && json_integer_value(v) >= 0 && json_integer_value(v) < MAX_IDS;
-}
-
-/* Check the types and ids of vocab and added_tokens, and make room for what they hold. */
-static int make_room(reader *r) {
-    json_t *vocab = json_object_get(json_object_get(r->root, "model"), "vocab"), *value;
-    const json_t *added = json_object_get(r->root, "added_tokens");
-    const char *key;
-    size_t n_bytes = 0, i;
+/* Room for as many ids as the file names and as many bytes as it has.  What is not written to
+ * costs no memory, so gaps between ids are free, and so is the part of the file that is syntax. */
+static int make_room(reader *r, size_t file_len) {
+    const json_t *added = json_object_get(r->root, "added_tokens"), *value;
     json_int_t max_id = 0;
-    if (!json_is_object(vocab)) return refuse(r, "model.vocab is not an object");
-    r->vocab = vocab;
-    json_object_foreach(vocab, key, value) {
-        if (!id_ok(value))
-            return refuse(r, "model.vocab: the id of \"%.60s\" is not an integer in 0..%d", key,
-                          MAX_IDS - 1);
-        if (!*key) return refuse(r, "model.vocab: an empty string");
+    const char *key;
+    size_t i;
+    tok *t = r->t;
+    json_object_foreach(r->vocab, key, value)
         if (json_integer_value(value) > max_id) max_id = json_integer_value(value);
-        n_bytes += strlen(key);
-    }
-    if (!is_off(added) && !json_is_array(added)) return refuse(r, "added_tokens is not an array");
     json_array_foreach(added, i, value) {
-        const json_t *content = json_object_get(value, "content");
-        size_t len = json_string_length(content);
-        if (len == 0 || len > MAX_ADDED_BYTES)
-            return refuse(r, "added_tokens[%zu]: content is not a string of 1 to %d bytes", i,
-                          MAX_ADDED_BYTES);
-        if (!id_ok(json_object_get(value, "id")))
-            return refuse(r, "added_tokens[%zu] \"%.60s\": id is not an integer in 0..%d", i,
-                          json_string_value(content), MAX_IDS - 1);
         json_int_t id = json_integer_value(json_object_get(value, "id"));
         if (id > max_id) max_id = id;
-        n_bytes += len;
     }
-    tok *t = r->t;
-    t->n_ids = (int)max_id + 1;
-    t->n_added = json_array_size(added);
-    t->pieces = calloc((size_t)t->n_ids, sizeof *t->pieces); /* gaps cost no memory until used  */
-    t->bytes = malloc(n_bytes + 1);
-    t->added = calloc(t->n_added + 1, sizeof *t->added);
+    t->n_ids = max_id < MAX_IDS ? (int)max_id + 1 : MAX_IDS;
+    t->pieces = calloc((size_t)t->n_ids, sizeof *t->pieces);
+    t->bytes = malloc(file_len);
+    t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
     return t->pieces && t->bytes && t->added ? 0 : oom(r->err);
+}
+
+/* An id of the file as a number, or -1. */
+static int32_t id_of(const reader *r, const json_t *v) {
+    json_int_t id = json_is_integer(v) ? json_integer_value(v) : -1;
+    return id >= 0 && id < r->t->n_ids ? (int32_t)id : -1;
 }
 
 /* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
@@ -453,8 +442,8 @@ static size_t from_byte_level(char *out, const char *s) {
 }
 
 /* Give id the n bytes that were just written behind those in use. */
-static void place(reader *r, int32_t id, size_t n) {
-    r->t->pieces[id] = (piece){.at = (uint32_t)r->n_bytes, .len = (uint32_t)n, .known = true};
+static void place(reader *r, int32_t id, size_t n, bool special) {
+    r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true, special};
     r->n_bytes += n;
 }
 
@@ -462,36 +451,30 @@ static void place(reader *r, int32_t id, size_t n) {
  * merging bytes; they only stand for themselves. */
 static int read_vocab(reader *r) {
     tok *t = r->t;
-    json_t *vocab = json_object_get(json_object_get(r->root, "model"), "vocab"), *value;
-    const json_t *whole = json_object_get(json_object_get(r->root, "model"), "ignore_merges");
+    json_t *value;
     const char *key;
     for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
-    if (json_is_true(whole)) {
-        t->words = calloc(json_object_size(vocab) + 1, sizeof *t->words);
+    if (!is_off(json_object_get(r->model, "ignore_merges"))) {
+        t->words = calloc(json_object_size(r->vocab) + 1, sizeof *t->words);
         if (!t->words) return oom(r->err);
     }
-    json_object_foreach(vocab, key, value) {
-        int32_t id = (int32_t)json_integer_value(value);
+    json_object_foreach(r->vocab, key, value) {
+        int32_t id = id_of(r, value);
         char *s = t->bytes + r->n_bytes;
         size_t n = from_byte_level(s, key);
+        if (id < 0 || !*key)
+            return refuse(r, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
         if (t->pieces[id].known)
-            return refuse(r, "model.vocab: id %d of \"%.60s\" has another string too", id, key);
+            return refuse(r, "model.vocab \"%.60s\": id %d has another string too", key, id);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
-        if (n > 0 && t->words)
-            t->words[t->n_words++] = (named){.s = s, .len = (uint32_t)n, .id = id};
+        if (n > 0 && t->words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
-        place(r, id, n);
+        place(r, id, n, false);
     }
     for (int b = 0; b < 256; b++)
         if (t->byte_id[b] < 0) return refuse(r, "model.vocab has no token for byte 0x%02x", b);
     if (t->words) qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
     return 0;
-}
-
-/* The id of a string of the vocabulary, or -1. */
-static int32_t vocab_id(const reader *r, const char *s) {
-    const json_t *v = json_object_get(r->vocab, s);
-    return v ? (int32_t)json_integer_value(v) : -1;
 }
 
 /* One merge: "left right", or ["left", "right"] as newer files have it. */
@@ -500,24 +483,21 @@ static int read_merge(const reader *r, const json_t *v, uint32_t rank) {
     const char *left = json_string_value(json_array_get(v, 0));
     const char *right = json_string_value(json_array_get(v, 1));
     if (json_is_string(v)) {
-        strcpy(r->scratch, json_string_value(v));
-        char *space = strchr(r->scratch, ' ');
-        if (space) {
-            *space = 0;
-            left = r->scratch;
-            right = space + 1;
-        }
+        left = strcpy(r->scratch, json_string_value(v));
+        right = strchr(r->scratch, ' ');
+        if (right) r->scratch[right++ - left] = 0;
     }
-    if (!left || !right || (json_is_array(v) && json_array_size(v) != 2))
+    if (!left || !right || json_array_size(v) > 2)
         return refuse(r, "model.merges[%u] is no pair of strings", rank);
-    int32_t l = vocab_id(r, left), m = vocab_id(r, right);
+    int32_t l = id_of(r, json_object_get(r->vocab, left));
+    int32_t m = id_of(r, json_object_get(r->vocab, right));
     if (l < 0 || m < 0)
         return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank,
                       l < 0 ? left : right);
-    size_t n = strlen(left);
+    size_t n = strlen(left);       /* left and right may lie in scratch themselves              */
     memmove(r->scratch, left, n);
     memmove(r->scratch + n, right, strlen(right) + 1);
-    t->merged[rank] = vocab_id(r, r->scratch);
+    t->merged[rank] = id_of(r, json_object_get(r->vocab, r->scratch));
     if (t->merged[rank] < 0)
         return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank, r->scratch);
     merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
@@ -530,7 +510,7 @@ static int read_merge(const reader *r, const json_t *v, uint32_t rank) {
 
 static int read_merges(reader *r) {
     tok *t = r->t;
-    const json_t *merges = json_object_get(json_object_get(r->root, "model"), "merges"), *value;
+    const json_t *merges = json_object_get(r->model, "merges"), *value;
     size_t n = json_array_size(merges), n_slots = 2, i;
     if (!json_is_array(merges)) return refuse(r, "model.merges is not an array");
     while (n_slots < 2 * n) n_slots *= 2;
@@ -545,45 +525,49 @@ static int read_merges(reader *r) {
 }
 
 /* An added token stands for its content as it is written, never for bytes of the alphabet. */
-static int read_added_token(reader *r, size_t i, const json_t *v) {
-    static const char *const off[] = {"lstrip", "rstrip", "single_word"};
+static int read_added_token(reader *r, json_t *v) {
     tok *t = r->t;
-    const char *content = json_string_value(json_object_get(v, "content"));
-    int32_t id = (int32_t)json_integer_value(json_object_get(v, "id"));
-    int32_t in_vocab = vocab_id(r, content);
-    const json_t *normalized = json_object_get(v, "normalized");
-    bool special = json_is_true(json_object_get(v, "special"));
-    for (size_t k = 0; k < sizeof off / sizeof *off; k++)
-        if (!is_off(json_object_get(v, off[k])))
-            return refuse(r, "added_tokens[%zu] \"%.60s\": %s is not supported", i, content,
-                          off[k]);
-    if (in_vocab >= 0 && in_vocab != id)
-        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d, but %d in model.vocab", i, content,
-                      id, in_vocab);
-    if (in_vocab < 0 && t->pieces[id].known)
-        return refuse(r, "added_tokens[%zu] \"%.60s\": id %d has another string too", i, content,
-                      id);
-    char *s = t->bytes + r->n_bytes;
-    size_t n = strlen(content);
-    memcpy(s, content, n);
-    place(r, id, n);
-    t->pieces[id].special = special;
-    int pass = normalized ? json_is_true(normalized) : !special;
-    t->added[i] = (named){.s = s, .len = (uint32_t)n, .id = id, .pass = pass};
+    json_t *id_value;
+    json_error_t why;
+    const char *content;
+    size_t n;
+    int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
+    if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &content, &n,
+                       "id", &id_value, "special", &special, "normalized", &normalized,
+                       "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
+        return refuse(r, "added_tokens[%zu]: %s", t->n_added, why.text);
+    if (n == 0 || n > MAX_ADDED_BYTES)
+        return refuse(r, "added_tokens[%zu]: %zu bytes, not 1 to %d", t->n_added, n,
+                      MAX_ADDED_BYTES);
+    if (lstrip || rstrip || single_word)
+        return refuse(r, "added token \"%.60s\": lstrip, rstrip, single_word are not supported",
+                      content);
+    int32_t id = id_of(r, id_value);
+    if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", content, MAX_IDS - 1);
+    /* It may stand in vocab too, but then as the same id. */
+    const json_t *in_vocab = json_object_get(r->vocab, content);
+    if (in_vocab ? id_of(r, in_vocab) != id : t->pieces[id].known)
+        return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
+                      content, id);
+    int pass = normalized < 0 ? !special : normalized;
+    char *s = memcpy(t->bytes + r->n_bytes, content, n);
+    place(r, id, n, special);
+    t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
     t->starts[pass][(unsigned char)*s] = true;
     return 0;
 }
 
 static int read_added(reader *r) {
     tok *t = r->t;
-    json_t *value;
+    json_t *added = json_object_get(r->root, "added_tokens"), *value;
     size_t i;
-    json_array_foreach(json_object_get(r->root, "added_tokens"), i, value)
-        if (read_added_token(r, i, value)) return -1;
+    if (!is_off(added) && !json_is_array(added)) return refuse(r, "added_tokens is not an array");
+    json_array_foreach(added, i, value)
+        if (read_added_token(r, value)) return -1;
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
     for (i = 1; i < t->n_added; i++)
         if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
-            return refuse(r, "added_tokens: \"%.*s\" stands there twice", (int)t->added[i].len,
+            return refuse(r, "added token \"%.*s\" stands there twice", (int)t->added[i].len,
                           t->added[i].s);
     return 0;
 }
@@ -674,11 +658,13 @@ int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_e
     json_t *root = json_loadb(json, len, JSON_REJECT_DUPLICATES, &why);
     if (!root) return refuse(&r, "line %d: %s", why.line, why.text);
     r.root = root;
+    r.model = json_object_get(root, "model");
+    r.vocab = json_object_get(r.model, "vocab");
     r.t = calloc(1, sizeof *r.t);
-    r.scratch = malloc(len + 1);
+    r.scratch = malloc(len);
     int rc = r.t && r.scratch ? 0 : oom(err);
     if (!rc) rc = check_settings(&r);
-    if (!rc) rc = make_room(&r);
+    if (!rc) rc = make_room(&r, len);
     if (!rc) rc = read_vocab(&r);
     if (!rc) rc = read_merges(&r);
     if (!rc) rc = read_added(&r);
@@ -686,7 +672,7 @@ int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_e
     free(r.scratch);
     json_decref(root);
 #ifdef __GLIBC__
-    malloc_trim(0);                /* the tree was 250,000 small blocks                         */
+    malloc_trim(0);                /* the tree was 250,000 small blocks; glibc would keep them  */
 #endif
     if (rc) tok_close(r.t);
     else *out = r.t;
