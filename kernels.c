@@ -61,7 +61,10 @@ static inline f32x8 load_upto8(const float *p, int n) {
 }
 
 static inline void store_upto8(float *p, f32x8 v, int n) {
-    memcpy(p, &v, (size_t)min_int(n, 8) * sizeof *p);
+    if (n >= 8)
+        store8(p, v);
+    else
+        memcpy(p, &v, (size_t)n * sizeof *p);
 }
 
 /* a*b + c, rounded once. */
@@ -98,7 +101,13 @@ static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
 
 /* The sum of the lanes, always as this tree. */
 static inline float sum8(f32x8 v) {
+#ifdef __AVX2__
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
 }
 
 static inline float max_lane8(f32x8 v) {
@@ -110,7 +119,11 @@ static inline float max_lane8(f32x8 v) {
 static inline f32x8 bf16_load8(const uint16_t *p) {
     u16x8 v;
     memcpy(&v, p, sizeof v);
+#ifdef __AVX2__                    /* GCC 12 makes nine instructions of the line below */
+    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+#else
     return (f32x8)(__builtin_convertvector(v, u32x8) << 16);
+#endif
 }
 
 static inline f32x8 f16_load8(const uint16_t *p) {
@@ -122,6 +135,14 @@ static inline f32x8 f16_load8(const uint16_t *p) {
     f32x8 v;
     for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
     return v;
+#endif
+}
+
+static inline i32x8 u8_load8(const uint8_t *p) {
+#ifdef __AVX2__
+    return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
 #endif
 }
 
@@ -630,15 +651,14 @@ void dot_tile_n(float (*out)[TILE_ROWS], const float *const *w, const float *x, 
         for (int r = 0; r < TILE_ROWS; r++) out[v][r] = sum8(acc[v][r]);
 }
 
-/* As many vectors as fit, at most TILE_VECS; returns how many. */
+/* The first of n_vecs vectors, as many as fit in a tile; returns how many. */
 static inline int dot_tile(float (*out)[TILE_ROWS], const float *const *w, const float *x,
                            size_t ldx, int len, int n_vecs) {
-    if (n_vecs >= TILE_VECS) {
-        dot_tile_n(out, w, x, ldx, len, TILE_VECS);
-        return TILE_VECS;
+    switch (n_vecs) {
+    case 1: dot_tile_n(out, w, x, ldx, len, 1); return 1;
+    case 2: dot_tile_n(out, w, x, ldx, len, 2); return 2;
+    default: dot_tile_n(out, w, x, ldx, len, TILE_VECS); return TILE_VECS;
     }
-    dot_tile_n(out, w, x, ldx, len, 1);
-    return 1;
 }
 
 /* === 6. linear ================================================================================
@@ -691,6 +711,19 @@ static void decode_row(float *dst, const dsv4_mat *w, int r, int c0, int len) {
     }
 }
 
+/* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
+static inline void prefetch(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+static void prefetch_row(const dsv4_mat *w, int r, int c0, int len) {
+    static const uint8_t half_bytes[DT_N] = {[DT_F32] = 8, [DT_F16] = 4, [DT_BF16] = 4,
+                                             [DT_F8_E4M3] = 2, [DT_I8] = 1};
+    if (r >= w->rows) return;
+    size_t at = ((size_t)r * (size_t)w->cols + (size_t)c0) * half_bytes[w->dtype] / 2;
+    prefetch((const uint8_t *)w->data + at, (size_t)len * half_bytes[w->dtype] / 2);
+}
+
 typedef struct {
     float *y;
     const dsv4_mat *w;
@@ -707,7 +740,9 @@ static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0,
     const float *w[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; r++) {                    /* a ragged tile repeats its last */
         w[r] = wbuf[min_int(r, n_rows - 1)];
-        if (r < n_rows) decode_row(wbuf[r], a->w, row0 + r, c0, len);
+        if (r >= n_rows) continue;
+        decode_row(wbuf[r], a->w, row0 + r, c0, len);
+        prefetch_row(a->w, row0 + r + TILE_ROWS, c0, len);   /* the next tile's */
     }
     size_t ldx = (size_t)a->groups * (size_t)a->w->cols;
     const float *x = a->x + (size_t)group * (size_t)a->w->cols + c0;
@@ -724,8 +759,8 @@ static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0,
 static void linear_tiles(void *arg, int64_t begin, int64_t end) {
     const linear_args *a = arg;
     for (int t0 = 0; t0 < a->n; t0 += TOKEN_BLOCK)
-        for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
-            for (int tile = (int)begin; tile < end; tile++)
+        for (int tile = (int)begin; tile < end; tile++)
+            for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
                 linear_tile(a, tile, c0, min_int(TILE_COLS, a->w->cols - c0), t0,
                             min_int(t0 + TOKEN_BLOCK, a->n));
 }
@@ -970,32 +1005,40 @@ static void attend_softmax(float *p, float *m, float *l, float *o, int d) {
     *l += sum8(sum);
 }
 
-/* o[h][0..d) += sum over four items of p[h][i] * item[i], for n_heads heads (a constant). */
+/* o[h][c..] += sum over four items of p[h][i] * item[i][c..], eight dims (or len, if fewer), for
+ * n_heads heads (a constant where inlined), d apart. */
 static inline __attribute__((always_inline))
-void attend_mix_n(float *o, const float *const *item, const float (*p)[ATTEND_BLOCK], int i,
-                  int d, int n_heads) {
-    f32x8 w[2][TILE_ROWS];
-    for (int h = 0; h < n_heads; h++)
-        for (int r = 0; r < TILE_ROWS; r++) w[h][r] = splat8(p[h][i + r]);
-    for (int c = 0; c < d; c += 8) {
-        f32x8 sum[2];
-        for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + (size_t)h * (size_t)d + c, d - c);
-        for (int r = 0; r < TILE_ROWS; r++) {
-            f32x8 k = load_upto8(item[i + r] + c, d - c);
-            for (int h = 0; h < n_heads; h++) sum[h] = fma8(w[h][r], k, sum[h]);
-        }
-        for (int h = 0; h < n_heads; h++) store_upto8(o + (size_t)h * (size_t)d + c, sum[h], d - c);
+void attend_mix_dims(float *o, size_t d, const float *const *item, f32x8 (*p)[TILE_ROWS],
+                     size_t c, int len, int n_heads) {
+    f32x8 sum[2];
+    for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + (size_t)h * d + c, len);
+    for (int r = 0; r < TILE_ROWS; r++) {
+        f32x8 k = load_upto8(item[r] + c, len);
+        for (int h = 0; h < n_heads; h++) sum[h] = fma8(p[h][r], k, sum[h]);
     }
+    for (int h = 0; h < n_heads; h++) store_upto8(o + (size_t)h * d + c, sum[h], len);
 }
 
+static inline __attribute__((always_inline))
+void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
+    f32x8 p[2][TILE_ROWS];
+    int c = 0;
+    for (int h = 0; h < n_heads; h++)
+        for (int r = 0; r < TILE_ROWS; r++) p[h][r] = splat8(b->p[h0 + h][i + r]);
+    for (; c + 8 <= d; c += 8)
+        attend_mix_dims(o, (size_t)d, b->item + i, p, (size_t)c, 8, n_heads);
+    if (c < d) attend_mix_dims(o, (size_t)d, b->item + i, p, (size_t)c, d - c, n_heads);
+}
+
+/* o [n_heads][d] += p times the block's items, ascending */
 static void attend_mix(float *o, const attend_block *b, int n_heads, int d) {
     for (int i = 0; i < b->padded; i += TILE_ROWS)
         for (int h = 0; h < n_heads; h += 2) {
             float *oh = o + (size_t)h * (size_t)d;
             if (h + 2 <= n_heads)
-                attend_mix_n(oh, b->item, b->p + h, i, d, 2);
+                attend_mix_n(oh, b, i, h, d, 2);
             else
-                attend_mix_n(oh, b->item, b->p + h, i, d, 1);
+                attend_mix_n(oh, b, i, h, d, 1);
         }
 }
 
@@ -1168,13 +1211,10 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
  *              of which the first 16 are the first block's; then per block 12 * sum(m); then per
  *              block x's share of the exponent.  Padded with zeros to eight blocks.
  *   u          per two blocks: even columns, odd columns: 2 x 32 bytes, divided alike
- *   lane       eight blocks are summed at once; block b of them stands in lane block_lane(b)
  *
  * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
 
-enum { FP4_COLS = 2048, FP4_GROUPS = FP4_COLS / 256 };       /* columns decoded at a time */
-
-static inline int block_lane(int b) { return (b & 1) * 4 + (b & 7) / 2; }
+enum { FP4_COLS = 2048 };       /* columns decoded at a time */
 
 static inline size_t padded_blocks(int cols) { return (size_t)((cols + 255) / 256 * 8); }
 
@@ -1203,8 +1243,8 @@ static void pack_row(packed_row x, const uint8_t *code, const uint8_t *scale, in
             l[128] = (int8_t)(sign * (mag >> 14));
             sum += sign * mag;
         }
-        x.offset[b / 8 * 8 + block_lane(b)] = 12 * sum;
-        x.exponent[b / 8 * 8 + block_lane(b)] = scale[b / 4] - 264 + 127;
+        x.offset[b] = 12 * sum;
+        x.exponent[b] = scale[b / 4] - 264 + 127;
     }
 }
 
@@ -1229,7 +1269,7 @@ static inline void fp4_decode32(uint8_t *u, const uint8_t *src) {
 #endif
 }
 
-/* The sums of u * m over eight blocks, each in its block_lane. */
+/* The sums of u * m over eight blocks. */
 static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
 #ifdef __AVX2__
     const __m256i weight[3] = {_mm256_set1_epi16(1), _mm256_set1_epi16(128),
@@ -1247,8 +1287,10 @@ static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
             sum[pair] = _mm256_add_epi32(sum[pair], p);
         }
     }
-    return (i32x8)_mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]),
-                                    _mm256_hadd_epi32(sum[2], sum[3]));
+    __m256i mixed = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]),
+                                      _mm256_hadd_epi32(sum[2], sum[3]));
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return (i32x8)_mm256_permutevar8x32_epi32(mixed, in_order);
 #else
     i32x8 sums;
     for (int b = 0; b < 8; b++) {
@@ -1258,7 +1300,7 @@ static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
         for (int odd = 0; odd <= 32; odd += 32)
             for (int i = odd; i < odd + 16; i++)
                 sum += ub[i] * (x[i] + 128 * x[i + 64] + 16384 * x[i + 128]);
-        sums[block_lane(b)] = sum;
+        sums[b] = sum;
     }
     return sums;
 #endif
@@ -1275,12 +1317,12 @@ static inline f32x8 pow2_8(i32x8 e) {
     return (f32x8)((u32x8)e << 23);
 }
 
-typedef struct { uint8_t u[FP4_COLS]; int32_t exponent[FP4_COLS / 32]; } fp4_row;
+typedef struct { uint8_t u[FP4_COLS], scale[FP4_COLS / 32]; } fp4_row;
 
 /* n_blocks blocks from block b0 of row r, padded to a multiple of eight. */
 static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blocks) {
     size_t at = (size_t)r * (size_t)(w->cols / 32) + (size_t)b0;
-    const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
+    const uint8_t *src = (const uint8_t *)w->data + at * 16;
     int b = 0;
     for (; b + 2 <= n_blocks; b += 2) fp4_decode32(row->u + b * 32, src + b * 16);
     if (b < n_blocks) {
@@ -1290,26 +1332,20 @@ static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blo
         b += 2;
     }
     if (b % 8) memset(row->u + b * 32, 0, (size_t)(8 - b % 8) * 32);
-    for (int g = 0; g < n_blocks; g += 8)
-        for (int i = 0; i < 8; i++)
-            row->exponent[g + block_lane(i)] = g + i < n_blocks ? scale[g + i] : 0;
+    memset(row->scale, 0, sizeof row->scale);
+    memcpy(row->scale, w->scale + at, (size_t)n_blocks);
 }
 
 /* Add n_groups times eight blocks to the lanes; x is that of the first. */
 static inline f32x8 fp4_dot(f32x8 lanes, const fp4_row *w, packed_row x, int n_groups) {
     for (int g = 0; g < n_groups; g++) {
-        i32x8 sums = block_sums8(w->u + 256 * g, x.limbs + 768 * g), offset, xe, we;
+        i32x8 sums = block_sums8(w->u + 256 * g, x.limbs + 768 * g), offset, exponent;
         memcpy(&offset, x.offset + 8 * g, sizeof offset);
-        memcpy(&xe, x.exponent + 8 * g, sizeof xe);
-        memcpy(&we, w->exponent + 8 * g, sizeof we);
-        lanes += __builtin_convertvector(sums - offset, f32x8) * pow2_8(xe + we);
+        memcpy(&exponent, x.exponent + 8 * g, sizeof exponent);
+        exponent += u8_load8(w->scale + 8 * g);
+        lanes += __builtin_convertvector(sums - offset, f32x8) * pow2_8(exponent);
     }
     return lanes;
-}
-
-/* The contract's tree, from lanes in block_lane's order. */
-static inline float sum_block_lanes(f32x8 v) {
-    return ((v[0] + v[2]) + (v[1] + v[3])) + ((v[4] + v[6]) + (v[5] + v[7]));
 }
 
 typedef struct {
@@ -1339,7 +1375,7 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
     for (int t = 0; t < a->m; t++) {
         float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
         for (int r = 0; r < n_rows; r++) {
-            float sum = sum_block_lanes(lanes[t][r]);
+            float sum = sum8(lanes[t][r]);
             y[r] = a->rows ? y[r] + sum : sum;
         }
     }

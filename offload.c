@@ -32,6 +32,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdalign.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -71,7 +72,8 @@ static int show_some(const char *bytes, size_t n, void *arg) {
 static shown show(const json_t *v) {
     shown s = {.text = "absent"};
     if (v && json_dump_callback(v, show_some, memset(&s, 0, sizeof s),
-                                JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII))
+                                JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII |
+                                JSON_REAL_PRECISION(15)))
         memcpy(s.text + sizeof s.text - 4, "...", 4);
     return s;
 }
@@ -148,32 +150,32 @@ typedef struct {                   /* where values are looked up, and how the pl
     dsv4_err *err;
 } config_in;
 
-static int refuse(const config_in *in, const char *key, const char *accepted) {
+__attribute__((format(printf, 3, 4)))
+static int refuse(const config_in *in, const char *key, const char *accepted, ...) {
+    char text[128];
+    va_list ap;
+    va_start(ap, accepted);
+    vsnprintf(text, sizeof text, accepted, ap);
+    va_end(ap);
     return fail(in->err, "%s: %s%s is %s; accepted: %s", in->where, in->prefix, key,
-                show(json_object_get(in->object, key)).text, accepted);
+                show(json_object_get(in->object, key)).text, text);
 }
 
 static int want_int(const config_in *in, const char *key, int64_t lo, int64_t hi,
                     int64_t multiple, int64_t *out) {
     const json_t *v = json_object_get(in->object, key);
-    char accepted[96];
     *out = json_integer_value(v);  /* 0 where it is none                                        */
     if (json_is_integer(v) && *out >= lo && *out <= hi && *out % multiple == 0) return 0;
-    int n = snprintf(accepted, sizeof accepted, "whole numbers from %" PRId64 " to %" PRId64, lo,
-                     hi);
-    if (multiple > 1)
-        snprintf(accepted + n, sizeof accepted - (size_t)n, ", multiples of %" PRId64, multiple);
-    return refuse(in, key, accepted);
+    return refuse(in, key, "whole numbers from %" PRId64 " to %" PRId64 ", multiples of %" PRId64,
+                  lo, hi, multiple);
 }
 
 /* A number, with or without a point: rope_theta is written both ways. */
 static int want_real(const config_in *in, const char *key, double lo, double hi, double *out) {
     const json_t *v = json_object_get(in->object, key);
-    char accepted[64];
     *out = json_number_value(v);
     if (json_is_number(v) && *out >= lo && *out <= hi) return 0;
-    snprintf(accepted, sizeof accepted, "numbers from %g to %g", lo, hi);
-    return refuse(in, key, accepted);
+    return refuse(in, key, "numbers from %g to %g", lo, hi);
 }
 
 /* What the program computes in one way only.  Values stand as JSON writes them. */
@@ -194,7 +196,7 @@ static int want_constants(const config_in *in, const constant *k) {
     for (; k->key; k++) {
         const json_t *v = json_object_get(in->object, k->key);
         if ((v || !k->optional) && strcmp(show(v).text, k->value) != 0)
-            return refuse(in, k->key, k->value);
+            return refuse(in, k->key, "%s", k->value);
     }
     return 0;
 }
@@ -261,16 +263,13 @@ static int config_ints(dsv4_config *cfg, const config_in *in) {
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
     const json_t *list = json_object_get(in->object, "compress_ratios");
     size_t n = json_array_size(list), layers = (size_t)cfg->num_hidden_layers;
-    char accepted[80];
-    snprintf(accepted, sizeof accepted, "0 or 2 to %d for each of the %zu layers", MAX_RATIO,
-             layers);
-    if (n < layers) return refuse(in, "compress_ratios", accepted);
+    if (n < layers) return refuse(in, "compress_ratios", "one for each of %zu layers", layers);
     for (size_t l = 0; l <= layers && l < n; l++) {
         const json_t *v = json_array_get(list, l);
         json_int_t ratio = json_integer_value(v);
         if (!json_is_integer(v) || ratio < 0 || ratio == 1 || ratio > MAX_RATIO)
-            return fail(in->err, "%s: compress_ratios[%zu] is %s; accepted: %s", in->where, l,
-                        show(v).text, accepted);
+            return fail(in->err, "%s: compress_ratios[%zu] is %s; accepted: 0, or 2 to %d",
+                        in->where, l, show(v).text, MAX_RATIO);
         cfg->compress_ratios[l] = (int)ratio;
     }
     return 0;
@@ -329,7 +328,7 @@ static int config_check(const dsv4_config *c, const config_in *in) {
         {c->eos_token_id < c->vocab_size, "eos_token_id", "less than vocab_size"},
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
-        if (!rules[i].ok) return refuse(in, rules[i].key, rules[i].accepted);
+        if (!rules[i].ok) return refuse(in, rules[i].key, "%s", rules[i].accepted);
 
     const struct { const char *what; int64_t value; } sizes[] = { /* an int somewhere later     */
         {"num_attention_heads * head_dim", heads},
@@ -382,13 +381,12 @@ typedef struct {
     char *path;                    /* DIR/FILE, ours                                            */
     const char *file;              /* FILE, in path                                             */
     uint64_t size;                 /* of the file when its header was read                      */
-    char *names;                   /* of its tensors, one block, ours                           */
-} shard;
+} ckpt_shard;
 
 struct ckpt {
-    shard *shards;
+    ckpt_shard *shards;
     int n_shards;
-    ckpt_tensor *tensors;          /* in order of name once open                                */
+    ckpt_tensor *tensors;          /* in order of name once open; names are ours                */
     size_t n_tensors, cap_tensors;
 };
 
@@ -452,7 +450,7 @@ static int by_offset(const void *a, const void *b) {
 
 /* Sort the n tensors of one shard as they lie in it: none may begin before another one ends.
  * Empty tensors cover nothing and may lie anywhere; so may gaps. */
-static int check_overlaps(ckpt_tensor *t, size_t n, const shard *s, dsv4_err *err) {
+static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_err *err) {
     const ckpt_tensor *last = NULL;
     if (n) qsort(t, n, sizeof *t, by_offset);
     for (size_t i = 0; i < n; i++) {
@@ -465,46 +463,47 @@ static int check_overlaps(ckpt_tensor *t, size_t n, const shard *s, dsv4_err *er
     return 0;
 }
 
-/* Room for every name of a header in one block, and for its tensors in the table. */
-static int header_room(ckpt *c, shard *s, json_t *root, dsv4_err *err) {
-    const char *name;
-    json_t *value;
-    size_t bytes = 1, n = json_object_size(root);
-    json_object_foreach(root, name, value) {
-        size_t len = strlen(name); /* jansson refuses names with a NUL inside                   */
-        if (len == 0 || len >= MAX_NAME)
-            return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...",
-                        s->path, len, MAX_NAME - 1, name);
-        bytes += len + 1;
+/* A new line of the table, or NULL.  The name is copied, the rest is still to be filled in. */
+static ckpt_tensor *add_tensor(ckpt *c, int which, const char *name, dsv4_err *err) {
+    const char *path = c->shards[which].path;
+    size_t len = strlen(name);     /* JSON with a NUL inside a name is refused already          */
+    if (len == 0 || len >= MAX_NAME) {
+        fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path, len,
+             MAX_NAME - 1, name);
+        return NULL;
     }
-    if (c->n_tensors + n > c->cap_tensors) {
-        size_t cap = 2 * c->cap_tensors + n;
+    if (c->n_tensors == c->cap_tensors) {
+        size_t cap = 2 * c->cap_tensors + 1024;
         ckpt_tensor *grown = realloc(c->tensors, cap * sizeof *grown);
-        if (!grown) return fail(err, "%s: out of memory for %zu tensors", s->path, cap);
-        c->tensors = grown;
-        c->cap_tensors = cap;
+        if (grown) c->tensors = grown, c->cap_tensors = cap;
     }
-    s->names = malloc(bytes);
-    return s->names ? 0 : fail(err, "%s: out of memory for %zu names", s->path, n);
+    char *copy = c->n_tensors < c->cap_tensors ? strdup(name) : NULL;
+    if (!copy) {
+        fail(err, "%s: out of memory for %zu tensors", path, c->n_tensors);
+        return NULL;
+    }
+    ckpt_tensor *t = &c->tensors[c->n_tensors++];
+    *t = (ckpt_tensor){.name = copy, .shard = which};
+    return t;
 }
 
 /* Add the tensors of one header to the table.  The shard's path and size are set; `text` follows
  * the file's first eight bytes.  Types unknown to us go in as DT_N: the index may name them. */
 static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_err *err) {
-    shard *s = &c->shards[which];
+    const ckpt_shard *s = &c->shards[which];
     json_t *root = parse_object(text, len, s->path, err), *value;
     if (!root) return -1;
-    const char *key;
+    const char *name;
     size_t first = c->n_tensors;
     uint64_t data_at = 8 + (uint64_t)len, need = data_at;
-    int rc = header_room(c, s, root, err);
-    char *name = s->names;
-    if (!rc) json_object_foreach(root, key, value) {
-        if (!strcmp(key, "__metadata__")) continue; /* notes of whoever wrote the file          */
-        ckpt_tensor *t = &c->tensors[c->n_tensors++];
-        *t = (ckpt_tensor){.name = name, .shard = which};
-        name = stpcpy(name, key) + 1;
-        if ((rc = entry_parse(t, s->path, value, data_at, err))) break;
+    int rc = 0;
+    json_object_foreach(root, name, value) {
+        if (!strcmp(name, "__metadata__")) continue; /* notes of whoever wrote the file         */
+        ckpt_tensor *t = add_tensor(c, which, name, err);
+        if (!t || entry_parse(t, s->path, value, data_at, err)) {
+            rc = -1;
+            break;
+        }
         if (need < t->offset + t->bytes) need = t->offset + t->bytes;
     }
     json_decref(root);
@@ -516,7 +515,7 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
 }
 
 /* Length of the header from a file's first eight bytes, checked against the file's size. */
-static int header_length(const shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
+static int header_length(const ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
     uint64_t n = 0;
     for (int i = 7; i >= 0; i--) n = n << 8 | raw[i];
     if (n < 2 || n > MAX_HEADER_BYTES)
@@ -531,7 +530,7 @@ static int header_length(const shard *s, const uint8_t raw[8], size_t *len, dsv4
 
 /* Read one shard's header, and nothing behind it. */
 static int shard_read(ckpt *c, int which, dsv4_err *err) {
-    shard *s = &c->shards[which];
+    ckpt_shard *s = &c->shards[which];
     uint8_t raw[8];
     char *text = NULL;
     size_t len = 0;
@@ -574,7 +573,7 @@ static int set_shards(ckpt *c, const char *dir, const char **files, size_t n, ds
         if (c->n_shards == MAX_SHARDS)
             return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
         if (join(path, dir, files[i], err)) return -1;
-        shard *s = &c->shards[c->n_shards];
+        ckpt_shard *s = &c->shards[c->n_shards];
         if (!(s->path = strdup(path))) return fail(err, "%s: out of memory", dir);
         s->file = s->path + strlen(dir) + 1;
         c->n_shards++;
@@ -685,8 +684,10 @@ static int check_table(const ckpt *c, json_t *map, dsv4_err *err) {
 /* Checks are done: keep only what the model can use, in as little memory as that needs. */
 static void drop_unused(ckpt *c) {
     size_t n = 0;
-    for (size_t i = 0; i < c->n_tensors; i++)
+    for (size_t i = 0; i < c->n_tensors; i++) {
         if (c->tensors[i].dtype != DT_N) c->tensors[n++] = c->tensors[i];
+        else free((char *)c->tensors[i].name);
+    }
     c->n_tensors = n;
     ckpt_tensor *fit = realloc(c->tensors, (n + 1) * sizeof *fit);
     if (fit) c->tensors = fit;
@@ -715,10 +716,8 @@ int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
 
 void ckpt_close(ckpt *c) {
     if (!c) return;
-    for (int i = 0; i < c->n_shards; i++) {
-        free(c->shards[i].path);
-        free(c->shards[i].names);
-    }
+    for (size_t i = 0; i < c->n_tensors; i++) free((char *)c->tensors[i].name);
+    for (int i = 0; i < c->n_shards; i++) free(c->shards[i].path);
     free(c->shards);
     free(c->tensors);
     free(c);
@@ -750,11 +749,13 @@ const char *ckpt_shard_path(const ckpt *c, int which) {
 
 enum { LOAD = -1 };                /* owner of a request that is not an expert's slot           */
 
-typedef struct {                   /* why a read failed: errno, or one of ours; 0 is no failure */
-    int cause, shard;
-    uint64_t off;
-} io_fault;
 enum { CAUSE_EOF = -1, CAUSE_STUCK = -2 };
+
+typedef struct {                   /* why a read failed                                         */
+    int cause;                     /* errno, or one of the above; 0 is no failure               */
+    uint64_t off;                  /* in the file                                               */
+    const ckpt_tensor *t;
+} io_fault;
 
 typedef struct io_req {
     struct io_req *next;           /* in the free list, or in a queue of the threads            */
@@ -763,9 +764,9 @@ typedef struct io_req {
     uint32_t len;                  /* bytes to read, whole blocks: the last may lie beyond EOF  */
     uint32_t want;                 /* bytes to the end of the payload: these must come          */
     uint32_t done;                 /* bytes in, whole blocks unless all came                    */
-    int shard;
+    const ckpt_tensor *t;          /* what this is a piece of; of a run, the first one          */
     int owner;                     /* slot, or LOAD                                             */
-    size_t item;                   /* LOAD: which item this is a piece of                       */
+    uint8_t *dst;                  /* LOAD: of the whole tensor                                 */
     int tries, io_errors;          /* in a row without progress; EIO so far                     */
     int res;                       /* a thread's answer: bytes or -errno, as io_uring gives it  */
     int cause;                     /* set by IO_FAILED                                          */
@@ -775,7 +776,8 @@ typedef enum { IO_DONE, IO_AGAIN, IO_FAILED } io_next;
 
 /* What does one completion mean?  Pure: no ring, no clock, no system call.
  *   short read    go on from the last whole block (O_DIRECT reads nothing else)
- *   end of file   right behind the payload, an error before its end
+ *   end of file   right behind the payload, an error before its end; a file that was cut inside
+ *                 a block shows as the same few bytes every time
  *   EINTR, EAGAIN once more, a bounded number of times in a row
  *   EIO           once more: drives do recover; then it is the caller's                          */
 static io_next io_on_read(io_req *r, int res) {
@@ -794,18 +796,18 @@ static io_next io_on_read(io_req *r, int res) {
         r->done = in >= r->want ? in : edge;
     }
     if (r->done >= r->want) return IO_DONE;
-    r->cause = CAUSE_STUCK;
+    r->cause = res > 0 ? CAUSE_EOF : CAUSE_STUCK;
     return ++r->tries > IO_TRIES_MAX ? IO_FAILED : IO_AGAIN;
 }
 
-/* Cut the next piece of the payload [off, off + bytes) of a file, `at` bytes of whole blocks
- * being asked for already.  Returns how far `at` comes with it; buf, owner are the caller's. */
-static uint64_t cut_piece(io_req *r, int which, uint64_t off, uint64_t bytes, uint64_t at) {
-    uint64_t begin = (off & ~(uint64_t)(IO_ALIGN - 1)) + at, left = off + bytes - begin;
-    assert(begin < off + bytes);
-    uint32_t want = left < IO_PIECE ? (uint32_t)left : IO_PIECE;
+/* Cut the next piece of the payload of `bytes` bytes that begins with tensor t, `at` bytes of
+ * whole blocks being asked for already.  Returns how far `at` comes with it. */
+static uint64_t cut_piece(io_req *r, const ckpt_tensor *t, uint64_t bytes, uint64_t at) {
+    uint64_t begin = (t->offset & ~(uint64_t)(IO_ALIGN - 1)) + at, end = t->offset + bytes;
+    assert(begin < end);
+    uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
     uint32_t len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
-    *r = (io_req){.off = begin, .len = len, .want = want, .shard = which};
+    *r = (io_req){.off = begin, .len = len, .want = want, .t = t};
     return at + len;
 }
 
@@ -816,13 +818,12 @@ typedef struct {                   /* one offload_load() at work                
     uint8_t *free[LOAD_DEPTH];     /* bounce buffers, IO_PIECE bytes each                       */
     int n_free;
     io_fault fault;                /* the first one                                             */
-    const ckpt_tensor *failed;
 } load_job;
 
-typedef struct {                   /* a stretch of a shard's file, landing in a slot            */
-    int shard;
-    uint64_t off, bytes;           /* payload                                                   */
-    size_t region;                 /* in the slot; the payload begins at region + off % 4096    */
+typedef struct {                   /* parts of an expert that touch in their file               */
+    const ckpt_tensor *first;
+    uint64_t bytes;                /* of all of them                                            */
+    size_t region;                 /* in the slot; payload from region + first->offset % 4096   */
 } slot_run;
 
 /* FREE --get--> READING --all pieces in--> READY --coldest, no pins--> READING of another expert
@@ -889,7 +890,7 @@ static void io_start(offload *o, io_req *r) {
     if (o->has_ring) {
         struct io_uring_sqe *sqe = io_uring_get_sqe(&o->ring);
         assert(sqe);               /* as many entries as requests                               */
-        int fd = o->fixed_files ? r->shard : o->files[r->shard].fd;
+        int fd = o->fixed_files ? r->t->shard : o->files[r->t->shard].fd;
         io_uring_prep_read(sqe, fd, r->buf + r->done, n, r->off + r->done);
         if (o->fixed_files) io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
         io_uring_sqe_set_data(sqe, r);
@@ -917,15 +918,10 @@ static void give_req(offload *o, io_req *r) {
 static void load_piece_in(offload *o, io_req *r, bool failed) {
     load_job *job = &o->load;
     if (!job->items) return;       /* the ring broke, and who asked for this has left           */
-    const load_item *item = &job->items[r->item];
-    const ckpt_tensor *t = item->t;
-    if (failed && !job->fault.cause) {
-        job->fault = (io_fault){r->cause, r->shard, r->off + r->done};
-        job->failed = t;
-    }
+    if (failed && !job->fault.cause) job->fault = (io_fault){r->cause, r->off + r->done, r->t};
     if (!failed) {                 /* from the tensor's begin, or from the piece's              */
-        uint64_t from = r->off > t->offset ? r->off : t->offset;
-        memcpy((uint8_t *)item->dst + (from - t->offset), r->buf + (from - r->off),
+        uint64_t from = r->off > r->t->offset ? r->off : r->t->offset;
+        memcpy(r->dst + (from - r->t->offset), r->buf + (from - r->off),
                r->off + r->want - from);
     }
     job->free[job->n_free++] = r->buf;
@@ -940,8 +936,9 @@ static void io_complete(offload *o, io_req *r, int res) {
         return;
     }
     o->in_flight--;
-    if (!o->files[r->shard].direct)    /* the page cache must not fill up with what we keep     */
-        (void)posix_fadvise(o->files[r->shard].fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
+    const io_file *f = &o->files[r->t->shard];
+    if (!f->direct)                /* the page cache must not fill up with what we keep         */
+        (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
     if (r->owner == LOAD) load_piece_in(o, r, next == IO_FAILED);
     else slot_piece_in(o, r, next == IO_FAILED);
     give_req(o, r);
@@ -1000,7 +997,7 @@ static void *read_thread(void *arg) {
         o->todo = r->next;
         if (!o->todo) o->todo_end = &o->todo;
         pthread_mutex_unlock(&o->lock);
-        ssize_t n = pread(o->files[r->shard].fd, r->buf + r->done, r->len - r->done,
+        ssize_t n = pread(o->files[r->t->shard].fd, r->buf + r->done, r->len - r->done,
                           (off_t)(r->off + r->done));
         r->res = n < 0 ? -errno : (int)n;
         pthread_mutex_lock(&o->lock);
@@ -1028,7 +1025,7 @@ static int threads_open(offload *o, dsv4_err *err) {
 /* === 7. Open and load ========================================================================= */
 
 /* Open a shard past the page cache if one trial read goes through: flags promise, reads tell. */
-static int file_open(io_file *f, const shard *s, dsv4_err *err) {
+static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
     alignas(IO_ALIGN) uint8_t page[IO_ALIGN];
     struct stat st;
     f->fd = open(s->path, O_RDONLY | O_CLOEXEC | O_DIRECT);
@@ -1127,15 +1124,14 @@ void offload_close(offload *o) {
 
 const offload_stats *offload_get_stats(const offload *o) { return &o->stats; }
 
-/* One failure as one line; t is the tensor that was hit, if known. */
-static int fault_message(const offload *o, const io_fault *f, const ckpt_tensor *t,
-                         dsv4_err *err) {
+/* One failure as one line.  Which tensor of a run was hit is not known, only its first one. */
+static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
     const char *cause = f->cause == CAUSE_EOF     ? "the file ends there; it was cut short"
                         : f->cause == CAUSE_STUCK ? "tried many times, nothing comes"
                                                   : strerror(f->cause);
     assert(f->cause);
-    return fail(err, "read %s at byte %" PRIu64 " (tensor %s): %s",
-                o->c->shards[f->shard].path, f->off, t ? t->name : "unknown", cause);
+    return fail(err, "read %s at byte %" PRIu64 " (from tensor %s on): %s",
+                o->c->shards[f->t->shard].path, f->off, f->t->name, cause);
 }
 
 /* Ask for pieces while there are items, requests and bounce buffers. */
@@ -1145,9 +1141,9 @@ static void load_feed(offload *o) {
         const ckpt_tensor *t = job->items[job->next_item].t;
         if (t->bytes > 0) {
             io_req *r = take_req(o);
-            job->at = cut_piece(r, t->shard, t->offset, t->bytes, job->at);
+            job->at = cut_piece(r, t, t->bytes, job->at);
             r->owner = LOAD;
-            r->item = job->next_item;
+            r->dst = job->items[job->next_item].dst;
             r->buf = job->free[--job->n_free];
             o->in_flight++;
             io_start(o, r);
@@ -1182,7 +1178,7 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     job->items = NULL;
     if (rc) return rc;             /* a broken ring: buffers are left to reads that may come    */
     munmap(bounce, bytes);
-    return job->fault.cause ? fault_message(o, &job->fault, job->failed, err) : 0;
+    return job->fault.cause ? fault_message(o, &job->fault, err) : 0;
 }
 
 /* === 8. Expert cache ========================================================================== */
@@ -1219,17 +1215,14 @@ static size_t lay_out(const expert_source *src, slot_run runs[EXPERT_PARTS], int
         part[k] = t;
     }
     int n = 0;
-    for (int i = 0; i < EXPERT_PARTS; i++) {
-        slot_run *last = &runs[n > 0 ? n - 1 : 0];
-        if (n > 0 && last->shard == part[i]->shard && last->off + last->bytes == part[i]->offset)
-            last->bytes += part[i]->bytes;
-        else
-            runs[n++] = (slot_run){part[i]->shard, part[i]->offset, part[i]->bytes, 0};
-    }
     size_t used = 0;
-    for (int i = 0; i < n; i++) {
-        runs[i].region = used;
-        used += (size_t)((runs[i].off % IO_ALIGN + runs[i].bytes + IO_ALIGN - 1) / IO_ALIGN *
+    for (int i = 0; i < EXPERT_PARTS; n++) {
+        slot_run *run = &runs[n];
+        *run = (slot_run){part[i], 0, used};
+        do run->bytes += part[i++]->bytes;
+        while (i < EXPERT_PARTS && part[i]->shard == run->first->shard &&
+               part[i]->offset == run->first->offset + run->bytes);
+        used += (size_t)((run->first->offset % IO_ALIGN + run->bytes + IO_ALIGN - 1) / IO_ALIGN *
                          IO_ALIGN);
     }
     *n_runs = n;
@@ -1247,26 +1240,15 @@ size_t expert_slot_bytes(const expert_source *src, size_t n) {
     return most;
 }
 
-/* Sizes must fit dim and inter, or a kernel would read past a slot's end. */
-static int check_parts(const expert_source *src, size_t n, int dim, int inter, dsv4_err *err) {
-    for (size_t i = 0; i < n; i++)
-        for (int p = 0; p < EXPERT_PARTS; p++) {
-            const ckpt_tensor *t = src[i].part[p];
-            uint64_t bytes = (uint64_t)dim * (uint64_t)inter / (p <= W3 ? 2 : 32);
-            if (t->bytes != bytes)
-                return fail(err, "tensor %s: has %" PRIu64 " bytes; expected: %" PRIu64, t->name,
-                            t->bytes, bytes);
-        }
-    return 0;
-}
-
 int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
                  int inter, int n_slots, dsv4_err *err) {
     assert(!o->arena);             /* once                                                      */
     assert(n_slots >= 1);
     assert(n_experts_total >= 1);
-    assert(dim % 32 == 0 && inter % 32 == 0);
-    if (check_parts(src, n_experts_total, dim, inter, err)) return -1;
+    uint64_t weights = (uint64_t)dim * (uint64_t)inter;
+    for (size_t i = 0; i < n_experts_total * EXPERT_PARTS; i++) /* weights_bind() saw to it     */
+        assert(src[i / EXPERT_PARTS].part[i % EXPERT_PARTS]->bytes ==
+               weights / (i % EXPERT_PARTS <= W3 ? 2 : 32));
     o->n_experts = n_experts_total;
     o->n_slots = n_slots;
     o->dim = dim;
@@ -1302,13 +1284,13 @@ static void slot_feed(offload *o) {
         assert(s->state == SLOT_READING);
         io_req *r = take_req(o);
         uint64_t at = s->at;
-        s->at = cut_piece(r, run->shard, run->off, run->bytes, at);
+        s->at = cut_piece(r, run->first, run->bytes, at);
         r->owner = o->queue;
         r->buf = o->arena + o->slot_bytes * (size_t)o->queue + run->region + at;
         s->in_flight++;
         o->in_flight++;
         io_start(o, r);
-        if (s->at < run->off % IO_ALIGN + run->bytes) continue;
+        if (s->at < run->first->offset % IO_ALIGN + run->bytes) continue;
         s->at = 0;
         if (++s->run == s->n_runs) o->queue = s->next_queued;
     }
@@ -1322,7 +1304,7 @@ static void slot_piece_in(offload *o, io_req *r, bool failed) {
     assert(s->in_flight > 0);
     s->in_flight--;
     if (failed && !s->fault.cause) {
-        s->fault = (io_fault){r->cause, r->shard, r->off + r->done};
+        s->fault = (io_fault){r->cause, r->off + r->done, r->t};
         /* Of a slot with pieces both asked for and not yet, the queue's head is the only one. */
         if (s->run < s->n_runs && o->queue >= 0) {
             assert(o->queue == r->owner);
@@ -1405,23 +1387,12 @@ static const uint8_t *part_at(const offload *o, int at, int p) {
     const expert_slot *s = &o->slots[at];
     const ckpt_tensor *t = o->src[s->id].part[p];
     const slot_run *run = s->runs, *end = s->runs + s->n_runs;
-    while (run < end && (run->shard != t->shard || t->offset < run->off ||
-                         t->offset >= run->off + run->bytes))
+    while (run < end && (run->first->shard != t->shard || t->offset < run->first->offset ||
+                         t->offset >= run->first->offset + run->bytes))
         run++;
     assert(run < end);
-    return o->arena + o->slot_bytes * (size_t)at + run->region + run->off % IO_ALIGN +
-           (t->offset - run->off);
-}
-
-/* The part that byte `off` of a shard belongs to, or NULL. */
-static const ckpt_tensor *part_hit(const expert_source *src, const io_fault *f) {
-    for (int p = 0; p < EXPERT_PARTS; p++) {
-        const ckpt_tensor *t = src->part[p]; /* a block may begin before its payload            */
-        if (t->shard == f->shard && f->off + IO_ALIGN > t->offset &&
-            f->off < t->offset + t->bytes)
-            return t;
-    }
-    return NULL;
+    return o->arena + o->slot_bytes * (size_t)at + run->region +
+           run->first->offset % IO_ALIGN + (t->offset - run->first->offset);
 }
 
 int experts_wait(offload *o, int slot, dsv4_ffn *w, dsv4_err *err) {
@@ -1435,8 +1406,7 @@ int experts_wait(offload *o, int slot, dsv4_ffn *w, dsv4_err *err) {
         o->stats.wait_s += seconds() - begin;
         if (rc) return -1;
     }
-    if (s->state == SLOT_FAILED)
-        return fault_message(o, &s->fault, part_hit(&o->src[s->id], &s->fault), err);
+    if (s->state == SLOT_FAILED) return fault_message(o, &s->fault, err);
     assert(s->state == SLOT_READY);
     w->w1 = (dsv4_mat){DT_I8, o->inter, o->dim, part_at(o, slot, W1), part_at(o, slot, S1)};
     w->w2 = (dsv4_mat){DT_I8, o->dim, o->inter, part_at(o, slot, W2), part_at(o, slot, S2)};

@@ -60,7 +60,10 @@ static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer
 
 /* === 1. UTF-8 =================================================================================
  * Broken text is repaired the way Python's bytes.decode(errors="replace") and Unicode (3.9, best
- * practice) do: one U+FFFD for each maximal piece that starts like a character and breaks off. */
+ * practice) do: one U+FFFD for each maximal piece that starts like a character and breaks off.
+ *   f0 9f 98 'a'      one U+FFFD, then a        a character without its last byte
+ *   ed a0 80          three                     no character starts with ed a0 (a surrogate), so
+ *                                               each byte is broken for itself                 */
 
 typedef enum { CH_WHOLE, CH_BROKEN, CH_CUT } ch_state;
 
@@ -119,7 +122,7 @@ size_t utf8_push(utf8_stream *s, const char *bytes, size_t len, char *out) {
     return n_out;
 }
 
-/* A repaired copy of text, to be freed; NULL when there is no memory. */
+/* A repaired copy of text, to be freed, and its length; NULL when there is no memory. */
 static char *utf8_repair(const char *text, size_t *len) {
     utf8_stream s = {0};
     char *out = malloc(3 * (*len + 4));
@@ -179,7 +182,8 @@ void tok_close(tok *t) {
 }
 
 /* The slot of a pair, or the empty one where it belongs; NULL after too many probes, which only a
- * file made to collide needs. */
+ * file made to collide needs.  This is the innermost look-up of encoding: ids are small, so one
+ * multiplication (by 2^64 over the golden ratio) spreads them well enough. */
 static merge_slot *merge_find(const tok *t, uint32_t left, uint32_t right) {
     uint64_t key = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
     uint32_t at = (uint32_t)(key >> 32);
@@ -190,6 +194,7 @@ static merge_slot *merge_find(const tok *t, uint32_t left, uint32_t right) {
     return NULL;
 }
 
+/* For qsort and bsearch: in order of bytes, a prefix before what it begins. */
 static int by_bytes(const void *a, const void *b) {
     const named *x = a, *y = b;
     int order = memcmp(x->s, y->s, x->len < y->len ? x->len : y->len);
@@ -285,7 +290,7 @@ static bool group_known(const char *s) {
 static const char *put_pattern(FILE *out, const char *pattern) {
     bool in_brackets = false;
     for (const char *s = pattern; *s;) {
-        size_t len = 1;
+        size_t len = 1;            /* of what is read and, but for escapes, copied as it is     */
         if (*s == '\\') {
             len = put_escape(out, s, in_brackets);
             if (len == 0) return s;
@@ -544,9 +549,12 @@ static int read_added_token(reader *r, json_t *v) {
                       content);
     int32_t id = id_of(r, id_value);
     if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", content, MAX_IDS - 1);
-    /* It may stand in vocab too, but then as the same id. */
+    /* It may stand in vocab too, but then as the same id for the same bytes. */
     const json_t *in_vocab = json_object_get(r->vocab, content);
-    if (in_vocab ? id_of(r, in_vocab) != id : t->pieces[id].known)
+    const piece *known = &t->pieces[id];
+    if (in_vocab ? id_of(r, in_vocab) != id || known->len != n
+                       || memcmp(t->bytes + known->at, content, n) != 0
+                 : known->known)
         return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
                       content, id);
     int pass = normalized < 0 ? !special : normalized;
@@ -700,19 +708,26 @@ int tok_open(tok **out, const char *dir, dsv4_err *err) {
 
 /* === 5. Cutting text ==========================================================================
  * Each stage hands its pieces to the next one at once, so that no list of pieces is ever made:
- *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()                     */
+ *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
+ * The recursion is as deep as there are stages, whatever the text.                              */
 
-typedef struct { uint32_t at, len, first, n; } seen_word;
+typedef struct {                   /* a word that this text had before                          */
+    uint32_t at, len;              /* its bytes, in encoder.text                                */
+    uint32_t first, n;             /* its ids, in encoder.ids                                   */
+} seen_word;
 
-typedef struct { int32_t id; uint32_t rank, prev, next; } symbol;
+typedef struct {                   /* a part of the word that is being merged                   */
+    int32_t id;
+    uint32_t rank;                 /* of the pair that it makes with the next part, or NO_RANK  */
+    uint32_t prev, next;           /* parts, or the word's length where there is none           */
+} symbol;
 
 typedef struct {                   /* one tok_encode                                            */
     const tok *t;
     const char *text;              /* all of it, valid UTF-8                                    */
     int32_t *ids;
     size_t n, cap;
-    seen_word *seen;               /* [seen_mask + 1] words of this text by hash: their ids are
-                                      ids[first..first+n), so nothing is stored twice           */
+    seen_word *seen;               /* [seen_mask + 1] by hash                                   */
     uint32_t seen_mask;
     symbol *sym;                   /* [n_sym] of the word that is merged                        */
     uint64_t *heap;                /* [2 * n_sym] its pairs: rank << 32 | place                 */
@@ -744,9 +759,12 @@ static double cpu_seconds(void) {
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-/* Find the first match of split i at or behind *from: its end, or len with *from = len.  The
- * search goes window by window: PCRE2 limits the work at one place, but not how many places it
- * tries, and some patterns scan to the end of the text at each. */
+/* Find the first match of split i at or behind *from: [*from, *to), or [len, len) for none.
+ *
+ * PCRE2's match limit bounds how often one attempt steps back, not how many places of the text it
+ * is tried at, nor how far it looks ahead from each: a(?=a*b) on a line of n letters a takes n^2
+ * steps within every limit.  So the search goes window by window, and every few thousand bytes
+ * the clock is asked; it is this thread's CPU time, so that a busy machine changes nothing. */
 static int search(encoder *e, int i, const char *s, size_t len, size_t *from, size_t *to) {
     const pcre2_code *re = e->t->split[i];
     for (size_t at = *from; at < len;) {
@@ -780,7 +798,8 @@ static int search(encoder *e, int i, const char *s, size_t len, size_t *from, si
     return 0;
 }
 
-/* Matches of split i, and what lies between them, go to split i + 1. */
+/* Matches of split i, and what lies between them, go to split i + 1 ("Isolated").  Each piece is
+ * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends. */
 static int cut_regex(encoder *e, int i, const char *s, size_t len) {
     if (i == e->t->n_splits) return word(e, s, len);
     for (size_t done = 0; done < len;) {
@@ -821,6 +840,7 @@ static const named *longest_added(const tok *t, int pass, const char *s, size_t 
     return best;
 }
 
+/* Added tokens of this pass become their ids; what lies between them goes on. */
 static int cut_added(encoder *e, int pass, const char *s, size_t len) {
     if (pass == 2) return cut_regex(e, 0, s, len);
     size_t done = 0;
@@ -839,10 +859,16 @@ static int cut_added(encoder *e, int pass, const char *s, size_t len) {
 }
 
 /* === 6. Merging a word ========================================================================
- * A word is a list of symbols, at first one a byte; symbol i also holds the rank of its pair with
- * the next one.  A heap holds every pair under (rank, place).  A merge changes the ranks of two
- * pairs and pushes them anew; an entry whose rank is no longer its symbol's is stale and skipped.
- * Each merge pushes at most two entries: n symbols need room for fewer than 2n.                 */
+ * A word is a list of symbols, at first one a byte, linked by place.  Ranks of some pairs:
+ *
+ *   l 40 o 70 w - e 12 r        the pair (e, r) has the lowest rank: it is merged
+ *   l 40 o 70 w 90 er           its left neighbour now makes a new pair, (w, er)
+ *   lo 55 w 90 er               and so on, until no pair has a rank
+ *
+ * A heap holds every pair as rank << 32 | place, so its top is the lowest rank, and the leftmost
+ * of several.  A merge changes at most two pairs and pushes them anew.  Their old entries stay in
+ * the heap; one whose rank is no longer its symbol's is stale and is skipped.  n symbols start
+ * with n - 1 entries and each of at most n - 1 merges takes one and adds two: 2n are enough.    */
 
 static void heap_push(encoder *e, uint64_t entry) {
     size_t i = e->n_heap++;
@@ -863,7 +889,7 @@ static uint64_t heap_pop(encoder *e) {
     return top;
 }
 
-/* Look up the pair of symbol i and the next, and offer it. */
+/* Look up the pair of symbol i and the next one; if it has a rank, into the heap with it. */
 static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
     symbol *s = &e->sym[i];
     s->rank = NO_RANK;
@@ -874,6 +900,7 @@ static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
     heap_push(e, (uint64_t)s->rank << 32 | i);
 }
 
+/* The ids of one word, by merging; O(len log len), and 32 bytes of memory a byte of it. */
 static int merge_word(encoder *e, const unsigned char *s, size_t len) {
     uint32_t n = (uint32_t)len;
     if (e->n_sym < len) {
@@ -918,7 +945,7 @@ static int new_word(encoder *e, const char *s, size_t len) {
 /* OPT: most words of a text occurred in it before; then their ids are copied.  A slot keeps the
  * last word that hashed to it, so a text of colliding words only gains nothing. */
 static int word(encoder *e, const char *s, size_t len) {
-    uint32_t hash = 2166136261u;   /* FNV-1a                                                    */
+    uint32_t hash = 2166136261u;   /* FNV-1a; long words are rare, and rarely come back         */
     if (len > SEEN_WORD_BYTES) return new_word(e, s, len);
     for (size_t i = 0; i < len; i++) hash = (hash ^ (unsigned char)s[i]) * 16777619u;
     seen_word *seen = &e->seen[(hash ^ hash >> 15) & e->seen_mask];
@@ -954,7 +981,7 @@ static int encode_valid(encoder *e, const char *text, size_t len, bool special) 
                                                                      : UINT32_MAX / 2));
     pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
     e->deadline_s = cpu_seconds() + 2 + 1e-5 * (double)len;
-    return cut_added(e, special ? 0 : 2, text, len);
+    return len > 0 ? cut_added(e, special ? 0 : 2, text, len) : 0;
 }
 
 int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
@@ -1019,7 +1046,7 @@ int prompt_user_turn(const tok *t, const char *text, size_t len, bool think, int
         if (frame_id[i] < 0) return fail(err, "the tokenizer has no token %s", frame[i]);
     }
     if (tok_encode(t, text, len, false, ids, &n_text, err)) return -1;
-    int32_t *all = realloc(*ids, (n_text + 4) * sizeof *all);
+    int32_t *all = realloc(*ids, (n_text + 4) * sizeof *all); /* 2 in front, 2 behind */
     if (!all) {
         free(*ids);
         *ids = NULL;
