@@ -43,7 +43,7 @@ $(B)/ref.o: kernels.cu dsv4.h Makefile | $(B)
 
 # a test may include the room it looks into, and is then linked without that room's object
 $(B)/test_%: tests/test_%.c tests/check.h tests/st.h $(OBJ) | $(B)
-	$(CC) $(ALL_C) -o $@ $< $(filter-out $(B)/$(INCLUDES).o,$(filter %.o,$^)) $(LIBS)
+	$(CC) $(ALL_C) -std=gnu11 -o $@ $< $(filter-out $(B)/$(INCLUDES).o,$(filter %.o,$^)) $(LIBS)
 $(B)/test_offload: INCLUDES = offload
 $(B)/test_model: INCLUDES = dsv4
 

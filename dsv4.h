@@ -278,9 +278,9 @@ int experts_open(offload *o, const expert_source *src, size_t n_experts_total, i
                  int inter, int n_slots, dsv4_err *err);
 /* Ask for expert `id` (its index in src): returns its slot, pinned, its read on the way or done.
  * -1 with an empty err->msg: every slot is pinned, unpin one first; -1 with text: an error.
- * Never waits. */
+ * Waits only where all that is in the way are reads that nobody has pinned any more. */
 int experts_get(offload *o, size_t id, dsv4_err *err);
-/* Wait until a pinned slot's bytes are in, and describe them. */
+/* Wait until a pinned slot's bytes are in, and describe them.  After -1 the pin is still there. */
 int experts_wait(offload *o, int slot, dsv4_ffn *w, dsv4_err *err);
 /* Give a pin back.  A slot whose read is still on its way may be unpinned too. */
 void experts_unpin(offload *o, int slot);

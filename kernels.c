@@ -330,7 +330,7 @@ static inline f32x8 small_round8(f32x8 x, float least, uint32_t mant, u32x8 *exp
 
 /* Eight values as e4m3 (values, or codes in the low bytes of lanes).  A NaN stays one. */
 static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
-    u32x8 sign = (u32x8)x & 0x80000000u, exponent, steps;
+    u32x8 sign = (u32x8)x & (u32x8)(x == x) & 0x80000000u, exponent, steps;
     f32x8 y = small_round8(min8(splat8(448), abs8(x)), 0x1p-6f, 3, &exponent, &steps);
     u32x8 mag = ((exponent - (127 - 6)) << 3) + steps;
     *code = ((mag | (u32x8)(x != x)) & 127) | sign >> 24;

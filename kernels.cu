@@ -68,7 +68,7 @@ float e4m3_to_f32(uint8_t code) {
 
 uint8_t f32_to_e4m3(float x) {
     uint8_t sign = (uint8_t)(f32_bits(x) >> 24 & 128);
-    if (isnan(x)) return sign | 127;
+    if (isnan(x)) return 127;                                /* a NaN's sign differs by machine */
     return (uint8_t)(sign | small_code(fminf(fabsf(x), 448), 127 - 6, 3));
 }
 
@@ -289,7 +289,8 @@ static void linear_ref(float *y, const dsv4_mat *w, const float *x, int n, int g
  *   (a, b) -> (a cos - b sin, a sin + b cos) with cos and sin in F32; inverse: sin negated
  * i/o  x [n][n_heads][head_dim]
  * in   inv_freq [rope_dim/2]; rope_dim even, <= head_dim
- *      F32 products and sums, never fused                                                       */
+ *      The products of two F32 are exact in double, so a compiler that fuses (GCC 12 makes
+ *      vfmaddsub of F32 even with -ffp-contract=off) changes nothing                            */
 static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
                      int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
     assert(rope_dim % 2 == 0 && rope_dim <= head_dim);
@@ -301,9 +302,9 @@ static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int he
             if (inverse) s = -s;
             float *pair = x + (size_t)t * token + (head_dim - rope_dim + 2 * i);
             for (int h = 0; h < n_heads; h++, pair += head_dim) {
-                float a = pair[0], b = pair[1];
-                pair[0] = a * c - b * s;
-                pair[1] = a * s + b * c;
+                double a = pair[0], b = pair[1];
+                pair[0] = (float)(a * c - b * s);
+                pair[1] = (float)(a * s + b * c);
             }
         }
 }

@@ -17,6 +17,7 @@
  *             5 what lies in a file is an error of theirs, never an assert of ours
  * Contents    1 text, files, JSON   2 config   3 headers   4 checkpoint   5 requests
  *             6 ring and threads    7 open and load        8 expert cache
+ *             9 this machine's memory
  * Not here    which tensors the model needs and their shapes (dsv4.c), what experts compute     */
 #define _GNU_SOURCE 1              /* O_DIRECT */
 #include "dsv4.h"
@@ -161,6 +162,7 @@ static int refuse(const config_in *in, const char *key, const char *accepted, ..
                 show(json_object_get(in->object, key)).text, text);
 }
 
+/* A whole number: a size, a count or an id; 4096.0 is none. */
 static int want_int(const config_in *in, const char *key, int64_t lo, int64_t hi,
                     int64_t multiple, int64_t *out) {
     const json_t *v = json_object_get(in->object, key);
@@ -452,7 +454,7 @@ static int by_offset(const void *a, const void *b) {
  * Empty tensors cover nothing and may lie anywhere; so may gaps. */
 static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_err *err) {
     const ckpt_tensor *last = NULL;
-    if (n) qsort(t, n, sizeof *t, by_offset);
+    qsort(t, n, sizeof *t, by_offset);
     for (size_t i = 0; i < n; i++) {
         if (t[i].bytes == 0) continue;
         if (last && t[i].offset < last->offset + last->bytes)
@@ -511,7 +513,8 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
-    return check_overlaps(c->tensors + first, c->n_tensors - first, s, err);
+    if (c->n_tensors == first) return 0;
+    return check_overlaps(&c->tensors[first], c->n_tensors - first, s, err);
 }
 
 /* Length of the header from a file's first eight bytes, checked against the file's size. */
@@ -745,7 +748,15 @@ const char *ckpt_shard_path(const ckpt *c, int which) {
 
 /* === 5. Requests ==============================================================================
  * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
- * open; the ring and the threads know nothing else, and io_on_read() decides for both.           */
+ * open; the ring and the threads know nothing else, and io_on_read() decides for both.
+ *
+ *   load_feed, slot_feed --cut_piece--> io_start --> ring or threads --> io_reap
+ *           ^                              ^                                |
+ *           |                              +---- IO_AGAIN ---- io_complete <+
+ *     free requests <-- load_piece_in, slot_piece_in <-- IO_DONE, IO_FAILED +
+ *
+ * All of it runs in the thread that calls us, whenever it calls; only the read itself does not.
+ * So there is no lock but the one around the threads' two queues.                                */
 
 enum { LOAD = -1 };                /* owner of a request that is not an expert's slot           */
 
@@ -915,6 +926,7 @@ static void give_req(offload *o, io_req *r) {
     o->free_reqs = r;
 }
 
+/* A piece is in its bounce buffer, or will not come: copy, and free the buffer. */
 static void load_piece_in(offload *o, io_req *r, bool failed) {
     load_job *job = &o->load;
     if (!job->items) return;       /* the ring broke, and who asked for this has left           */
@@ -927,7 +939,7 @@ static void load_piece_in(offload *o, io_req *r, bool failed) {
     job->free[job->n_free++] = r->buf;
 }
 
-/* The one path of every completion. */
+/* The one path of every completion: again, or to whoever asked. */
 static void io_complete(offload *o, io_req *r, int res) {
     io_next next = io_on_read(r, res);
     if (next == IO_AGAIN) {
@@ -946,9 +958,11 @@ static void io_complete(offload *o, io_req *r, int res) {
 
 /* Sleep until the ring has a completion.  Signals wake us: the caller looks and comes back. */
 static void ring_wait(offload *o) {
-    int rc = -EAGAIN;
-    for (int tries = 0; (rc == -EAGAIN || rc == -EBUSY) && tries < IO_TRIES_MAX; tries++)
+    int rc = io_uring_submit_and_wait(&o->ring, 1);
+    for (int n = 0; (rc == -EAGAIN || rc == -EBUSY) && n < IO_TRIES_MAX; n++) {
+        (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL); /* the kernel lacks memory */
         rc = io_uring_submit_and_wait(&o->ring, 1);
+    }
     if (rc < 0 && rc != -EINTR) o->ring_error = -rc;
 }
 
@@ -963,6 +977,7 @@ static void ring_reap(offload *o, bool wait) {
     io_uring_cq_advance(&o->ring, n);
 }
 
+/* Take all answers at once, then handle them without the lock. */
 static void threads_reap(offload *o, bool wait) {
     pthread_mutex_lock(&o->lock);
     while (wait && !o->answered) pthread_cond_wait(&o->answer, &o->lock);
@@ -987,6 +1002,7 @@ static int io_reap(offload *o, bool wait, dsv4_err *err) {
     return o->ring_error ? fail(err, "io_uring: %s", strerror(o->ring_error)) : 0;
 }
 
+/* One of the threads: takes the oldest request, makes one attempt, answers as the ring would. */
 static void *read_thread(void *arg) {
     offload *o = arg;
     pthread_mutex_lock(&o->lock);
@@ -1009,6 +1025,7 @@ static void *read_thread(void *arg) {
     return NULL;
 }
 
+/* Where io_uring is refused; a few threads keep most drives busy.  One is enough to go on. */
 static int threads_open(offload *o, dsv4_err *err) {
     sigset_t all, before;
     int rc = 0;
@@ -1164,6 +1181,7 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     uint8_t *bounce = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
                            0);
     if (bounce == MAP_FAILED) return fail(err, "map %zu bytes: %s", bytes, strerror(errno));
+    (void)madvise(bounce, bytes, MADV_HUGEPAGE); /* as for the arena                            */
     *job = (load_job){.items = items, .n_items = n};
     while (job->n_free < LOAD_DEPTH) {
         job->free[job->n_free] = bounce + (size_t)job->n_free * IO_PIECE;
@@ -1181,10 +1199,18 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     return job->fault.cause ? fault_message(o, &job->fault, err) : 0;
 }
 
-/* === 8. Expert cache ========================================================================== */
+/* === 8. Expert cache ==========================================================================
+ * One arena of equal slots, each large enough for any expert.  Reads land in place, so a run lies
+ * in its slot as in its file, whole blocks, its payload off the edge by as much:
+ *
+ *   slot   |..[w1 w2 w3 .................].|..[s1 s2 s3 ...].|   two runs in the official shards,
+ *          region 0                        region 1              six where nothing touches
+ *
+ * slot_of[] finds an expert's slot.  The idle list holds every slot that may be given away,
+ * coldest first: FREE ones lie before all READY ones, these in the order in which their last pin
+ * was given back.  The queue holds slots whose pieces are not all asked for yet.  Both are chains
+ * of indices inside the slots, so that each step costs the same and none allocates.              */
 
-/* The idle list holds every slot that may be given away, coldest first: FREE ones lie before all
- * READY ones, so that nothing is evicted while something is free. */
 static void idle_unlink(offload *o, int at) {
     expert_slot *s = &o->slots[at];
     *(s->colder < 0 ? &o->coldest : &o->slots[s->colder].warmer) = s->warmer;
@@ -1192,6 +1218,7 @@ static void idle_unlink(offload *o, int at) {
     s->colder = s->warmer = -1;
 }
 
+/* Put a slot at the cold end (FREE) or at the warm end (READY, just used). */
 static void idle_link(offload *o, int at, bool cold) {
     expert_slot *s = &o->slots[at];
     assert(s->pins == 0);
@@ -1219,9 +1246,9 @@ static size_t lay_out(const expert_source *src, slot_run runs[EXPERT_PARTS], int
     for (int i = 0; i < EXPERT_PARTS; n++) {
         slot_run *run = &runs[n];
         *run = (slot_run){part[i], 0, used};
-        do run->bytes += part[i++]->bytes;
         while (i < EXPERT_PARTS && part[i]->shard == run->first->shard &&
-               part[i]->offset == run->first->offset + run->bytes);
+               part[i]->offset == run->first->offset + run->bytes)
+            run->bytes += part[i++]->bytes;
         used += (size_t)((run->first->offset % IO_ALIGN + run->bytes + IO_ALIGN - 1) / IO_ALIGN *
                          IO_ALIGN);
     }
@@ -1347,6 +1374,7 @@ static int slot_take(offload *o) {
     return at;
 }
 
+/* The whole policy, in this order: a hit, a free slot, an eviction, a wait, a refusal. */
 int experts_get(offload *o, size_t id, dsv4_err *err) {
     assert(id < o->n_experts);
     err->msg[0] = 0;
@@ -1425,4 +1453,54 @@ void experts_unpin(offload *o, int slot) {
     }
     if (s->state == SLOT_FAILED) s->state = SLOT_FREE;
     idle_link(o, slot, s->state == SLOT_FREE);
+}
+
+/* === 9. This machine's memory ================================================================= */
+
+/* The number behind "KEY:" in a /proc file of "KEY: N kB" lines, in bytes; 0 when absent. */
+static uint64_t proc_bytes(const char *path, const char *key) {
+    char line[256];
+    unsigned long long kb = 0;
+    size_t len = strlen(key);
+    FILE *f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, key, len) && line[len] == ':') {
+            sscanf(line + len + 1, "%llu", &kb);
+            break;
+        }
+    if (f) fclose(f);
+    return (uint64_t)kb << 10;
+}
+
+/* The memory limit of this process's cgroup (version 2) or of one above it; UINT64_MAX: none. */
+static uint64_t cgroup_limit(void) {
+    char group[1024] = "", path[1100];
+    uint64_t least = UINT64_MAX;
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(group, sizeof group, f) && strncmp(group, "0::/", 4)) group[0] = 0;
+    if (f) fclose(f);
+    if (!group[0]) return least;
+    group[strcspn(group, "\n")] = 0;
+    for (char *g = group + 3;; *strrchr(g, '/') = 0) {
+        unsigned long long bytes;
+        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", g);
+        f = fopen(path, "r");
+        if (f && fscanf(f, "%llu", &bytes) == 1 && bytes < least) least = bytes;
+        if (f) fclose(f);
+        if (!strchr(g, '/')) return least;
+    }
+}
+
+uint64_t machine_ram_budget(void) {
+    uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable");
+    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal"), gb = (uint64_t)1 << 30;
+    uint64_t budget = available / 10 * 7, limit = cgroup_limit();
+    if (limit < budget) budget = limit;
+    if (total > 9 * gb && total - 8 * gb < budget) budget = total - 8 * gb;
+    return budget > gb ? budget : gb;
+}
+
+void machine_rss(uint64_t *now, uint64_t *peak) {
+    if (now) *now = proc_bytes("/proc/self/status", "VmRSS");
+    if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM");
 }

@@ -980,7 +980,7 @@ static int encode_valid(encoder *e, const char *text, size_t len, bool special) 
     pcre2_set_match_limit(e->limits, 100000u + (len < UINT32_MAX / 8 ? 4u * (uint32_t)len
                                                                      : UINT32_MAX / 2));
     pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
-    e->deadline_s = cpu_seconds() + 2 + 1e-5 * (double)len;
+    e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
     return len > 0 ? cut_added(e, special ? 0 : 2, text, len) : 0;
 }
 

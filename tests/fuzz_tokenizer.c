@@ -79,8 +79,8 @@ static void round_trip(const tok *t, const char *text, size_t len, bool special)
 }
 
 static void use(const tok *t, const char *more, size_t n_more) {
-    static const char text[] = "Ab ab's  12345\r\n\t\xe4\xbd\xa0\xe5\xbd <x><xy>\xf0\x9f\x98\x80\xff"
-                               "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+    static const char text[] = "Ab ab's  12345\r\n\t\xe4\xbd\xa0\xe5\xbd <x><xy>\xf0\x9f\x98\x80 "
+                               "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\xff";
     dsv4_err err = {""};
     int32_t *ids;
     size_t n;

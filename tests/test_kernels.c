@@ -66,7 +66,7 @@ struct op_case {
     int n;                         /* tokens                                                    */
     int size[6];                   /* as the run function says                                  */
     int sum;                       /* length of the longest sum; 0: the twins are equal         */
-    size_t stride;                 /* filled by run with n = 0                                  */
+    size_t stride;                 /* bytes of a token's results                                */
 };
 
 static float *floats_at(const op_case *c, uint8_t *out, int t) {
@@ -292,8 +292,9 @@ static void run_route(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t
     for (int i = 0; i < n; i++) tokens[i] = (t + i) % (1024 / k);
     for (int i = 0; i < 1024; i++) table[i] = (i * 7 + i / k) % experts;
     for (int i = 0; i < n * experts; i++) {                  /* many ties */
-        float x = f32_pool[i + t * experts] * 40;
-        logits[i] = (i & 1) ? roundf(x / 8) : x;
+        int at = i + t * experts;
+        float x = f32_pool[at] * 40;
+        logits[i] = (at & 1) ? roundf(x / 8) : x;
     }
     static const float no_bias[512];
     dsv4_route in = {logits, c->size[2] ? NULL : no_bias, c->size[2] ? table : NULL, tokens,
@@ -354,4 +355,355 @@ static void run_add(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, 
     int copies = c->size[0], d = c->size[1];
     memcpy(floats_at(c, out, t), f32_pool + 5 + t * copies * d, (size_t)n * c->stride);
     ops->add(floats_at(c, out, t), f32_pool + 600 + t * d, n, copies, d, ex);
+}
+
+#define STRIDE(bytes) .stride = (size_t)(bytes)
+#define LINEAR(dtype, rows, cols, groups, n) \
+    {"linear", run_linear, n, {dtype, rows, cols, groups}, cols, STRIDE(4 * (rows))}
+#define RMSNORM(d, weighted, n) {"rmsnorm", run_rmsnorm, n, {d, weighted}, d, STRIDE(4 * (d))}
+#define ACT_QUANT(d, block, n) {"act_quant", run_act_quant, n, {d, block}, 0, STRIDE(4 * (d))}
+#define ACT_CODES(d, n) \
+    {"act_codes", run_act_codes, n, {d}, 0, STRIDE((5 * (d) + ((d) + 127) / 128 + 3) & ~3)}
+#define ROPE(heads, d, rope, pos, step, inverse, n) \
+    {"rope", run_rope, n, {heads, d, rope, pos, step, inverse}, 0, STRIDE(4 * (heads) * (d))}
+#define KV_ROUND(d, rope, n) {"kv_round", run_kv_round, n, {d, rope}, 0, STRIDE(4 * (d))}
+#define INDEX_ROUND(d, on, n) {"index_round", run_index_round, n, {d, on}, 0, STRIDE(4 * (d))}
+#define COMPRESS(ratio, d, n) \
+    {"compress", run_compress, n, {ratio, d}, 2 * (ratio), STRIDE(4 * (d))}
+#define INDEX(heads, d, ratio, t0, n) \
+    {"index_scores", run_index_scores, n, {heads, d, ratio, t0}, (heads) * (d), \
+     STRIDE(4 * (((t0) + (n)) / (ratio) + 5))}
+#define TOPK(k, ratio, t0, distinct, n) \
+    {"topk", run_topk, n, {k, ratio, t0, distinct}, 0, STRIDE(4 * (k) + 4)}
+#define ATTEND(heads, d, window, ratio, k, t0, n) \
+    {"attend", run_attend, n, {heads, d, window, ratio, k, t0}, (d) + (window) + (t0) + (n), \
+     STRIDE(4 * (heads) * (d))}
+#define HC_PRE(hc, dim, n) \
+    {"hc_pre", run_hc_pre, n, {hc, dim}, (hc) * (dim), STRIDE(4 * ((dim) + (hc) + (hc) * (hc)))}
+#define HC_POST(hc, dim, n) {"hc_post", run_hc_post, n, {hc, dim}, hc, STRIDE(4 * (hc) * (dim))}
+#define HC_HEAD(hc, dim, n) {"hc_head", run_hc_head, n, {hc, dim}, (hc) * (dim), STRIDE(4 * (dim))}
+#define ROUTE(experts, k, hash, n) {"route", run_route, n, {experts, k, hash}, 0, STRIDE(8 * (k))}
+#define SWIGLU(d, n) {"swiglu", run_swiglu, n, {d}, 0, STRIDE(4 * (d))}
+#define EXPERT(dim, inter, on, hard, n) \
+    {"expert_ffn", run_expert, n, {dim, inter, on, hard}, (on) ? 0 : (dim) + (inter), \
+     STRIDE(4 * (dim))}
+#define EMBED(dtype, vocab, dim, hc, n) \
+    {"embed", run_embed, n, {dtype, vocab, dim, hc}, 0, STRIDE(4 * (dim) * (hc))}
+#define ADD(copies, d, n) {"add", run_add, n, {copies, d}, 0, STRIDE(4 * (copies) * (d))}
+
+static const op_case cases[] = {
+    EMBED(DT_BF16, 50, 24, 4, 9), EMBED(DT_F32, 7, 33, 2, 3), EMBED(DT_F16, 7, 31, 1, 3),
+    RMSNORM(1, 0, 3), RMSNORM(7, 1, 5), RMSNORM(100, 1, 9), RMSNORM(4096, 1, 3),
+    RMSNORM(512, 0, 65),
+    ACT_QUANT(1, 128, 5), ACT_QUANT(100, 64, 9), ACT_QUANT(129, 128, 20), ACT_QUANT(448, 64, 30),
+    ACT_QUANT(1024, 128, 40), ACT_CODES(4, 7), ACT_CODES(127, 9), ACT_CODES(260, 11),
+    ACT_CODES(1024, 30),
+    LINEAR(DT_F32, 1, 1, 1, 1), LINEAR(DT_F32, 5, 7, 1, 4), LINEAR(DT_F32, 24, 2051, 1, 33),
+    LINEAR(DT_F16, 3, 9, 1, 2), LINEAR(DT_F16, 66, 1030, 1, 5), LINEAR(DT_BF16, 130, 100, 1, 70),
+    LINEAR(DT_BF16, 17, 2048, 1, 64), LINEAR(DT_F8_E4M3, 1, 129, 1, 3),
+    LINEAR(DT_F8_E4M3, 130, 100, 1, 7), LINEAR(DT_F8_E4M3, 257, 1157, 1, 65),
+    LINEAR(DT_F8_E4M3, 48, 130, 3, 9), LINEAR(DT_BF16, 14, 40, 2, 5), LINEAR(DT_I8, 9, 32, 1, 4),
+    LINEAR(DT_I8, 37, 1056, 1, 11),
+    ROPE(3, 128, 64, 0, 1, false, 9), ROPE(1, 64, 64, 1000000, 4, false, 5),
+    ROPE(2, 9, 4, 7, 128, true, 3),
+    KV_ROUND(64, 64, 2), KV_ROUND(128, 64, 9), KV_ROUND(101, 10, 40), KV_ROUND(512, 64, 20),
+    INDEX_ROUND(1, 1, 3), INDEX_ROUND(8, 1, 9), INDEX_ROUND(64, 0, 9), INDEX_ROUND(128, 1, 70),
+    COMPRESS(4, 128, 9), COMPRESS(4, 20, 5), COMPRESS(4, 1, 3), COMPRESS(8, 13, 4),
+    COMPRESS(128, 72, 5), COMPRESS(1, 16, 6),
+    INDEX(4, 64, 4, 0, 40), INDEX(1, 16, 4, 1100, 9), INDEX(5, 20, 4, 77, 17),
+    INDEX(64, 128, 4, 1500, 6),
+    TOPK(8, 4, 0, 0, 60), TOPK(8, 4, 100, 3, 20), TOPK(512, 4, 2040, 0, 40),
+    TOPK(64, 1, 3000, 2, 9), TOPK(1, 1, 0, 1, 30),
+    ATTEND(4, 128, 16, 0, 0, 0, 40), ATTEND(1, 8, 1, 0, 0, 5, 3), ATTEND(3, 20, 7, 4, 0, 10, 30),
+    ATTEND(9, 64, 16, 4, 8, 3, 50), ATTEND(8, 512, 128, 4, 64, 700, 6),
+    ATTEND(17, 36, 64, 128, 0, 1000, 5), ATTEND(5, 7, 3, 8, 0, 900, 4),
+    HC_PRE(4, 96, 70), HC_PRE(4, 1030, 3), HC_PRE(1, 5, 2), HC_PRE(8, 33, 5), HC_PRE(3, 7, 4),
+    HC_POST(4, 96, 20), HC_POST(4, 1030, 3), HC_POST(1, 5, 2), HC_POST(8, 515, 3),
+    HC_HEAD(4, 96, 66), HC_HEAD(2, 13, 3), HC_HEAD(8, 520, 2),
+    ROUTE(16, 4, 0, 50), ROUTE(256, 6, 0, 9), ROUTE(37, 37, 0, 3), ROUTE(16, 4, 1, 50),
+    SWIGLU(1, 3), SWIGLU(77, 8), SWIGLU(2048, 5),
+    EXPERT(32, 32, 1, 0, 1), EXPERT(32, 64, 1, 0, 5), EXPERT(96, 160, 1, 0, 64),
+    EXPERT(288, 320, 1, 0, 7), EXPERT(2080, 96, 1, 0, 3), EXPERT(64, 2112, 1, 0, 2),
+    EXPERT(544, 96, 1, 1, 9), EXPERT(96, 160, 0, 0, 64), EXPERT(1056, 64, 0, 0, 3),
+    ADD(1, 9, 5), ADD(4, 100, 20),
+};
+enum { N_CASES = sizeof cases / sizeof cases[0] };
+
+/* === Twins and identity ======================================================================= */
+
+/* Bytes alike; where both are NaN as floats, their bits may differ. */
+static bool same_bytes(const uint8_t *a, const uint8_t *b, size_t bytes) {
+    if (!memcmp(a, b, bytes)) return true;
+    for (size_t i = 0; i + 4 <= bytes; i += 4) {
+        float x, y;
+        memcpy(&x, a + i, 4);
+        memcpy(&y, b + i, 4);
+        if (memcmp(a + i, b + i, 4) && !(isnan(x) && isnan(y))) return false;
+    }
+    return true;
+}
+
+static void describe(const op_case *c, char *text, size_t room_for) {
+    snprintf(text, room_for, "%s n %d (%d %d %d %d %d %d)", c->name, c->n, c->size[0], c->size[1],
+             c->size[2], c->size[3], c->size[4], c->size[5]);
+}
+
+static uint8_t *results(const op_case *c, const dsv4_ops *ops, int step, dsv4_exec *ex) {
+    uint8_t *out = room((size_t)c->n * c->stride);
+    for (int t = 0; t < c->n; t += step) {
+        int n = c->n - t < step ? c->n - t : step;
+        while (n > EXPERT_ROWS && c->run == run_expert) n--;
+        c->run(c, ops, out, t, n, ex);
+    }
+    return out;
+}
+
+static void test_kernels_twins(void) {
+    /* Goal: ops_cpu computes what ops_ref does.  Method: every case; equal bytes where the
+     * contract defines bits.  Else, as each of the k additions of a sum rounds by at most eps/2 of
+     * a partial sum, and these errors are independent, (8 + 4 sqrt(k)) * eps/2 in units of the
+     * output's rms; a score's error acts on attend's and compress's weights as it is. */
+    double worst_share = 0;
+    for (int i = 0; i < N_CASES; i++) {
+        const op_case *c = &cases[i];
+        char text[200];
+        describe(c, text, sizeof text);
+        uint8_t *want = results(c, &ops_ref, c->n, NULL), *got = results(c, &ops_cpu, c->n, execs[1]);
+        size_t bytes = (size_t)c->n * c->stride, count = bytes / 4;
+        if (!c->sum) CHECK(same_bytes(got, want, bytes), "%s: not equal", text);
+        const float *w = (const float *)(void *)want, *g = (const float *)(void *)got;
+        double square = 0, tol = (8 + 4 * sqrt(c->sum)) * 0x1p-24;
+        for (size_t j = 0; c->sum && j < count; j++) square += (double)w[j] * w[j];
+        double rms = sqrt(square / (double)count);
+        for (size_t j = 0; c->sum && j < count; j++) {
+            double error = fabs((double)g[j] - w[j]) / rms;
+            CHECK(error <= tol, "%s [%zu]: got %.9g want %.9g: %.3g rms, allowed %.3g", text, j,
+                  (double)g[j], (double)w[j], error, tol);
+            worst_share = fmax(worst_share, error / tol);
+        }
+        free(want), free(got);
+    }
+    NOTE("worst error: %.2f of its tolerance", worst_share);
+}
+
+static void test_kernels_same_bits(void) {
+    /* Goal: an element's bits depend on its row and token only.  Method: every case at once, token
+     * by token and by sevens, on 1, 2, 3 and 8 threads, against one thread at once. */
+    static const int steps[3] = {1, 7, MAX_N};
+    for (int i = 0; i < N_CASES; i++) {
+        const op_case *c = &cases[i];
+        uint8_t *want = results(c, &ops_cpu, c->n, execs[0]);
+        for (int e = 0; e < N_EXECS; e++)
+            for (int s = 0; s < 3; s++) {
+                uint8_t *got = results(c, &ops_cpu, steps[s], execs[e]);
+                char text[200];
+                describe(c, text, sizeof text);
+                CHECK(!memcmp(got, want, (size_t)c->n * c->stride), "%s: %d at a time, %d threads",
+                      text, steps[s], exec_threads[e]);
+                free(got);
+            }
+        free(want);
+    }
+}
+
+/* === exp ====================================================================================== */
+
+static void test_kernels_exp(void) {
+    /* Goal: within 2 ulp of exp everywhere, subnormal results included, and the promised ends.
+     * Method: every 101st F32 from -110 to 90 against libm's double. */
+    double worst = 0;
+    for (uint32_t bits = 0; bits < 0x42dc0000u; bits += 101)
+        for (uint32_t sign = 0; sign < 2; sign++) {
+            uint32_t u = bits | sign << 31;
+            float x;
+            memcpy(&x, &u, 4);
+            if (x > 90) continue;
+            double want = exp((double)x);
+            float got = exp_f32(x);
+            if (want > 3.4028235e38) {
+                CHECK(got >= 0x1.fffffcp127f, "exp(%.9g) = %g", (double)x, (double)got);
+                continue;
+            }
+            int e;
+            (void)frexp(want, &e);
+            double ulp = ldexp(1, (e > -125 ? e : -125) - 24);
+            double error = fabs((double)got - want) / ulp;
+            CHECK(error <= 2, "exp(%.9g) = %.9g, %g ulp off", (double)x, (double)got, error);
+            worst = fmax(worst, error);
+        }
+    CHECK(exp_f32(0) == 1 && exp_f32(-0.0f) == 1, "exp(0)");
+    CHECK(exp_f32(-104.001f) == 0 && exp_f32(-INFINITY) == 0, "exp of little");
+    CHECK(exp_f32(88.73f) > 3.4e38f && isinf(exp_f32(88.73f)) && isinf(exp_f32(INFINITY)),
+          "exp of much");
+    CHECK(isnan(exp_f32(NAN)), "exp of NaN");
+    NOTE("worst error: %.2f ulp", worst);
+}
+
+static void test_kernels_exp_vector(void) {
+    /* Goal: the vector exp gives exp_f32's bits.  Method: seen through swiglu, where u is 1, and
+     * for exp(x) below 2^-25 bare through compress: with scores 0 and x and values 0 and 1 an
+     * entry is exp(x) / (1 + exp(x)). */
+    enum { N = 1 << 16 };
+    static float g[N], u[N], a[N], b[N], kv[2 * N], score[2 * N], ape[2 * N];
+    for (int round = 0; round < 16; round++) {
+        for (int i = 0; i < N; i++) {
+            g[i] = random_f32() * 110;
+            u[i] = 1;
+            kv[i] = 0, kv[N + i] = 1;
+            score[i] = 0, score[N + i] = -fabsf(g[i]);
+        }
+        ops_ref.swiglu(a, g, u, 1, N, INFINITY, NULL);
+        ops_cpu.swiglu(b, g, u, 1, N, INFINITY, execs[0]);
+        CHECK(!memcmp(a, b, sizeof a), "swiglu shows another exp");
+        dsv4_compress in = {kv, score, NULL, NULL, ape, 2, N, 0};
+        ops_cpu.compress(b, &in, 0, 1, execs[0]);
+        for (int i = 0; i < N; i++) {
+            float p = exp_f32(score[N + i]);
+            CHECK(b[i] == p / (1 + p), "compress shows exp(%.9g) = %.9g, not %.9g",
+                  (double)score[N + i], (double)b[i], (double)p);
+        }
+    }
+}
+
+/* === Formats, experts at their limits, top-k at length ========================================= */
+
+static void test_kernels_bf16_f16(void) {
+    /* Goal: BF16 and F16 both ways, ties and NaN included.  Method: every code; halves. */
+    for (uint32_t i = 0; i < 65536; i++) {
+        uint16_t code = (uint16_t)i;
+        float x = bf16_to_f32(code), y = f16_to_f32(code);
+        if (isnan(x)) {
+            CHECK(isnan(bf16_to_f32(f32_to_bf16(x))), "bf16 %04x", i);
+        } else {
+            CHECK(f32_to_bf16(x) == code, "bf16 %04x", i);
+            float half = x + (bf16_to_f32((uint16_t)(code + 1)) - x) / 2;
+            if (isfinite(half))
+                CHECK(f32_to_bf16(half) == code + (code & 1), "half above bf16 %04x", i);
+        }
+        int e = code >> 10 & 31, mant = code & 1023;
+        double want = e ? ldexp(1024 + mant, e - 25) : ldexp(mant, -24);
+        if (e == 31) want = mant ? NAN : INFINITY;
+        want = code & 0x8000 ? -want : want;
+        CHECK((double)y == want || (isnan(y) && isnan(want)), "f16 %04x is %g", i, (double)y);
+    }
+}
+
+static void test_kernels_expert_extremes(void) {
+    /* Goal: the integer sums hold at their limits.  Method: all weights 6, or -6, or 0; all codes
+     * 448, -448, the least, or taking turns; equal to the reference bit by bit. */
+    enum { DIM = 320, INTER = 288 };
+    static uint8_t weights[DIM * INTER / 2], scales[DIM * INTER / 32], code[DIM], x_scale[3];
+    static const uint8_t patterns[5] = {0x77, 0xff, 0x7f, 0x00, 0x91};
+    static const uint8_t codes[5][2] = {{126, 126}, {254, 254}, {126, 254}, {1, 129}, {119, 1}};
+    float y[2][DIM], weight = 1.25f;
+    int32_t row = 0;
+    void *scratch = room(expert_scratch_bytes(DIM, INTER));
+    memset(scales, 121, sizeof scales);
+    memset(x_scale, 110, sizeof x_scale);
+    dsv4_ffn w = {{DT_I8, INTER, DIM, weights, scales}, {DT_I8, DIM, INTER, weights, scales},
+                  {DT_I8, INTER, DIM, weights, scales}};
+    dsv4_acts x = {code, x_scale, NULL};
+    for (int p = 0; p < 25; p++) {
+        memset(weights, patterns[p % 5], sizeof weights);
+        for (int i = 0; i < DIM; i++) code[i] = codes[p / 5][i % 2];
+        memset(y, 0, sizeof y);
+        ops_ref.expert_ffn(y[0], &w, &x, &row, &weight, 1, 10, scratch, NULL);
+        ops_cpu.expert_ffn(y[1], &w, &x, &row, &weight, 1, 10, scratch, execs[1]);
+        CHECK(!memcmp(y[0], y[1], sizeof y[0]), "weights %02x codes %d %d: got %g want %g",
+              patterns[p % 5], codes[p / 5][0], codes[p / 5][1], (double)y[1][0], (double)y[0][0]);
+    }
+    free(scratch);
+}
+
+static const float *sort_scores;
+
+static int by_score(const void *a, const void *b) {
+    int32_t i = *(const int32_t *)a, j = *(const int32_t *)b;
+    float x = sort_scores[i], y = sort_scores[j];
+    return x != y ? (x < y ? 1 : -1) : (i > j) - (i < j);
+}
+
+static int by_id(const void *a, const void *b) {
+    return *(const int32_t *)a - *(const int32_t *)b;
+}
+
+static void test_kernels_topk_long(void) {
+    /* Goal: right for any number of entries.  Method: past 49,140, 232,436 and 779,424 of them,
+     * with distinct, few and all equal scores, against a plain sort. */
+    static const int counts[3] = {49141, 232437, 779425}, kinds[4] = {0, 3, 1000, -1};
+    enum { K = 512 };
+    for (int c = 0; c < 3; c++)
+        for (int kind = 0; kind < 4; kind++) {
+            int n = counts[c];
+            float *scores = room((size_t)n * sizeof *scores);
+            int32_t *order = room((size_t)n * sizeof *order), idx[K], count;
+            for (int i = 0; i < n; i++) {
+                float x = random_f32() * 2;
+                scores[i] = kinds[kind] > 0 ? roundf(x * (float)kinds[kind]) : kinds[kind] ? 0 : x;
+                order[i] = i;
+            }
+            sort_scores = scores;
+            qsort(order, (size_t)n, sizeof *order, by_score);
+            qsort(order, K, sizeof *order, by_id);
+            ops_cpu.topk(idx, &count, scores, (size_t)n, 1, K, 1, n - 1, execs[0]);
+            CHECK(count == K && !memcmp(idx, order, sizeof idx), "%d entries, kind %d", n,
+                  kinds[kind]);
+            free(scores), free(order);
+        }
+}
+
+/* === Thread pool ============================================================================== */
+
+static void test_kernels_pool_covers(void) {
+    /* Goal: each item of a region is done once, before it returns.  Method: `add` of ones has an
+     * item a token; after each of many small and some large regions every sum is right. */
+    enum { LARGE = 5000 };
+    static const int sizes[8] = {0, 1, 2, 3, 7, 8, 100, LARGE};
+    static float ones[LARGE], y[LARGE];
+    for (int i = 0; i < LARGE; i++) ones[i] = 1;
+    for (int e = 0; e < N_EXECS; e++)
+        for (int s = 0; s < 8; s++) {
+            int repeats = sizes[s] == LARGE ? 5 : 300;
+            memset(y, 0, sizeof y);
+            for (int r = 1; r <= repeats; r++) {
+                ops_cpu.add(y, ones, sizes[s], 1, 1, execs[e]);
+                for (int i = 0; i < sizes[s]; i++)
+                    CHECK(y[i] == (float)r, "%d threads, item %d of %d: %g after %d regions",
+                          exec_threads[e], i, sizes[s], (double)y[i], r);
+            }
+            for (int i = sizes[s]; i < LARGE; i++) CHECK(y[i] == 0, "item %d was not asked for", i);
+        }
+}
+
+static void test_kernels_pool_opens(void) {
+    /* Goal: pools of any size start, work once or never, and end.  Method: open, perhaps use, and
+     * close, with up to 64 threads. */
+    static float ones[64], y[64];
+    for (int threads = 1; threads <= 64; threads = threads * 2 + threads % 3)
+        for (int used = 0; used < 2; used++) {
+            dsv4_exec *ex;
+            dsv4_err err;
+            CHECK(exec_open(&ex, threads, &err) == 0, "%d threads", threads);
+            if (used) ops_cpu.add(y, ones, 64, 1, 1, ex);
+            exec_close(ex);
+        }
+    exec_close(NULL);
+}
+
+int main(void) {
+    dsv4_err err;
+    fill_pools();
+    for (int e = 0; e < N_EXECS; e++)
+        if (exec_open(&execs[e], exec_threads[e], &err)) return printf("FAIL %s\n", err.msg), 1;
+    RUN(test_kernels_twins);
+    RUN(test_kernels_same_bits);
+    RUN(test_kernels_exp);
+    RUN(test_kernels_exp_vector);
+    RUN(test_kernels_bf16_f16);
+    RUN(test_kernels_expert_extremes);
+    RUN(test_kernels_topk_long);
+    RUN(test_kernels_pool_covers);
+    RUN(test_kernels_pool_opens);
+    for (int e = 0; e < N_EXECS; e++) exec_close(execs[e]);
+    return check_done();
 }
