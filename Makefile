@@ -1,7 +1,8 @@
 # make           ./dsv4                          make SAN=1   the same under ASan and UBSan
 # make demo      a small model answers a text    make test    all tests (about 5 minutes)
 # make deps      install what is missing         make fuzz    each fuzzer for 60 s
-# make goldens   regenerate our own goldens      make install PREFIX=/usr/local
+# make goldens   regenerate our own goldens      make flash    Flash's widths, 4 layers, 16 GB
+# make install PREFIX=/usr/local                 make clean
 
 CC      ?= gcc
 PREFIX  ?= /usr/local
@@ -84,6 +85,11 @@ goldens:
 	@$(MAKE) --no-print-directory $(B)/mkmodel
 	@tests/goldens.sh $(VENV) $(B)/mkmodel
 
+# true widths, about 16 GB in build/: the answer must not depend on --ram
+flash: deps
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel
+	@tests/flash.sh ./$(BIN) $(B)/mkmodel
+
 install: $(BIN)
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dsv4
@@ -91,5 +97,5 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps demo test fuzz goldens install clean
+.PHONY: all deps demo test fuzz goldens flash install clean
 .DELETE_ON_ERROR:

@@ -1,7 +1,9 @@
 /* fuzz_header.c -- any bytes as the front of a safetensors file: ckpt_open() must refuse it in
  * one line, or make a table in order of name whose tensors lie inside the file, disjoint.
  *
- *   input = u32 more | the file's first bytes;  the file has a hole of `more` bytes behind them  */
+ *   input = u32 more | the file's first bytes;  the file has a hole of `more` bytes behind them
+ *   `more` with its top bit set: the header's length is made to fit, so that changes of the JSON
+ *   get through to the parser                                                                    */
 #define _GNU_SOURCE 1
 #include "../dsv4.h"
 
@@ -61,9 +63,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     memcpy(&more, data, sizeof more);
     data += sizeof more;
     n -= sizeof more;
-    uint64_t size = (uint64_t)n + more;
+    uint64_t fitting = (uint64_t)n - 8, size = (uint64_t)n + (more & 0x7fffffff);
     if (ftruncate(fd, 0) || pwrite(fd, data, n, 0) != (ssize_t)n || ftruncate(fd, (off_t)size))
         abort();
+    if (more >> 31 && n >= 8 && pwrite(fd, &fitting, 8, 0) != 8) abort();
     dsv4_err err = {""};
     ckpt *c;
     int rc = ckpt_open(&c, dir, &err);

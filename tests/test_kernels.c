@@ -565,7 +565,7 @@ static void test_kernels_exp_vector(void) {
     }
 }
 
-/* === Formats, experts at their limits, top-k at length ========================================= */
+/* === Ties of experts, formats, experts at their limits, top-k at length ====================== */
 
 static void test_kernels_bf16_f16(void) {
     /* Goal: BF16 and F16 both ways, ties and NaN included.  Method: every code; halves. */
@@ -613,6 +613,41 @@ static void test_kernels_expert_extremes(void) {
               patterns[p % 5], codes[p / 5][0], codes[p / 5][1], (double)y[1][0], (double)y[0][0]);
     }
     free(scratch);
+}
+
+static void test_kernels_route_ties(void) {
+    /* Goal: experts in descending order of score plus bias, equal ones by the lower id.  Method:
+     * logits and biases of few different values, the order checked pair by pair. */
+    enum { EXPERTS = 64, K = 12 };
+    float logits[EXPERTS], bias[EXPERTS], weights[EXPERTS];
+    int32_t ids[EXPERTS];
+    for (int round = 0; round < 50; round++)
+        for (int table = 0; table < 2; table++) {
+            const dsv4_ops *ops = table ? &ops_cpu : &ops_ref;
+            float score[EXPERTS];
+            for (int e = 0; e < EXPERTS; e++) {
+                logits[e] = roundf(random_f32() * 2);
+                bias[e] = roundf(random_f32());
+            }
+            dsv4_route all = {logits, bias, NULL, NULL, EXPERTS, EXPERTS, 1};
+            ops->route(ids, weights, &all, 1, execs[0]);
+            for (int e = 0; e < EXPERTS; e++)                /* to a factor, which scale makes 1 */
+                all.scale = e ? all.scale + sqrtf(log1pf(expf(logits[e])))
+                              : sqrtf(log1pf(expf(logits[e])));
+            ops->route(ids, weights, &all, 1, execs[0]);
+            for (int i = 0; i < EXPERTS; i++) score[ids[i]] = weights[i] + bias[ids[i]];
+            dsv4_route best = {logits, bias, NULL, NULL, EXPERTS, K, 1};
+            ops->route(ids, weights, &best, 1, execs[0]);
+            for (int i = 0; i < K; i++)
+                for (int e = 0; e < EXPERTS; e++) {
+                    int place = 0;
+                    while (place < K && ids[place] != e) place++;
+                    bool same = logits[e] == logits[ids[i]] && bias[e] == bias[ids[i]];
+                    if (same && e < ids[i]) CHECK(place < i, "%d stands before %d", ids[i], e);
+                    if (!same && place > i)
+                        CHECK(score[e] <= score[ids[i]] + 1e-5f, "%d before %d", ids[i], e);
+                }
+        }
 }
 
 static const float *sort_scores;

@@ -136,7 +136,9 @@ static void naive_bpe(const short_string pairs[][2], int n_pairs, const char *te
                 if (!strcmp(part[i].s, pairs[m][0].s) && !strcmp(part[i + 1].s, pairs[m][1].s))
                     best = m, at = i;
         if (at < 0) break;
-        strcat(part[at].s, part[at + 1].s);
+        size_t end = strlen(part[at].s), more = strlen(part[at + 1].s) + 1;
+        CHECK(end + more <= sizeof part[at].s, "piece of %zu bytes", end + more);
+        memcpy(part[at].s + end, part[at + 1].s, more);
         memmove(&part[at + 1], &part[at + 2], (size_t)(n-- - at - 2) * sizeof *part);
     }
     *out = 0;
@@ -214,7 +216,8 @@ static void test_text_looks_whole_words_up_where_the_file_says_so(void) {
 
 static void test_text_finds_added_tokens_leftmost_and_longest_first(void) {
     static const char added[] = ADDED(300, "<a", false, true) ", " ADDED(301, "<ab>", false, false)
-        ", " ADDED(302, "<a><", false, true) ", " ADDED(305, "x<", true, false);
+        ", " ADDED(302, "<a><", false, true) ", " ADDED(305, "x<", true, false)
+        ", " ADDED(306, "<ab>c", true, false);
     tok *t = make_tok(LETTERS, "'a b'", added, NO_SPLIT, "");
     check_ids(t, "<ab><a><ab", 10, true, "301 302 256");
     check_ids(t, "<ab<a", 5, true, "300 98 300");
@@ -223,6 +226,7 @@ static void test_text_finds_added_tokens_leftmost_and_longest_first(void) {
     /* Those with "normalized" true come second, even where they start further left. */
     check_ids(t, "x<ab", 4, true, "120 300 98");
     check_ids(t, "x<b", 3, true, "305 98");
+    check_ids(t, "<ab>c", 5, true, "301 99");
     check_ids(t, "<ab>x<", 6, false, "60 256 62 120 60");
     CHECK(tok_special(t, "<ab>") == 301 && tok_special(t, "<ab") == -1 && tok_special(t, "a") == -1,
           "found wrong ids");
@@ -258,34 +262,67 @@ static void test_text_cuts_by_each_regex_in_turn(void) {
     static const char pre[] = "{'type': 'Sequence', 'pretokenizers': [{'type': 'Split', "
         "'pattern': {'Regex': '\\\\p{N}{1,3}'}, 'behavior': 'Isolated', 'invert': false}, "
         "{'type': 'Split', 'pattern': {'String': 'a.'}, 'behavior': 'Isolated'}, " NO_SPLIT "]}";
-    tok *t = make_tok(", 'aa': 256, '11': 257, '1111': 258, '.a': 259, 'a.': 260, '1a': 261",
-                      "'1 1', '11 11', '. a', 'a .', '1 a', 'a a'", "", pre, "");
+    tok *t = make_tok(", 'aa': 256, '11': 257, '1111': 258, '.a': 259, 'a.': 260, '1a': 261, "
+                      "'a1': 262", "'1 1', '11 11', '. a', 'a .', '1 a', 'a 1', 'a a'", "", pre, "");
     check_ids(t, "1111", 4, true, "257 49 49");
     check_ids(t, "1aa.a", 5, true, "49 97 260 97");
     check_ids(t, "aab", 3, true, "256 98");
+    check_ids(t, "a1a", 3, true, "97 49 97");
+    tok_close(t);
+    t = make_tok(LETTERS, "'a a', 'a b'", "", SPLIT("^a|b$"), "");
+    check_ids(t, "aa\naa", 5, true, "97 97 10 97 97"); /* ^ and $ are those of lines */
+    check_ids(t, "ab\naab", 6, true, "97 98 10 97 97 98");
     tok_close(t);
 }
 
 /* A place where a search window ends inside a run or a character must not show. */
 static void test_text_cuts_the_same_at_any_place_of_a_long_text(void) {
-    tok *t = make_tok(", 'ĠĠ': 256, 'xy': 257", "'Ġ Ġ', 'x y'", "", SPLIT("xy|é+z"), "");
-    enum { LEN = 9000 };
-    char *text = malloc(LEN + 8);
-    for (int pad = 0; text && pad < 1100; pad += 7) {
+    tok *t = make_tok(", 'xy': 256, 'Ã©': 257", "'x y', 'Ã ©'", "", SPLIT("xy|[^\\\\p{L}.]"), "");
+    enum { LEN = 3000 };
+    char text[LEN];
+    for (size_t pad = 0; t && pad < 1100; pad++) { /* dots, letters of two bytes, xyxxy */
+        size_t n_letters = (LEN - 5 - pad) / 2, len = pad + 2 * n_letters, n;
         int32_t *ids;
-        size_t n;
         dsv4_err err = {""};
-        memset(text, '.', LEN);
-        for (int i = pad; i + 2 < LEN; i += 2) memcpy(text + i, "é", 2);
-        memcpy(text + pad + 7000, "xyxxy", 5);
-        int rc = t ? tok_encode(t, text, (size_t)pad + 7005, true, &ids, &n, &err) : -1;
+        memset(text, '.', pad);
+        for (size_t i = pad; i < len; i += 2) memcpy(text + i, "é", 2);
+        memcpy(text + len, "xyxxy", 5);
+        int rc = tok_encode(t, text, len + 5, true, &ids, &n, &err);
         CHECK(rc == 0, "%s", err.msg);
-        if (rc) break;
-        CHECK(n == (size_t)pad + 7003 && ids[n - 3] == 257 && ids[n - 1] == 257,
-              "pad %d: %zu ids", pad, n);
+        CHECK(n == pad + n_letters + 3 && ids[n - 4] == 257 && ids[n - 3] == 256 && ids[n - 1] == 256,
+              "pad %zu: %zu ids", pad, n);
         free(ids);
     }
-    free(text);
+    tok_close(t);
+}
+
+/* Words of a text are remembered while it is encoded: that must not show either. */
+static void test_text_encodes_a_word_alike_wherever_it_stands(void) {
+    tok *t = make_tok(LETTERS, "'a b', 'b c', 'a a'", "", SPLIT("[a-c]+"), "");
+    enum { WORDS = 3000 };
+    char text[8 * WORDS];
+    size_t len = 0, n, n_word, at = 0;
+    int32_t *ids, *word;
+    dsv4_err err = {""};
+    for (int i = 0; i < WORDS; i++) {
+        for (uint32_t k = 2 + rnd(5); k > 0; k--) text[len++] = "abc"[rnd(3)];
+        text[len++] = ' ';
+    }
+    if (!t || tok_encode(t, text, len, true, &ids, &n, &err)) {
+        CHECK(false, "%s", err.msg);
+        tok_close(t);
+        return;
+    }
+    for (size_t i = 0, end; i < len; i = end) { /* each word, and the space behind it, alone */
+        end = i + (size_t)((char *)memchr(text + i, ' ', len - i) - text - i) + 1;
+        int rc = tok_encode(t, text + i, end - i, true, &word, &n_word, &err);
+        CHECK(rc == 0 && at + n_word <= n && !memcmp(word, ids + at, n_word * sizeof *ids),
+              "\"%.*s\" at %zu", (int)(end - i), text + i, i);
+        at += n_word;
+        free(word);
+    }
+    CHECK(at == n, "%zu ids, not %zu", n, at);
+    free(ids);
     tok_close(t);
 }
 
@@ -673,6 +710,7 @@ int main(void) {
     RUN(test_text_knows_the_bytes_of_every_id);
     RUN(test_text_cuts_by_each_regex_in_turn);
     RUN(test_text_cuts_the_same_at_any_place_of_a_long_text);
+    RUN(test_text_encodes_a_word_alike_wherever_it_stands);
     RUN(test_text_utf8_push_equals_replacing_the_whole);
     RUN(test_text_repairs_broken_utf8_before_encoding);
     RUN(test_text_prompt_of_a_user_turn);
