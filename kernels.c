@@ -42,8 +42,10 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* All lanes x. */
 static inline f32x8 splat8(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
 
+/* Eight floats at any address. */
 static inline f32x8 load8(const float *p) {
     f32x8 v;
     memcpy(&v, p, sizeof v);
@@ -60,6 +62,7 @@ static inline f32x8 load_upto8(const float *p, int n) {
     return v;
 }
 
+/* The first n lanes; all eight if n is larger. */
 static inline void store_upto8(float *p, f32x8 v, int n) {
     if (n >= 8)
         store8(p, v);
@@ -97,6 +100,7 @@ static inline f32x8 max8(f32x8 a, f32x8 b) {
 #endif
 }
 
+/* The sign bit cleared, of NaN and -0 too. */
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
 
 /* The sum of the lanes, always as this tree. */
@@ -110,12 +114,14 @@ static inline float sum8(f32x8 v) {
 #endif
 }
 
+/* The largest lane; for a maximum the order does not matter. */
 static inline float max_lane8(f32x8 v) {
     float top = v[0];
     for (int i = 1; i < 8; i++) top = v[i] > top ? v[i] : top;
     return top;
 }
 
+/* Eight BF16, exactly: they are the upper halves of F32. */
 static inline f32x8 bf16_load8(const uint16_t *p) {
     u16x8 v;
     memcpy(&v, p, sizeof v);
@@ -126,6 +132,7 @@ static inline f32x8 bf16_load8(const uint16_t *p) {
 #endif
 }
 
+/* Eight F16, exactly. */
 static inline f32x8 f16_load8(const uint16_t *p) {
 #ifdef __F16C__
     __m128i v;
@@ -138,6 +145,7 @@ static inline f32x8 f16_load8(const uint16_t *p) {
 #endif
 }
 
+/* Eight bytes, as 0..255. */
 static inline i32x8 u8_load8(const uint8_t *p) {
 #ifdef __AVX2__
     return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
@@ -172,9 +180,10 @@ static inline f32x8 e4m3_load8(const uint8_t *p) {
  * A worker that comes late finds the gate closed and sleeps again: a small job ends as soon as
  * the caller has done it.  Every wait spins for a few microseconds, then sleeps in the kernel. */
 
-enum { SPINS = 60 };
+enum { SPINS = 60 };               /* pauses of 40 to 140 cycles each: a few microseconds       */
 #define OPEN 0x80000000u           /* in gate; the other bits count workers inside */
 
+/* Do items begin .. end-1.  Called by several threads at once with the same arg. */
 typedef void (*exec_fn)(void *arg, int64_t begin, int64_t end);
 
 struct dsv4_exec {
@@ -183,12 +192,14 @@ struct dsv4_exec {
     exec_fn fn;                    /* the job; written while the gate is shut and nobody inside */
     void *arg;
     int64_t n_items, grain;
-    _Atomic bool stop;
-    alignas(64) _Atomic int64_t next;
-    alignas(64) _Atomic uint32_t gate;
-    alignas(64) _Atomic uint32_t bell;
+    _Atomic bool stop;             /* told once, by exec_close                                  */
+    /* Each on a cache line of its own, for each is written while others are waited on. */
+    alignas(64) _Atomic int64_t next;   /* first item that nobody has taken                     */
+    alignas(64) _Atomic uint32_t gate;  /* OPEN, and how many workers are inside                */
+    alignas(64) _Atomic uint32_t bell;  /* grows by one a job; workers sleep on it              */
 };
 
+/* Wake up to n sleepers on *word. */
 static void futex_wake(_Atomic uint32_t *word, int n) {
     (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
 }
@@ -207,6 +218,7 @@ static void wait_change(_Atomic uint32_t *word, uint32_t old) {
         (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
 }
 
+/* Work until every item is taken.  The counter may pass n_items by a grain a thread. */
 static void take_blocks(dsv4_exec *ex) {
     for (;;) {
         int64_t begin = atomic_fetch_add_explicit(&ex->next, ex->grain, memory_order_relaxed);
@@ -215,6 +227,7 @@ static void take_blocks(dsv4_exec *ex) {
     }
 }
 
+/* Enter as a worker, unless the gate is shut.  Acquires what the caller wrote before opening. */
 static bool gate_join(dsv4_exec *ex) {
     uint32_t g = atomic_load_explicit(&ex->gate, memory_order_relaxed);
     while (g & OPEN)
@@ -224,9 +237,11 @@ static bool gate_join(dsv4_exec *ex) {
     return false;
 }
 
+/* A job may have come and gone, or a newer one begun, between hearing the bell and joining: either
+ * is fine, for the gate alone decides, and the job's fields do not change while it is open. */
 static void *worker_main(void *arg) {
     dsv4_exec *ex = arg;
-    uint32_t heard = 0;
+    uint32_t heard = 0;                                      /* the bell as last looked at */
     for (;;) {
         wait_change(&ex->bell, heard);
         heard = atomic_load_explicit(&ex->bell, memory_order_acquire);
@@ -238,7 +253,8 @@ static void *worker_main(void *arg) {
     }
 }
 
-/* fn(arg, begin, end) on blocks of `grain` items until all n_items are done, each once. */
+/* fn(arg, begin, end) on blocks of `grain` items until all n_items are done, each once; the caller
+ * takes part, and alone does what is a single block.  One job at a time, never from inside one. */
 static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, exec_fn fn, void *arg) {
     assert(grain > 0);
     assert(atomic_load_explicit(&ex->gate, memory_order_relaxed) == 0);
@@ -262,7 +278,7 @@ static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, exec_fn fn, 
 
 /* A grain that gives each thread several blocks, but no block over `most` items. */
 static int64_t grain_for(const dsv4_exec *ex, int64_t n_items, int64_t most) {
-    int64_t grain = n_items / (4 * (ex->n_workers + 1));
+    int64_t grain = n_items / (4 * (ex->n_workers + 1));     /* 4: a late thread costs little */
     return grain < 1 ? 1 : min_i64(grain, most);
 }
 
@@ -274,7 +290,7 @@ int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err) {
     for (int i = 0; i < n_threads - 1; i++) {
         int rc = pthread_create(&ex->worker[i], NULL, worker_main, ex);
         if (rc) {
-            exec_close(ex);
+            exec_close(ex);                                  /* ends those already started */
             return fail(err, "start thread %d of %d: %s; use fewer threads", i + 2, n_threads,
                         strerror(rc));
         }
@@ -297,7 +313,7 @@ void exec_close(dsv4_exec *ex) {
 
 /* exp_f32's twin, lane by lane: the same steps, so the same bits. */
 static inline f32x8 exp8(f32x8 x) {
-    const f32x8 shift = splat8(0x1.8p23f);
+    const f32x8 shift = splat8(0x1.8p23f);                   /* rounds to an integer when added */
     x = min8(splat8(89), max8(splat8(-105), x));
     f32x8 shifted = fma8(x, splat8(1.44269504f), shift);
     f32x8 n = shifted - shift;
@@ -340,6 +356,7 @@ static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
 /* One block of at most 128 values, zero-padded to whole vectors. */
 typedef struct { alignas(32) float x[128]; } round_block;
 
+/* Fill b with x [len] and return the largest magnitude; NaNs do not count. */
 static inline float block_load(round_block *b, const float *x, int len) {
     f32x8 top = splat8(0);
     memset(b->x, 0, sizeof b->x);
@@ -367,7 +384,7 @@ static uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
     round_block b;
     float inverse;
     uint8_t scale = e4m3_block_scale(block_load(&b, x, len), &inverse);
-    u8x8 codes[16];
+    u8x8 codes[16];                                          /* of 128 values */
     for (int i = 0; i < len; i += 8) {
         u32x8 c;
         f32x8 v = e4m3_round8(load8(b.x + i) * splat8(inverse), &c);
@@ -379,14 +396,18 @@ static uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
     return scale;
 }
 
+/* y [d] = x [d] rounded in blocks; y may be x. */
 static void e4m3_row(float *y, const float *x, int d, int block) {
     for (int b = 0; b < d; b += block)
         (void)e4m3_block(y + b, NULL, x + b, min_int(block, d - b));
 }
 
-/* === 4. Cheap operations: parallel over tokens ================================================ */
+/* === 4. Cheap operations: parallel over tokens ================================================
+ * Each is three pieces: NAME_args, what an item must know; NAME_tokens, the item function for a run
+ * of tokens; NAME_cpu, the twin.  Where time does not matter the twin is the reference itself, on
+ * slices of tokens.                                                                             */
 
-enum { TOKEN_GRAIN = 1 };
+enum { TOKEN_GRAIN = 1 };          /* tokens that a thread takes at once */
 
 typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } embed_args;
 
@@ -420,13 +441,14 @@ static void rmsnorm_tokens(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: F32, the sum of squares in eight lanes. */
 static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
                         dsv4_exec *ex) {
     rmsnorm_args a = {y, x, w, d, eps};
     exec_for(ex, n, grain_for(ex, n, 64), rmsnorm_tokens, &a);
 }
 
-typedef struct {
+typedef struct {                   /* of act_quant, act_codes and act_values alike              */
     float *y;
     uint8_t *code, *scale;
     const float *x;
@@ -442,12 +464,14 @@ static void act_quant_tokens(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: nothing, to the bit. */
 static void act_quant_cpu(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
     assert(block == 128 || block == 64);
     act_args a = {.y = y, .x = x, .d = d, .block = block};
     exec_for(ex, n, TOKEN_GRAIN, act_quant_tokens, &a);
 }
 
+/* One row of act_codes: code [d], scale [ceil(d/128)]. */
 static void codes_row(uint8_t *code, uint8_t *scale, const float *x, int d) {
     for (int b = 0; b < d; b += 128)
         scale[b / 128] = e4m3_block(NULL, code + b, x + b, min_int(128, d - b));
@@ -461,6 +485,7 @@ static void act_codes_tokens(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
     act_args a = {.code = code, .scale = scale, .x = x, .d = d};
@@ -515,6 +540,7 @@ static void kv_round_tokens(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: nothing, to the bit. */
 static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
     assert(rope_dim <= head_dim);
     kv_round_args a = {kv, head_dim, rope_dim};
@@ -523,6 +549,7 @@ static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec
 
 typedef struct { float *x; int d; bool rounding; } index_round_args;
 
+/* x [d] rounded to e2m1 in blocks of 32. */
 static void e2m1_row(float *x, int d) {
     for (int at = 0; at < d; at += 32) {
         round_block b;
@@ -545,7 +572,7 @@ static void index_round_rows(void *arg, int64_t begin, int64_t end) {
     float norm = (float)(1 / sqrt((double)a->d));
     for (int64_t t = begin; t < end; t++) {
         float *x = a->x + (size_t)t * (size_t)a->d;
-        for (int dist = 1; dist < a->d; dist *= 2)
+        for (int dist = 1; dist < a->d; dist *= 2)           /* butterflies, as the contract */
             for (int i = 0; i < a->d; i += 2 * dist)
                 for (int j = i; j < i + dist; j++) {
                     float p = x[j], q = x[j + dist];
@@ -557,6 +584,7 @@ static void index_round_rows(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: nothing, to the bit. */
 static void index_round_cpu(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
     assert(d > 0 && (d & (d - 1)) == 0);
     index_round_args a = {x, d, rounding};
@@ -582,6 +610,7 @@ static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n,
 
 typedef struct { float *a; const float *g, *u; int d; float limit; } swiglu_args;
 
+/* One row; a may be g or u. */
 static void swiglu_row(float *a, const float *g, const float *u, int d, float limit) {
     for (int c = 0; c < d; c += 8) {
         f32x8 gate = min8(splat8(limit), load_upto8(g + c, d - c));
@@ -598,6 +627,7 @@ static void swiglu_tokens(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: nothing, to the bit. */
 static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
     swiglu_args args = {a, g, u, d, limit};
@@ -616,16 +646,24 @@ static void add_tokens(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: nothing, to the bit. */
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
     add_args a = {y, x, copies, d};
     exec_for(ex, n, TOKEN_GRAIN, add_tokens, &a);
 }
 
 /* === 5. Dot products ==========================================================================
- * Everything that multiplies F32 rows goes through dot_tile: four rows times one or three
- * vectors; an element is eight fma lanes, k ascending, then sum8's tree, in any company.        */
+ * Everything that multiplies F32 rows goes through dot_tile: four rows times up to three vectors.
+ *
+ *             x[0]  x[1]  x[2]       an accumulator of eight lanes a pair: 12 registers, 3 for x,
+ *      w[0]    .     .     .         one for w; each load of w serves three vectors, each load
+ *      ..                            of x four rows
+ *      w[3]    .     .     .
+ *
+ * An element is eight fma lanes, k ascending, then sum8's tree, in whatever company it stands: this
+ * is what makes the bits of every product independent of n.                                     */
 
-enum { TILE_ROWS = 4, TILE_VECS = 3 };
+enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
 /* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (a constant where inlined). */
 static inline __attribute__((always_inline))
@@ -641,7 +679,7 @@ void dot_tile_n(float (*out)[TILE_ROWS], const float *const *w, const float *x, 
             for (int v = 0; v < n_vecs; v++)
                 acc[v][r] = fma8(wr, load8(x + (size_t)v * ldx + c), acc[v][r]);
         }
-    if (c < len)
+    if (c < len)                                             /* the rest, zeros behind it */
         for (int r = 0; r < TILE_ROWS; r++) {
             f32x8 wr = load_upto8(w[r] + c, len - c);
             for (int v = 0; v < n_vecs; v++)
@@ -666,9 +704,12 @@ static inline int dot_tile(float (*out)[TILE_ROWS], const float *const *w, const
  * multiplied with the tokens; an element adds its column blocks in ascending order.  FP8 scales
  * are multiplied into the weights, which is exact.                                              */
 
-enum { TILE_COLS = 1024, TOKEN_BLOCK = 64 };
+enum {
+    TILE_COLS = 1024,              /* a decoded tile is 16 KB and stays in the first cache      */
+    TOKEN_BLOCK = 64,              /* tokens that use a decoded tile before it is dropped       */
+};
 
-/* Columns c0 .. c0+len-1 of row r as F32. */
+/* Columns c0 .. c0+len-1 of row r as F32; e4m3_load8 gives 2^-8 of the values, hence the 256. */
 static void decode_fp8(float *dst, const dsv4_mat *w, int r, int c0, int len) {
     const uint8_t *src = (const uint8_t *)w->data + (size_t)r * (size_t)w->cols + c0;
     const uint8_t *scale = w->scale + (size_t)(r / 128) * (size_t)((w->cols + 127) / 128)
@@ -682,15 +723,23 @@ static void decode_fp8(float *dst, const dsv4_mat *w, int r, int c0, int len) {
     }
 }
 
+/* The same for packed FP4: only the path without roundings comes here. */
 static void decode_fp4(float *dst, const dsv4_mat *w, int r, int c0, int len) {
-    size_t at = (size_t)r * (size_t)w->cols + (size_t)c0;
-    const uint8_t *src = (const uint8_t *)w->data + at / 2;
-    for (int c = 0; c < len; c++) {
-        float s = e8m0_to_f32(w->scale[(at + (size_t)c) / 32]);
-        dst[c] = e2m1_to_f32((uint8_t)(src[c / 2] >> (4 * (c & 1)) & 15)) * s;
+    static const float value[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6,
+                                    -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    size_t at = ((size_t)r * (size_t)w->cols + (size_t)c0) / 32;
+    const uint8_t *src = (const uint8_t *)w->data + at * 16;
+    assert(c0 % 32 == 0 && len % 32 == 0);
+    for (int b = 0; b < len / 32; b++) {
+        float s = e8m0_to_f32(w->scale[at + (size_t)b]);
+        for (int i = 0; i < 16; i++) {
+            *dst++ = value[*src & 15] * s;
+            *dst++ = value[*src++ >> 4] * s;
+        }
     }
 }
 
+/* The same for any matrix. */
 static void decode_row(float *dst, const dsv4_mat *w, int r, int c0, int len) {
     size_t at = (size_t)r * (size_t)w->cols + (size_t)c0;
     const uint16_t *half = (const uint16_t *)w->data;        /* not yet moved to `at` */
@@ -716,6 +765,8 @@ static inline void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+/* Row r is decoded a tile later: ask for its bytes.  Decode is bound by memory, and the hardware
+ * does not see four streams of 1 or 2 KB as one. */
 static void prefetch_row(const dsv4_mat *w, int r, int c0, int len) {
     static const uint8_t half_bytes[DT_N] = {[DT_F32] = 8, [DT_F16] = 4, [DT_BF16] = 4,
                                              [DT_F8_E4M3] = 2, [DT_I8] = 1};
@@ -728,7 +779,8 @@ typedef struct {
     float *y;
     const dsv4_mat *w;
     const float *x;
-    int n, groups, group_rows, group_tiles;
+    int n, groups;
+    int group_rows, group_tiles;   /* of a group: rows, and tiles, the last one may be ragged   */
 } linear_args;
 
 /* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1. */
@@ -756,6 +808,7 @@ static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0,
     }
 }
 
+/* Item: a tile of rows, for all tokens. */
 static void linear_tiles(void *arg, int64_t begin, int64_t end) {
     const linear_args *a = arg;
     for (int t0 = 0; t0 < a->n; t0 += TOKEN_BLOCK)
@@ -780,7 +833,7 @@ static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int g
 enum { COMPRESS_DIMS = 64 };
 
 typedef struct { float *entries; const dsv4_compress *in; int64_t g0; int n_chunks; }
-    compress_args;
+    compress_args;                 /* entries of groups g0..; chunks of dims an entry has       */
 
 /* Dims c .. c+7 (or to d) of entry g. */
 static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
@@ -806,6 +859,7 @@ static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
     return mean / sum;
 }
 
+/* Item: chunk i % n_chunks of the dims of entry i / n_chunks. */
 static void compress_chunks(void *arg, int64_t begin, int64_t end) {
     const compress_args *a = arg;
     for (int64_t i = begin; i < end; i++) {
@@ -824,7 +878,9 @@ static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, in
     exec_for(ex, (int64_t)n_groups * a.n_chunks, 1, compress_chunks, &a);
 }
 
-/* === 8. Index scores and top-k ================================================================ */
+/* === 8. Index scores and top-k ================================================================
+ * An item of scores is a block of entries for one token: keys are read once from memory and then
+ * from the cache for all tokens.  top-k reads a token's scores four times, and never sorts.     */
 
 enum { SCORE_BLOCK = 256 };        /* entries of an item */
 
@@ -904,6 +960,7 @@ static uint32_t kth_key(const float *s, int64_t n, int k, int *n_equal) {
     return found;
 }
 
+/* Item: a token.  The last pass takes what is above the k-th key, and of its equals the first. */
 static void topk_tokens(void *arg, int64_t begin, int64_t end) {
     const topk_args *a = arg;
     for (int64_t t = begin; t < end; t++) {
@@ -937,7 +994,10 @@ static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t s
  * blocks of ATTEND_BLOCK items; with m the largest score so far, o and the denominator l are
  * kept relative to exp(m) and scaled down when m grows.  The sink is where m and l begin.       */
 
-enum { HEAD_GROUP = 8, ATTEND_BLOCK = 64 };
+enum {
+    HEAD_GROUP = 8,                /* heads that share each KV row while it is in the cache     */
+    ATTEND_BLOCK = 64,             /* items between two looks at the maximum                    */
+};
 
 typedef struct { float *o; const dsv4_attend *in; int n_groups; } attend_args;
 
@@ -1042,6 +1102,7 @@ static void attend_mix(float *o, const attend_block *b, int n_heads, int d) {
         }
 }
 
+/* Item: head group i % n_groups of token i / n_groups. */
 static void attend_groups(void *arg, int64_t begin, int64_t end) {
     const attend_args *a = arg;
     const dsv4_attend *in = a->in;
@@ -1052,7 +1113,7 @@ static void attend_groups(void *arg, int64_t begin, int64_t end) {
         int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
         if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
         size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
-        float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];
+        float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];  /* sums, maximum, denominator */
         memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
         for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
         for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
@@ -1077,11 +1138,14 @@ static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
 /* === 10. Hyper-connections ====================================================================
  * Differs: F32.  fn . h is a linear over TOKEN_BLOCK tokens, so that one token uses all threads. */
 
-enum { MAX_MIX = (2 + MAX_HC) * MAX_HC, HC_POST_DIMS = 512 };
+enum {
+    MAX_MIX = (2 + MAX_HC) * MAX_HC, /* rows of fn                                              */
+    HC_POST_DIMS = 512,            /* dims of an item of hc_post                                */
+};
 
 typedef struct {
     float *x, *post, *comb;        /* of the token block; post, comb NULL in hc_head            */
-    const float *h, *mix;
+    const float *h, *mix;          /* streams; fn . h, not yet divided by the streams' rms      */
     const dsv4_hc *w;
     const dsv4_hc_shape *s;
 } hc_args;
@@ -1098,6 +1162,7 @@ static void sinkhorn_step(float *C, int hc, bool by_row, float eps) {
     }
 }
 
+/* comb C [hc][hc] of one token: r is what its mixes m are still to be multiplied with. */
 static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const dsv4_hc_shape *s) {
     int hc = s->hc;
     for (int i = 0; i < hc; i++) {
@@ -1117,6 +1182,7 @@ static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const d
     }
 }
 
+/* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
 static void hc_mix_tokens(void *arg, int64_t begin, int64_t end) {
     const hc_args *a = arg;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
@@ -1173,6 +1239,7 @@ static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_h
 
 typedef struct { float *h; const float *y, *post, *comb; int hc, dim, n_chunks; } hc_post_args;
 
+/* Item: chunk i % n_chunks of the dims of token i / n_chunks. */
 static void hc_post_chunks(void *arg, int64_t begin, int64_t end) {
     const hc_post_args *a = arg;
     int hc = a->hc, dim = a->dim;
@@ -1194,6 +1261,7 @@ static void hc_post_chunks(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Differs: F32. */
 static void hc_post_cpu(float *h, const float *y, const float *post, const float *comb,
                         const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     assert(s->hc > 0 && s->hc <= MAX_HC);
@@ -1214,14 +1282,16 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
  *
  * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
 
-enum { FP4_COLS = 2048 };       /* columns decoded at a time */
+enum { FP4_COLS = 2048 };          /* columns decoded at a time: 8 KB a tile */
 
+/* Blocks of 32 columns, rounded up to the eight that block_sums8 does at once. */
 static inline size_t padded_blocks(int cols) { return (size_t)((cols + 255) / 256 * 8); }
 
 static size_t packed_bytes(int cols) { return padded_blocks(cols) * (96 + 2 * sizeof(int32_t)); }
 
 typedef struct { int8_t *limbs; int32_t *offset, *exponent; } packed_row;
 
+/* Packed row `row` of those that begin at base. */
 static packed_row packed_at(uint8_t *base, int cols, int64_t row) {
     size_t blocks = padded_blocks(cols);
     uint8_t *p = base + (size_t)row * packed_bytes(cols);
@@ -1229,6 +1299,7 @@ static packed_row packed_at(uint8_t *base, int cols, int64_t row) {
     return (packed_row){(int8_t *)p, offset, offset + blocks};
 }
 
+/* One row of e4m3 codes [cols] and their scales, one for 128 columns. */
 static void pack_row(packed_row x, const uint8_t *code, const uint8_t *scale, int cols) {
     memset(x.limbs, 0, packed_bytes(cols));
     for (int b = 0; b < cols / 32; b++) {
@@ -1317,6 +1388,7 @@ static inline f32x8 pow2_8(i32x8 e) {
     return (f32x8)((u32x8)e << 23);
 }
 
+/* A piece of a weight row, decoded. */
 typedef struct { uint8_t u[FP4_COLS], scale[FP4_COLS / 32]; } fp4_row;
 
 /* n_blocks blocks from block b0 of row r, padded to a multiple of eight. */
@@ -1381,6 +1453,7 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
     }
 }
 
+/* Item: a tile of rows of w[0], then those of w[1]. */
 static void fp4_tiles(void *arg, int64_t begin, int64_t end) {
     const fp4_args *a = arg;
     for (int64_t i = begin; i < end; i++) {
@@ -1389,6 +1462,7 @@ static void fp4_tiles(void *arg, int64_t begin, int64_t end) {
     }
 }
 
+/* Every row times every token. */
 static void fp4_run(fp4_args *a, dsv4_exec *ex) {
     a->n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS;
     int64_t n_items = (int64_t)a->n_tiles * (a->w[1] ? 2 : 1);
@@ -1410,6 +1484,7 @@ size_t expert_scratch_bytes(int dim, int inter) {
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
 
+/* g and u, then either x, a and code, or f32 and out. */
 static expert_scratch scratch_at(void *base, int dim, int inter) {
     expert_scratch s;
     s.g = base;
@@ -1431,7 +1506,7 @@ typedef struct {
     float limit;
 } expert_args;
 
-/* Gather: x rows, packed or as F32. */
+/* Item: an x row, packed or as F32. */
 static void expert_gather(void *arg, int64_t begin, int64_t end) {
     const expert_args *a = arg;
     size_t dim = (size_t)a->dim, blocks = (dim + 127) / 128;
@@ -1445,7 +1520,7 @@ static void expert_gather(void *arg, int64_t begin, int64_t end) {
     }
 }
 
-/* g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
+/* Item: a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
 static void expert_activate(void *arg, int64_t begin, int64_t end) {
     const expert_args *a = arg;
     for (int64_t i = begin; i < end; i++) {

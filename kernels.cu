@@ -326,7 +326,7 @@ static void kv_round_ref(float *kv, int n, int head_dim, int rope_dim, dsv4_exec
  *   Walsh-Hadamard (Sylvester order) in F32: butterflies of distance 1, 2, 4 .. d/2, then times
  *   F32(d^-0.5); if rounding, per block of 32 (a shorter last one is a block):
  *   s = 2^ceil(log2(max(amax, 6*2^-126) / 6)), x = e2m1(x / s) * s
- * i/o  x [n][d], d a power of two
+ * i/o  x [n][d] finite, d a power of two
  *      BIT-DEFINED                                                                              */
 static void index_round_ref(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
     assert(d > 0 && (d & (d - 1)) == 0);

@@ -74,8 +74,8 @@ static void check_close(const dsv4_ops *ops, const char *name, const float *got,
 static void check_equal(const char *who, const char *name, const float *got) {
     float *want = get_f32(name);
     for (size_t i = 0; i < get(name).count; i++)
-        CHECK(got[i] == want[i] || (isnan(got[i]) && isnan(want[i])), "%s %s[%zu]: got %.9g want %.9g",
-              who, name, i, (double)got[i], (double)want[i]);
+        CHECK(got[i] == want[i] || (isnan(got[i]) && isnan(want[i])),
+              "%s %s[%zu]: got %.9g want %.9g", who, name, i, (double)got[i], (double)want[i]);
     free(want);
 }
 
@@ -456,8 +456,9 @@ static void test_units_gate(void) {
     for (int i = 0; i < 2; i++) {
         int n = dim("gate.x", 0), cols = dim("gate.x", 1), experts = dim("gate.weight", 0);
         int k = dim("gate.ids", 1);
-        float *x = get_f32("gate.x"), *weight = get_f32("gate.weight"), *bias = get_f32("gate.bias");
-        float *want = get_f32("gate.scores"), *scores = room((size_t)(n * experts), 4);
+        float *x = get_f32("gate.x"), *weight = get_f32("gate.weight");
+        float *bias = get_f32("gate.bias"), *want = get_f32("gate.scores");
+        float *scores = room((size_t)(n * experts), 4);
         float *logits = room((size_t)(n * experts), 4), *weights = room((size_t)(n * experts), 4);
         int32_t *ids = room((size_t)(n * experts), sizeof *ids);
         int32_t *table = get_i32("gate_hash.tid2eid"), *tokens = get_i32("gate_hash.tokens");
@@ -487,8 +488,8 @@ static void test_units_swiglu(void) {
     /* Goal: both clamps, the gate's on one side.  Method: 5e-6 of the rms, with and without. */
     for (int i = 0; i < 2; i++) {
         int n = dim("swiglu.gate", 0), d = dim("swiglu.gate", 1);
-        float *g = get_f32("swiglu.gate"), *u = get_f32("swiglu.up"), *limit = get_f32("swiglu.limit");
-        float *a = room((size_t)(n * d), sizeof *a);
+        float *g = get_f32("swiglu.gate"), *u = get_f32("swiglu.up");
+        float *limit = get_f32("swiglu.limit"), *a = room((size_t)(n * d), sizeof *a);
         tables[i]->swiglu(a, g, u, n, d, limit[0], ex);
         check_close(tables[i], "swiglu.y", a, TOL);
         tables[i]->swiglu(g, g, u, n, d, INFINITY, ex);
