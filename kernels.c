@@ -705,7 +705,8 @@ static inline int dot_tile(float (*out)[TILE_ROWS], const float *const *w, const
  * are multiplied into the weights, which is exact.                                              */
 
 enum {
-    TILE_COLS = 1024,              /* a decoded tile is 16 KB and stays in the first cache      */
+    TILE_COLS = 1024,              /* a decoded tile is 16 KB and stays in the first cache; a
+                                      multiple of 128, so that FP8 scales do not straddle it    */
     TOKEN_BLOCK = 64,              /* tokens that use a decoded tile before it is dropped       */
 };
 
@@ -783,7 +784,8 @@ typedef struct {
     int group_rows, group_tiles;   /* of a group: rows, and tiles, the last one may be ragged   */
 } linear_args;
 
-/* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1. */
+/* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns and added to
+ * by the others. */
 static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0, int t1) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     int group = tile / a->group_tiles, first = tile % a->group_tiles * TILE_ROWS;
@@ -818,6 +820,7 @@ static void linear_tiles(void *arg, int64_t begin, int64_t end) {
                             min_int(t0 + TOKEN_BLOCK, a->n));
 }
 
+/* Rows are shared out, tokens are not: each thread reads its weights once for TOKEN_BLOCK tokens. */
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
@@ -835,7 +838,7 @@ enum { COMPRESS_DIMS = 64 };
 typedef struct { float *entries; const dsv4_compress *in; int64_t g0; int n_chunks; }
     compress_args;                 /* entries of groups g0..; chunks of dims an entry has       */
 
-/* Dims c .. c+7 (or to d) of entry g. */
+/* Dims c .. c+7 (or to d) of entry g.  Lanes past d are zeros throughout and harmless. */
 static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
     int coff = in->ratio == 4 ? 2 : 1, len = in->d - c;
     size_t width = (size_t)(coff * in->d);
@@ -1287,9 +1290,14 @@ enum { FP4_COLS = 2048 };          /* columns decoded at a time: 8 KB a tile */
 /* Blocks of 32 columns, rounded up to the eight that block_sums8 does at once. */
 static inline size_t padded_blocks(int cols) { return (size_t)((cols + 255) / 256 * 8); }
 
+/* Bytes of a packed row: three limbs, a sum and an exponent a block. */
 static size_t packed_bytes(int cols) { return padded_blocks(cols) * (96 + 2 * sizeof(int32_t)); }
 
-typedef struct { int8_t *limbs; int32_t *offset, *exponent; } packed_row;
+typedef struct {
+    int8_t *limbs;                 /* [blocks/2][3 limbs][even, odd][2 blocks][16]              */
+    int32_t *offset;               /* [blocks] 12 * sum(m)                                      */
+    int32_t *exponent;             /* [blocks] scale code - 264 + 127; w's code is still to come */
+} packed_row;
 
 /* Packed row `row` of those that begin at base. */
 static packed_row packed_at(uint8_t *base, int cols, int64_t row) {
@@ -1340,7 +1348,11 @@ static inline void fp4_decode32(uint8_t *u, const uint8_t *src) {
 #endif
 }
 
-/* The sums of u * m over eight blocks. */
+/* The sums of u * m over eight blocks, exact in int32.
+ * vpmaddubsw adds two products of at most 24 * 127 and would saturate at 32767; with its odd
+ * neighbour a lane holds at most 12192.  vpmaddwd then adds lanes in pairs and puts the limbs
+ * together: 24 * 229376 * 32 < 2^28 in all.  A pair of blocks leaves four partial sums of the
+ * first in the low half and four of the second in the high half, which vphaddd folds twice.     */
 static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
 #ifdef __AVX2__
     const __m256i weight[3] = {_mm256_set1_epi16(1), _mm256_set1_epi16(128),
@@ -1377,7 +1389,7 @@ static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
 #endif
 }
 
-/* 2^k as F32, k + 127 = e clamped to a normal number's exponent. */
+/* 2^(e - 127), with e clamped to the exponents of normal numbers, 1 and 254. */
 static inline f32x8 pow2_8(i32x8 e) {
 #ifdef __AVX2__
     e = (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)e, _mm256_set1_epi32(1)),
@@ -1397,7 +1409,7 @@ static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blo
     const uint8_t *src = (const uint8_t *)w->data + at * 16;
     int b = 0;
     for (; b + 2 <= n_blocks; b += 2) fp4_decode32(row->u + b * 32, src + b * 16);
-    if (b < n_blocks) {
+    if (b < n_blocks) {                                      /* half a pair: read no further */
         uint8_t last[32] = {0};
         memcpy(last, src + b * 16, 16);
         fp4_decode32(row->u + b * 32, last);
@@ -1408,7 +1420,8 @@ static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blo
     memcpy(row->scale, w->scale + at, (size_t)n_blocks);
 }
 
-/* Add n_groups times eight blocks to the lanes; x is that of the first. */
+/* Add n_groups times eight blocks to the lanes; x is that of the first.  One conversion to F32 rounds
+ * a block's sum, the power of two is exact.  Blocks of padding add +0, which changes no lane. */
 static inline f32x8 fp4_dot(f32x8 lanes, const fp4_row *w, packed_row x, int n_groups) {
     for (int g = 0; g < n_groups; g++) {
         i32x8 sums = block_sums8(w->u + 256 * g, x.limbs + 768 * g), offset, exponent;
@@ -1420,7 +1433,7 @@ static inline f32x8 fp4_dot(f32x8 lanes, const fp4_row *w, packed_row x, int n_g
     return lanes;
 }
 
-typedef struct {
+typedef struct {                   /* one or two matrices times packed rows                     */
     const dsv4_mat *w[2];          /* of one shape; w[1] may be NULL                            */
     float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
     const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
@@ -1428,7 +1441,8 @@ typedef struct {
     int m, n_tiles;
 } fp4_args;
 
-/* w's rows r0 .. r0+3 (or to the end) times all tokens. */
+/* w's rows r0 .. r0+3 (or to the end) times all tokens.  The lanes of each product wait on the stack
+ * between pieces of FP4_COLS columns, so that a piece is decoded once for all tokens. */
 static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
     fp4_row row[TILE_ROWS];

@@ -1174,21 +1174,25 @@ static void load_feed(offload *o) {
 
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     load_job *job = &o->load;
-    size_t bytes = (size_t)LOAD_DEPTH * IO_PIECE;
+    uint64_t total = 0;
     assert(!job->items);
     if (n == 0) return 0;
+    for (size_t i = 0; i < n; i++) total += items[i].t->bytes;
+    /* no more buffers than there are bytes: a small model's budget may be small too */
+    int depth = total / IO_PIECE < LOAD_DEPTH ? (int)(total / IO_PIECE) + 1 : LOAD_DEPTH;
+    size_t bytes = (size_t)depth * IO_PIECE;
     if (io_reap(o, false, err)) return -1;
     uint8_t *bounce = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
                            0);
     if (bounce == MAP_FAILED) return fail(err, "map %zu bytes: %s", bytes, strerror(errno));
     (void)madvise(bounce, bytes, MADV_HUGEPAGE); /* as for the arena                            */
     *job = (load_job){.items = items, .n_items = n};
-    while (job->n_free < LOAD_DEPTH) {
+    while (job->n_free < depth) {
         job->free[job->n_free] = bounce + (size_t)job->n_free * IO_PIECE;
         job->n_free++;
     }
     int rc = 0;
-    while (!rc && (job->next_item < n || job->n_free < LOAD_DEPTH)) {
+    while (!rc && (job->next_item < n || job->n_free < depth)) {
         if (!job->fault.cause) load_feed(o);
         else job->next_item = n;   /* ask for nothing more, but what is on its way has buffers  */
         if (o->in_flight > 0) rc = io_reap(o, true, err);
