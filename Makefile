@@ -72,7 +72,7 @@ test:
 
 build/fuzz/%: tests/%.c $(SRC)
 	@mkdir -p build/fuzz
-	clang -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined $(SIMD) $(PKG_C) -o $@ $< \
+	clang -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined $(SIMD) $(PKG_C) -o $@ $< \
 	  dsv4.c kernels.c offload.c text.c -x c kernels.cu -x none $(LIBS)
 
 fuzz:

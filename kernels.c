@@ -784,8 +784,8 @@ typedef struct {
     int group_rows, group_tiles;   /* of a group: rows, and tiles, the last one may be ragged   */
 } linear_args;
 
-/* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns and added to
- * by the others. */
+/* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns and added
+ * to by the others. */
 static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0, int t1) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     int group = tile / a->group_tiles, first = tile % a->group_tiles * TILE_ROWS;
@@ -820,7 +820,7 @@ static void linear_tiles(void *arg, int64_t begin, int64_t end) {
                             min_int(t0 + TOKEN_BLOCK, a->n));
 }
 
-/* Rows are shared out, tokens are not: each thread reads its weights once for TOKEN_BLOCK tokens. */
+/* Rows are shared out, tokens are not: a thread reads its weights once for TOKEN_BLOCK tokens. */
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
@@ -1296,7 +1296,7 @@ static size_t packed_bytes(int cols) { return padded_blocks(cols) * (96 + 2 * si
 typedef struct {
     int8_t *limbs;                 /* [blocks/2][3 limbs][even, odd][2 blocks][16]              */
     int32_t *offset;               /* [blocks] 12 * sum(m)                                      */
-    int32_t *exponent;             /* [blocks] scale code - 264 + 127; w's code is still to come */
+    int32_t *exponent;             /* [blocks] scale code - 264 + 127; w's code comes to it     */
 } packed_row;
 
 /* Packed row `row` of those that begin at base. */
@@ -1420,7 +1420,7 @@ static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blo
     memcpy(row->scale, w->scale + at, (size_t)n_blocks);
 }
 
-/* Add n_groups times eight blocks to the lanes; x is that of the first.  One conversion to F32 rounds
+/* Add n_groups times eight blocks to the lanes; x is that of the first.  Conversion to F32 rounds
  * a block's sum, the power of two is exact.  Blocks of padding add +0, which changes no lane. */
 static inline f32x8 fp4_dot(f32x8 lanes, const fp4_row *w, packed_row x, int n_groups) {
     for (int g = 0; g < n_groups; g++) {
@@ -1441,7 +1441,7 @@ typedef struct {                   /* one or two matrices times packed rows     
     int m, n_tiles;
 } fp4_args;
 
-/* w's rows r0 .. r0+3 (or to the end) times all tokens.  The lanes of each product wait on the stack
+/* w's rows r0 .. r0+3 (or to the end) times all tokens.  Each product's lanes wait on the stack
  * between pieces of FP4_COLS columns, so that a piece is decoded once for all tokens. */
 static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];

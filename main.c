@@ -709,6 +709,16 @@ static int cmd_help(const args *a, dsv4_err *err) {
     return check_stdout(err);
 }
 
+/* Does this processor have what kernels.c was built for? */
+static bool cpu_fits(void) {
+#ifdef __x86_64__
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+#else
+    return true;
+#endif
+}
+
 int main(int argc, char **argv) {
     dsv4_err err = {""};
     struct sigaction sa = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
@@ -725,7 +735,9 @@ int main(int argc, char **argv) {
         fprintf(stderr, "dsv4: %s\n", err.msg);
         return EXIT_USAGE;
     }
-    int rc = c->run(&a, &err);
+    int rc = (c->bit & CMD_MODEL) && !cpu_fits()
+                 ? fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64")
+                 : c->run(&a, &err);
     if (rc == 0) return 0;
     fprintf(stderr, "dsv4: %s\n", err.msg);
     return interrupted ? EXIT_INTERRUPTED : 1;

@@ -585,7 +585,10 @@ static int add_split(reader *r, const char *pattern, bool literal) {
     tok *t = r->t;
     size_t at;
     int code = 0;
-    uint32_t may_be_empty = 1, options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT;
+    /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
+     * of the text: with search()'s windows that would be quadratic. */
+    uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
+    uint32_t may_be_empty = 1;
     const char *unknown = NULL;
     if (t->n_splits == MAX_SPLITS) return refuse(r, "pre_tokenizer has over %d splits", MAX_SPLITS);
     if (strlen(pattern) > MAX_PATTERN_BYTES)
