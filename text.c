@@ -7,7 +7,7 @@
  *   "x" " =" " " "15"            words
  *        | one id a byte; the pair of neighbours with the lowest rank is merged,
  *        | the leftmost one on ties, until no pair has a rank                       section 6
- *   90 438 223 868  128821       ids
+ *   90 438 223 856  128821       ids
  *
  * Invariants  1 a tok is never written after tok_parse: any number of threads may encode
  *             2 every one of the 256 bytes has an id, so no text is ever lost
@@ -41,17 +41,17 @@
 
 enum {
     MAX_JSON_BYTES = 16 << 20,     /* V4's file has 6.4 MB; jansson may need 80 times as much   */
-    MAX_IDS = 1 << 24,
+    MAX_IDS = 1 << 24,             /* V4 has 129,280                                            */
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
     MAX_SPLITS = 16,
     MAX_PATTERN_BYTES = 4096,
     MAX_TEXT_BYTES = 1 << 30,      /* so that places in a text fit 32 bits                      */
-    MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                     */
-    SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try            */
+    MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                   */
+    SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try           */
     CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
-    REGEX_HEAP_KIB = 256 << 10,
+    REGEX_HEAP_KIB = 256 << 10,    /* for a pattern that nests too deep for the JIT's stack     */
     SEEN_SLOTS = 1 << 14,          /* words remembered while one text is encoded                */
-    SEEN_WORD_BYTES = 64,
+    SEEN_WORD_BYTES = 64,          /* longer ones are not                                       */
 };
 
 #define NO_RANK UINT32_MAX
@@ -153,7 +153,7 @@ struct tok {
     int n_ids;
     piece *pieces;                 /* [n_ids]                                                   */
     char *bytes;                   /* of all pieces                                             */
-    int32_t byte_id[256];
+    int32_t byte_id[256];          /* where every word starts: no byte is without one           */
     merge_slot *slots;             /* [slot_mask + 1] open addressing, at most half full        */
     uint32_t slot_mask;
     int32_t *merged;               /* [rank] the id that the pair of this rank becomes          */
@@ -165,7 +165,7 @@ struct tok {
     named *words;                  /* [n_words] the vocabulary in order of bytes, only where
                                       "ignore_merges" looks whole words up first                */
     size_t n_words;
-    pcre2_code *split[MAX_SPLITS];
+    pcre2_code *split[MAX_SPLITS]; /* [n_splits] in order; compiled code is only read           */
     int n_splits;
 };
 
@@ -372,6 +372,7 @@ static bool is_off(const json_t *v) {
     return !v || json_is_null(v) || json_is_false(v) || (s && !*s);
 }
 
+/* The "type" of an object, to compare or to print. */
 static const char *type_of(const json_t *v) {
     const char *type = json_string_value(json_object_get(v, "type"));
     return type ? type : "(no type)";
@@ -620,6 +621,7 @@ static int add_split(reader *r, const char *pattern, bool literal) {
     return 0;
 }
 
+/* One step that cuts by a regex or a literal. */
 static int read_split(reader *r, const json_t *step) {
     const json_t *pattern = json_object_get(step, "pattern");
     const char *regex = json_string_value(json_object_get(pattern, "Regex"));
@@ -636,6 +638,8 @@ static int read_split(reader *r, const json_t *step) {
     return add_split(r, regex ? regex : literal, !regex);
 }
 
+/* The last step.  What it does to text, bytes to GPT-2's alphabet, is undone in the tables, so
+ * only its regex is left to do. */
 static int read_byte_level(reader *r, const json_t *step) {
     /* The library's own pattern for "use_regex", which is true where it is absent. */
     static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
@@ -744,6 +748,7 @@ typedef struct {                   /* one tok_encode                            
 
 static int word(encoder *e, const char *s, size_t len); /* section 6 */
 
+/* Append to the result. */
 static int push_id(encoder *e, int32_t id) {
     if (e->n == e->cap) {
         size_t cap = e->cap ? 2 * e->cap : 64;
@@ -959,6 +964,7 @@ static int word(encoder *e, const char *s, size_t len) {
     }
     size_t first = e->n;
     if (new_word(e, s, len)) return -1;
+    /* Where it stands now is remembered, not a copy: text and ids stay to the end. */
     *seen = (seen_word){(uint32_t)(s - e->text), (uint32_t)len, (uint32_t)first,
                         (uint32_t)(e->n - first)};
     return 0;

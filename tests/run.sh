@@ -15,6 +15,10 @@ try() {
 }
 try tests/style.sh
 try "$build/test_units"
+for seed in 1 2 3; do              # our own golden units, of other shapes
+    $venv tests/ref.py units "$build/units-$seed.safetensors" --seed $seed
+    try "$build/test_units" "$build/units-$seed.safetensors"
+done
 try "$build/test_kernels"
 try "$build/test_text"
 try "$build/test_offload"
