@@ -413,11 +413,14 @@ static void test_model_q_logits_within_bounds(void) {
 
 typedef struct { float *logits; uint8_t *kv; size_t kv_bytes; } outcome;
 
+static int index_block;            /* if set, tokens whose index scores are held at once        */
+
 /* Logits of all N tokens and the whole KV: n_prefill tokens in forwards of `step`, then one at
  * a time. */
 static outcome run_all(dsv4_opts o, const int32_t *tokens, int n_prefill, int step) {
     rig r;
     rig_open(&r, o);
+    if (index_block) r.s->c.index_block = index_block;
     outcome out = {.logits = malloc(N * VOCAB * sizeof(float)), .kv_bytes = r.s->kv_mem.size};
     for (int i = 0, n; i < N; i += n) {
         n = i < n_prefill ? (int)min64(step, n_prefill - i) : 1;
@@ -465,6 +468,18 @@ static void same_for_chunks(dsv4_opts base, const int32_t *tokens, const outcome
     }
 }
 static void test_model_same_bits_for_any_chunking(void) { for_both_roundings(same_for_chunks); }
+
+static void same_for_index_blocks(dsv4_opts base, const int32_t *tokens, const outcome *whole) {
+    static const int blocks[] = {1, 3, 128};
+    for (int i = 0; i < 3; i++) {
+        index_block = blocks[i];
+        check_same(whole, run_all(base, tokens, N, N), "index blocks of", blocks[i]);
+    }
+    index_block = 0;
+}
+static void test_model_same_bits_for_any_index_block(void) {
+    for_both_roundings(same_for_index_blocks);
+}
 
 static void same_for_threads(dsv4_opts base, const int32_t *tokens, const outcome *whole) {
     static const int threads[] = {1, 2, 3, 8};
@@ -640,6 +655,7 @@ int main(int argc, char **argv) {
     RUN(test_model_heads_match_layer_file);
     RUN(test_model_q_logits_within_bounds);
     RUN(test_model_same_bits_for_any_chunking);
+    RUN(test_model_same_bits_for_any_index_block);
     RUN(test_model_same_bits_for_any_threads);
     RUN(test_model_same_bits_for_any_split);
     RUN(test_model_same_bits_for_any_cache_size);
