@@ -6,8 +6,8 @@ dsv4=$1 mkmodel=$2 model=build/flash4
 [ -e $model/config.json ] || "$mkmodel" flash $model --layers 4 --seed 1
 first=
 for ram in 3G 6G 12G; do
-    echo "+ $dsv4 run -m $model -f tests/demo.txt -n 32 --ram $ram"
-    ids=$("$dsv4" run -m $model -f tests/demo.txt -n 32 --ram $ram --print-ids)
+    echo "+ $dsv4 run -m $model -f tests/demo.txt -n 128 --ram $ram"
+    ids=$("$dsv4" run -m $model -f tests/demo.txt -n 128 --ram $ram --print-ids)
     echo "answer: $ids"
     [ "${first:=$ids}" = "$ids" ] || { echo "FAIL flash: --ram $ram changes the answer"; exit 1; }
 done
