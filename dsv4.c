@@ -957,6 +957,13 @@ static void attention(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, in
     tick(s, OPC_PROJ);
 }
 
+/* Tell how far the forward is; -1 when the caller wants to stop. */
+static int report(dsv4_session *s, int layer, double share_of_layer, dsv4_err *err) {
+    double done = (layer + share_of_layer) / s->e->n_blocks;
+    if (!s->progress || !s->progress(s->progress_arg, done)) return 0;
+    return fail(err, "interrupted");
+}
+
 static dsv4_hc_shape hc_shape(const dsv4_config *c) {
     return (dsv4_hc_shape){c->hc_mult, c->hidden_size, c->hc_sinkhorn_iters, c->rms_norm_eps,
                            c->hc_eps};
@@ -1057,6 +1064,8 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
         done++;
         e->stats.expert_uses++;
         e->stats.expert_rows += (uint64_t)(m->start[cur + 1] - m->start[cur]);
+        if (rc == 0)
+            rc = report(s, layer, 0.5 + 0.5 * m->start[cur + 1] / m->start[n_experts], err);
     }
     for (; done < asked; done++) experts_unpin(e->off, slot_of[done % LOOKAHEAD]);
     return rc;
@@ -1096,9 +1105,11 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     int chunk = e->plan.chunk;
     assert(layer < e->n_blocks && n <= e->plan.span);
     s->tick = now_s();
-    for (int i = 0; i < n; i += chunk)
+    for (int i = 0; i < n; i += chunk) {
         attention_sublayer(s, l, &s->kv[layer], h + (size_t)i * row, (int)min64(chunk, n - i),
                            t0 + i);
+        if (report(s, layer, 0.5 * i / n, err)) return -1;
+    }
     for (int i = 0; i < n; i += chunk)
         moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
     moe_sort(&s->s, n, c->num_experts_per_tok, c->n_routed_experts);
@@ -1107,9 +1118,7 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     tick(s, OPC_EXPERTS);
     for (int i = 0; i < n && rc == 0; i += chunk)
         moe_finish(s, l, h, i, (int)min64(chunk, n - i));
-    if (rc == 0 && s->progress && s->progress(s->progress_arg, layer + 1, e->n_blocks))
-        rc = fail(err, "interrupted");
-    return rc;
+    return rc ? rc : report(s, layer, 1, err);
 }
 
 /* The MTP block at positions p0..p0+n-1 (n <= chunk), whose streams are h and whose next tokens

@@ -376,8 +376,9 @@ const dsv4_stats *engine_stats(const dsv4_engine *e);
 const offload_stats *engine_offload_stats(const dsv4_engine *e);
 const char *engine_note(const dsv4_engine *e); /* one line on a slower path taken, or NULL */
 
-/* Called after each layer of a forward.  Nonzero stops with -1 and err->msg "interrupted". */
-typedef int (*progress_fn)(void *arg, int layers_done, int layers_total);
+/* Called many times a layer with the share of the forward that is done, 0 to 1.  Nonzero stops
+ * with -1 and err->msg "interrupted". */
+typedef int (*progress_fn)(void *arg, double done);
 
 typedef struct dsv4_session dsv4_session;
 /* One sequence: KV and position.  The engine must outlive it; one session at a time. */

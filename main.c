@@ -25,15 +25,13 @@ enum { EXIT_USAGE = 2, EXIT_INTERRUPTED = 130, ANSWER_DEFAULT = 512, EVAL_ROWS =
 
 static const uint64_t FILE_MAX = (uint64_t)1 << 30;   /* of text or ids given by a person */
 
-/* Set by Ctrl-C, read between layers. */
+/* Set by Ctrl-C, read many times a layer. */
 static volatile sig_atomic_t interrupted;
 
 static void on_signal(int sig) {
     (void)sig;
     interrupted = 1;
 }
-
-static int on_progress(void *arg, int done, int total);
 
 /* === 1. Flags ================================================================================= */
 
@@ -307,16 +305,16 @@ static void status_clear(status_line *s) {
     s->shown = 0;
 }
 
-/* After each layer of a prompt: how far, at which rate. */
-static int on_progress(void *arg, int done, int total) {
+/* While a prompt is read: how far, at which rate. */
+static int on_progress(void *arg, double done) {
     status_line *s = arg;
     double t = now_s();
     if (s->on && s->n_now > 1 && t - s->shown > 0.2) {
-        double tokens = (double)s->n_done + (double)s->n_now * done / total;
+        double tokens = (double)s->n_done + (double)s->n_now * done;
         double per_s = tokens / (t - s->began);
-        fprintf(stderr, "\r\033[Kreading: token %lld of %lld, layer %d of %d, %.1f tokens/s, "
-                "%.0f s left", (long long)tokens, (long long)s->n_total, done, total, per_s,
-                ((double)s->n_total - tokens) / (per_s > 0 ? per_s : 1));
+        fprintf(stderr, "\r\033[Kreading: token %.0f of %lld, %.1f tokens/s, %.0f s left", tokens,
+                (long long)s->n_total, per_s, per_s > 0 ? ((double)s->n_total - tokens) / per_s
+                                                        : 0);
         s->shown = t;
     }
     return interrupted;
@@ -442,6 +440,9 @@ static int model_start(model *m, const args *a, int64_t prompt, int64_t ctx, dsv
     o.span_hint = (int)(a->chunk && a->chunk < prompt ? a->chunk : prompt);
     if (o.chunk > prompt) o.chunk = (int)prompt;
     m->status = (status_line){.on = !a->quiet && isatty(STDERR_FILENO), .n_total = prompt};
+    if (prompt > o.ctx)
+        return fail(err, "the text has %lld tokens and --ctx %lld is a smaller context; raise it",
+                    (long long)prompt, (long long)o.ctx);
     if (a->stats && out_open(&m->stats, a->stats, err)) return -1;
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
     if (!a->quiet) print_plan(m->e);
