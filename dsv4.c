@@ -699,6 +699,10 @@ static int engine_check_opts(const dsv4_config *c, const dsv4_opts *o, bool has_
         return fail(err, "a context of %lld tokens: this model takes 1 to %lld; shorten the input "
                     "or lower -n or --ctx", (long long)o->ctx,
                     (long long)c->max_position_embeddings);
+    if (o->ram_bytes > machine_ram_total())
+        return fail(err, "--ram %.1fG is more than the %.1fG that this machine lets us have; lower "
+                    "it", (double)o->ram_bytes / (1 << 30),
+                    (double)machine_ram_total() / (1 << 30));
     if (o->mtp && !has_mtp) return fail(err, "%s has no MTP block to draft with", o->dir);
     return 0;
 }

@@ -346,6 +346,8 @@ typedef struct {
 /* What a program may take of this machine's memory when nobody said:
  * min(70% of MemAvailable, the cgroup's limit, MemTotal - 8 GB), at least 1 GB. */
 uint64_t machine_ram_budget(void);
+/* All there is: MemTotal, or the cgroup's limit where that is less. */
+uint64_t machine_ram_total(void);
 /* Resident bytes of this process now, and the most there ever were. */
 void machine_rss(uint64_t *now, uint64_t *peak);
 

@@ -1495,6 +1495,11 @@ static uint64_t cgroup_limit(void) {
     }
 }
 
+uint64_t machine_ram_total(void) {
+    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal"), limit = cgroup_limit();
+    return limit < total ? limit : total;
+}
+
 uint64_t machine_ram_budget(void) {
     uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable");
     uint64_t total = proc_bytes("/proc/meminfo", "MemTotal"), gb = (uint64_t)1 << 30;

@@ -319,6 +319,7 @@ def bad_files_exit_1():
 @test
 def budgets_that_cannot_work_are_refused_with_numbers():
     refuses("too small: at least", "run", "-m", tiny(), "-p", "x", "--ram", "3M")
+    refuses("more than the", "run", "-m", tiny(), "-p", "x", "--ram", "900T")
     refuses("context", "run", "-m", tiny(), "-p", "some words", "--ctx", 5)
     refuses("context", "eval", "-m", tiny(), "--ids", ids_file([1] * 50), "--ctx", 40)
     refuses("context", "eval", "-m", tiny(), "--ids", ids_file([1] * 1100))
