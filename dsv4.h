@@ -102,12 +102,25 @@ typedef struct {
     int compress_ratios[MAX_LAYERS + 1]; /* of each layer, then of the MTP block (0 if absent)  */
 } dsv4_config;
 
+typedef struct {                   /* top_k 0, top_p 1, min_p 0, repetition_penalty 1: off      */
+    float temperature, top_p, min_p, repetition_penalty;
+    int top_k;
+    uint64_t seed;
+} sample_opts;
+
 /* Read DIR/config.json.  Refuses another model_type by name, other values of expert_dtype,
  * norm_topk_prob, topk_method, scoring_func and rope_scaling.type, and absent or absurd sizes. */
 int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err);
 /* The same from memory; `where` names the source in messages. */
 int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
                  dsv4_err *err);
+/* How the model's makers sample: DIR/generation_config.json, temperature 1 and all else off for
+ * what it does not say or where there is no such file; do_sample false is temperature 0.  seed is
+ * left alone. */
+int config_sampling(sample_opts *o, const char *dir, dsv4_err *err);
+/* The prompt format of a checkpoint's generation (M4). */
+typedef enum { GEN_V4, GEN_0731 } generation;
+int config_generation(generation *out, const char *dir, dsv4_err *err);
 
 /* === 4. Operations ============================================================================
  * The contract of each stands in kernels.cu above its reference; arguments are named alike here.
@@ -117,6 +130,10 @@ typedef struct dsv4_exec dsv4_exec;
 /* Start n_threads - 1 workers; the caller of an operation is the last one. */
 int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err);
 void exec_close(dsv4_exec *ex);
+/* What this machine's threads reach in about `seconds`: bytes a second read from memory, and
+ * multiply-adds a second of an FP8 linear of 64 tokens. */
+typedef struct { double read_bytes_s, macs_s; } exec_rates;
+int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err);
 
 /* Rounded activations (M2, aq128) as codes, or plain F32 when the roundings are off. */
 typedef struct {
@@ -248,6 +265,32 @@ size_t ckpt_n_tensors(const ckpt *c);
 const ckpt_tensor *ckpt_at(const ckpt *c, size_t i);           /* in order of name */
 const char *ckpt_shard_path(const ckpt *c, int shard);
 
+uint64_t ckpt_shard_bytes(const ckpt *c, int shard);
+
+/* One call with one line for each shard of DIR that is missing or shorter than its header says
+ * ("model-00002-of-00048.safetensors: 1.2 of 3.5 GB"); their number, or -1 where DIR is no model. */
+typedef void (*line_fn)(void *arg, const char *line);
+int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err);
+
+/* Called many times with the share that is done, 0 to 1.  Nonzero stops with -1 and err->msg
+ * "interrupted". */
+typedef int (*progress_fn)(void *arg, double done);
+
+/* XXH3-128 of every shard, read whole.  `record` is a file (its directory is made) that keeps what
+ * was found; each() gets one line a shard: name, hash, and what the record had said ("new",
+ * "as on 2026-11-23", "CHANGED since 2026-11-23").  On 0 *n_changed counts the changed ones. */
+int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
+              int *n_changed, dsv4_err *err);
+
+/* What a directory lies on.  sysfs is "/sys", or a test's copy. */
+typedef struct {
+    char fs[32], device[64];       /* "ext4", "nvme0n1"; device empty where there is none       */
+    bool rotating, sata, network, fuse, encrypted;
+} disk_info;
+int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err);
+/* Bytes a second of expert-sized O_DIRECT reads at random places of the shards, for `seconds`. */
+int disk_measure(const ckpt *c, double seconds, double *bytes_s, dsv4_err *err);
+
 typedef struct {                   /* counters since open; seconds are of the calling thread    */
     uint64_t read_bytes, reads, retries;
     uint64_t hits, misses, evictions;
@@ -301,7 +344,6 @@ int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t
                size_t *n, dsv4_err *err);
 /* The bytes that id stands for (empty for an unknown id); borrowed.  May split a character. */
 const char *tok_bytes(const tok *t, int32_t id, size_t *len);
-bool tok_is_special(const tok *t, int32_t id);
 int32_t tok_special(const tok *t, const char *content); /* id of an added token, or -1 */
 
 /* Cuts a stream of bytes at character ends, so that what is printed is always valid UTF-8. */
@@ -311,10 +353,59 @@ typedef struct { unsigned char held[4]; int n_held; } utf8_stream;
  * out. */
 size_t utf8_push(utf8_stream *s, const char *bytes, size_t len, char *out);
 
-/* The prompt of one user turn (M4): BOS, User, text, Assistant, <think> or </think>, as ids.
- * Special tokens inside the text are plain text.  On 0 the caller frees *ids. */
-int prompt_user_turn(const tok *t, const char *text, size_t len, bool think, int32_t **ids,
-                     size_t *n, dsv4_err *err);
+/* Cuts a stream of bytes off where one of n_words strings begins.  Zeroed but for words. */
+enum { MAX_STOPS = 8, MAX_STOP_BYTES = 256 };
+typedef struct {
+    const char *const *words;      /* [n_words], each 1 to MAX_STOP_BYTES - 1 bytes, borrowed   */
+    int n_words;
+    char held[MAX_STOP_BYTES];     /* the start of a word, maybe                                */
+    size_t n_held;
+    bool hit;
+} stop_filter;
+/* Feed len bytes; what is certain goes to out (room for len + MAX_STOP_BYTES), its length is
+ * returned.  After a hit nothing more comes.  len 0 ends the stream: what is held comes out. */
+size_t stop_push(stop_filter *f, const char *bytes, size_t len, char *out);
+
+struct json_t;                     /* jansson's; a request is OpenAI-shaped JSON                */
+
+/* A prompt's text.  What people and tools wrote stands in [cuts[0], cuts[1]), [cuts[2], cuts[3])
+ * and so on: special tokens are matched outside of these only, so that no document can end a turn
+ * or open a tool call. */
+typedef struct {
+    char *text;
+    size_t len, *cuts, n_cuts;     /* n_cuts is even                                            */
+    bool think;                    /* the answer begins inside its reasoning                    */
+    bool answered;                 /* the last message is the assistant's: nothing to generate  */
+} prompt;
+/* Write a request {messages, tools, response_format, thinking, reasoning_effort} as the prompt
+ * that the model was trained on (M4).  `thinking` is {"type": "enabled"|"disabled"} or a boolean;
+ * unknown keys are ignored; what is malformed is named by its path ("messages[2].role").  On 0
+ * the caller frees *out. */
+int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err);
+void prompt_free(prompt *p);
+/* On 0 the caller frees *ids. */
+int prompt_encode(const tok *t, const prompt *p, int32_t **ids, size_t *n, dsv4_err *err);
+/* A message {"role": role, "content": text}, invalid UTF-8 in it replaced; NULL: out of memory. */
+struct json_t *prompt_message(const char *role, const char *text, size_t len);
+
+/* What the model wrote behind the prompt, taken apart while it comes.  Pieces of reasoning and
+ * content come as soon as they are certain, a tool call when it is whole.  Text that only looks
+ * like a tool call comes as content, unchanged: nothing is lost and nothing is added. */
+typedef enum { ANSWER_REASONING, ANSWER_CONTENT, ANSWER_CALL } answer_kind;
+typedef struct {
+    answer_kind kind;
+    const char *text;              /* [len]; of a call: its arguments, JSON                     */
+    size_t len;
+    const char *name, *raw;        /* of a call: the tool; its DSML as written [raw_len]        */
+    size_t name_len, raw_len;
+} answer_piece;
+typedef void (*answer_fn)(void *arg, const answer_piece *piece);
+typedef struct answer answer;
+/* `think`: the text begins inside the reasoning (prompt.think). */
+int answer_open(answer **out, bool think, answer_fn each, void *arg, dsv4_err *err);
+int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err);
+int answer_end(answer *a, dsv4_err *err);      /* no more comes: what was held back goes out */
+void answer_close(answer *a);
 
 /* === 7. Model ================================================================================= */
 
@@ -378,10 +469,6 @@ const dsv4_stats *engine_stats(const dsv4_engine *e);
 const offload_stats *engine_offload_stats(const dsv4_engine *e);
 const char *engine_note(const dsv4_engine *e); /* one line on a slower path taken, or NULL */
 
-/* Called many times a layer with the share of the forward that is done, 0 to 1.  Nonzero stops
- * with -1 and err->msg "interrupted". */
-typedef int (*progress_fn)(void *arg, double done);
-
 typedef struct dsv4_session dsv4_session;
 /* One sequence: KV and position.  The engine must outlive it; one session at a time. */
 int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void *arg,
@@ -404,13 +491,25 @@ int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *
 int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, int n,
                   int64_t t0, dsv4_err *err);
 
-typedef struct { float temperature, top_p; uint64_t seed; } sample_opts;
-typedef struct { uint64_t state; } sample_rng;
-void sample_seed(sample_rng *rng, uint64_t seed);
-/* One token from logits [n_vocab].  temperature 0 is the argmax, ties to the lower id.
- * scratch holds n_vocab ids. */
-int32_t sample(const float *logits, int n_vocab, const sample_opts *o, sample_rng *rng,
-               int32_t *scratch);
+typedef struct sampler sampler;
+/* Draws tokens: repetition penalty, temperature, top-k, top-p, min-p, in this order.  Temperature 0
+ * is the argmax; ties always go to the lower id.  Same seed and logits, same tokens. */
+int sampler_open(sampler **out, const sample_opts *o, int n_vocab, dsv4_err *err);
+void sampler_close(sampler *s);
+/* A token of the context, for the repetition penalty; sampler_next accepts its own result. */
+void sampler_accept(sampler *s, int32_t token);
+int32_t sampler_next(sampler *s, const float *logits);
+
+enum { LOOP_PERIOD_MAX = 256, LOOP_TOKENS = 512, LOOP_TURNS = 16 };
+/* Notices a generation that goes round: one cycle of at most LOOP_PERIOD_MAX tokens, at least
+ * LOOP_TURNS times and LOOP_TOKENS tokens over.  Zeroed at first. */
+typedef struct {
+    int32_t last[LOOP_PERIOD_MAX]; /* a ring                                                    */
+    int run[LOOP_PERIOD_MAX + 1];  /* tokens in a row that equal the one `period` before        */
+    int64_t n;
+} loop_guard;
+/* Take one token; the period of the cycle it is caught in, or 0. */
+int loop_push(loop_guard *g, int32_t token);
 /* -log softmax(logits)[token], in double. */
 double token_nll(const float *logits, int n_vocab, int32_t token);
 
