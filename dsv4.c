@@ -37,6 +37,7 @@
 enum {
     CHUNK_DEFAULT = 128,           /* tokens through attention at once: amortizes the weights   */
     SPAN_MAX = 128 << 10,          /* tokens a span, DESIGN.md "The two loops"                  */
+    LOAD_STEP_BYTES = 256 << 20,   /* of dense weights between two calls of progress             */
     LOOKAHEAD = 16,                /* experts asked for ahead of the one being computed         */
     INDEX_SCORES_MAX = 4 << 20,    /* floats of index scores held at once, if one row fits      */
 };
@@ -465,7 +466,8 @@ static uint64_t weights_size(const dsv4_weights *w, bool mtp) {
     return a.used;
 }
 
-static int weights_load(dsv4_weights *w, offload *o, arena *a, bool mtp, dsv4_err *err) {
+static int weights_load(dsv4_weights *w, offload *o, arena *a, bool mtp, progress_fn progress,
+                        void *arg, dsv4_err *err) {
     qsort(w->needs, w->n_needs, sizeof *w->needs, need_by_place);   /* read in file order */
     load_item *items = calloc(w->n_needs + 1, sizeof *items);
     if (!items) return fail(err, "out of memory for the list of dense weights");
@@ -476,7 +478,13 @@ static int weights_load(dsv4_weights *w, offload *o, arena *a, bool mtp, dsv4_er
         uint8_t *place = arena_take(a, need_bytes(d));
         items[n++] = (load_item){d->t, place + (need_bytes(d) > d->t->bytes ? d->t->bytes : 0)};
     }
-    int rc = offload_load(o, items, n, err);
+    int rc = 0;
+    for (size_t i = 0, end; i < n && rc == 0; i = end) {
+        uint64_t bytes = 0;
+        for (end = i; end < n && bytes < LOAD_STEP_BYTES; end++) bytes += items[end].t->bytes;
+        if (progress && progress(arg, (double)i / (double)n)) rc = fail(err, "interrupted");
+        else rc = offload_load(o, items + i, end - i, err);
+    }
     n = 0;
     for (size_t i = 0; i < w->n_needs && rc == 0; i++) {
         const need *d = &w->needs[i];
@@ -654,6 +662,20 @@ static int plan_refuse(const dsv4_plan *p, uint64_t least, dsv4_err *err) {
                 (double)(least - p->base - p->dense - p->kv) / mb);
 }
 
+/* What one decoded token reads and multiplies. */
+static void plan_token(const dsv4_engine *e, dsv4_plan *p) {
+    const dsv4_config *c = e->cfg;
+    uint64_t experts = (uint64_t)c->num_hidden_layers * (uint64_t)c->num_experts_per_tok;
+    p->token_experts = experts * p->slot_bytes;
+    p->token_macs = experts * 3 * (uint64_t)c->hidden_size * (uint64_t)c->moe_intermediate_size;
+    for (size_t i = 0; i < e->w->n_needs; i++) {
+        const need *n = &e->w->needs[i];
+        if (n->mtp || n->kind != NEED_RAW || !strcmp(n->t->name, "embed.weight")) continue;
+        p->token_dense += n->t->bytes;
+        p->token_macs += (uint64_t)n->t->shape[0] * (uint64_t)n->t->shape[1];
+    }
+}
+
 /* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory
  * (chunk, then span), the remainder to expert slots. */
 static int plan_make(dsv4_engine *e, dsv4_err *err) {
@@ -666,8 +688,9 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
     *p = (dsv4_plan){.budget = o->ram_bytes, .kv = count.used, .chunk = 1, .span = 1};
     machine_rss(&p->base, NULL);
     p->dense = weights_size(e->w, o->mtp);
-    p->n_experts_total = (int)n_experts;
     p->slot_bytes = expert_slot_bytes(e->w->expert, n_experts);
+    plan_token(e, p);
+    p->n_experts_total = (int)n_experts;
     int min_slots = 2 * c->num_experts_per_tok;
     uint64_t fixed = p->base + p->dense + p->kv, min_slot_bytes = (uint64_t)min_slots *
                                                                   p->slot_bytes;
@@ -715,7 +738,6 @@ static int default_threads(void) {
 
 static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
     const dsv4_config *cfg = e->cfg;
-    double t0 = now_s();
     if (weights_bind(&e->w, c, cfg, err)) return -1;
     if (engine_check_opts(cfg, &e->opts, e->w->bytes.has_mtp, err)) return -1;
     e->n_blocks = cfg->num_hidden_layers + e->opts.mtp;
@@ -728,13 +750,17 @@ static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
     rope_inv_freq(e->freq_window, 2 * half, cfg->rope_theta, 1, 0, 0, 0);
     rope_inv_freq(e->freq_compressed, 2 * half, cfg->compress_rope_theta, cfg->yarn_factor,
                   cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
-    if (plan_make(e, err)) return -1;
+    return plan_make(e, err);
+}
+
+int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
+    double t0 = now_s();
     if (arena_open(&e->dense, e->plan.dense, "the dense weights", err)) return -1;
-    if (weights_load(e->w, e->off, &e->dense, e->opts.mtp, err)) return -1;
+    if (weights_load(e->w, e->off, &e->dense, e->opts.mtp, progress, arg, err)) return -1;
     e->stats.dense_bytes = offload_get_stats(e->off)->read_bytes;
     e->stats.load_s = now_s() - t0;
-    return experts_open(e->off, e->w->expert, (size_t)e->plan.n_experts_total, cfg->hidden_size,
-                        cfg->moe_intermediate_size, e->plan.n_slots, err);
+    return experts_open(e->off, e->w->expert, (size_t)e->plan.n_experts_total,
+                        e->cfg->hidden_size, e->cfg->moe_intermediate_size, e->plan.n_slots, err);
 }
 
 int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
@@ -752,6 +778,12 @@ int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const 
     }
     *out = e;
     return 0;
+}
+
+int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *out,
+                   dsv4_err *err) {
+    if (exec_measure(e->ex, seconds / 2, &out->exec, err)) return -1;
+    return disk_measure(c, seconds / 2, &out->disk_bytes_s, err);
 }
 
 void engine_close(dsv4_engine *e) {
@@ -1231,11 +1263,44 @@ int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *
 
 /* === 8. Sampling ============================================================================== */
 
-void sample_seed(sample_rng *rng, uint64_t seed) { rng->state = seed; }
+struct sampler {
+    sample_opts o;
+    int n_vocab, n_popped;
+    uint64_t state;                /* of the random numbers                                     */
+    float *x;                      /* [n_vocab] logits behind the penalty                       */
+    int32_t *heap;                 /* [n_vocab] ids: a heap, then behind it those taken off it  */
+    bool *seen;                    /* [n_vocab] in the context already                          */
+};
+
+int sampler_open(sampler **out, const sample_opts *o, int n_vocab, dsv4_err *err) {
+    sampler *s = calloc(1, sizeof *s);
+    *out = s;
+    if (s) *s = (sampler){.o = *o, .n_vocab = n_vocab, .state = o->seed};
+    size_t n = (size_t)n_vocab;
+    if (s && (s->x = malloc(n * sizeof *s->x)) && (s->heap = malloc(n * sizeof *s->heap)) &&
+        (s->seen = calloc(n, sizeof *s->seen)))
+        return 0;
+    sampler_close(s);
+    *out = NULL;
+    return fail(err, "out of memory for sampling");
+}
+
+void sampler_close(sampler *s) {
+    if (!s) return;
+    free(s->x);
+    free(s->heap);
+    free(s->seen);
+    free(s);
+}
+
+void sampler_accept(sampler *s, int32_t token) {
+    assert(token >= 0 && token < s->n_vocab);
+    s->seen[token] = true;
+}
 
 /* A uniform double in [0, 1): splitmix64 (Steele, Lea, Flood 2014). */
-static double rng_next(sample_rng *rng) {
-    uint64_t z = rng->state += 0x9e3779b97f4a7c15u;
+static double rng_next(uint64_t *state) {
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     z ^= z >> 31;
@@ -1268,41 +1333,65 @@ static void heap_down(int32_t *heap, int n, int i, const float *logits) {
     }
 }
 
-/* Take the token that comes first off the heap of `left` ids; it collects behind them. */
-static int32_t heap_pop(int32_t *heap, int left, const float *logits) {
-    int32_t id = heap[0];
-    heap[0] = heap[left - 1];
-    heap[left - 1] = id;
-    heap_down(heap, left - 1, 0, logits);
+/* The i-th likeliest token. */
+static int32_t nth_token(sampler *s, int i) {
+    for (; s->n_popped <= i; s->n_popped++) {
+        int last = s->n_vocab - 1 - s->n_popped;
+        int32_t id = s->heap[0];
+        s->heap[0] = s->heap[last];
+        s->heap[last] = id;
+        heap_down(s->heap, last, 0, s->x);
+    }
+    return s->heap[s->n_vocab - 1 - i];
+}
+
+/* Keep the top_k likeliest; of these the shortest prefix that holds top_p; of these the ones with
+ * min_p times the share of the first; and draw.  Nothing cut off: go down until the draw is met. */
+int32_t sampler_next(sampler *s, const float *logits) {
+    const sample_opts *o = &s->o;
+    int n = s->n_vocab, limit = o->top_k > 0 && o->top_k < n ? o->top_k : n;
+    for (int i = 0; i < n; i++) {
+        float worse = logits[i] > 0 ? logits[i] / o->repetition_penalty
+                                    : logits[i] * o->repetition_penalty;
+        s->x[i] = s->seen[i] ? worse : logits[i];
+        s->heap[i] = i;
+    }
+    int32_t first = argmax(s->x, n), id = first;
+    if (o->temperature > 0) {
+        double scale = 1 / (double)o->temperature, total = 0, taken = 0, at = 0;
+        double top = (double)s->x[first];
+        s->n_popped = 0;
+        for (int i = n / 2; i >= 0; i--) heap_down(s->heap, n, i, s->x);
+        for (int i = 0; i < limit; i++)
+            total += exp(((double)s->x[limit < n ? nth_token(s, i) : i] - top) * scale);
+        bool cut = limit < n || o->top_p < 1 || o->min_p > 0;
+        double u = rng_next(&s->state), share = total * (cut ? (double)o->top_p : u);
+        int kept = 0;
+        do {
+            id = nth_token(s, kept);
+            double w = exp(((double)s->x[id] - top) * scale);
+            if (w < (double)o->min_p) break;
+            taken += w;
+        } while (++kept < limit && taken <= share);
+        for (int i = 0; cut && i < kept; i++) {
+            id = nth_token(s, i);
+            at += exp(((double)s->x[id] - top) * scale);
+            if (at > u * taken) break;
+        }
+    }
+    sampler_accept(s, id);
     return id;
 }
 
-/* Take tokens from the likeliest down: without top_p until the drawn share u is passed; with it
- * until the nucleus is full (the shortest prefix that holds top_p), then draw inside of that. */
-int32_t sample(const float *logits, int n_vocab, const sample_opts *o, sample_rng *rng,
-               int32_t *scratch) {
-    int32_t id = argmax(logits, n_vocab);
-    if (!(o->temperature > 0)) return id;
-    double total = 0, taken = 0, at = 0, scale = 1 / (double)o->temperature, top = logits[id];
-    for (int i = 0; i < n_vocab; i++) {
-        total += exp(((double)logits[i] - top) * scale);
-        scratch[i] = i;
+int loop_push(loop_guard *g, int32_t token) {
+    int found = 0;
+    for (int p = 1; p <= LOOP_PERIOD_MAX && p <= g->n; p++) {
+        bool same = g->last[(g->n - p) % LOOP_PERIOD_MAX] == token;
+        g->run[p] = same ? g->run[p] + 1 : 0;
+        if (!found && g->run[p] >= LOOP_TOKENS && g->run[p] >= LOOP_TURNS * p) found = p;
     }
-    for (int i = n_vocab / 2; i >= 0; i--) heap_down(scratch, n_vocab, i, logits);
-    double u = rng_next(rng);
-    bool nucleus = o->top_p < 1;
-    double share = (nucleus ? (double)o->top_p : u) * total;
-    int left = n_vocab;
-    do {
-        id = heap_pop(scratch, left--, logits);
-        taken += exp(((double)logits[id] - top) * scale);
-    } while (left > 0 && taken <= share);
-    for (int i = n_vocab - 1; nucleus && i >= left; i--) {
-        id = scratch[i];
-        at += exp(((double)logits[id] - top) * scale);
-        if (at > u * taken) break;
-    }
-    return id;
+    g->last[g->n++ % LOOP_PERIOD_MAX] = token;
+    return found;
 }
 
 double token_nll(const float *logits, int n_vocab, int32_t token) {

@@ -268,7 +268,7 @@ const char *ckpt_shard_path(const ckpt *c, int shard);
 uint64_t ckpt_shard_bytes(const ckpt *c, int shard);
 
 /* One call with one line for each shard of DIR that is missing or shorter than its header says
- * ("model-00002-of-00048.safetensors: 1.2 of 3.5 GB"); their number, or -1 where DIR is no model. */
+ * ("model-00002-of-00048.safetensors: 1.2 of 3.5 GB"); their number, or -1: DIR is no model. */
 typedef void (*line_fn)(void *arg, const char *line);
 int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err);
 
@@ -444,6 +444,7 @@ void machine_rss(uint64_t *now, uint64_t *peak);
 
 typedef struct {                   /* what will live where, in bytes; told before work          */
     uint64_t budget, base, dense, kv, work, slots, slot_bytes;
+    uint64_t token_dense, token_experts, token_macs;   /* read and multiplied by one decode step */
     int n_slots, n_experts_total, span, chunk;
 } dsv4_plan;
 
@@ -459,14 +460,20 @@ typedef struct {
 } dsv4_opts;
 
 typedef struct dsv4_engine dsv4_engine;
-/* Plan the memory, refuse with the numbers when it cannot work, load the dense weights.
+/* Plan the memory, and refuse with the numbers when it cannot work; reads and takes nothing yet.
  * cfg and ckpt are borrowed and must outlive the engine. */
 int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
                 dsv4_err *err);
+/* Take the memory and read the dense weights; once, before the first session. */
+int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err);
 void engine_close(dsv4_engine *e);
 const dsv4_plan *engine_plan(const dsv4_engine *e);
 const dsv4_stats *engine_stats(const dsv4_engine *e);
 const offload_stats *engine_offload_stats(const dsv4_engine *e);
+/* What this machine reaches, measured now for about `seconds`. */
+typedef struct { exec_rates exec; double disk_bytes_s; } engine_rates;
+int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *out,
+                   dsv4_err *err);
 const char *engine_note(const dsv4_engine *e); /* one line on a slower path taken, or NULL */
 
 typedef struct dsv4_session dsv4_session;

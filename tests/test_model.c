@@ -38,7 +38,7 @@ static void rig_open(rig *r, dsv4_opts o) {
     if (!o.ram_bytes) o.ram_bytes = (uint64_t)1 << 30;
     if (!o.n_threads) o.n_threads = 2;
     if (config_load(&r->cfg, dir, &err) || ckpt_open(&r->ck, dir, &err) ||
-        engine_open(&r->e, &r->cfg, r->ck, &o, &err) ||
+        engine_open(&r->e, &r->cfg, r->ck, &o, &err) || engine_load(r->e, NULL, NULL, &err) ||
         session_open(&r->s, r->e, NULL, NULL, &err))
         die(&err);
     r->e->opts.dir = "tiny-a";
@@ -530,7 +530,8 @@ static void test_model_plan_refuses_too_little(void) {
     dsv4_err err;
     o.chunk = 0;
     o.ram_bytes = p.base + p.dense + p.kv + work_bytes(&r.cfg, &o, 1, 1) + 4 * p.slot_bytes;
-    CHECK(engine_open(&e, &r.cfg, r.ck, &o, &err) == 0, "%s", err.msg);
+    CHECK(!engine_open(&e, &r.cfg, r.ck, &o, &err) && !engine_load(e, NULL, NULL, &err), "%s",
+          err.msg);
     CHECK(e->plan.base + e->plan.dense + e->plan.kv + e->plan.work + e->plan.slots <=
           o.ram_bytes, "the plan breaks its budget");
     engine_close(e);
@@ -605,41 +606,113 @@ static void test_model_progress_interrupts(void) {
 
 /* === Sampling ================================================================================= */
 
-/* Goal: temperature 0 is the argmax, ties to the lower id. */
-static void test_sample_greedy_takes_first_of_equals(void) {
-    const float logits[5] = {1, 3, 3, -2, 3};
-    int32_t scratch[5];
-    sample_rng rng = {1};
-    const sample_opts o = {0, 1, 0};
-    CHECK(sample(logits, 5, &o, &rng, scratch) == 1, "not the first");
+static sampler *sampler_of(sample_opts o, int n_vocab) {
+    sampler *s;
+    dsv4_err err;
+    CHECK(sampler_open(&s, &o, n_vocab, &err) == 0, "%s", err.msg);
+    return s;
 }
 
-/* Goal: drawn frequencies follow softmax(logits / T), inside of the nucleus only.
- * Method: 20,000 draws, chi-square against the exact shares, 99.9% quantiles. */
+/* Goal: temperature 0 is the argmax, ties to the lower id; the penalty changes who that is. */
+static void test_sample_greedy_takes_first_of_equals(void) {
+    const float logits[5] = {1, 3, 3, -2, 3};
+    sampler *s = sampler_of((sample_opts){.top_p = 1, .repetition_penalty = 1}, 5);
+    CHECK(sampler_next(s, logits) == 1 && sampler_next(s, logits) == 1, "not the first");
+    sampler_close(s);
+    s = sampler_of((sample_opts){.top_p = 1, .repetition_penalty = 1.5f}, 5);
+    sampler_accept(s, 2);
+    CHECK(sampler_next(s, logits) == 1 && sampler_next(s, logits) == 4, "not the one not seen");
+    CHECK(sampler_next(s, logits) == 1, "all three seen: the first again");
+    sampler_close(s);
+}
+
+/* Goal: a seen token's logit is divided by the penalty when positive, multiplied when negative. */
+static void test_sample_penalty_pushes_both_signs_down(void) {
+    static const float logits[2][2] = {{3, 1.4f}, {-1, -1.9f}};
+    for (int k = 0; k < 2; k++) {
+        sampler *s = sampler_of((sample_opts){.top_p = 1, .repetition_penalty = 2}, 2);
+        int32_t a = sampler_next(s, logits[k]), b = sampler_next(s, logits[k]);
+        CHECK(a == 0 && b == (k == 0 ? 0 : 1), "set %d: %d, %d", k, a, b);
+        sampler_close(s);
+    }
+}
+
+typedef struct { sample_opts o; int kept[6]; double quantile; } sample_case;
+
+/* Goal: drawn frequencies follow softmax(logits / T) inside of what the cuts keep, and nothing
+ * else comes.  Method: 20,000 draws, chi-square against the exact shares, 99.9% quantiles. */
 static void test_sample_follows_distribution(void) {
     static const float logits[6] = {0, 1, 2, -1, 1, 0.5f};
-    static const sample_opts opts[2] = {{0.7f, 1, 0}, {1.3f, 0.6f, 0}};
-    static const int nucleus[2] = {6, 3};              /* ids 2, 1, 4 hold 60% at T = 1.3 */
-    static const double quantile[2] = {20.5, 13.8};
-    for (int k = 0; k < 2; k++) {
-        int32_t scratch[6];
+    static const sample_case cases[] = {
+        {{0.7f, 1, 0, 1, 0, 42}, {1, 1, 1, 1, 1, 1}, 20.5},
+        {{1.3f, 0.6f, 0, 1, 0, 42}, {0, 1, 1, 0, 1, 0}, 13.8},       /* ids 2, 1, 4 hold 60%   */
+        {{1, 1, 0, 1, 2, 7}, {0, 1, 1, 0, 0, 0}, 10.8},              /* a tie goes to the lower */
+        {{1, 1, 0, 1, 4, 7}, {0, 1, 1, 0, 1, 1}, 16.3},
+        {{1, 1, 0.2f, 1, 0, 9}, {0, 1, 1, 0, 1, 1}, 16.3},           /* shares e^-1, e^-1.5     */
+        {{2, 1, 0.3f, 1, 0, 9}, {1, 1, 1, 0, 1, 1}, 18.5},           /* at T = 2: e^-1 stays    */
+        {{1, 0.99f, 0.1f, 1, 5, 3}, {1, 1, 1, 0, 1, 1}, 18.5},       /* top-p of the five left  */
+        {{1, 0.7f, 0, 1, 3, 3}, {0, 1, 1, 0, 0, 0}, 10.8},           /* 0.58 + 0.21 of three    */
+    };
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         int seen[6] = {0};
         double share[6], total = 0, chi = 0;
-        sample_rng rng;
-        sample_seed(&rng, 42);
-        for (int i = 0; i < 20000; i++) seen[sample(logits, 6, &opts[k], &rng, scratch)]++;
+        sampler *s = sampler_of(cases[k].o, 6);
+        for (int i = 0; i < 20000; i++) seen[sampler_next(s, logits)]++;
+        sampler_close(s);
         for (int i = 0; i < 6; i++) {
-            bool in = nucleus[k] == 6 || i == 2 || i == 1 || i == 4;
-            share[i] = in ? exp((double)logits[i] / (double)opts[k].temperature) : 0;
+            share[i] = cases[k].kept[i]
+                           ? exp((double)logits[i] / (double)cases[k].o.temperature) : 0;
             total += share[i];
         }
         for (int i = 0; i < 6; i++) {
             double want = 20000 * share[i] / total;
             if (want > 0) chi += (seen[i] - want) * (seen[i] - want) / want;
-            else CHECK(seen[i] == 0, "id %d is outside of the nucleus", i);
+            else CHECK(seen[i] == 0, "case %zu: id %d was cut off", k, i);
         }
-        CHECK(chi <= quantile[k], "chi-square %g", chi);
+        CHECK(chi <= cases[k].quantile, "case %zu: chi-square %g", k, chi);
     }
+}
+
+/* Goal: same seed, same draws; another seed, others. */
+static void test_sample_same_seed_same_draws(void) {
+    float logits[64];
+    int32_t got[3][32];
+    for (int i = 0; i < 64; i++) logits[i] = (float)(i % 7);
+    for (int k = 0; k < 3; k++) {
+        sampler *s = sampler_of((sample_opts){1, 1, 0, 1, 0, k == 2 ? 6 : 5}, 64);
+        for (int i = 0; i < 32; i++) got[k][i] = sampler_next(s, logits);
+        sampler_close(s);
+    }
+    CHECK(!memcmp(got[0], got[1], sizeof got[0]), "same seed, other draws");
+    CHECK(memcmp(got[0], got[2], sizeof got[0]), "other seed, same draws");
+}
+
+/* The token at which the guard first speaks when `period` tokens go round behind 100 others, and
+ * one strange token stands at `odd` (-1: none). */
+static int guard_speaks_at(int period, int odd, int n, int *found) {
+    loop_guard g = {0};
+    for (int i = 0; i < n; i++) {
+        int32_t id = i < 100 ? 1000 + i : i == odd ? 9999 : (i - 100) % period;
+        *found = loop_push(&g, id);
+        if (*found) return i;
+    }
+    return -1;
+}
+
+/* Goal: the guard speaks behind LOOP_TOKENS and LOOP_TURNS of a cycle, names its period, and not
+ * a token earlier; one other token begins the count anew. */
+static void test_loop_guard_speaks_when_a_cycle_is_long(void) {
+    static const int period[] = {1, 2, 31, 32, 33, 255, 256};
+    for (size_t k = 0; k < sizeof period / sizeof *period; k++) {
+        int p = period[k], turns = p * LOOP_TURNS, found;
+        int run = turns > LOOP_TOKENS ? turns : LOOP_TOKENS;
+        int at = guard_speaks_at(p, -1, 10000, &found);
+        CHECK(at == 100 + p + run - 1 && found == p, "period %d: %d at token %d", p, found, at);
+        at = guard_speaks_at(p, 100 + p + run - 1, 100 + p + run + p, &found);
+        CHECK(at == -1, "period %d: %d at token %d in spite of another token", p, found, at);
+    }
+    int found;
+    CHECK(guard_speaks_at(257, -1, 20000, &found) == -1, "a period that is no cycle: %d", found);
 }
 
 int main(int argc, char **argv) {
@@ -663,6 +736,9 @@ int main(int argc, char **argv) {
     RUN(test_model_forward_refuses_bad_tokens);
     RUN(test_model_progress_interrupts);
     RUN(test_sample_greedy_takes_first_of_equals);
+    RUN(test_sample_penalty_pushes_both_signs_down);
     RUN(test_sample_follows_distribution);
+    RUN(test_sample_same_seed_same_draws);
+    RUN(test_loop_guard_speaks_when_a_cycle_is_long);
     return check_done();
 }
