@@ -6,6 +6,7 @@
 
 CC      ?= gcc
 PREFIX  ?= /usr/local
+SHARE    = $(DESTDIR)$(PREFIX)/share
 PKGS     = liburing libpcre2-8 jansson libxxhash libedit
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
 CFLAGS  ?= -O3 -g
@@ -93,6 +94,10 @@ flash: deps
 install: $(BIN)
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dsv4
+	install -d $(addprefix $(SHARE)/,man/man1 bash-completion/completions zsh/site-functions)
+	tests/manual.sh man ./$(BIN) >$(SHARE)/man/man1/dsv4.1
+	tests/manual.sh bash ./$(BIN) >$(SHARE)/bash-completion/completions/dsv4
+	tests/manual.sh zsh ./$(BIN) >$(SHARE)/zsh/site-functions/_dsv4
 
 clean:
 	rm -rf build dsv4

@@ -3,8 +3,8 @@
  *   dsv4 COMMAND [flags]      stdout: the answer, and nothing else
  *                             stderr: thoughts, progress, plans, tables, errors (one line each)
  *
- * One table of flags and one of commands make the parser, the help, the manual page and the
- * completions of both shells.
+ * One table of flags and one of commands make the parser and the help; tests/manual.sh makes the
+ * manual page and the completions of both shells from the help.
  *
  * Exit codes  0 done, 1 failed, 2 usage, 130 interrupted.
  * Contents    1 flags   2 files and output   3 progress and tables   4 the model behind a
@@ -76,7 +76,6 @@ typedef struct {                   /* everything a command line can say         
     uint64_t ram, seed;
     double temp, top_p, min_p, penalty;                /* -1: as the model's makers say         */
     bool raw, print_ids, no_think, no_rounding, no_loop_guard, quiet, decode, as_ids, json, hash;
-    bool man, bash, zsh;
 } args;
 
 typedef enum { ARG_TEXT, ARG_LIST, ARG_COUNT, ARG_SIZE, ARG_SEED, ARG_REAL, ARG_BOOL } arg_kind;
@@ -150,9 +149,6 @@ static const flag flags[] = {
      AT(json), 0, 0},
     {"-q", NULL, "no progress, no tables, no thoughts", CMD_ENGINE | CMD_CHECK, ARG_BOOL,
      AT(quiet), 0, 0},
-    {"--man", NULL, "print the manual page (roff)", CMD_HELP, ARG_BOOL, AT(man), 0, 0},
-    {"--bash", NULL, "print bash's completion", CMD_HELP, ARG_BOOL, AT(bash), 0, 0},
-    {"--zsh", NULL, "print zsh's completion", CMD_HELP, ARG_BOOL, AT(zsh), 0, 0},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags };
 
@@ -522,7 +518,7 @@ static void status_draw(status_line *s, double share, double t) {
 static int on_progress(void *arg, double done) {
     status_line *s = arg;
     double t = now_s();
-    if (s->on && s->n_now != 1 && t - s->shown > (s->bar ? 0.2 : PLAIN_SECONDS)) {
+    if (s->on && t - s->shown > (s->bar ? 0.2 : PLAIN_SECONDS)) {
         if (s->n_total) done = ((double)s->n_done + (double)s->n_now * done) / (double)s->n_total;
         s->shown = t;
         status_draw(s, done, t);
@@ -748,7 +744,6 @@ static int feed(model *m, const int32_t *ids, int64_t n, dsv4_err *err) {
         rc = session_forward(m->s, ids + i, (int)m->status.n_now, err);
     }
     status_clear(&m->status);
-    m->status.n_now = 1;
     return rc;
 }
 
@@ -831,8 +826,10 @@ static int speak_end(speaker *sp) {
  * went into it. */
 static int generate(model *m, speaker *sp, sampler *draw, int64_t n, id_list *fed, ending *end) {
     loop_guard guard = {0};
+    bool shown = m->status.on;
     int rc = 0;
     *end = END_LENGTH;
+    m->status.on = false;          /* the answer itself shows how far it is */
     for (int64_t i = 0; i < n && rc == 0; i++) {
         session_logits(m->s, m->last, 1, m->logits);
         int32_t id = sampler_next(draw, m->logits);
@@ -849,6 +846,7 @@ static int generate(model *m, speaker *sp, sampler *draw, int64_t n, id_list *fe
         rc = session_forward(m->s, &id, 1, sp->err);
         if (rc == 0 && fed) fed->id[fed->n++] = id;
     }
+    m->status.on = shown;
     return rc;
 }
 
@@ -1449,16 +1447,20 @@ static int cmd_tokenize(const args *a, dsv4_err *err) {
 
 /* === 10. plan, check ========================================================================== */
 
-static void print_line(void *arg, const char *line) { fprintf(arg, "%s\n", line); }
+static void on_survey_line(void *first, const char *line) {
+    fprintf(stderr, "%s\n", line);
+    if (!*(char *)first) snprintf(first, MAX_NAME, "%s", line);
+}
 
 /* Open the shards; where that fails because a download is not done, say of every shard how far
  * it is. */
 static int open_whole(ckpt **out, const char *dir, dsv4_err *err) {
     dsv4_err survey;
+    char first[MAX_NAME] = "";
     if (ckpt_open(out, dir, err) == 0) return 0;
-    int n = ckpt_survey(dir, print_line, stderr, &survey);
-    return n > 0 ? fail(err, "%s: %d shard%s missing or cut short; resume the download", dir, n,
-                        n > 1 ? "s are" : " is") : -1;
+    int n = ckpt_survey(dir, on_survey_line, first, &survey);
+    return n > 0 ? fail(err, "%s: %d shard%s missing or cut short, the first %s; resume the "
+                        "download", dir, n, n > 1 ? "s are" : " is", first) : -1;
 }
 
 typedef struct {                   /* what bounds a phase: seconds of each resource             */
@@ -1713,14 +1715,6 @@ static int cmd_version(const args *a, dsv4_err *err) {
     return check_stdout(err);
 }
 
-/* Print text with a backslash before each of `chars`. */
-static void put_escaped(const char *s, const char *chars) {
-    for (; *s; s++) {
-        if (strchr(chars, *s)) putchar('\\');
-        putchar(*s);
-    }
-}
-
 static void print_flags(const command *c) {
     printf("dsv4 %s %s\n\n%s.\n\n", c->name, c->usage, c->help);
     for (int i = 0; i < N_FLAGS; i++) {
@@ -1731,87 +1725,12 @@ static void print_flags(const command *c) {
     }
 }
 
-static void print_man(void) {
-    printf(".TH DSV4 1 \"\" \"dsv4 %s\" \"User Commands\"\n.SH NAME\n"
-           "dsv4 \\- run DeepSeek\\-V4 from its official checkpoint\n.SH SYNOPSIS\n", DSV4_VERSION);
-    for (int i = 0; i < N_COMMANDS; i++) {
-        printf(".B dsv4 %s\n", commands[i].name);
-        put_escaped(commands[i].usage, "-");
-        printf("\n.br\n");
-    }
-    printf(".SH DESCRIPTION\nThe answer goes to standard output, everything else to standard "
-           "error.\n.SH COMMANDS\n");
-    for (int i = 0; i < N_COMMANDS; i++) {
-        printf(".SS %s\n", commands[i].name);
-        put_escaped(commands[i].help, "-");
-        printf(".\n");
-        for (int j = 0; j < N_FLAGS; j++) {
-            if (!(flags[j].commands & commands[i].bit)) continue;
-            printf(".TP\n.B ");
-            put_escaped(flags[j].name, "-");
-            printf(" %s\n", flags[j].value ? flags[j].value : "");
-            put_escaped(flags[j].help, "-");
-            printf("\n");
-        }
-    }
-    printf(".SH EXIT STATUS\n0 done, 1 failed, 2 usage, 130 interrupted.\n");
-}
-
-static void print_words(const command *c) {
-    for (int i = 0; i < N_FLAGS; i++)
-        if (flags[i].commands & c->bit) printf(" %s", flags[i].name);
-}
-
-static void print_bash(void) {
-    printf("_dsv4() {\n    local cur=${COMP_WORDS[COMP_CWORD]} words=\n"
-           "    case ${COMP_CWORD}:${COMP_WORDS[1]} in\n    1:*) words='");
-    for (int i = 0; i < N_COMMANDS; i++) printf("%s%s", i ? " " : "", commands[i].name);
-    printf("' ;;\n");
-    for (int i = 0; i < N_COMMANDS; i++) {
-        printf("    *:%s) words='", commands[i].name);
-        print_words(&commands[i]);
-        if (commands[i].bit == CMD_HELP)
-            for (int j = 0; j < N_COMMANDS; j++) printf(" %s", commands[j].name);
-        printf("' ;;\n");
-    }
-    printf("    esac\n    COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n}\n"
-           "complete -o default -F _dsv4 dsv4\n");
-}
-
-static void print_zsh(void) {
-    printf("#compdef dsv4\nlocal -a commands\ncommands=(\n");
-    for (int i = 0; i < N_COMMANDS; i++) {
-        printf("  \"%s:", commands[i].name);
-        put_escaped(commands[i].help, ":");
-        printf("\"\n");
-    }
-    printf(")\nif ((CURRENT == 2)); then _describe command commands; return; fi\n"
-           "local command=$words[2]\nshift words; ((CURRENT--))\ncase $command in\n");
-    for (int i = 0; i < N_COMMANDS; i++) {
-        printf("%s) _arguments", commands[i].name);
-        for (int j = 0; j < N_FLAGS; j++) {
-            if (!(flags[j].commands & commands[i].bit)) continue;
-            printf(" \\\n  \"%s%s[", flags[j].kind == ARG_LIST ? "*" : "", flags[j].name);
-            put_escaped(flags[j].help, "[]");
-            printf("]");
-            if (flags[j].value) printf(":%s:_files", flags[j].value);
-            printf("\"");
-        }
-        if (commands[i].bit == CMD_HELP) printf(" \\\n  \":command:_describe command commands\"");
-        if (commands[i].bit == CMD_CHECK) printf(" \\\n  \":directory:_files -/\"");
-        printf(" ;;\n");
-    }
-    printf("esac\n");
-}
-
 static int cmd_help(const args *a, dsv4_err *err) {
     const command *c = a->operand ? find_command(a->operand) : NULL;
     if (a->operand && !c) return unknown_command(a->operand, err);
-    if (a->man) print_man();
-    else if (a->bash) print_bash();
-    else if (a->zsh) print_zsh();
-    else if (c) print_flags(c);
-    else {
+    if (c) {
+        print_flags(c);
+    } else {
         printf("dsv4 runs DeepSeek-V4 from its official checkpoint.\n\n");
         for (int i = 0; i < N_COMMANDS; i++)
             printf("  dsv4 %-8s %-52s %s\n", commands[i].name, commands[i].usage,

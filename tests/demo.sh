@@ -7,4 +7,4 @@ run() { echo "+ $*"; "$@"; }
     run "$mkmodel" tiny $model --experts 64 --seed 1
 run "$dsv4" check $model
 echo "The weights are random, so the answer is noise; the path it takes is the real one."
-run "$dsv4" run -m $model -f tests/demo.txt -n 48 --ram 24M
+run "$dsv4" run -m $model -f tests/demo.txt -n 48 --no-think --ram 24M

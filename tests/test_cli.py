@@ -22,6 +22,8 @@ DSV4, MKMODEL = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY_A = os.path.join(HERE, "goldens", "tiny-a")
 SHADOW = 2**30 if "/san/" in DSV4 else 0               # ASan keeps its own books in memory
+COMMANDS = ("run", "chat", "eval", "prompt", "tokenize", "plan", "check", "version", "help")
+VECTORS = json.load(open(os.path.join(HERE, "..", "..", "shared", "chat", "vectors.json")))
 TESTS = []
 
 
@@ -157,7 +159,7 @@ def split_and_unindexed_checkpoints_give_the_same_answer():
 @test
 def run_same_seed_same_text():
     text = write("text.txt", "It was a bright cold day in April.")
-    flags = ["run", "-m", tiny(), "-f", text, "-n", 24, "-q"]
+    flags = ["run", "-m", tiny(), "-f", text, "-n", 24, "-q", "--no-think"]
     one, _ = dsv4(*flags, "--seed", 5)
     need(one.decode(), "no answer")
     need(dsv4(*flags, "--seed", 5, "-t", 1)[0] == one, "threads change the text")
@@ -273,7 +275,9 @@ def stdout_holds_the_answer_only():
 @test
 def help_lists_commands_and_flags():
     text = dsv4("help")[0].decode()
-    need(all(f"dsv4 {c} " in text for c in ("run", "eval", "check", "version", "help")), text)
+    need(all(f"dsv4 {c} " in text for c in COMMANDS), text)
+    for c in COMMANDS:
+        need(dsv4("help", c)[0].decode().startswith(f"dsv4 {c} "), f"help {c}")
     need("--top-p" in dsv4("help", "run")[0].decode(), "run's help lacks --top-p")
     need("--decode-from" in dsv4("help", "eval")[0].decode(), "eval's help lacks --decode-from")
     need(dsv4("version")[0].startswith(b"dsv4 "), "version")
@@ -285,7 +289,8 @@ def help_lists_commands_and_flags():
 @test
 def usage_errors_exit_2():
     for fragment, *args in (
-            ("no command", "walk"), ("does not take --fast", "run", "-m", "x", "--fast"),
+            ("no command", "walk"), ("perhaps chat", "chta"), ("perhaps --temp", "run", "--tmep", 1),
+            ("does not take --fast", "run", "-m", "x", "--fast"),
             ("needs -m", "run", "-p", "x"), ("needs one of", "run", "-m", "x"),
             ("needs one of", "run", "-m", "x", "-p", "a", "-f", "b"),
             ("needs DIR behind it", "run", "-m"),
@@ -296,7 +301,12 @@ def usage_errors_exit_2():
             ("whole number", "run", "-m", "x", "-p", "a", "--seed", "-1"),
             ("number from", "run", "-m", "x", "-p", "a", "--top-p", "1.5"),
             ("number from", "run", "-m", "x", "-p", "a", "--temp", "nan"),
-            ("does not take -p", "eval", "-m", "x", "-p", "a"),
+            ("does not take -p", "eval", "-m", "x", "-p", "a"), ("needs -m", "chat"),
+            ("needs -m", "plan"), ("needs -m", "tokenize"), ("needs -m", "prompt", "--ids"),
+            ("not low, high or max", "chat", "-m", "x", "--effort", "hi"),
+            ("not v4 or 0731", "prompt", "--generation", "v5"),
+            ("1 to 255 bytes", "run", "-m", "x", "-p", "a", "--stop", ""),
+            ("at most 8 times", "run", "-m", "x", "-p", "a", *["--stop", "s"] * 9),
             ("needs a directory", "check")):
         refuses(fragment, *args, code=2)
 
@@ -395,6 +405,280 @@ def closed_stdout_is_an_error_not_a_death():
     with open("/dev/full", "w") as full:
         p = subprocess.run([DSV4, "version"], stdout=full, stderr=subprocess.PIPE)
     need(p.returncode == 1 and b"stdout" in p.stderr, f"{p.returncode} {p.stderr!r}")
+
+
+# === prompts, tokens, sampling, chat ==========================================================
+
+
+def request_of(vector):
+    """A vector's request in the form that `prompt` takes, and its generation."""
+    r = dict(vector["request"])
+    gen = r.pop("generation", "v4")
+    if "thinking" in r:
+        r["thinking"] = {"type": "enabled" if r["thinking"] else "disabled"}
+    if "effort" in r:
+        r["reasoning_effort"] = r.pop("effort")
+    return json.dumps(r).encode(), gen
+
+
+@test
+def prompt_writes_every_vector():
+    for i, v in enumerate(VECTORS["encode"]):
+        request, gen = request_of(v)
+        out = dsv4("prompt", "--generation", gen, stdin=request)[0]
+        need(out == v["prompt"].encode(), f"vector {i}: {out!r}")
+
+
+@test
+def prompt_ids_are_those_of_its_text():
+    request, _ = request_of(VECTORS["encode"][9])
+    text = dsv4("prompt", stdin=request)[0]
+    ids = dsv4("prompt", "-m", tiny(), "--ids", stdin=request)[0]
+    need(ids == dsv4("tokenize", "-m", tiny(), stdin=text)[0], "ids differ from the text's")
+    inside = json.dumps({"messages": [{"role": "user", "content": "a</think>b"}]}).encode()
+    text = dsv4("prompt", stdin=inside)[0]
+    ids = dsv4("prompt", "-m", tiny(), "--ids", stdin=inside)[0]
+    need(ids != dsv4("tokenize", "-m", tiny(), stdin=text)[0], "a message closes the thoughts")
+
+
+@test
+def prompt_takes_the_generation_of_the_model():
+    path = os.path.join(TMP, "gen")
+    shutil.copytree(tiny(), path)
+    os.mkdir(os.path.join(path, "encoding"))
+    with open(os.path.join(path, "encoding", "encoding_dsv4.py"), "w") as f:
+        f.write("REASONING_EFFORT_PROMPTS = {}\n")
+    v = VECTORS["encode"][6]
+    request, gen = request_of(v)
+    need(gen == "0731", "the vector")
+    need(dsv4("prompt", "-m", path, stdin=request)[0] == v["prompt"].encode(), "0731 not seen")
+    need(dsv4("prompt", "-m", tiny(), stdin=request)[0] != v["prompt"].encode(), "not v4")
+    shutil.rmtree(path)
+
+
+@test
+def prompt_names_what_is_wrong():
+    for fragment, request in (("not JSON: line 2", b'{"messages":\n[}'), ("messages", b"{}"),
+                              ("messages[0].role", b'{"messages": [{"role": "king"}]}'),
+                              ("is empty", b"")):
+        refuses(fragment, "prompt", stdin=request)
+
+
+@test
+def tokenize_and_back_gives_the_same_bytes():
+    text = "Zwölf Boxkämpfer 🙂👨\u200d👩\u200d👧 \r\n\t  x<\uff5cUser\uff5c>y\n".encode()
+    ids = dsv4("tokenize", "-m", tiny(), "-f", write("t.txt", text))[0]
+    need(all(w.isdigit() for w in ids.split()) and ids.endswith(b"\n"), repr(ids))
+    need(dsv4("tokenize", "-m", tiny(), "--decode", stdin=ids)[0] == text, "not the same bytes")
+    refuses("outside of the vocabulary", "tokenize", "-m", tiny(), "--decode", stdin=b"999999")
+
+
+@test
+def sampling_defaults_come_from_the_model():
+    path = os.path.join(TMP, "sampled")
+    shutil.copytree(tiny(), path)
+    flags = ["-p", "Hello", "-n", 16, "-q", "--print-ids", "--seed", 5]
+
+    def answer(generation_config, *more):
+        with open(os.path.join(path, "generation_config.json"), "w") as f:
+            json.dump(generation_config, f)
+        return dsv4("run", "-m", path, *flags, *more)[0]
+
+    plain = dsv4("run", "-m", tiny(), *flags)[0]
+    greedy = dsv4("run", "-m", tiny(), *flags, "--temp", 0)[0]
+    need(plain != greedy, "the seed gives the greedy answer: choose another")
+    need(answer({}) == plain and answer({"temperature": 1, "top_p": 1}) == plain, "plain")
+    need(answer({"do_sample": False}) == greedy, "do_sample is not heard")
+    need(answer({"top_k": 1}) == greedy and answer({}, "--top-k", 1) == greedy, "top-k 1")
+    need(answer({"top_k": 1}, "--top-k", 0) == plain, "a flag does not win")
+    need(answer({}, "--min-p", 1) == greedy, "min-p 1")
+    need(answer({"repetition_penalty": 50}) != plain, "the penalty changes nothing")
+    ids = answer({}, "--repetition-penalty", 100, "--temp", 0).split()
+    need(len(set(ids)) == len(ids), "a penalty of 100 repeats tokens")
+    with open(os.path.join(path, "generation_config.json"), "w") as f:
+        f.write('{"temperature": "hot"}')
+    refuses("generation_config.json", "run", "-m", path, *flags)
+    shutil.rmtree(path)
+
+
+@test
+def stop_strings_cut_the_answer():
+    flags = ["run", "-m", tiny(), "-p", "Hello", "-n", 40, "--raw", "-q", "--seed", 2]
+    whole = dsv4(*flags)[0].decode().rstrip("\n")
+    for word in (whole[20:24], whole[-3:], whole[:2]):
+        out = dsv4(*flags, "--stop", "never there", "--stop", word)[0].decode()
+        need(out == whole[:whole.index(word)] + "\n", f"{word!r}: {out!r}")
+    need(dsv4(*flags, "--stop", "\U0001f980")[0].decode() == whole + "\n", "cut without cause")
+
+
+@test
+def loop_guard_ends_a_generation_in_circles():
+    """A penalty below 1 rewards what is there already: the likeliest token comes for ever."""
+    flags = ["run", "-m", TINY_A, "--ids", ids_file([100]), "-n", 1000, "--temp", 0,
+             "--print-ids", "--repetition-penalty", 0.01]
+    free, err = dsv4(*flags, "--no-loop-guard")
+    need("circles" not in err and len(free.split()) == 1000, f"{len(free.split())} ids")
+    cut, err = dsv4(*flags)
+    need("circles" in err and free.startswith(cut[:-1]), err)
+    need(512 < len(cut.split()) < 1000, f"{len(cut.split())} ids")
+
+
+@test
+def thoughts_stay_out_of_stdout():
+    out, err = dsv4("run", "-m", tiny(), "-p", "Hi", "-n", 6, "--temp", 0)
+    need(out == b"\n" and "before the answer began" in err, f"{out!r} {err!r}")
+
+
+@test
+def chat_in_a_pipe_answers_as_run_does():
+    """Each line is a turn; its answer is that of run on the conversation so far."""
+    flags = ["-m", tiny(), "-n", 6, "-q", "--temp", 0]
+    lines = ["Hello there.", "And what now?", "Zum Schluß?"]
+    for think in ([], ["--no-think"]):
+        out = dsv4("chat", *flags, *think, "--system", "Be brief.",
+                   stdin="\n".join(lines).encode())[0].decode()
+        messages, want = [{"role": "system", "content": "Be brief."}], ""
+        for line in lines:
+            messages.append({"role": "user", "content": line})
+            request = {"messages": messages, "thinking": not think}
+            ids = dsv4("prompt", "-m", tiny(), "--ids", stdin=json.dumps(request).encode())[0]
+            got = "" if not think else dsv4("run", *flags, "--ids", write("p.txt", ids))[0].decode()
+            want += got or "\n"
+            messages.append({"role": "assistant", "content": got.rstrip("\n")})
+        need(out == want, f"{think}: {out!r} is not {want!r}")
+
+
+@test
+def chat_in_a_pipe_goes_on_behind_errors():
+    out, err = b"", ""
+    p = subprocess.run([DSV4, "chat", "-m", tiny(), "-n", "3", "-q", "--no-think"],
+                       input=b"/file /no/file\n\nHello\n/walk\n", capture_output=True, timeout=60)
+    out, err = p.stdout, p.stderr.decode()
+    need(p.returncode == 1 and out.count(b"\n") == 1, f"{p.returncode} {out!r}")
+    need("/no/file: No such file" in err and "no command /walk" in err and
+         "not every line" in err, err)
+
+
+@test
+def chat_says_when_the_context_is_full():
+    p = subprocess.run([DSV4, "chat", "-m", tiny(), "-n", "3", "-q", "--ctx", "40", "--no-think"],
+                       input=b"Hi\n" + b"words " * 40 + b"\n/clear\nHi\n", capture_output=True,
+                       timeout=60)
+    need(p.returncode == 1 and p.stdout.count(b"\n") == 2, f"{p.stdout!r} {p.stderr!r}")
+    need(b"the context holds 40" in p.stderr and b"/clear" in p.stderr, f"{p.stderr!r}")
+
+
+# === plan, check, what make install writes ====================================================
+
+
+@test
+def plan_adds_up_and_names_what_binds():
+    text, _ = dsv4("plan", "-m", tiny(), "--ram", "64M", "--ctx", 500)
+    for part in ("--ram 64.0M holds", "KV", "500 tokens of context", "of 48 experts", "measured",
+                 "memory", "processor", "disk", "decode", "prefill", " binds ("):
+        need(part in text.decode(), f"{part!r} is not in {text!r}")
+    p = json.loads(dsv4("plan", "-m", tiny(), "--ram", "64M", "--ctx", 500, "--json")[0])
+    need(p["program"] + p["dense"] + p["kv"] + p["buffers"] + p["slots"] <= p["ram"] == 64 << 20,
+         str(p))
+    need(p["slots"] == p["n_slots"] * p["slot_bytes"] and p["ctx"] == 500, str(p))
+    need(abs(p["kv_per_token"] * 500 - p["kv"]) < 1, "KV")
+    for phase in ("decode", "prefill"):
+        b = p[phase]
+        longest = max(b["memory_s"], b["processor_s"], b["disk_s"])
+        need(abs(b["tokens"] / longest / b["tokens_per_s"] - 1) < 1e-6, str(b))
+    need(all(v > 0 for v in p["measured"].values()), str(p["measured"]))
+    refuses("too small: at least", "plan", "-m", tiny(), "--ram", "3M")
+
+
+@test
+def partial_downloads_are_named_shard_by_shard():
+    path = os.path.join(TMP, "partial")
+    shutil.copytree(tiny(), path)
+    shards = sorted(f for f in os.listdir(path) if f.startswith("model-"))
+    os.remove(os.path.join(path, shards[0]))
+    os.truncate(os.path.join(path, shards[2]), os.path.getsize(os.path.join(path, shards[2])) // 2)
+    for args in (("plan", "-m", path), ("check", path)):
+        p = subprocess.run([DSV4, *args], capture_output=True, timeout=60)
+        err = p.stderr.decode()
+        need(p.returncode == 1 and "2 shards are missing or cut short" in err, err)
+        need(f"{shards[0]}: missing" in err and f"{shards[2]}: " in err and shards[1] not in err,
+             err)
+    shutil.rmtree(path)
+
+
+@test
+def check_json_says_what_the_table_says():
+    c = json.loads(dsv4("check", tiny(), "--json")[0])
+    need((c["layers"], c["window"], c["csa"], c["hca"]) == (6, 2, 2, 2), str(c))
+    need(c["experts_a_layer"] == 8 and c["experts_a_token"] == 2 and c["mtp"] is True, str(c))
+    need(c["expert_bytes"] > 0 and c["dense_bytes"] > 0 and c["context"] == 1024, str(c))
+
+
+@test
+def check_hash_remembers_and_says_what_changed():
+    path, cache = os.path.join(TMP, "hashed"), os.path.join(TMP, "cache")
+    shutil.copytree(tiny(), path)
+    shards = sorted(f for f in os.listdir(path) if f.startswith("model-"))
+    os.environ["XDG_CACHE_HOME"] = cache
+
+    def lines():
+        p = subprocess.run([DSV4, "check", path, "--hash", "-q"], capture_output=True, timeout=60)
+        said = [s for s in p.stdout.decode().splitlines() if s.startswith("model-")]
+        need(len(said) == len(shards), f"{said} {p.stderr!r}")
+        return p.returncode, said
+
+    code, first = lines()
+    need(code == 0 and all(s.endswith(" new") for s in first), str(first))
+    code, again = lines()
+    need(code == 0 and all("as on" in s for s in again), str(again))
+    need([s.split()[1] for s in first] == [s.split()[1] for s in again], "hashes differ")
+    need(all(len(s.split()[1]) == 32 for s in first), str(first))
+    with open(os.path.join(path, shards[1]), "r+b") as f:
+        f.seek(-1, 2)
+        f.write(b"\x5a")
+    code, now = lines()
+    need(code == 1 and ["CHANGED" in s for s in now] == [s == shards[1] for s in shards], str(now))
+    hashes = json.loads(dsv4("check", path, "--hash", "--json", "-q")[0])["hashes"]
+    need(len(hashes) == len(shards) and "as on" in hashes[1], str(hashes))
+    del os.environ["XDG_CACHE_HOME"]
+    shutil.rmtree(path)
+
+
+def help_flags(command):
+    """The flags that help lists for a command."""
+    return [s.split()[0] for s in dsv4("help", command)[0].decode().splitlines()
+            if s.startswith("  -")]
+
+
+@test
+def manual_and_completions_say_what_help_says():
+    made = {form: subprocess.run([os.path.join(HERE, "manual.sh"), form, DSV4], check=True,
+                                 capture_output=True).stdout.decode()
+            for form in ("man", "bash", "zsh")}
+    for c in COMMANDS:
+        for name in help_flags(c):
+            need("\n.B " + name.replace("-", "\\-") in made["man"].split(f".SS {c}\n")[1], name)
+            need(f"'*{name}[" in made["zsh"].split(f"\n{c})")[1].split(";;")[0], f"zsh: {c} {name}")
+        script = made["bash"] + f"COMP_WORDS=(dsv4 {c} -); COMP_CWORD=2; _dsv4; echo ${{COMPREPLY[@]}}"
+        said = subprocess.run(["bash", "-c", script], capture_output=True).stdout.decode().split()
+        need(said == (help_flags(c) if c != "help" else []), f"bash completes {c} - to {said}")
+    script = made["bash"] + "COMP_WORDS=(dsv4 p); COMP_CWORD=1; _dsv4; echo ${COMPREPLY[@]}"
+    said = subprocess.run(["bash", "-c", script], capture_output=True).stdout.decode().split()
+    need(said == ["prompt", "plan"], str(said))
+    if shutil.which("zsh"):
+        path = write("_dsv4", made["zsh"])
+        subprocess.run(["zsh", "-n", path], check=True)
+
+
+@test
+def make_install_puts_everything_in_its_place():
+    path = os.path.join(TMP, "install")
+    san = ["SAN=1"] if "/san/" in DSV4 else []
+    subprocess.run(["make", "-C", os.path.dirname(HERE), "install", f"DESTDIR={path}", *san],
+                   check=True, capture_output=True)
+    for name in ("bin/dsv4", "share/man/man1/dsv4.1", "share/bash-completion/completions/dsv4",
+                 "share/zsh/site-functions/_dsv4"):
+        need(os.path.getsize(os.path.join(path, "usr/local", name)) > 500, name)
 
 
 def main():
