@@ -16,10 +16,11 @@ flags() { # flags COMMAND: a line "FLAG<tab>VALUE<tab>HELP" for each
 case $form in
 man)
     echo ".TH DSV4 1 \"\" \"$("$dsv4" version)\" \"User Commands\""
-    printf '.SH NAME\ndsv4 \\- run DeepSeek\\-V4 from its official checkpoint\n.SH SYNOPSIS\n'
+    printf '.SH NAME\ndsv4 \\- run DeepSeek\\-V4 from its official checkpoint\n.SH SYNOPSIS\n.nf\n'
     for c in $commands; do
-        printf '.B dsv4 %s\n%s\n.br\n' "$c" "$(usage "$c" | sed 's/-/\\-/g')"
+        printf '\\fBdsv4 %s\\fP %s\n' "$c" "$(usage "$c" | sed 's/-/\\-/g')"
     done
+    echo .fi
     echo ".SH DESCRIPTION"
     echo "The answer goes to standard output, everything else to standard error."
     echo ".SH COMMANDS"

@@ -665,9 +665,8 @@ def manual_and_completions_say_what_help_says():
     script = made["bash"] + "COMP_WORDS=(dsv4 p); COMP_CWORD=1; _dsv4; echo ${COMPREPLY[@]}"
     said = subprocess.run(["bash", "-c", script], capture_output=True).stdout.decode().split()
     need(said == ["prompt", "plan"], str(said))
-    if shutil.which("zsh"):
-        path = write("_dsv4", made["zsh"])
-        subprocess.run(["zsh", "-n", path], check=True)
+    subprocess.run(["zsh", "-n", write("_dsv4", made["zsh"])], check=True)
+    subprocess.run(["mandoc", "-T", "lint", "-W", "error", write("dsv4.1", made["man"])], check=True)
 
 
 @test
