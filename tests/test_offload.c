@@ -47,9 +47,9 @@ static struct {
     atomic_uint rng;
 } hook;
 
-static void set_mood(mood m, int answer, int nth) {
+static void set_mood(mood m, int gives, int nth) {
     hook.mood = m;
-    hook.answer = answer;
+    hook.answer = gives;
     hook.nth = nth;
     hook.seen = 0;
     hook.rng = 1;
