@@ -149,6 +149,7 @@ typedef struct {                   /* where values are looked up, and how the pl
     const json_t *object;
     const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
     dsv4_err *err;
+    bool optional;                 /* absent or null leaves what is there                       */
 } config_in;
 
 __attribute__((format(printf, 3, 4)))
@@ -162,22 +163,35 @@ static int refuse(const config_in *in, const char *key, const char *accepted, ..
                 show(json_object_get(in->object, key)).text, text);
 }
 
-/* A whole number: a size, a count or an id; 4096.0 is none. */
-static int want_int(const config_in *in, const char *key, int64_t lo, int64_t hi,
-                    int64_t multiple, int64_t *out) {
-    const json_t *v = json_object_get(in->object, key);
-    *out = json_integer_value(v);  /* 0 where it is none                                        */
-    if (json_is_integer(v) && *out >= lo && *out <= hi && *out % multiple == 0) return 0;
-    return refuse(in, key, "whole numbers from %" PRId64 " to %" PRId64 ", multiples of %" PRId64,
-                  lo, hi, multiple);
-}
+/* Numbers by key, where they go and what is accepted.  A whole one (a size, a count, an id: 4096.0
+ * is none) is a multiple of `multiple`; a real one has multiple 0 and may be written without a
+ * point, as rope_theta is. */
+typedef struct {
+    const char *key;
+    size_t at;
+    char type;                     /* of the struct's member: int, long (int64_t), float, double */
+    int multiple;
+    double lo, hi;
+} field;
 
-/* A number, with or without a point: rope_theta is written both ways. */
-static int want_real(const config_in *in, const char *key, double lo, double hi, double *out) {
-    const json_t *v = json_object_get(in->object, key);
-    *out = json_number_value(v);
-    if (json_is_number(v) && *out >= lo && *out <= hi) return 0;
-    return refuse(in, key, "numbers from %g to %g", lo, hi);
+static int want_fields(const config_in *in, const field *f, void *out) {
+    for (; f->key; f++) {
+        const json_t *v = json_object_get(in->object, f->key);
+        double x = json_number_value(v);
+        json_int_t whole = json_integer_value(v);
+        bool fits = json_is_number(v) && x >= f->lo && x <= f->hi;
+        char *at = (char *)out + f->at;
+        if (in->optional && (!v || json_is_null(v))) continue;
+        if (f->multiple && (!fits || !json_is_integer(v) || whole % f->multiple))
+            return refuse(in, f->key, "whole numbers from %.0f to %.0f, multiples of %d", f->lo,
+                          f->hi, f->multiple);
+        if (!fits) return refuse(in, f->key, "numbers from %g to %g", f->lo, f->hi);
+        if (f->type == 'i') memcpy(at, &(int){(int)whole}, sizeof(int));
+        if (f->type == 'l') memcpy(at, &(int64_t){whole}, sizeof(int64_t));
+        if (f->type == 'f') memcpy(at, &(float){(float)x}, sizeof(float));
+        if (f->type == 'd') memcpy(at, &x, sizeof x);
+    }
+    return 0;
 }
 
 /* What the program computes in one way only.  Values stand as JSON writes them. */
@@ -208,7 +222,7 @@ static int want_constants(const config_in *in, const constant *k) {
 static int config_kind(const config_in *in) {
     const json_t *type = json_object_get(in->object, "model_type");
     const json_t *quant = json_object_get(in->object, "quantization_config");
-    const config_in sub = {quant, in->where, "quantization_config.", in->err};
+    const config_in sub = {quant, in->where, "quantization_config.", in->err, false};
     if (!json_is_string(type)) return refuse(in, "model_type", "\"deepseek_v4\"");
     if (strcmp(json_string_value(type), "deepseek_v4") != 0)
         return fail(in->err, "%s: model_type %.64s is another architecture; this program runs "
@@ -219,47 +233,52 @@ static int config_kind(const config_in *in) {
     return want_constants(&sub, quant_constants);
 }
 
-/* Every whole number that the model needs.  A number that is a size is bounded, so that what is
- * computed from it later cannot overflow. */
-static const struct { const char *key; size_t at; int lo, hi, multiple; } int_fields[] = {
-#define FIELD(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), lo, hi, multiple}
-    FIELD(hidden_size, 32, MAX_DIM, 32),           /* FP4 scales stand for 32                   */
-    FIELD(moe_intermediate_size, 32, MAX_DIM, 32),
-    FIELD(num_hidden_layers, 1, MAX_LAYERS, 1),
-    FIELD(num_attention_heads, 1, MAX_DIM, 1),
-    FIELD(head_dim, 2, MAX_DIM, 1),
-    FIELD(qk_rope_head_dim, 2, MAX_DIM, 2),        /* rotation is on pairs                      */
-    FIELD(q_lora_rank, 1, MAX_DIM, 1),
-    FIELD(o_lora_rank, 1, MAX_DIM, 1),
-    FIELD(o_groups, 1, MAX_DIM, 1),
-    FIELD(sliding_window, 1, MAX_DIM, 1),
-    FIELD(index_n_heads, 1, MAX_DIM, 1),
-    FIELD(index_head_dim, 1, MAX_DIM, 1),
-    FIELD(index_topk, 1, MAX_DIM, 1),
-    FIELD(n_routed_experts, 1, MAX_EXPERTS, 1),
-    FIELD(num_experts_per_tok, 1, MAX_TOPK, 1),
-    FIELD(n_shared_experts, 1, 1, 1),              /* the graph has exactly one                 */
-    FIELD(num_hash_layers, 0, MAX_LAYERS, 1),
-    FIELD(hc_mult, 1, MAX_HC, 1),
-    FIELD(hc_sinkhorn_iters, 1, 1000, 1),
-    FIELD(vocab_size, 1, MAX_VOCAB, 1),
-    FIELD(num_nextn_predict_layers, 0, MAX_LAYERS, 1),
-    FIELD(bos_token_id, 0, MAX_VOCAB, 1),
-    FIELD(eos_token_id, 0, MAX_VOCAB, 1),
-#undef FIELD
+/* Every number that the model needs.  One that is a size is bounded, so that what is computed from
+ * it later cannot overflow; F32 holds the ranges of reals whole, above zero. */
+static const field config_fields[] = {
+#define INT(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), 'i', multiple, lo, hi}
+#define REAL(name, type, lo, hi) {#name, offsetof(dsv4_config, name), type, 0, lo, hi}
+    INT(hidden_size, 32, MAX_DIM, 32),             /* FP4 scales stand for 32                   */
+    INT(moe_intermediate_size, 32, MAX_DIM, 32),
+    INT(num_hidden_layers, 1, MAX_LAYERS, 1),
+    INT(num_attention_heads, 1, MAX_DIM, 1),
+    INT(head_dim, 2, MAX_DIM, 1),
+    INT(qk_rope_head_dim, 2, MAX_DIM, 2),          /* rotation is on pairs                      */
+    INT(q_lora_rank, 1, MAX_DIM, 1),
+    INT(o_lora_rank, 1, MAX_DIM, 1),
+    INT(o_groups, 1, MAX_DIM, 1),
+    INT(sliding_window, 1, MAX_DIM, 1),
+    INT(index_n_heads, 1, MAX_DIM, 1),
+    INT(index_head_dim, 1, MAX_DIM, 1),
+    INT(index_topk, 1, MAX_DIM, 1),
+    INT(n_routed_experts, 1, MAX_EXPERTS, 1),
+    INT(num_experts_per_tok, 1, MAX_TOPK, 1),
+    INT(n_shared_experts, 1, 1, 1),                /* the graph has exactly one                 */
+    INT(num_hash_layers, 0, MAX_LAYERS, 1),
+    INT(hc_mult, 1, MAX_HC, 1),
+    INT(hc_sinkhorn_iters, 1, 1000, 1),
+    INT(vocab_size, 1, MAX_VOCAB, 1),
+    INT(num_nextn_predict_layers, 0, MAX_LAYERS, 1),
+    INT(bos_token_id, 0, MAX_VOCAB, 1),
+    INT(eos_token_id, 0, MAX_VOCAB, 1),
+    {"max_position_embeddings", offsetof(dsv4_config, max_position_embeddings), 'l', 1, 1,
+     MAX_POSITION},
+    REAL(rope_theta, 'd', 2, 1e15),                /* ln(theta) is divided by                   */
+    REAL(compress_rope_theta, 'd', 2, 1e15),
+    REAL(swiglu_limit, 'f', 1e-6, 1e6),
+    REAL(routed_scaling_factor, 'f', 1e-6, 1e6),
+    REAL(hc_eps, 'f', 1e-30, 1),
+    REAL(rms_norm_eps, 'f', 1e-30, 1),
+    {NULL, 0, 0, 0, 0, 0},
+#undef INT
+#undef REAL
+}, yarn_fields[] = {
+    {"factor", offsetof(dsv4_config, yarn_factor), 'd', 0, 1, 1e6},
+    {"beta_slow", offsetof(dsv4_config, yarn_beta_slow), 'd', 0, 1e-6, 1e6},
+    {"beta_fast", offsetof(dsv4_config, yarn_beta_fast), 'd', 0, 1e-6, 1e6},
+    {"original_max_position_embeddings", offsetof(dsv4_config, yarn_original), 'd', 0, 1, 1e12},
+    {NULL, 0, 0, 0, 0, 0},
 };
-
-static int config_ints(dsv4_config *cfg, const config_in *in) {
-    for (size_t i = 0; i < sizeof int_fields / sizeof *int_fields; i++) {
-        int64_t value;
-        if (want_int(in, int_fields[i].key, int_fields[i].lo, int_fields[i].hi,
-                     int_fields[i].multiple, &value))
-            return -1;
-        memcpy((char *)cfg + int_fields[i].at, &(int){(int)value}, sizeof(int));
-    }
-    return want_int(in, "max_position_embeddings", 1, MAX_POSITION, 1,
-                    &cfg->max_position_embeddings);
-}
 
 /* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
@@ -277,34 +296,18 @@ static int config_ratios(dsv4_config *cfg, const config_in *in) {
     return 0;
 }
 
-static int config_reals(dsv4_config *cfg, const config_in *in) {
-    double limit, scale, hc_eps, rms_eps; /* F32 holds these ranges whole, above zero           */
-    if (want_real(in, "rope_theta", 2, 1e15, &cfg->rope_theta) || /* ln(theta) is divided by    */
-        want_real(in, "compress_rope_theta", 2, 1e15, &cfg->compress_rope_theta) ||
-        want_real(in, "swiglu_limit", 1e-6, 1e6, &limit) ||
-        want_real(in, "routed_scaling_factor", 1e-6, 1e6, &scale) ||
-        want_real(in, "hc_eps", 1e-30, 1, &hc_eps) ||
-        want_real(in, "rms_norm_eps", 1e-30, 1, &rms_eps))
-        return -1;
-    cfg->swiglu_limit = (float)limit;
-    cfg->routed_scaling_factor = (float)scale;
-    cfg->hc_eps = (float)hc_eps;
-    cfg->rms_norm_eps = (float)rms_eps;
-
+static int config_yarn(dsv4_config *cfg, const config_in *in) {
     const json_t *rope = json_object_get(in->object, "rope_scaling");
-    const config_in sub = {rope, in->where, "rope_scaling.", in->err};
+    const config_in sub = {rope, in->where, "rope_scaling.", in->err, false};
     bool compressed = false;
     for (int l = 0; l <= cfg->num_hidden_layers; l++) compressed |= cfg->compress_ratios[l] != 0;
     cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
     if (!compressed && (!rope || json_is_null(rope))) return 0;
     if (!json_is_object(rope))
         return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
-    if (want_constants(&sub, yarn_constants) ||
-        want_real(&sub, "factor", 1, 1e6, &cfg->yarn_factor) ||
-        want_real(&sub, "beta_slow", 1e-6, 1e6, &cfg->yarn_beta_slow) ||
-        want_real(&sub, "beta_fast", cfg->yarn_beta_slow, 1e6, &cfg->yarn_beta_fast))
-        return -1;
-    return want_real(&sub, "original_max_position_embeddings", 1, 1e12, &cfg->yarn_original);
+    if (want_constants(&sub, yarn_constants) || want_fields(&sub, yarn_fields, cfg)) return -1;
+    if (cfg->yarn_beta_fast >= cfg->yarn_beta_slow) return 0;
+    return refuse(&sub, "beta_fast", "numbers from %g (beta_slow) on", cfg->yarn_beta_slow);
 }
 
 /* What two keys say together. */
@@ -354,9 +357,9 @@ int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *whe
     *cfg = (dsv4_config){.name = ""};
     json_t *root = parse_object(json, len, where, err);
     if (!root) return -1;
-    const config_in in = {root, where, "", err};
-    int rc = config_kind(&in) || config_ints(cfg, &in) || config_ratios(cfg, &in) ||
-             config_reals(cfg, &in) || config_check(cfg, &in);
+    const config_in in = {root, where, "", err, false};
+    int rc = config_kind(&in) || want_fields(&in, config_fields, cfg) ||
+             config_ratios(cfg, &in) || config_yarn(cfg, &in) || config_check(cfg, &in);
     json_decref(root);
     return rc ? -1 : 0;
 }
@@ -556,79 +559,67 @@ static int shard_read(ckpt *c, int which, dsv4_err *err) {
 
 /* === 4. Checkpoint ============================================================================ */
 
-static int by_text(const void *a, const void *b) {
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
+static int by_path(const void *a, const void *b) {
+    return strcmp(((const ckpt_shard *)a)->path, ((const ckpt_shard *)b)->path);
 }
 
 static int by_name(const void *a, const void *b) {
     return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
 }
 
-/* Make the list of shards, in order of name, from n file names of which many may be the same.
- * The names are sorted in place. */
-static int set_shards(ckpt *c, const char *dir, const char **files, size_t n, dsv4_err *err) {
+/* Make the list of shards, in order of name, from the keys of an object. */
+static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
     char path[PATH_MAX];
-    c->shards = calloc(MAX_SHARDS, sizeof *c->shards);
-    if (!c->shards) return fail(err, "%s: out of memory", dir);
-    if (n) qsort(files, n, sizeof *files, by_text);
-    for (size_t i = 0; i < n; i++) {
-        if (i > 0 && !strcmp(files[i], files[i - 1])) continue;
-        if (c->n_shards == MAX_SHARDS)
-            return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
-        if (join(path, dir, files[i], err)) return -1;
+    const char *file;
+    json_t *value;
+    size_t n = json_object_size(files);
+    if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
+    if (!(c->shards = calloc(n + 1, sizeof *c->shards))) return fail(err, "%s: out of memory", dir);
+    json_object_foreach(files, file, value) {
         ckpt_shard *s = &c->shards[c->n_shards];
+        if (join(path, dir, file, err)) return -1;
         if (!(s->path = strdup(path))) return fail(err, "%s: out of memory", dir);
         s->file = s->path + strlen(dir) + 1;
         c->n_shards++;
     }
+    qsort(c->shards, n, sizeof *c->shards, by_path);
     return 0;
 }
 
 /* Without an index: every *.safetensors of the directory. */
-static int list_dir(ckpt *c, const char *dir, dsv4_err *err) {
-    struct dirent **found;
-    int n_found = scandir(dir, &found, NULL, NULL), rc;
-    if (n_found < 0) return fail(err, "open %s: %s", dir, strerror(errno));
-    const char **files = calloc((size_t)n_found + 1, sizeof *files);
-    size_t n = 0;
-    for (int i = 0; files && i < n_found; i++) {
-        const char *dot = strrchr(found[i]->d_name, '.');
-        if (dot && !strcmp(dot, ".safetensors")) files[n++] = found[i]->d_name;
+static int list_dir(json_t *files, const char *dir, dsv4_err *err) {
+    const struct dirent *e;
+    DIR *d = opendir(dir);
+    if (!d) return fail(err, "open %s: %s", dir, strerror(errno));
+    while ((e = readdir(d))) {
+        const char *dot = strrchr(e->d_name, '.');
+        if (dot && !strcmp(dot, ".safetensors"))
+            json_object_set_new_nocheck(files, e->d_name, json_true());
     }
-    if (!files) rc = fail(err, "%s: out of memory", dir);
-    else if (!n) rc = fail(err, "%s: holds no *.safetensors file", dir);
-    else rc = set_shards(c, dir, files, n, err);
-    while (n_found > 0) free(found[--n_found]);
-    free(found);
-    free(files);
-    return rc;
+    closedir(d);
+    return 0;
 }
 
 /* With one: every file that it names.  A name must stay inside the directory. */
-static int list_index(ckpt *c, const char *dir, json_t *map, const char *path, dsv4_err *err) {
-    const char *name, **files = calloc(json_object_size(map) + 1, sizeof *files);
+static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *err) {
+    const char *name;
     json_t *value;
-    size_t n = 0;
-    int rc = files ? 0 : fail(err, "%s: out of memory", path);
-    if (!rc) json_object_foreach(map, name, value) {
+    json_object_foreach(map, name, value) {
         const char *file = json_string_value(value);
         if (!file || !*file || strlen(file) >= MAX_NAME || strchr(file, '/') ||
-            !strcmp(file, ".") || !strcmp(file, "..")) {
-            rc = fail(err, "%s: tensor %.200s lies in %s; accepted: the name of a file beside the "
-                      "index", path, name, show(value).text);
-            break;
-        }
-        files[n++] = file;
+            !strcmp(file, ".") || !strcmp(file, ".."))
+            return fail(err, "%s: tensor %.200s lies in %s; accepted: the name of a file beside the "
+                        "index", path, name, show(value).text);
+        json_object_set_new(files, file, json_true());
     }
-    if (!rc) rc = set_shards(c, dir, files, n, err);
-    free(files);
-    return rc;
+    return 0;
 }
 
 /* Name the shards that a partial download has not brought, before anything is read. */
 static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
     char names[400] = "";
     int used = 0, n = 0;
+    if (!c->n_shards) return fail(err, "%s: holds no *.safetensors file", dir);
     for (int i = 0; i < c->n_shards; i++) {
         if (!access(c->shards[i].path, F_OK) || errno != ENOENT) continue;
         n++;
@@ -639,23 +630,29 @@ static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
                              dir, n, c->n_shards, names);
 }
 
-/* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL. */
+/* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL.  On 0
+ * there may be no shards at all. */
 static int find_shards(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
     char path[PATH_MAX], *text;
     size_t len;
     *map = NULL;
     if (join(path, dir, "model.safetensors.index.json", err)) return -1;
-    if (access(path, F_OK) && errno == ENOENT) return list_dir(c, dir, err);
-    if (read_text(&text, &len, path, MAX_INDEX_BYTES, err)) return -1;
-    json_t *root = parse_object(text, len, path, err);
-    free(text);
-    if (!root) return -1;
-    *map = json_incref(json_object_get(root, "weight_map"));
-    json_decref(root);
-    if (json_object_size(*map) == 0)
-        return fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
+    json_t *root = NULL, *files = json_object();
+    int rc = 0;
+    if (access(path, F_OK) && errno == ENOENT) {
+        rc = list_dir(files, dir, err);
+    } else if (!(rc = read_text(&text, &len, path, MAX_INDEX_BYTES, err))) {
+        root = parse_object(text, len, path, err);
+        free(text);
+        *map = json_incref(json_object_get(root, "weight_map"));
+        rc = !root ? -1 : json_object_size(*map) > 0 ? list_index(files, *map, path, err)
+             : fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
                     "tensor", path, show(*map).text);
-    return list_index(c, dir, *map, path, err) || check_missing(c, dir, err) ? -1 : 0;
+    }
+    if (!rc) rc = set_shards(c, dir, files, err);
+    json_decref(root);
+    json_decref(files);
+    return rc;
 }
 
 /* Every tensor once (the table is in order of name), and where the index says, both ways. */
@@ -702,6 +699,7 @@ int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
     *out = NULL;
     if (!c) return fail(err, "%s: out of memory", dir);
     int rc = find_shards(c, dir, &map, err);
+    if (!rc) rc = check_missing(c, dir, err);
     for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
     if (!rc) {
         if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);

@@ -314,19 +314,22 @@ static void test_config_refuses_by_name(void) {
 }
 
 static void test_config_bounds_every_size(void) {
-    /* each whole number: absent, a fraction, a text, below and above its range */
-    for (size_t i = 0; i < sizeof int_fields / sizeof *int_fields; i++) {
+    /* each number: absent, a text, below and above its range; each whole one: a fraction */
+    for (const field *f = config_fields; f->key; f++) {
         char below[32], above[32], fragment[128];
-        snprintf(below, sizeof below, "%d", int_fields[i].lo - 1);
-        snprintf(above, sizeof above, "%lld", (long long)int_fields[i].hi + int_fields[i].multiple);
-        snprintf(fragment, sizeof fragment, "%s is ", int_fields[i].key);
-        const char *bad[] = {NULL, "1.5", "\"64\"", "true", below, above, "9223372036854775807"};
+        snprintf(below, sizeof below, f->multiple ? "%.0f" : "%.17g",
+                 f->multiple ? f->lo - 1 : f->lo * 0.999);
+        snprintf(above, sizeof above, f->multiple ? "%.0f" : "%.17g",
+                 f->multiple ? f->hi + f->multiple : f->hi * 1.001);
+        snprintf(fragment, sizeof fragment, "%s is ", f->key);
+        const char *bad[] = {NULL, "\"64\"", "true", "null", below, above, "-1e300",
+                             f->multiple ? "1.5" : "1e300", "9223372036854775807"};
         for (size_t k = 0; k < sizeof bad / sizeof *bad; k++) {
             dsv4_config c;
             dsv4_err err = {""};
-            int rc = parse_edited(&c, int_fields[i].key, bad[k], &err);
-            CHECK(rc == -1 && says(&err, fragment), "%s = %s gave %d: %s", int_fields[i].key,
-                  bad[k], rc, err.msg);
+            int rc = parse_edited(&c, f->key, bad[k], &err);
+            CHECK(rc == -1 && says(&err, fragment), "%s = %s gave %d: %s", f->key, bad[k], rc,
+                  err.msg);
         }
     }
 }
