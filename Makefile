@@ -6,7 +6,7 @@
 
 CC      ?= gcc
 PREFIX  ?= /usr/local
-PKGS     = liburing libpcre2-8 jansson
+PKGS     = liburing libpcre2-8 jansson libxxhash
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
 CFLAGS  ?= -O3 -g
 # fused multiply-add only where the code says so: the same bits on every machine

@@ -1,11 +1,12 @@
-/* offload.c -- from files to memory: config.json, shards, reads, the expert cache.
+/* offload.c -- from files to memory: config.json, shards, reads, the expert cache, the disk.
  *
- *   config.json --------------------------> config_load()   sizes and constants, all checked
+ *   config.json, generation_config.json --> config_*()      sizes and constants, all checked
  *   *.safetensors headers ----------------> ckpt_open()     table of tensors, in order of name
  *   *.safetensors bytes
  *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
  *        |-- bounce buffer --copy--> dst    offload_load()  dense weights, once, at start
  *        +-- slot of the arena, in place    experts_*()     one routed expert a slot
+ *                                           stream_*()      any range a slot, in order asked
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
  *              off  ^head           want ^   ^len  what is read around the payload is ignored
@@ -17,7 +18,7 @@
  *             5 what lies in a file is an error of theirs, never an assert of ours
  * Contents    1 text, files, JSON   2 config   3 headers   4 checkpoint   5 requests
  *             6 ring and threads    7 open and load        8 expert cache
- *             9 this machine's memory
+ *             9 streams: hashes, the disk's speed         10 this machine: memory, disks
  * Not here    which tensors the model needs and their shapes (dsv4.c), what experts compute     */
 #define _GNU_SOURCE 1              /* O_DIRECT */
 #include "dsv4.h"
@@ -30,6 +31,7 @@
 #include <jansson.h>
 #include <liburing.h>
 #include <limits.h>
+#include <math.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdalign.h>
@@ -39,8 +41,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 enum {
     MAX_CONFIG_BYTES = 16 << 20,   /* real ones have 2 KB; pruned ones list what they kept      */
@@ -55,6 +59,10 @@ enum {
     IO_TRIES_MAX = 64,             /* tries of one read that bring nothing new                  */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
     LOAD_DEPTH = 32,               /* bounce buffers                                            */
+    STREAM_BYTES = 12 << 20,       /* one range: what one of V4-Flash's experts has             */
+    STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
+    STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
+    DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
 };
 
 /* === 1. Text, files, JSON ===================================================================== */
@@ -140,6 +148,16 @@ static int read_text(char **text, size_t *len, const char *path, size_t max, dsv
         free(*text);
     close(fd);
     return rc;
+}
+
+/* The same from a file. */
+static json_t *parse_file(const char *path, size_t max, dsv4_err *err) {
+    char *text;
+    size_t len;
+    if (read_text(&text, &len, path, max, err)) return NULL;
+    json_t *root = parse_object(text, len, path, err);
+    free(text);
+    return root;
 }
 
 /* === 2. Config ================================================================================
@@ -377,6 +395,32 @@ int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
     return rc;
 }
 
+/* F32 must neither round these to 0 nor to 1 where that means something else. */
+static const field sampling_fields[] = {
+    {"temperature", offsetof(sample_opts, temperature), 'f', 0, 0, 1e6},
+    {"top_p", offsetof(sample_opts, top_p), 'f', 0, 1e-6, 1},
+    {"top_k", offsetof(sample_opts, top_k), 'i', 1, 0, MAX_VOCAB},
+    {"min_p", offsetof(sample_opts, min_p), 'f', 0, 0, 0.999999},
+    {"repetition_penalty", offsetof(sample_opts, repetition_penalty), 'f', 0, 1e-6, 1e6},
+    {NULL, 0, 0, 0, 0, 0},
+};
+
+int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
+    char path[PATH_MAX];
+    *o = (sample_opts){.temperature = 1, .top_p = 1, .repetition_penalty = 1, .seed = o->seed};
+    if (join(path, dir, "generation_config.json", err)) return -1;
+    if (access(path, F_OK) && errno == ENOENT) return 0;
+    json_t *root = parse_file(path, MAX_CONFIG_BYTES, err);
+    const json_t *on = json_object_get(root, "do_sample");
+    const config_in in = {root, path, "", err, true};
+    int rc = root ? want_fields(&in, sampling_fields, o) : -1;
+    if (!rc && on && !json_is_null(on) && !json_is_boolean(on))
+        rc = refuse(&in, "do_sample", "true or false");
+    if (json_is_false(on)) o->temperature = 0;
+    json_decref(root);
+    return rc;
+}
+
 /* === 3. Headers ===============================================================================
  *   u64 length | JSON: name -> {dtype, shape, data_offsets} | data; offsets count from its begin
  * What a header says is checked before it is used; the JSON is freed, the table keeps about 130
@@ -386,6 +430,7 @@ typedef struct {
     char *path;                    /* DIR/FILE, ours                                            */
     const char *file;              /* FILE, in path                                             */
     uint64_t size;                 /* of the file when its header was read                      */
+    uint64_t need;                 /* what its header describes; UINT64_MAX: not all of it came */
 } ckpt_shard;
 
 struct ckpt {
@@ -495,7 +540,7 @@ static ckpt_tensor *add_tensor(ckpt *c, int which, const char *name, dsv4_err *e
 /* Add the tensors of one header to the table.  The shard's path and size are set; `text` follows
  * the file's first eight bytes.  Types unknown to us go in as DT_N: the index may name them. */
 static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_err *err) {
-    const ckpt_shard *s = &c->shards[which];
+    ckpt_shard *s = &c->shards[which];
     json_t *root = parse_object(text, len, s->path, err), *value;
     if (!root) return -1;
     const char *name;
@@ -513,6 +558,7 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     }
     json_decref(root);
     if (rc) return -1;
+    s->need = need;
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
@@ -520,32 +566,31 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     return check_overlaps(&c->tensors[first], c->n_tensors - first, s, err);
 }
 
-/* Length of the header from a file's first eight bytes, checked against the file's size. */
-static int header_length(const ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
+/* Length of the header from a file's first eight bytes (fewer when it has no more), checked against
+ * the file's size. */
+static int header_length(ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
     uint64_t n = 0;
     for (int i = 7; i >= 0; i--) n = n << 8 | raw[i];
-    if (n < 2 || n > MAX_HEADER_BYTES)
+    *len = (size_t)n;
+    if (s->size >= 8 && (n < 2 || n > MAX_HEADER_BYTES))
         return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
                     "safetensors file, or it is damaged", s->path, n, MAX_HEADER_BYTES);
-    if (n > s->size - 8)
-        return fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the "
-                    "file is cut short, download it again", s->path, s->size, n + 8);
-    *len = (size_t)n;
-    return 0;
+    if (s->size >= 8 && n <= s->size - 8) return 0;
+    s->need = UINT64_MAX;
+    return fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the file "
+                "is cut short, download it again", s->path, s->size, n + 8);
 }
 
 /* Read one shard's header, and nothing behind it. */
 static int shard_read(ckpt *c, int which, dsv4_err *err) {
     ckpt_shard *s = &c->shards[which];
-    uint8_t raw[8];
+    uint8_t raw[8] = {0};
     char *text = NULL;
     size_t len = 0;
     int fd, rc = -1;
     if (open_file(&fd, &s->size, s->path, err)) return -1;
-    if (s->size < 8)
-        fail(err, "%s: has %" PRIu64 " bytes, less than the shortest header: the file is cut "
-             "short, download it again", s->path, s->size);
-    else if (read_fully(fd, raw, 8, 0, s->path, err) || header_length(s, raw, &len, err))
+    if (read_fully(fd, raw, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err) ||
+        header_length(s, raw, &len, err))
         rc = -1;
     else if (!(text = malloc(len)))
         fail(err, "%s: out of memory for a header of %zu bytes", s->path, len);
@@ -574,7 +619,8 @@ static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
     json_t *value;
     size_t n = json_object_size(files);
     if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
-    if (!(c->shards = calloc(n + 1, sizeof *c->shards))) return fail(err, "%s: out of memory", dir);
+    c->shards = calloc(n + 1, sizeof *c->shards);
+    if (!c->shards) return fail(err, "%s: out of memory", dir);
     json_object_foreach(files, file, value) {
         ckpt_shard *s = &c->shards[c->n_shards];
         if (join(path, dir, file, err)) return -1;
@@ -633,17 +679,15 @@ static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
 /* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL.  On 0
  * there may be no shards at all. */
 static int find_shards(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
-    char path[PATH_MAX], *text;
-    size_t len;
+    char path[PATH_MAX];
     *map = NULL;
     if (join(path, dir, "model.safetensors.index.json", err)) return -1;
     json_t *root = NULL, *files = json_object();
     int rc = 0;
     if (access(path, F_OK) && errno == ENOENT) {
         rc = list_dir(files, dir, err);
-    } else if (!(rc = read_text(&text, &len, path, MAX_INDEX_BYTES, err))) {
-        root = parse_object(text, len, path, err);
-        free(text);
+    } else {
+        root = parse_file(path, MAX_INDEX_BYTES, err);
         *map = json_incref(json_object_get(root, "weight_map"));
         rc = !root ? -1 : json_object_size(*map) > 0 ? list_index(files, *map, path, err)
              : fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
@@ -742,6 +786,115 @@ const ckpt_tensor *ckpt_at(const ckpt *c, size_t i) {
 const char *ckpt_shard_path(const ckpt *c, int which) {
     assert(which >= 0 && which < c->n_shards);
     return c->shards[which].path;
+}
+
+uint64_t ckpt_shard_bytes(const ckpt *c, int which) {
+    assert(which >= 0 && which < c->n_shards);
+    return c->shards[which].size;
+}
+
+/* A table without its tensors: the shards of a directory that need not be all there. */
+static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
+    ckpt *c = calloc(1, sizeof *c);
+    *map = NULL;
+    if (!c) fail(err, "%s: out of memory", dir);
+    if (!c || !find_shards(c, dir, map, err)) return c;
+    ckpt_close(c);
+    json_decref(*map);
+    return NULL;
+}
+
+/* The official code says which prompts a checkpoint was trained on; where it was left out, the
+ * second generation's further MTP blocks do. */
+int config_generation(generation *out, const char *dir, dsv4_err *err) {
+    static const char key[] = "REASONING_EFFORT_PROMPTS", second[] = "mtp.1.";
+    char path[PATH_MAX], *text;
+    size_t len;
+    bool found = false;
+    if (join(path, dir, "encoding/encoding_dsv4.py", err)) return -1;
+    if (!access(path, F_OK) || errno == EACCES) {
+        if (read_text(&text, &len, path, MAX_CONFIG_BYTES, err)) return -1;
+        *out = memmem(text, len, key, sizeof key - 1) ? GEN_0731 : GEN_V4;
+        free(text);
+        return 0;
+    }
+    const char *name;
+    json_t *map, *value;
+    ckpt *c = list_shards(dir, &map, err);
+    int rc = c ? 0 : -1;
+    if (c) json_object_foreach(map, name, value) found |= !strncmp(name, second, sizeof second - 1);
+    for (int i = 0; !rc && !map && i < c->n_shards; i++) rc = shard_read(c, i, err);
+    for (size_t i = 0; !rc && i < c->n_tensors; i++)
+        found |= !strncmp(c->tensors[i].name, second, sizeof second - 1);
+    *out = found ? GEN_0731 : GEN_V4;
+    if (c) json_decref(map);
+    ckpt_close(c);
+    return rc;
+}
+
+/* Bytes of a file that Hugging Face's client has not finished: it lies elsewhere until it is whole,
+ * as NAME.ETAG.incomplete. */
+static uint64_t partial_bytes(const char *dir, const char *file) {
+    char path[PATH_MAX];
+    dsv4_err ignored;
+    const struct dirent *e;
+    struct stat st;
+    uint64_t most = 0;
+    DIR *d = join(path, dir, ".cache/huggingface/download", &ignored) ? NULL : opendir(path);
+    while (d && (e = readdir(d))) {
+        const char *dot = strrchr(e->d_name, '.');
+        if (dot && !strcmp(dot, ".incomplete") && !strncmp(e->d_name, file, strlen(file)) &&
+            !fstatat(dirfd(d), e->d_name, &st, 0) && most < (uint64_t)st.st_size)
+            most = (uint64_t)st.st_size;
+    }
+    if (d) closedir(d);
+    return most;
+}
+
+/* One shard of a survey; 1 and a line where it is not whole.  Of two amounts the first is rounded
+ * down and the second up, so that they differ as the bytes do. */
+static int survey_shard(ckpt *c, int which, const char *dir, line_fn each, void *arg) {
+    ckpt_shard *s = &c->shards[which];
+    char line[sizeof(dsv4_err) + MAX_NAME];
+    dsv4_err why;
+    bool missing = access(s->path, F_OK) && errno == ENOENT;
+    if (!missing && !shard_read(c, which, &why)) return 0;
+    uint64_t have = missing ? partial_bytes(dir, s->file) : s->size;
+    uint64_t most = missing ? have : s->need;
+    uint64_t unit = most >= 1000000000 ? 1000000000 : most >= 1000000 ? 1000000 : 1000;
+    const char *name = unit == 1000000000 ? "GB" : unit == 1000000 ? "MB" : "kB";
+    double had = floor((double)have * 10 / (double)unit) / 10;
+    if (missing && have)
+        snprintf(line, sizeof line, "%s: missing, %.1f %s of it in .cache/huggingface/download",
+                 s->file, had, name);
+    else if (missing || s->need == UINT64_MAX)
+        snprintf(line, sizeof line, "%s: %s", s->file, missing ? "missing" : "its header is cut off");
+    else if (s->need > s->size)
+        snprintf(line, sizeof line, "%s: %.1f of %.1f %s", s->file, had,
+                 ceil((double)s->need * 10 / (double)unit) / 10, name);
+    else                           /* the reason names the whole path, perhaps behind a word    */
+        snprintf(line, sizeof line, "%s: %s", s->file,
+                 strncmp(why.msg, s->path, strlen(s->path)) ? why.msg
+                                                            : why.msg + strlen(s->path) + 2);
+    each(arg, line);
+    return 1;
+}
+
+int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
+    struct stat st;
+    json_t *map;
+    int n = 0, rc = stat(dir, &st) ? errno : 0;
+    if (rc == ENOENT) return fail(err, "%s: no such directory", dir);
+    if (rc) return fail(err, "%s: %s", dir, strerror(rc));
+    if (!S_ISDIR(st.st_mode)) return fail(err, "%s is not a directory", dir);
+    ckpt *c = list_shards(dir, &map, err);
+    if (!c) return -1;
+    if (!c->n_shards)
+        n = fail(err, "%s holds no model: no model.safetensors.index.json and no *.safetensors", dir);
+    for (int i = 0; i < c->n_shards; i++) n += survey_shard(c, i, dir, each, arg);
+    json_decref(map);
+    ckpt_close(c);
+    return n;
 }
 
 /* === 5. Requests ==============================================================================
@@ -860,6 +1013,7 @@ struct offload {
     offload_stats stats;
     io_req *free_reqs;
     int in_flight;
+    uint64_t landed;               /* bytes of payloads that are in                             */
     load_job load;                 /* items are set while offload_load() runs                   */
 
     bool has_ring, fixed_files;
@@ -946,6 +1100,7 @@ static void io_complete(offload *o, io_req *r, int res) {
         return;
     }
     o->in_flight--;
+    if (next == IO_DONE) o->landed += r->want;
     const io_file *f = &o->files[r->t->shard];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
@@ -1144,9 +1299,10 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
     const char *cause = f->cause == CAUSE_EOF     ? "the file ends there; it was cut short"
                         : f->cause == CAUSE_STUCK ? "tried many times, nothing comes"
                                                   : strerror(f->cause);
+    const char *path = o->c->shards[f->t->shard].path, *name = f->t->name;
     assert(f->cause);
-    return fail(err, "read %s at byte %" PRIu64 " (from tensor %s on): %s",
-                o->c->shards[f->t->shard].path, f->off, f->t->name, cause);
+    return fail(err, "read %s at byte %" PRIu64 "%s%s%s: %s", path, f->off,
+                name ? " (from tensor " : "", name ? name : "", name ? " on)" : "", cause);
 }
 
 /* Ask for pieces while there are items, requests and bounce buffers. */
@@ -1269,22 +1425,16 @@ size_t expert_slot_bytes(const expert_source *src, size_t n) {
     return most;
 }
 
-int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
-                 int inter, int n_slots, dsv4_err *err) {
+/* The slots, for anything that has sources. */
+static int slots_open(offload *o, const expert_source *src, size_t n, int n_slots, dsv4_err *err) {
     assert(!o->arena);             /* once                                                      */
+    assert(n >= 1);
     assert(n_slots >= 1);
-    assert(n_experts_total >= 1);
-    uint64_t weights = (uint64_t)dim * (uint64_t)inter;
-    for (size_t i = 0; i < n_experts_total * EXPERT_PARTS; i++) /* weights_bind() saw to it     */
-        assert(src[i / EXPERT_PARTS].part[i % EXPERT_PARTS]->bytes ==
-               weights / (i % EXPERT_PARTS <= W3 ? 2 : 32));
-    o->n_experts = n_experts_total;
+    o->n_experts = n;
     o->n_slots = n_slots;
-    o->dim = dim;
-    o->inter = inter;
-    o->slot_bytes = expert_slot_bytes(src, n_experts_total);
-    o->src = calloc(n_experts_total, sizeof *src);
-    o->slot_of = calloc(n_experts_total, sizeof *o->slot_of);
+    o->slot_bytes = expert_slot_bytes(src, n);
+    o->src = calloc(n, sizeof *src);
+    o->slot_of = calloc(n, sizeof *o->slot_of);
     o->slots = calloc((size_t)n_slots, sizeof *o->slots);
     size_t bytes;
     bool fits = !__builtin_mul_overflow(o->slot_bytes, (size_t)n_slots, &bytes);
@@ -1299,10 +1449,21 @@ int experts_open(offload *o, const expert_source *src, size_t n_experts_total, i
     }
     /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost. */
     (void)madvise(arena, bytes, MADV_HUGEPAGE);
-    memcpy(o->src, src, n_experts_total * sizeof *src);
-    for (size_t i = 0; i < n_experts_total; i++) o->slot_of[i] = -1;
+    memcpy(o->src, src, n * sizeof *src);
+    for (size_t i = 0; i < n; i++) o->slot_of[i] = -1;
     for (int i = 0; i < n_slots; i++) idle_link(o, i, false);
     return 0;
+}
+
+int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
+                 int inter, int n_slots, dsv4_err *err) {
+    uint64_t weights = (uint64_t)dim * (uint64_t)inter;
+    for (size_t i = 0; i < n_experts_total * EXPERT_PARTS; i++) /* weights_bind() saw to it     */
+        assert(src[i / EXPERT_PARTS].part[i % EXPERT_PARTS]->bytes ==
+               weights / (i % EXPERT_PARTS <= W3 ? 2 : 32));
+    o->dim = dim;
+    o->inter = inter;
+    return slots_open(o, src, n_experts_total, n_slots, err);
 }
 
 /* Ask for pieces of queued slots, in order, while there are free requests. */
@@ -1457,21 +1618,253 @@ void experts_unpin(offload *o, int slot) {
     idle_link(o, slot, s->state == SLOT_FREE);
 }
 
-/* === 9. This machine's memory ================================================================= */
+/* === 9. Streams ===============================================================================
+ * A stream reads ranges of shards through the expert cache's slots: what is asked for is read in
+ * the order of asking and taken in that order.  A range goes as an "expert" of one part; its other
+ * five are empty and lie at its end.                                                             */
 
-/* The number behind "KEY:" in a /proc file of "KEY: N kB" lines, in bytes; 0 when absent. */
-static uint64_t proc_bytes(const char *path, const char *key) {
+typedef struct {
+    offload *o;
+    ckpt_tensor range[STREAM_IDS], end[STREAM_IDS];
+    int slot[STREAM_IDS];
+    size_t asked, taken;           /* ranges so far                                             */
+    int shard;                     /* the cursor of stream_feed()                               */
+    uint64_t at;
+} stream;
+
+static int stream_open(stream *s, const ckpt *c, dsv4_err *err) {
+    const char *note;              /* a slower way of reading was told when the model opened    */
+    expert_source src[STREAM_IDS];
+    *s = (stream){.o = NULL};
+    for (int i = 0; i < STREAM_IDS; i++) {
+        s->range[i].bytes = s->end[i].offset = STREAM_BYTES;
+        src[i].part[0] = &s->range[i];
+        for (int p = 1; p < EXPERT_PARTS; p++) src[i].part[p] = &s->end[i];
+    }
+    return offload_open(&s->o, c, &note, err) || slots_open(s->o, src, STREAM_IDS, STREAM_SLOTS, err)
+           ? -1 : 0;
+}
+
+/* Ask for bytes [off, off + bytes) of a shard; off lies on a block edge. */
+static int stream_ask(stream *s, int shard, uint64_t off, uint64_t bytes, dsv4_err *err) {
+    size_t id = s->asked % STREAM_IDS;
+    assert(s->asked - s->taken < STREAM_SLOTS);
+    assert(s->o->slot_of[id] < 0);
+    s->range[id] = (ckpt_tensor){.shard = shard, .offset = off, .bytes = bytes};
+    s->end[id] = (ckpt_tensor){.shard = shard, .offset = off + bytes};
+    s->slot[id] = experts_get(s->o, id, err);
+    s->asked += s->slot[id] >= 0;
+    return s->slot[id] < 0 ? -1 : 0;
+}
+
+/* All shards from the first to the last byte, as far as there is room. */
+static int stream_feed(stream *s, dsv4_err *err) {
+    const ckpt *c = s->o->c;
+    while (s->shard < c->n_shards && s->asked - s->taken < STREAM_SLOTS) {
+        uint64_t left = c->shards[s->shard].size - s->at;
+        uint64_t n = left < STREAM_BYTES ? left : STREAM_BYTES;
+        if (stream_ask(s, s->shard, s->at, n, err)) return -1;
+        s->at = n < left ? s->at + n : 0;
+        s->shard += n == left;
+    }
+    return 0;
+}
+
+/* Is the oldest range in?  1 and where it lies, 0 not yet, -1.  Without `wait` it sleeps a
+ * millisecond at most, whatever the drive does: there is enough in flight to keep that busy. */
+static int stream_look(stream *s, bool wait, const uint8_t **data, dsv4_err *err) {
+    int at = s->slot[s->taken % STREAM_IDS];
+    const expert_slot *slot = &s->o->slots[at];
+    if (io_reap(s->o, wait && s->o->in_flight > 0, err)) return -1;
+    if (slot->state == SLOT_FAILED) return fault_message(s->o, &slot->fault, err);
+    if (slot->state == SLOT_READY) *data = part_at(s->o, at, 0);
+    else if (!wait) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    return slot->state == SLOT_READY;
+}
+
+static void stream_give(stream *s) { experts_unpin(s->o, s->slot[s->taken++ % STREAM_IDS]); }
+
+/* What an earlier ckpt_hash() found: {"shards": {NAME: {"hash", "bytes", "date"}}}. */
+static json_t *record_read(const char *record, line_fn each, void *arg) {
+    char line[sizeof(dsv4_err) + 64];
+    dsv4_err err = {"it is no record of hashes"};
+    const char *name, *hash, *date;
+    json_t *value, *root = NULL;
+    json_int_t bytes;
+    if (!access(record, F_OK) || errno != ENOENT) {
+        root = parse_file(record, MAX_CONFIG_BYTES, &err);
+        json_t *shards = json_object_get(root, "shards");
+        bool good = json_is_object(shards);
+        json_object_foreach(shards, name, value)
+            good &= !json_unpack(value, "{s:s,s:I,s:s}", "hash", &hash, "bytes", &bytes, "date",
+                                 &date);
+        if (good) return root;
+        snprintf(line, sizeof line, "the record is damaged and counts for nothing: %s", err.msg);
+        each(arg, line);
+    }
+    json_decref(root);
+    return json_pack("{s:{}}", "shards");
+}
+
+/* Under its name there is always a whole record, the old one or the new one. */
+static int record_write(const json_t *root, const char *record, dsv4_err *err) {
+    char path[PATH_MAX];
+    int n = snprintf(path, sizeof path, "%s.%ld", record, (long)getpid());
+    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", record);
+    for (char *p = path; (p = strchr(p + 1, '/')); *p = '/') {
+        *p = 0;
+        if (mkdir(path, 0777) && errno != EEXIST)
+            return fail(err, "make directory %s: %s", path, strerror(errno));
+    }
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
+    if (fd >= 0) good = !close(fd) && good;
+    if (good && !rename(path, record)) return 0;
+    int cause = errno;
+    unlink(path);
+    return fail(err, "write %s: %s", record, strerror(cause));
+}
+
+/* One shard's hash is known: compare, tell, and put it into the record's shards.  The date is the
+ * first on which this hash was found. */
+static void record_shard(json_t *shards, const ckpt_shard *s, XXH128_hash_t hash, int width,
+                         line_fn each, void *arg, int *n_changed) {
+    char hex[33], today[16], line[2 * MAX_NAME + 64];
+    XXH128_canonical_t bytes;
+    time_t now = time(NULL);
+    struct tm tm;
+    XXH128_canonicalFromHash(&bytes, hash);
+    for (int i = 0; i < 16; i++) snprintf(hex + 2 * i, 3, "%02x", bytes.digest[i]);
+    strftime(today, sizeof today, "%Y-%m-%d", localtime_r(&now, &tm));
+    const json_t *old = json_object_get(shards, s->file);
+    const char *date = json_string_value(json_object_get(old, "date"));
+    bool same = old && !strcmp(json_string_value(json_object_get(old, "hash")), hex);
+    *n_changed += old && !same;
+    snprintf(line, sizeof line, "%-*s  %s  %s%.32s", width, s->file, hex,
+             !old ? "new" : same ? "as on " : "CHANGED since ", old ? date : "");
+    each(arg, line);
+    if (!same)
+        json_object_set_new(shards, s->file, json_pack("{s:s,s:I,s:s}", "hash", hex, "bytes",
+                                                       (json_int_t)s->size, "date", today));
+}
+
+/* Shards of the record that the model no longer has leave it, once the others are all hashed. */
+static int record_gone(json_t *root, const ckpt *c, int width, line_fn each, void *arg) {
+    char line[2 * MAX_NAME + 64];
+    const char *name;
+    void *next;
+    json_t *value, *shards = json_object_get(root, "shards");
+    int n = 0;
+    json_object_foreach_safe(shards, next, name, value) {
+        int i = 0;
+        while (i < c->n_shards && strcmp(c->shards[i].file, name)) i++;
+        if (i < c->n_shards) continue;
+        snprintf(line, sizeof line, "%-*.255s  gone since %.32s", width, name,
+                 json_string_value(json_object_get(value, "date")));
+        each(arg, line);
+        json_object_del(shards, name);
+        n++;
+    }
+    return n;
+}
+
+/* The record is written after each shard: hours of reading survive whatever comes. */
+int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
+              int *n_changed, dsv4_err *err) {
+    stream s;
+    uint64_t total = 0, done = 0;
+    int width = 0;
+    const uint8_t *data = NULL;
+    XXH3_state_t *hash = XXH3_createState();
+    json_t *root = record_read(record, each, arg);
+    int rc = stream_open(&s, c, err);
+    *n_changed = 0;
+    if (!rc && (!hash || !root || XXH3_128bits_reset(hash))) rc = fail(err, "out of memory");
+    for (int i = 0; i < c->n_shards; i++) {
+        total += c->shards[i].size;
+        if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
+    }
+    while (!rc && done < total) {
+        rc = stream_feed(&s, err);
+        if (!rc && progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
+        int in = rc ? -1 : stream_look(&s, false, &data, err);
+        if (in < 0) rc = -1;
+        if (in <= 0) continue;
+        const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
+        const ckpt_shard *shard = &c->shards[t->shard];
+        XXH3_128bits_update(hash, data, t->bytes);
+        done += t->bytes;
+        if (t->offset + t->bytes == shard->size) {
+            record_shard(json_object_get(root, "shards"), shard, XXH3_128bits_digest(hash), width,
+                         each, arg, n_changed);
+            XXH3_128bits_reset(hash);
+            rc = record_write(root, record, err);
+        }
+        stream_give(&s);
+    }
+    int gone = rc ? 0 : record_gone(root, c, width, each, arg);
+    *n_changed += gone;
+    if (gone) rc = record_write(root, record, err);
+    if (!rc) (void)progress(arg, 1);
+    offload_close(s.o);
+    XXH3_freeState(hash);
+    json_decref(root);
+    return rc;
+}
+
+/* How much is asked for at once follows from what came: so a slow disk is asked for little, and
+ * the last answers come when the time is over, not long after. */
+int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
+    stream s;
+    uint64_t total = 0, asked = 0, rng = 1;
+    const uint8_t *data;
+    for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
+    int rc = stream_open(&s, c, err);
+    double begin = seconds(), now = 0;
+    while (!rc) {
+        now = seconds() - begin;
+        double soon = now > 0 ? (double)s.o->landed / now * (limit - now) : 0;
+        if (asked < 2 * total && s.asked - s.taken < STREAM_SLOTS &&
+            (!s.asked || (double)(s.asked + 1 - s.taken) * STREAM_BYTES < soon)) {
+            rng = rng * 6364136223846793005u + 1442695040888963407u;
+            uint64_t at = (rng >> 16) % total;         /* each byte is as likely as another     */
+            int i = 0;
+            for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
+            uint64_t size = c->shards[i].size, n = size < STREAM_BYTES ? size : STREAM_BYTES;
+            if (at > size - n) at = size - n;
+            rc = stream_ask(&s, i, at / IO_ALIGN * IO_ALIGN, n, err);
+            asked += n;
+            continue;
+        }
+        if (s.taken == s.asked) break;
+        int in = stream_look(&s, true, &data, err);
+        if (in > 0) stream_give(&s);
+        if (in < 0) rc = -1;
+    }
+    if (!rc) *bytes_s = (double)s.o->landed / now;
+    offload_close(s.o);
+    return rc;
+}
+
+/* === 10. This machine ========================================================================= */
+
+/* The number behind "KEY:" in a /proc file of "KEY: N" lines; 0 when absent. */
+static uint64_t proc_number(const char *path, const char *key) {
     char line[256];
-    unsigned long long kb = 0;
+    unsigned long long n = 0;
     size_t len = strlen(key);
     FILE *f = fopen(path, "r");
     while (f && fgets(line, sizeof line, f))
         if (!strncmp(line, key, len) && line[len] == ':') {
-            sscanf(line + len + 1, "%llu", &kb);
+            sscanf(line + len + 1, "%llu", &n);
             break;
         }
     if (f) fclose(f);
-    return (uint64_t)kb << 10;
+    return n;
+}
+
+static uint64_t proc_bytes(const char *path, const char *key) {
+    return proc_number(path, key) << 10;   /* there they are kB                                 */
 }
 
 /* The memory limit of this process's cgroup (version 2) or of one above it; UINT64_MAX: none. */
@@ -1510,4 +1903,85 @@ uint64_t machine_ram_budget(void) {
 void machine_rss(uint64_t *now, uint64_t *peak) {
     if (now) *now = proc_bytes("/proc/self/status", "VmRSS");
     if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM");
+}
+
+/* Does a file of sysfs begin with this text? */
+static bool sys_begins(const char *node, const char *file, const char *text) {
+    char path[PATH_MAX], line[64] = "";
+    dsv4_err ignored;
+    FILE *f = join(path, node, file, &ignored) ? NULL : fopen(path, "r");
+    if (f && !fgets(line, sizeof line, f)) line[0] = 0;
+    if (f) fclose(f);
+    return !strncmp(line, text, strlen(text));
+}
+
+/* A block device by its directory in sysfs: what it lies on is looked at, down to the drives. */
+static void describe_node(disk_info *d, const char *dir, int layers) {
+    char node[PATH_MAX], slaves[PATH_MAX], path[PATH_MAX];
+    dsv4_err ignored;
+    const struct dirent *e;
+    bool drive = true;
+    /* a partition has no queue of its own, the disk around it has */
+    if (join(path, dir, "queue", &ignored) || join(slaves, dir, "../queue", &ignored)) return;
+    if (!realpath(access(path, F_OK) && !access(slaves, F_OK) ? strcat(strcpy(path, dir), "/..") : dir,
+                  node) || join(slaves, node, "slaves", &ignored))
+        return;
+    if (sys_begins(node, "dm/uuid", "CRYPT-")) d->encrypted = true;
+    DIR *list = opendir(slaves);
+    while (list && (e = readdir(list))) {
+        if (e->d_name[0] == '.' || join(path, slaves, e->d_name, &ignored)) continue;
+        drive = false;
+        if (layers > 1) describe_node(d, path, layers - 1);
+    }
+    if (list) closedir(list);
+    if (!drive) return;
+    if (sys_begins(node, "queue/rotational", "1")) d->rotating = true;
+    if (strstr(node, "/ata")) d->sata = true;
+    if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
+}
+
+static void describe_device(disk_info *d, unsigned major_nr, unsigned minor_nr, const char *sysfs) {
+    char dir[PATH_MAX], node[PATH_MAX];
+    snprintf(dir, sizeof dir, "%s/dev/block/%u:%u", sysfs, major_nr, minor_nr);
+    if (realpath(dir, node)) describe_node(d, node, DISK_LAYERS);
+}
+
+/* The mount's own name of its file system says more than statfs(): "fuse.sshfs". */
+static void describe_fs(disk_info *d) {
+    static const char *const network[] = {
+        "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "beegfs", "gpfs",
+        "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.glusterfs",
+    };
+    d->fuse = !strncmp(d->fs, "fuse", 4);
+    for (size_t i = 0; i < sizeof network / sizeof *network; i++)
+        d->network |= !strcmp(d->fs, network[i]);
+}
+
+int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err) {
+    char path[64], *line = NULL, source[PATH_MAX] = "";
+    size_t room = 0;
+    struct stat st, disk;
+    *d = (disk_info){.fs = "unknown"};
+    int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st)) return fail(err, "open %s: %s", dir, strerror(errno));
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+    uint64_t mount = proc_number(path, "mnt_id");
+    close(fd);
+    FILE *f = fopen("/proc/self/mountinfo", "r");
+    while (f && getline(&line, &room, f) > 0) {
+        unsigned long id;
+        unsigned major_nr, minor_nr;
+        const char *tail = strstr(line, " - ");        /* optional fields end there             */
+        if (!tail || sscanf(line, "%lu %*u %u:%u", &id, &major_nr, &minor_nr) != 3) continue;
+        if (mount ? id == mount : makedev(major_nr, minor_nr) == st.st_dev)
+            sscanf(tail, " - %31s %4095s", d->fs, source);
+    }
+    free(line);
+    if (f) fclose(f);
+    describe_fs(d);
+    /* btrfs and the like have a device number of their own: their source may be a disk's */
+    if (!major(st.st_dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk))
+        st.st_dev = disk.st_rdev;
+    if (major(st.st_dev)) describe_device(d, major(st.st_dev), minor(st.st_dev), sysfs);
+    return 0;
 }
