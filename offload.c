@@ -31,7 +31,6 @@
 #include <jansson.h>
 #include <liburing.h>
 #include <limits.h>
-#include <math.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdalign.h>
@@ -52,7 +51,6 @@ enum {
     MAX_DIM = 1 << 20,             /* of any one axis, so that products of two fit an int64_t   */
     MAX_VOCAB = 1 << 22,
     MAX_RATIO = 1 << 16,           /* tokens that one compressed entry stands for               */
-    MAX_POSITION = 1 << 30,
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
     IO_DEPTH = 128,                /* reads in flight; NVMe drives saturate far below           */
@@ -133,19 +131,23 @@ static json_t *parse_object(const char *text, size_t len, const char *where, dsv
     return root;
 }
 
+/* n bytes of an open file; on 0 the caller frees *text. */
+static int read_part(char **text, int fd, size_t n, uint64_t off, const char *path, dsv4_err *err) {
+    if (!(*text = malloc(n + 1))) return fail(err, "%s: out of memory for %zu bytes", path, n);
+    if (!read_fully(fd, *text, n, off, path, err)) return 0;
+    free(*text);
+    *text = NULL;
+    return -1;
+}
+
 /* A whole small file; on 0 the caller frees *text. */
 static int read_text(char **text, size_t *len, const char *path, size_t max, dsv4_err *err) {
-    int fd, rc = -1;
+    int fd;
     uint64_t size;
     if (open_file(&fd, &size, path, err)) return -1;
-    *text = NULL;
     *len = (size_t)size;
-    if (size > max)
-        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
-    else if (!(*text = malloc(*len + 1)))
-        fail(err, "%s: out of memory", path);
-    else if ((rc = read_fully(fd, *text, *len, 0, path, err)))
-        free(*text);
+    int rc = size <= max ? read_part(text, fd, *len, 0, path, err)
+             : fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
     close(fd);
     return rc;
 }
@@ -255,47 +257,31 @@ static int config_kind(const config_in *in) {
  * it later cannot overflow; F32 holds the ranges of reals whole, above zero. */
 static const field config_fields[] = {
 #define INT(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), 'i', multiple, lo, hi}
-#define REAL(name, type, lo, hi) {#name, offsetof(dsv4_config, name), type, 0, lo, hi}
-    INT(hidden_size, 32, MAX_DIM, 32),             /* FP4 scales stand for 32                   */
-    INT(moe_intermediate_size, 32, MAX_DIM, 32),
-    INT(num_hidden_layers, 1, MAX_LAYERS, 1),
-    INT(num_attention_heads, 1, MAX_DIM, 1),
-    INT(head_dim, 2, MAX_DIM, 1),
-    INT(qk_rope_head_dim, 2, MAX_DIM, 2),          /* rotation is on pairs                      */
-    INT(q_lora_rank, 1, MAX_DIM, 1),
-    INT(o_lora_rank, 1, MAX_DIM, 1),
-    INT(o_groups, 1, MAX_DIM, 1),
-    INT(sliding_window, 1, MAX_DIM, 1),
-    INT(index_n_heads, 1, MAX_DIM, 1),
-    INT(index_head_dim, 1, MAX_DIM, 1),
-    INT(index_topk, 1, MAX_DIM, 1),
-    INT(n_routed_experts, 1, MAX_EXPERTS, 1),
-    INT(num_experts_per_tok, 1, MAX_TOPK, 1),
+#define REAL(key, name, type, lo, hi) {key, offsetof(dsv4_config, name), type, 0, lo, hi}
+    INT(hidden_size, 32, MAX_DIM, 32), INT(moe_intermediate_size, 32, MAX_DIM, 32), /* FP4 scales */
+    INT(num_hidden_layers, 1, MAX_LAYERS, 1), INT(num_attention_heads, 1, MAX_DIM, 1),
+    INT(head_dim, 2, MAX_DIM, 1), INT(qk_rope_head_dim, 2, MAX_DIM, 2), /* rotation is on pairs  */
+    INT(q_lora_rank, 1, MAX_DIM, 1), INT(o_lora_rank, 1, MAX_DIM, 1), INT(o_groups, 1, MAX_DIM, 1),
+    INT(sliding_window, 1, MAX_DIM, 1), INT(index_n_heads, 1, MAX_DIM, 1),
+    INT(index_head_dim, 1, MAX_DIM, 1), INT(index_topk, 1, MAX_DIM, 1),
+    INT(n_routed_experts, 1, MAX_EXPERTS, 1), INT(num_experts_per_tok, 1, MAX_TOPK, 1),
     INT(n_shared_experts, 1, 1, 1),                /* the graph has exactly one                 */
-    INT(num_hash_layers, 0, MAX_LAYERS, 1),
-    INT(hc_mult, 1, MAX_HC, 1),
-    INT(hc_sinkhorn_iters, 1, 1000, 1),
-    INT(vocab_size, 1, MAX_VOCAB, 1),
-    INT(num_nextn_predict_layers, 0, MAX_LAYERS, 1),
-    INT(bos_token_id, 0, MAX_VOCAB, 1),
+    INT(num_hash_layers, 0, MAX_LAYERS, 1), INT(num_nextn_predict_layers, 0, MAX_LAYERS, 1),
+    INT(hc_mult, 1, MAX_HC, 1), INT(hc_sinkhorn_iters, 1, 1000, 1),
+    INT(vocab_size, 1, MAX_VOCAB, 1), INT(bos_token_id, 0, MAX_VOCAB, 1),
     INT(eos_token_id, 0, MAX_VOCAB, 1),
-    {"max_position_embeddings", offsetof(dsv4_config, max_position_embeddings), 'l', 1, 1,
-     MAX_POSITION},
-    REAL(rope_theta, 'd', 2, 1e15),                /* ln(theta) is divided by                   */
-    REAL(compress_rope_theta, 'd', 2, 1e15),
-    REAL(swiglu_limit, 'f', 1e-6, 1e6),
-    REAL(routed_scaling_factor, 'f', 1e-6, 1e6),
-    REAL(hc_eps, 'f', 1e-30, 1),
-    REAL(rms_norm_eps, 'f', 1e-30, 1),
-    {NULL, 0, 0, 0, 0, 0},
+    {"max_position_embeddings", offsetof(dsv4_config, max_position_embeddings), 'l', 1, 1, 1 << 30},
+    REAL("rope_theta", rope_theta, 'd', 2, 1e15),  /* ln(theta) is divided by                   */
+    REAL("compress_rope_theta", compress_rope_theta, 'd', 2, 1e15),
+    REAL("swiglu_limit", swiglu_limit, 'f', 1e-6, 1e6), REAL("hc_eps", hc_eps, 'f', 1e-30, 1),
+    REAL("routed_scaling_factor", routed_scaling_factor, 'f', 1e-6, 1e6),
+    REAL("rms_norm_eps", rms_norm_eps, 'f', 1e-30, 1), {NULL, 0, 0, 0, 0, 0},
+}, yarn_fields[] = {
+    REAL("factor", yarn_factor, 'd', 1, 1e6), REAL("beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
+    REAL("beta_fast", yarn_beta_fast, 'd', 1e-6, 1e6),
+    REAL("original_max_position_embeddings", yarn_original, 'd', 1, 1e12), {NULL, 0, 0, 0, 0, 0},
 #undef INT
 #undef REAL
-}, yarn_fields[] = {
-    {"factor", offsetof(dsv4_config, yarn_factor), 'd', 0, 1, 1e6},
-    {"beta_slow", offsetof(dsv4_config, yarn_beta_slow), 'd', 0, 1e-6, 1e6},
-    {"beta_fast", offsetof(dsv4_config, yarn_beta_fast), 'd', 0, 1e-6, 1e6},
-    {"original_max_position_embeddings", offsetof(dsv4_config, yarn_original), 'd', 0, 1, 1e12},
-    {NULL, 0, 0, 0, 0, 0},
 };
 
 /* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
@@ -450,19 +436,22 @@ static const struct { const char *name; dsv4_dtype dtype; uint64_t bytes; } stor
 
 static bool whole(const json_t *v) { return json_is_integer(v) && json_integer_value(v) >= 0; }
 
+static int bad_entry(const ckpt_tensor *t, const char *path, const json_t *entry, const char *key,
+                     const char *wanted, dsv4_err *err) {
+    return fail(err, "%s: tensor %s: %s is %s, not %s", path, t->name, key,
+                show(json_object_get(entry, key)).text, wanted);
+}
+
 /* One entry of a header.  Its end is checked by header_parse(), once for the whole file. */
 static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64_t data_at,
                        dsv4_err *err) {
     const json_t *type = json_object_get(v, "dtype"), *shape = json_object_get(v, "shape");
     const json_t *range = json_object_get(v, "data_offsets");
     const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
-    if (!json_is_string(type))
-        return fail(err, "%s: tensor %s: dtype is %s, not a string", path, t->name,
-                    show(type).text);
+    if (!json_is_string(type)) return bad_entry(t, path, v, "dtype", "a string", err);
     if (json_array_size(range) != 2 || !whole(begin) || !whole(end) ||
         json_integer_value(begin) > json_integer_value(end))
-        return fail(err, "%s: tensor %s: data_offsets is %s, not [begin,end]", path, t->name,
-                    show(range).text);
+        return bad_entry(t, path, v, "data_offsets", "[begin,end]", err);
     t->offset = data_at + (uint64_t)json_integer_value(begin);
     t->bytes = (uint64_t)(json_integer_value(end) - json_integer_value(begin));
 
@@ -482,8 +471,7 @@ static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64
         if (d < 4) t->shape[d] = (int64_t)json_integer_value(size);
     }
     if (!fits)
-        return fail(err, "%s: tensor %s: shape is %s, not a list of sizes whose product fits 64 "
-                    "bits", path, t->name, show(shape).text);
+        return bad_entry(t, path, v, "shape", "a list of sizes whose product fits 64 bits", err);
     if (known && bytes != t->bytes)
         return fail(err, "%s: tensor %s: shape %s of %s needs %" PRIu64 " bytes but data_offsets "
                     "give %" PRIu64, path, t->name, show(shape).text, json_string_value(type),
@@ -586,20 +574,15 @@ static int shard_read(ckpt *c, int which, dsv4_err *err) {
     ckpt_shard *s = &c->shards[which];
     uint8_t raw[8] = {0};
     char *text = NULL;
-    size_t len = 0;
-    int fd, rc = -1;
+    size_t len;
+    int fd;
     if (open_file(&fd, &s->size, s->path, err)) return -1;
-    if (read_fully(fd, raw, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err) ||
-        header_length(s, raw, &len, err))
-        rc = -1;
-    else if (!(text = malloc(len)))
-        fail(err, "%s: out of memory for a header of %zu bytes", s->path, len);
-    else
-        rc = read_fully(fd, text, len, 8, s->path, err);
+    int rc = read_fully(fd, raw, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err) ||
+             header_length(s, raw, &len, err) || read_part(&text, fd, len, 8, s->path, err) ||
+             header_parse(c, which, text, len, err);
     close(fd);
-    if (!rc) rc = header_parse(c, which, text, len, err);
     free(text);
-    return rc;
+    return rc ? -1 : 0;
 }
 
 /* === 4. Checkpoint ============================================================================ */
@@ -654,8 +637,8 @@ static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *er
         const char *file = json_string_value(value);
         if (!file || !*file || strlen(file) >= MAX_NAME || strchr(file, '/') ||
             !strcmp(file, ".") || !strcmp(file, ".."))
-            return fail(err, "%s: tensor %.200s lies in %s; accepted: the name of a file beside the "
-                        "index", path, name, show(value).text);
+            return fail(err, "%s: tensor %.200s lies in %s; accepted: the name of a file beside "
+                        "the index", path, name, show(value).text);
         json_object_set_new(files, file, json_true());
     }
     return 0;
@@ -737,26 +720,31 @@ static void drop_unused(ckpt *c) {
     if (fit) c->tensors = fit;
 }
 
-int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
-    json_t *map = NULL;
+/* A table without its tensors: the shards of a directory, be they all there or not. */
+static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
     ckpt *c = calloc(1, sizeof *c);
+    *map = NULL;
+    if (!c) fail(err, "%s: out of memory", dir);
+    if (!c || !find_shards(c, dir, map, err)) return c;
+    ckpt_close(c);
+    json_decref(*map);
+    return NULL;
+}
+
+int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
+    json_t *map;
+    ckpt *c = list_shards(dir, &map, err);
     *out = NULL;
-    if (!c) return fail(err, "%s: out of memory", dir);
-    int rc = find_shards(c, dir, &map, err);
-    if (!rc) rc = check_missing(c, dir, err);
+    if (!c) return -1;
+    int rc = check_missing(c, dir, err);
     for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
-    if (!rc) {
-        if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
-        rc = check_table(c, map, err);
-    }
+    if (!rc && c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+    if (!rc) rc = check_table(c, map, err);
     json_decref(map);
-    if (rc) {
-        ckpt_close(c);
-        return -1;
-    }
-    drop_unused(c);
-    *out = c;
-    return 0;
+    if (!rc) drop_unused(c);
+    if (!rc) *out = c;
+    else ckpt_close(c);
+    return rc;
 }
 
 void ckpt_close(ckpt *c) {
@@ -793,17 +781,6 @@ uint64_t ckpt_shard_bytes(const ckpt *c, int which) {
     return c->shards[which].size;
 }
 
-/* A table without its tensors: the shards of a directory that need not be all there. */
-static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
-    ckpt *c = calloc(1, sizeof *c);
-    *map = NULL;
-    if (!c) fail(err, "%s: out of memory", dir);
-    if (!c || !find_shards(c, dir, map, err)) return c;
-    ckpt_close(c);
-    json_decref(*map);
-    return NULL;
-}
-
 /* The official code says which prompts a checkpoint was trained on; where it was left out, the
  * second generation's further MTP blocks do. */
 int config_generation(generation *out, const char *dir, dsv4_err *err) {
@@ -821,13 +798,14 @@ int config_generation(generation *out, const char *dir, dsv4_err *err) {
     const char *name;
     json_t *map, *value;
     ckpt *c = list_shards(dir, &map, err);
-    int rc = c ? 0 : -1;
-    if (c) json_object_foreach(map, name, value) found |= !strncmp(name, second, sizeof second - 1);
+    if (!c) return -1;
+    json_object_foreach(map, name, value) found |= !strncmp(name, second, sizeof second - 1);
+    int rc = 0;
     for (int i = 0; !rc && !map && i < c->n_shards; i++) rc = shard_read(c, i, err);
-    for (size_t i = 0; !rc && i < c->n_tensors; i++)
+    for (size_t i = 0; i < c->n_tensors; i++)
         found |= !strncmp(c->tensors[i].name, second, sizeof second - 1);
     *out = found ? GEN_0731 : GEN_V4;
-    if (c) json_decref(map);
+    json_decref(map);
     ckpt_close(c);
     return rc;
 }
@@ -860,22 +838,22 @@ static int survey_shard(ckpt *c, int which, const char *dir, line_fn each, void 
     bool missing = access(s->path, F_OK) && errno == ENOENT;
     if (!missing && !shard_read(c, which, &why)) return 0;
     uint64_t have = missing ? partial_bytes(dir, s->file) : s->size;
-    uint64_t most = missing ? have : s->need;
-    uint64_t unit = most >= 1000000000 ? 1000000000 : most >= 1000000 ? 1000000 : 1000;
-    const char *name = unit == 1000000000 ? "GB" : unit == 1000000 ? "MB" : "kB";
-    double had = floor((double)have * 10 / (double)unit) / 10;
+    uint64_t all = missing ? have : s->need, k = 1000, m = k * k, g = k * m;
+    uint64_t tenth = (all >= g ? g : all >= m ? m : k) / 10;
+    const char *unit = all >= g ? "GB" : all >= m ? "MB" : "kB";
+    double had = (double)(have / tenth) / 10;
+    int n = snprintf(line, sizeof line, "%s: %s", s->file, missing ? "missing" : "");
+    char *end = line + n;
+    size_t room = sizeof line - (size_t)n;
     if (missing && have)
-        snprintf(line, sizeof line, "%s: missing, %.1f %s of it in .cache/huggingface/download",
-                 s->file, had, name);
-    else if (missing || s->need == UINT64_MAX)
-        snprintf(line, sizeof line, "%s: %s", s->file, missing ? "missing" : "its header is cut off");
-    else if (s->need > s->size)
-        snprintf(line, sizeof line, "%s: %.1f of %.1f %s", s->file, had,
-                 ceil((double)s->need * 10 / (double)unit) / 10, name);
-    else                           /* the reason names the whole path, perhaps behind a word    */
-        snprintf(line, sizeof line, "%s: %s", s->file,
-                 strncmp(why.msg, s->path, strlen(s->path)) ? why.msg
-                                                            : why.msg + strlen(s->path) + 2);
+        snprintf(end, room, ", %.1f %s of it in .cache/huggingface/download", had, unit);
+    else if (!missing && s->need == UINT64_MAX)
+        snprintf(end, room, "its header is cut off");
+    else if (!missing && s->need > s->size)
+        snprintf(end, room, "%.1f of %.1f %s", had, (double)((all + tenth - 1) / tenth) / 10, unit);
+    else if (!missing)             /* most reasons begin with the path: not twice               */
+        snprintf(end, room, "%s", strncmp(why.msg, s->path, strlen(s->path)) ? why.msg
+                 : why.msg + strlen(s->path) + 2);
     each(arg, line);
     return 1;
 }
@@ -890,7 +868,8 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
     ckpt *c = list_shards(dir, &map, err);
     if (!c) return -1;
     if (!c->n_shards)
-        n = fail(err, "%s holds no model: no model.safetensors.index.json and no *.safetensors", dir);
+        n = fail(err, "%s holds no model: no model.safetensors.index.json and no *.safetensors",
+                 dir);
     for (int i = 0; i < c->n_shards; i++) n += survey_shard(c, i, dir, each, arg);
     json_decref(map);
     ckpt_close(c);
@@ -1641,8 +1620,8 @@ static int stream_open(stream *s, const ckpt *c, dsv4_err *err) {
         src[i].part[0] = &s->range[i];
         for (int p = 1; p < EXPERT_PARTS; p++) src[i].part[p] = &s->end[i];
     }
-    return offload_open(&s->o, c, &note, err) || slots_open(s->o, src, STREAM_IDS, STREAM_SLOTS, err)
-           ? -1 : 0;
+    if (offload_open(&s->o, c, &note, err)) return -1;
+    return slots_open(s->o, src, STREAM_IDS, STREAM_SLOTS, err);
 }
 
 /* Ask for bytes [off, off + bytes) of a shard; off lies on a block edge. */
@@ -1748,22 +1727,20 @@ static void record_shard(json_t *shards, const ckpt_shard *s, XXH128_hash_t hash
                                                        (json_int_t)s->size, "date", today));
 }
 
-/* Shards of the record that the model no longer has leave it, once the others are all hashed. */
-static int record_gone(json_t *root, const ckpt *c, int width, line_fn each, void *arg) {
+/* Shards of the record that the model no longer has leave it; their number. */
+static int record_gone(json_t *shards, const ckpt *c, int width, line_fn each, void *arg) {
     char line[2 * MAX_NAME + 64];
     const char *name;
     void *next;
-    json_t *value, *shards = json_object_get(root, "shards");
-    int n = 0;
+    json_t *value;
+    int n = 0, i;
     json_object_foreach_safe(shards, next, name, value) {
-        int i = 0;
-        while (i < c->n_shards && strcmp(c->shards[i].file, name)) i++;
+        for (i = 0; i < c->n_shards && strcmp(c->shards[i].file, name); i++) continue;
         if (i < c->n_shards) continue;
         snprintf(line, sizeof line, "%-*.255s  gone since %.32s", width, name,
                  json_string_value(json_object_get(value, "date")));
         each(arg, line);
-        json_object_del(shards, name);
-        n++;
+        n += !json_object_del(shards, name);
     }
     return n;
 }
@@ -1773,40 +1750,34 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
               int *n_changed, dsv4_err *err) {
     stream s;
     uint64_t total = 0, done = 0;
-    int width = 0;
+    int width = 0, in;
     const uint8_t *data = NULL;
     XXH3_state_t *hash = XXH3_createState();
-    json_t *root = record_read(record, each, arg);
-    int rc = stream_open(&s, c, err);
-    *n_changed = 0;
-    if (!rc && (!hash || !root || XXH3_128bits_reset(hash))) rc = fail(err, "out of memory");
+    json_t *root = record_read(record, each, arg), *shards = json_object_get(root, "shards");
+    int rc = hash && root ? stream_open(&s, c, err) : fail(err, "out of memory");
     for (int i = 0; i < c->n_shards; i++) {
         total += c->shards[i].size;
         if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
     }
+    *n_changed = rc ? 0 : record_gone(shards, c, width, each, arg);
     while (!rc && done < total) {
-        rc = stream_feed(&s, err);
-        if (!rc && progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
-        int in = rc ? -1 : stream_look(&s, false, &data, err);
-        if (in < 0) rc = -1;
+        if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
+        if (rc || (rc = stream_feed(&s, err))) break;
+        if ((in = stream_look(&s, false, &data, err)) < 0) rc = -1;
         if (in <= 0) continue;
         const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
         const ckpt_shard *shard = &c->shards[t->shard];
+        if (t->offset == 0) XXH3_128bits_reset(hash);
         XXH3_128bits_update(hash, data, t->bytes);
         done += t->bytes;
         if (t->offset + t->bytes == shard->size) {
-            record_shard(json_object_get(root, "shards"), shard, XXH3_128bits_digest(hash), width,
-                         each, arg, n_changed);
-            XXH3_128bits_reset(hash);
+            record_shard(shards, shard, XXH3_128bits_digest(hash), width, each, arg, n_changed);
             rc = record_write(root, record, err);
         }
         stream_give(&s);
     }
-    int gone = rc ? 0 : record_gone(root, c, width, each, arg);
-    *n_changed += gone;
-    if (gone) rc = record_write(root, record, err);
     if (!rc) (void)progress(arg, 1);
-    offload_close(s.o);
+    if (hash && root) offload_close(s.o);
     XXH3_freeState(hash);
     json_decref(root);
     return rc;
@@ -1923,8 +1894,9 @@ static void describe_node(disk_info *d, const char *dir, int layers) {
     bool drive = true;
     /* a partition has no queue of its own, the disk around it has */
     if (join(path, dir, "queue", &ignored) || join(slaves, dir, "../queue", &ignored)) return;
-    if (!realpath(access(path, F_OK) && !access(slaves, F_OK) ? strcat(strcpy(path, dir), "/..") : dir,
-                  node) || join(slaves, node, "slaves", &ignored))
+    bool part = access(path, F_OK) && !access(slaves, F_OK);
+    if (join(path, dir, part ? ".." : ".", &ignored) || !realpath(path, node) ||
+        join(slaves, node, "slaves", &ignored))
         return;
     if (sys_begins(node, "dm/uuid", "CRYPT-")) d->encrypted = true;
     DIR *list = opendir(slaves);
@@ -1940,10 +1912,11 @@ static void describe_node(disk_info *d, const char *dir, int layers) {
     if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
 }
 
-static void describe_device(disk_info *d, unsigned major_nr, unsigned minor_nr, const char *sysfs) {
-    char dir[PATH_MAX], node[PATH_MAX];
-    snprintf(dir, sizeof dir, "%s/dev/block/%u:%u", sysfs, major_nr, minor_nr);
-    if (realpath(dir, node)) describe_node(d, node, DISK_LAYERS);
+static void describe_device(disk_info *d, unsigned major_nr, unsigned minor_nr,
+                            const char *sysfs) {
+    char link[PATH_MAX];
+    snprintf(link, sizeof link, "%s/dev/block/%u:%u", sysfs, major_nr, minor_nr);
+    describe_node(d, link, DISK_LAYERS);
 }
 
 /* The mount's own name of its file system says more than statfs(): "fuse.sshfs". */

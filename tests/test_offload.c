@@ -1532,8 +1532,8 @@ static void test_hash_remembers(void) {
     remove_file(dir, "a.safetensors");
     write_shard(dir, "b.safetensors", 0, A4, 4);
     CHECK(!hash_dir(dir, record, 0, &changed, &err) && changed == 1 && told.lines == 3 &&
-          told_all((const char *const[]){"b.safetensors          ", "  new\nlong-name", today,
-          "a.safetensors          gone since 2001-02-03\n", NULL}), "%d %s", changed, told.text);
+          told_all((const char *const[]){"a.safetensors          gone since 2001-02-03\nb.safe",
+          "tensors          ", "  new\nlong-name", today, NULL}), "%d %s", changed, told.text);
     CHECK(!hash_dir(dir, record, 0, &changed, &err) && changed == 0 && told.lines == 2 &&
           told_all((const char *const[]){today, today, NULL}), "%s", told.text);
     static const char *const damage[] = {
@@ -1597,7 +1597,8 @@ static void test_hash_every_way_of_reading(void) {
             set_mood(moods[m], -EIO, 20); /* not one of the headers                             */
             CHECK(!hash_dir(dir, record, 0, &changed, &err) && changed == 0 && told.lines == N &&
                   told_all(want), "way %d mood %zu: %d %s %s", way, m, changed, err.msg, told.text);
-            CHECK(!seen.down && seen.last == 1 && seen.silence < 0.1, "%.3f s", seen.silence);
+            CHECK(!seen.down && seen.last == 1, "%g", seen.last);
+            CHECK(seen.silence < 0.5, "%.3f s", seen.silence); /* fsync takes its time          */
         }
         set_mood(CALM, 0, 0);
         remove_file(dir, "record");
