@@ -121,14 +121,11 @@ static int open_file(int *fd, uint64_t *size, const char *path, dsv4_err *err) {
 static json_t *parse_object(const char *text, size_t len, const char *where, dsv4_err *err) {
     json_error_t bad;
     json_t *root = json_loadb(text, len, JSON_REJECT_DUPLICATES, &bad);
-    if (!root) {
-        fail(err, "%s: line %d: %s", where, bad.line, bad.text);
-    } else if (!json_is_object(root)) {
-        fail(err, "%s: holds %s, not a JSON object", where, show(root).text);
-        json_decref(root);
-        root = NULL;
-    }
-    return root;
+    if (!root) return fail(err, "%s: line %d: %s", where, bad.line, bad.text), NULL;
+    if (json_is_object(root)) return root;
+    fail(err, "%s: holds %s, not a JSON object", where, show(root).text);
+    json_decref(root);
+    return NULL;
 }
 
 /* n bytes of an open file; on 0 the caller frees *text. */
@@ -505,21 +502,16 @@ static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_er
 static ckpt_tensor *add_tensor(ckpt *c, int which, const char *name, dsv4_err *err) {
     const char *path = c->shards[which].path;
     size_t len = strlen(name);     /* JSON with a NUL inside a name is refused already          */
-    if (len == 0 || len >= MAX_NAME) {
-        fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path, len,
-             MAX_NAME - 1, name);
-        return NULL;
-    }
+    if (len == 0 || len >= MAX_NAME)
+        return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path,
+                    len, MAX_NAME - 1, name), NULL;
     if (c->n_tensors == c->cap_tensors) {
         size_t cap = 2 * c->cap_tensors + 1024;
         ckpt_tensor *grown = realloc(c->tensors, cap * sizeof *grown);
         if (grown) c->tensors = grown, c->cap_tensors = cap;
     }
     char *copy = c->n_tensors < c->cap_tensors ? strdup(name) : NULL;
-    if (!copy) {
-        fail(err, "%s: out of memory for %zu tensors", path, c->n_tensors);
-        return NULL;
-    }
+    if (!copy) return fail(err, "%s: out of memory for %zu tensors", path, c->n_tensors), NULL;
     ckpt_tensor *t = &c->tensors[c->n_tensors++];
     *t = (ckpt_tensor){.name = copy, .shard = which};
     return t;
@@ -538,10 +530,7 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     json_object_foreach(root, name, value) {
         if (!strcmp(name, "__metadata__")) continue; /* notes of whoever wrote the file         */
         ckpt_tensor *t = add_tensor(c, which, name, err);
-        if (!t || entry_parse(t, s->path, value, data_at, err)) {
-            rc = -1;
-            break;
-        }
+        if ((rc = t ? entry_parse(t, s->path, value, data_at, err) : -1)) break;
         if (need < t->offset + t->bytes) need = t->offset + t->bytes;
     }
     json_decref(root);
@@ -597,20 +586,18 @@ static int by_name(const void *a, const void *b) {
 
 /* Make the list of shards, in order of name, from the keys of an object. */
 static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
-    char path[PATH_MAX];
     const char *file;
     json_t *value;
     size_t n = json_object_size(files);
     if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
     c->shards = calloc(n + 1, sizeof *c->shards);
-    if (!c->shards) return fail(err, "%s: out of memory", dir);
-    json_object_foreach(files, file, value) {
+    if (c->shards) json_object_foreach(files, file, value) {
         ckpt_shard *s = &c->shards[c->n_shards];
-        if (join(path, dir, file, err)) return -1;
-        if (!(s->path = strdup(path))) return fail(err, "%s: out of memory", dir);
+        if (asprintf(&s->path, "%s/%s", dir, file) < 0) break;
         s->file = s->path + strlen(dir) + 1;
         c->n_shards++;
     }
+    if ((size_t)c->n_shards < n || !c->shards) return fail(err, "%s: out of memory", dir);
     qsort(c->shards, n, sizeof *c->shards, by_path);
     return 0;
 }
@@ -1697,11 +1684,10 @@ static int record_write(const json_t *root, const char *record, dsv4_err *err) {
     }
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
-    if (fd >= 0) good = !close(fd) && good;
-    if (good && !rename(path, record)) return 0;
-    int cause = errno;
-    unlink(path);
-    return fail(err, "write %s: %s", record, strerror(cause));
+    int rc = good && !rename(path, record) ? 0 : fail(err, "write %s: %s", record, strerror(errno));
+    if (fd >= 0) close(fd);
+    if (rc) unlink(path);
+    return rc;
 }
 
 /* One shard's hash is known: compare, tell, and put it into the record's shards.  The date is the
@@ -1819,52 +1805,51 @@ int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
 
 /* === 10. This machine ========================================================================= */
 
-/* The number behind "KEY:" in a /proc file of "KEY: N" lines; 0 when absent. */
-static uint64_t proc_number(const char *path, const char *key) {
-    char line[256];
-    unsigned long long n = 0;
-    size_t len = strlen(key);
+enum { LINE = 1100 };
+
+/* The first line of a file that begins with `key`: what follows it there. */
+static bool find_line(char rest[LINE], const char *path, const char *key) {
+    bool found = false;
     FILE *f = fopen(path, "r");
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, key, len) && line[len] == ':') {
-            sscanf(line + len + 1, "%llu", &n);
-            break;
-        }
+    while (f && !found && fgets(rest, LINE, f)) found = !strncmp(rest, key, strlen(key));
     if (f) fclose(f);
-    return n;
+    if (found) memmove(rest, rest + strlen(key), strcspn(rest + strlen(key), "\n") + 1);
+    if (found) rest[strcspn(rest, "\n")] = 0;
+    return found;
 }
 
+static uint64_t proc_number(const char *path, const char *key) {
+    char rest[LINE];
+    return find_line(rest, path, key) ? strtoull(rest, NULL, 10) : 0;
+}
+
+/* The same where it is kB. */
 static uint64_t proc_bytes(const char *path, const char *key) {
-    return proc_number(path, key) << 10;   /* there they are kB                                 */
+    return proc_number(path, key) << 10;
 }
 
 /* The memory limit of this process's cgroup (version 2) or of one above it; UINT64_MAX: none. */
 static uint64_t cgroup_limit(void) {
-    char group[1024] = "", path[1100];
+    char group[LINE], path[LINE + 64], text[LINE];
     uint64_t least = UINT64_MAX;
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    while (f && fgets(group, sizeof group, f) && strncmp(group, "0::/", 4)) group[0] = 0;
-    if (f) fclose(f);
-    if (!group[0]) return least;
-    group[strcspn(group, "\n")] = 0;
-    for (char *g = group + 3;; *strrchr(g, '/') = 0) {
-        unsigned long long bytes;
-        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", g);
-        f = fopen(path, "r");
-        if (f && fscanf(f, "%llu", &bytes) == 1 && bytes < least) least = bytes;
-        if (f) fclose(f);
-        if (!strchr(g, '/')) return least;
+    if (!find_line(group, "/proc/self/cgroup", "0::")) return least;
+    for (;; *strrchr(group, '/') = 0) {
+        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", group);
+        if (find_line(text, path, "") && *text >= '0' && *text <= '9' && /* else "max"        */
+            strtoull(text, NULL, 10) < least)
+            least = strtoull(text, NULL, 10);
+        if (!strchr(group, '/')) return least;
     }
 }
 
 uint64_t machine_ram_total(void) {
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal"), limit = cgroup_limit();
+    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), limit = cgroup_limit();
     return limit < total ? limit : total;
 }
 
 uint64_t machine_ram_budget(void) {
-    uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable");
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal"), gb = (uint64_t)1 << 30;
+    uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable:");
+    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), gb = (uint64_t)1 << 30;
     uint64_t budget = available / 10 * 7, limit = cgroup_limit();
     if (limit < budget) budget = limit;
     if (total > 9 * gb && total - 8 * gb < budget) budget = total - 8 * gb;
@@ -1872,18 +1857,15 @@ uint64_t machine_ram_budget(void) {
 }
 
 void machine_rss(uint64_t *now, uint64_t *peak) {
-    if (now) *now = proc_bytes("/proc/self/status", "VmRSS");
-    if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM");
+    if (now) *now = proc_bytes("/proc/self/status", "VmRSS:");
+    if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM:");
 }
 
 /* Does a file of sysfs begin with this text? */
 static bool sys_begins(const char *node, const char *file, const char *text) {
-    char path[PATH_MAX], line[64] = "";
+    char path[PATH_MAX], rest[LINE];
     dsv4_err ignored;
-    FILE *f = join(path, node, file, &ignored) ? NULL : fopen(path, "r");
-    if (f && !fgets(line, sizeof line, f)) line[0] = 0;
-    if (f) fclose(f);
-    return !strncmp(line, text, strlen(text));
+    return !join(path, node, file, &ignored) && find_line(rest, path, text);
 }
 
 /* A block device by its directory in sysfs: what it lies on is looked at, down to the drives. */
@@ -1938,7 +1920,7 @@ int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *er
     int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st)) return fail(err, "open %s: %s", dir, strerror(errno));
     snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
-    uint64_t mount = proc_number(path, "mnt_id");
+    uint64_t mount = proc_number(path, "mnt_id:");
     close(fd);
     FILE *f = fopen("/proc/self/mountinfo", "r");
     while (f && getline(&line, &room, f) > 0) {
