@@ -593,7 +593,7 @@ static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
     c->shards = calloc(n + 1, sizeof *c->shards);
     if (c->shards) json_object_foreach(files, file, value) {
         ckpt_shard *s = &c->shards[c->n_shards];
-        if (asprintf(&s->path, "%s/%s", dir, file) < 0) break;
+        if (!file || asprintf(&s->path, "%s/%s", dir, file) < 0) break;
         s->file = s->path + strlen(dir) + 1;
         c->n_shards++;
     }
@@ -1623,17 +1623,15 @@ static int stream_ask(stream *s, int shard, uint64_t off, uint64_t bytes, dsv4_e
     return s->slot[id] < 0 ? -1 : 0;
 }
 
-/* All shards from the first to the last byte, as far as there is room. */
+/* The next range of all shards from the first to the last byte, if there is room.  One a call: the
+ * first use of a slot is slow, since the kernel clears its pages. */
 static int stream_feed(stream *s, dsv4_err *err) {
     const ckpt *c = s->o->c;
-    while (s->shard < c->n_shards && s->asked - s->taken < STREAM_SLOTS) {
-        uint64_t left = c->shards[s->shard].size - s->at;
-        uint64_t n = left < STREAM_BYTES ? left : STREAM_BYTES;
-        if (stream_ask(s, s->shard, s->at, n, err)) return -1;
-        s->at = n < left ? s->at + n : 0;
-        s->shard += n == left;
-    }
-    return 0;
+    if (s->shard == c->n_shards || s->asked - s->taken == STREAM_SLOTS) return 0;
+    uint64_t at = s->at, left = c->shards[s->shard].size - at;
+    uint64_t n = left < STREAM_BYTES ? left : STREAM_BYTES;
+    s->at = n < left ? at + n : 0;
+    return stream_ask(s, n < left ? s->shard : s->shard++, at, n, err);
 }
 
 /* Is the oldest range in?  1 and where it lies, 0 not yet, -1.  Without `wait` it sleeps a
