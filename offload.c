@@ -586,6 +586,7 @@ static int by_name(const void *a, const void *b) {
 
 /* Make the list of shards, in order of name, from the keys of an object. */
 static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
+    char path[PATH_MAX];
     const char *file;
     json_t *value;
     size_t n = json_object_size(files);
@@ -593,7 +594,8 @@ static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
     c->shards = calloc(n + 1, sizeof *c->shards);
     if (c->shards) json_object_foreach(files, file, value) {
         ckpt_shard *s = &c->shards[c->n_shards];
-        if (!file || asprintf(&s->path, "%s/%s", dir, file) < 0) break;
+        if (join(path, dir, file, err)) return -1;
+        if (!(s->path = strdup(path))) break;
         s->file = s->path + strlen(dir) + 1;
         c->n_shards++;
     }
