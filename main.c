@@ -1528,10 +1528,12 @@ static void print_plan_table(const dsv4_plan *p, const weights_bytes *b, int64_t
     print_bound("prefill", &f);
 }
 
+static const double ROTATING_GB_S = 0.5;       /* none is faster */
+
 static void print_disk_warnings(const disk_info *d, double bytes_s) {
     const char *name = d->device[0] ? d->device : d->fs;
     double gb = bytes_s / 1e9;
-    if (d->rotating)
+    if (d->rotating && gb < ROTATING_GB_S)     /* virtual disks say so, too */
         fprintf(stderr, "warning: %s is a rotating disk, %.2f GB/s: move the model to an NVMe "
                 "drive\n", name, gb);
     else if (d->sata)

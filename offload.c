@@ -1,11 +1,12 @@
-/* offload.c -- from files to memory: config.json, shards, reads, the expert cache.
+/* offload.c -- from files to memory: config.json, shards, reads, the expert cache, the disk.
  *
- *   config.json --------------------------> config_load()   sizes and constants, all checked
+ *   config.json, generation_config.json --> config_*()      sizes and constants, all checked
  *   *.safetensors headers ----------------> ckpt_open()     table of tensors, in order of name
  *   *.safetensors bytes
  *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
  *        |-- bounce buffer --copy--> dst    offload_load()  dense weights, once, at start
  *        +-- slot of the arena, in place    experts_*()     one routed expert a slot
+ *                                           stream_*()      any range a slot, in order asked
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
  *              off  ^head           want ^   ^len  what is read around the payload is ignored
@@ -17,7 +18,7 @@
  *             5 what lies in a file is an error of theirs, never an assert of ours
  * Contents    1 text, files, JSON   2 config   3 headers   4 checkpoint   5 requests
  *             6 ring and threads    7 open and load        8 expert cache
- *             9 this machine's memory
+ *             9 streams: hashes, the disk's speed         10 this machine: memory, disks
  * Not here    which tensors the model needs and their shapes (dsv4.c), what experts compute     */
 #define _GNU_SOURCE 1              /* O_DIRECT */
 #include "dsv4.h"
@@ -39,8 +40,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 enum {
     MAX_CONFIG_BYTES = 16 << 20,   /* real ones have 2 KB; pruned ones list what they kept      */
@@ -48,13 +51,16 @@ enum {
     MAX_DIM = 1 << 20,             /* of any one axis, so that products of two fit an int64_t   */
     MAX_VOCAB = 1 << 22,
     MAX_RATIO = 1 << 16,           /* tokens that one compressed entry stands for               */
-    MAX_POSITION = 1 << 30,
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
     IO_DEPTH = 128,                /* reads in flight; NVMe drives saturate far below           */
     IO_TRIES_MAX = 64,             /* tries of one read that bring nothing new                  */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
     LOAD_DEPTH = 32,               /* bounce buffers                                            */
+    STREAM_BYTES = 12 << 20,       /* one range: what one of V4-Flash's experts has             */
+    STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
+    STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
+    DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
 };
 
 /* === 1. Text, files, JSON ===================================================================== */
@@ -115,31 +121,42 @@ static int open_file(int *fd, uint64_t *size, const char *path, dsv4_err *err) {
 static json_t *parse_object(const char *text, size_t len, const char *where, dsv4_err *err) {
     json_error_t bad;
     json_t *root = json_loadb(text, len, JSON_REJECT_DUPLICATES, &bad);
-    if (!root) {
-        fail(err, "%s: line %d: %s", where, bad.line, bad.text);
-    } else if (!json_is_object(root)) {
-        fail(err, "%s: holds %s, not a JSON object", where, show(root).text);
-        json_decref(root);
-        root = NULL;
-    }
-    return root;
+    if (!root) return fail(err, "%s: line %d: %s", where, bad.line, bad.text), NULL;
+    if (json_is_object(root)) return root;
+    fail(err, "%s: holds %s, not a JSON object", where, show(root).text);
+    json_decref(root);
+    return NULL;
+}
+
+/* n bytes of an open file; on 0 the caller frees *text. */
+static int read_part(char **text, int fd, size_t n, uint64_t off, const char *path, dsv4_err *err) {
+    if (!(*text = malloc(n + 1))) return fail(err, "%s: out of memory for %zu bytes", path, n);
+    if (!read_fully(fd, *text, n, off, path, err)) return 0;
+    free(*text);
+    *text = NULL;
+    return -1;
 }
 
 /* A whole small file; on 0 the caller frees *text. */
 static int read_text(char **text, size_t *len, const char *path, size_t max, dsv4_err *err) {
-    int fd, rc = -1;
+    int fd;
     uint64_t size;
     if (open_file(&fd, &size, path, err)) return -1;
-    *text = NULL;
     *len = (size_t)size;
-    if (size > max)
-        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
-    else if (!(*text = malloc(*len + 1)))
-        fail(err, "%s: out of memory", path);
-    else if ((rc = read_fully(fd, *text, *len, 0, path, err)))
-        free(*text);
+    int rc = size <= max ? read_part(text, fd, *len, 0, path, err)
+             : fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
     close(fd);
     return rc;
+}
+
+/* The same from a file. */
+static json_t *parse_file(const char *path, size_t max, dsv4_err *err) {
+    char *text;
+    size_t len;
+    if (read_text(&text, &len, path, max, err)) return NULL;
+    json_t *root = parse_object(text, len, path, err);
+    free(text);
+    return root;
 }
 
 /* === 2. Config ================================================================================
@@ -149,6 +166,7 @@ typedef struct {                   /* where values are looked up, and how the pl
     const json_t *object;
     const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
     dsv4_err *err;
+    bool optional;                 /* absent or null leaves what is there                       */
 } config_in;
 
 __attribute__((format(printf, 3, 4)))
@@ -162,22 +180,35 @@ static int refuse(const config_in *in, const char *key, const char *accepted, ..
                 show(json_object_get(in->object, key)).text, text);
 }
 
-/* A whole number: a size, a count or an id; 4096.0 is none. */
-static int want_int(const config_in *in, const char *key, int64_t lo, int64_t hi,
-                    int64_t multiple, int64_t *out) {
-    const json_t *v = json_object_get(in->object, key);
-    *out = json_integer_value(v);  /* 0 where it is none                                        */
-    if (json_is_integer(v) && *out >= lo && *out <= hi && *out % multiple == 0) return 0;
-    return refuse(in, key, "whole numbers from %" PRId64 " to %" PRId64 ", multiples of %" PRId64,
-                  lo, hi, multiple);
-}
+/* Numbers by key, where they go and what is accepted.  A whole one (a size, a count, an id: 4096.0
+ * is none) is a multiple of `multiple`; a real one has multiple 0 and may be written without a
+ * point, as rope_theta is. */
+typedef struct {
+    const char *key;
+    size_t at;
+    char type;                     /* of the struct's member: int, long (int64_t), float, double */
+    int multiple;
+    double lo, hi;
+} field;
 
-/* A number, with or without a point: rope_theta is written both ways. */
-static int want_real(const config_in *in, const char *key, double lo, double hi, double *out) {
-    const json_t *v = json_object_get(in->object, key);
-    *out = json_number_value(v);
-    if (json_is_number(v) && *out >= lo && *out <= hi) return 0;
-    return refuse(in, key, "numbers from %g to %g", lo, hi);
+static int want_fields(const config_in *in, const field *f, void *out) {
+    for (; f->key; f++) {
+        const json_t *v = json_object_get(in->object, f->key);
+        double x = json_number_value(v);
+        json_int_t whole = json_integer_value(v);
+        bool fits = json_is_number(v) && x >= f->lo && x <= f->hi;
+        char *at = (char *)out + f->at;
+        if (in->optional && (!v || json_is_null(v))) continue;
+        if (f->multiple && (!fits || !json_is_integer(v) || whole % f->multiple))
+            return refuse(in, f->key, "whole numbers from %.0f to %.0f, multiples of %d", f->lo,
+                          f->hi, f->multiple);
+        if (!fits) return refuse(in, f->key, "numbers from %g to %g", f->lo, f->hi);
+        if (f->type == 'i') memcpy(at, &(int){(int)whole}, sizeof(int));
+        if (f->type == 'l') memcpy(at, &(int64_t){whole}, sizeof(int64_t));
+        if (f->type == 'f') memcpy(at, &(float){(float)x}, sizeof(float));
+        if (f->type == 'd') memcpy(at, &x, sizeof x);
+    }
+    return 0;
 }
 
 /* What the program computes in one way only.  Values stand as JSON writes them. */
@@ -208,7 +239,7 @@ static int want_constants(const config_in *in, const constant *k) {
 static int config_kind(const config_in *in) {
     const json_t *type = json_object_get(in->object, "model_type");
     const json_t *quant = json_object_get(in->object, "quantization_config");
-    const config_in sub = {quant, in->where, "quantization_config.", in->err};
+    const config_in sub = {quant, in->where, "quantization_config.", in->err, false};
     if (!json_is_string(type)) return refuse(in, "model_type", "\"deepseek_v4\"");
     if (strcmp(json_string_value(type), "deepseek_v4") != 0)
         return fail(in->err, "%s: model_type %.64s is another architecture; this program runs "
@@ -219,47 +250,36 @@ static int config_kind(const config_in *in) {
     return want_constants(&sub, quant_constants);
 }
 
-/* Every whole number that the model needs.  A number that is a size is bounded, so that what is
- * computed from it later cannot overflow. */
-static const struct { const char *key; size_t at; int lo, hi, multiple; } int_fields[] = {
-#define FIELD(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), lo, hi, multiple}
-    FIELD(hidden_size, 32, MAX_DIM, 32),           /* FP4 scales stand for 32                   */
-    FIELD(moe_intermediate_size, 32, MAX_DIM, 32),
-    FIELD(num_hidden_layers, 1, MAX_LAYERS, 1),
-    FIELD(num_attention_heads, 1, MAX_DIM, 1),
-    FIELD(head_dim, 2, MAX_DIM, 1),
-    FIELD(qk_rope_head_dim, 2, MAX_DIM, 2),        /* rotation is on pairs                      */
-    FIELD(q_lora_rank, 1, MAX_DIM, 1),
-    FIELD(o_lora_rank, 1, MAX_DIM, 1),
-    FIELD(o_groups, 1, MAX_DIM, 1),
-    FIELD(sliding_window, 1, MAX_DIM, 1),
-    FIELD(index_n_heads, 1, MAX_DIM, 1),
-    FIELD(index_head_dim, 1, MAX_DIM, 1),
-    FIELD(index_topk, 1, MAX_DIM, 1),
-    FIELD(n_routed_experts, 1, MAX_EXPERTS, 1),
-    FIELD(num_experts_per_tok, 1, MAX_TOPK, 1),
-    FIELD(n_shared_experts, 1, 1, 1),              /* the graph has exactly one                 */
-    FIELD(num_hash_layers, 0, MAX_LAYERS, 1),
-    FIELD(hc_mult, 1, MAX_HC, 1),
-    FIELD(hc_sinkhorn_iters, 1, 1000, 1),
-    FIELD(vocab_size, 1, MAX_VOCAB, 1),
-    FIELD(num_nextn_predict_layers, 0, MAX_LAYERS, 1),
-    FIELD(bos_token_id, 0, MAX_VOCAB, 1),
-    FIELD(eos_token_id, 0, MAX_VOCAB, 1),
-#undef FIELD
+/* Every number that the model needs.  One that is a size is bounded, so that what is computed from
+ * it later cannot overflow; F32 holds the ranges of reals whole, above zero. */
+static const field config_fields[] = {
+#define INT(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), 'i', multiple, lo, hi}
+#define REAL(key, name, type, lo, hi) {key, offsetof(dsv4_config, name), type, 0, lo, hi}
+    INT(hidden_size, 32, MAX_DIM, 32), INT(moe_intermediate_size, 32, MAX_DIM, 32), /* FP4 scales */
+    INT(num_hidden_layers, 1, MAX_LAYERS, 1), INT(num_attention_heads, 1, MAX_DIM, 1),
+    INT(head_dim, 2, MAX_DIM, 1), INT(qk_rope_head_dim, 2, MAX_DIM, 2), /* rotation is on pairs  */
+    INT(q_lora_rank, 1, MAX_DIM, 1), INT(o_lora_rank, 1, MAX_DIM, 1), INT(o_groups, 1, MAX_DIM, 1),
+    INT(sliding_window, 1, MAX_DIM, 1), INT(index_n_heads, 1, MAX_DIM, 1),
+    INT(index_head_dim, 1, MAX_DIM, 1), INT(index_topk, 1, MAX_DIM, 1),
+    INT(n_routed_experts, 1, MAX_EXPERTS, 1), INT(num_experts_per_tok, 1, MAX_TOPK, 1),
+    INT(n_shared_experts, 1, 1, 1),                /* the graph has exactly one                 */
+    INT(num_hash_layers, 0, MAX_LAYERS, 1), INT(num_nextn_predict_layers, 0, MAX_LAYERS, 1),
+    INT(hc_mult, 1, MAX_HC, 1), INT(hc_sinkhorn_iters, 1, 1000, 1),
+    INT(vocab_size, 1, MAX_VOCAB, 1), INT(bos_token_id, 0, MAX_VOCAB, 1),
+    INT(eos_token_id, 0, MAX_VOCAB, 1),
+    {"max_position_embeddings", offsetof(dsv4_config, max_position_embeddings), 'l', 1, 1, 1 << 30},
+    REAL("rope_theta", rope_theta, 'd', 2, 1e15),  /* ln(theta) is divided by                   */
+    REAL("compress_rope_theta", compress_rope_theta, 'd', 2, 1e15),
+    REAL("swiglu_limit", swiglu_limit, 'f', 1e-6, 1e6), REAL("hc_eps", hc_eps, 'f', 1e-30, 1),
+    REAL("routed_scaling_factor", routed_scaling_factor, 'f', 1e-6, 1e6),
+    REAL("rms_norm_eps", rms_norm_eps, 'f', 1e-30, 1), {NULL, 0, 0, 0, 0, 0},
+}, yarn_fields[] = {
+    REAL("factor", yarn_factor, 'd', 1, 1e6), REAL("beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
+    REAL("beta_fast", yarn_beta_fast, 'd', 1e-6, 1e6),
+    REAL("original_max_position_embeddings", yarn_original, 'd', 1, 1e12), {NULL, 0, 0, 0, 0, 0},
+#undef INT
+#undef REAL
 };
-
-static int config_ints(dsv4_config *cfg, const config_in *in) {
-    for (size_t i = 0; i < sizeof int_fields / sizeof *int_fields; i++) {
-        int64_t value;
-        if (want_int(in, int_fields[i].key, int_fields[i].lo, int_fields[i].hi,
-                     int_fields[i].multiple, &value))
-            return -1;
-        memcpy((char *)cfg + int_fields[i].at, &(int){(int)value}, sizeof(int));
-    }
-    return want_int(in, "max_position_embeddings", 1, MAX_POSITION, 1,
-                    &cfg->max_position_embeddings);
-}
 
 /* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
@@ -277,34 +297,18 @@ static int config_ratios(dsv4_config *cfg, const config_in *in) {
     return 0;
 }
 
-static int config_reals(dsv4_config *cfg, const config_in *in) {
-    double limit, scale, hc_eps, rms_eps; /* F32 holds these ranges whole, above zero           */
-    if (want_real(in, "rope_theta", 2, 1e15, &cfg->rope_theta) || /* ln(theta) is divided by    */
-        want_real(in, "compress_rope_theta", 2, 1e15, &cfg->compress_rope_theta) ||
-        want_real(in, "swiglu_limit", 1e-6, 1e6, &limit) ||
-        want_real(in, "routed_scaling_factor", 1e-6, 1e6, &scale) ||
-        want_real(in, "hc_eps", 1e-30, 1, &hc_eps) ||
-        want_real(in, "rms_norm_eps", 1e-30, 1, &rms_eps))
-        return -1;
-    cfg->swiglu_limit = (float)limit;
-    cfg->routed_scaling_factor = (float)scale;
-    cfg->hc_eps = (float)hc_eps;
-    cfg->rms_norm_eps = (float)rms_eps;
-
+static int config_yarn(dsv4_config *cfg, const config_in *in) {
     const json_t *rope = json_object_get(in->object, "rope_scaling");
-    const config_in sub = {rope, in->where, "rope_scaling.", in->err};
+    const config_in sub = {rope, in->where, "rope_scaling.", in->err, false};
     bool compressed = false;
     for (int l = 0; l <= cfg->num_hidden_layers; l++) compressed |= cfg->compress_ratios[l] != 0;
     cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
     if (!compressed && (!rope || json_is_null(rope))) return 0;
     if (!json_is_object(rope))
         return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
-    if (want_constants(&sub, yarn_constants) ||
-        want_real(&sub, "factor", 1, 1e6, &cfg->yarn_factor) ||
-        want_real(&sub, "beta_slow", 1e-6, 1e6, &cfg->yarn_beta_slow) ||
-        want_real(&sub, "beta_fast", cfg->yarn_beta_slow, 1e6, &cfg->yarn_beta_fast))
-        return -1;
-    return want_real(&sub, "original_max_position_embeddings", 1, 1e12, &cfg->yarn_original);
+    if (want_constants(&sub, yarn_constants) || want_fields(&sub, yarn_fields, cfg)) return -1;
+    if (cfg->yarn_beta_fast >= cfg->yarn_beta_slow) return 0;
+    return refuse(&sub, "beta_fast", "numbers from %g (beta_slow) on", cfg->yarn_beta_slow);
 }
 
 /* What two keys say together. */
@@ -354,9 +358,9 @@ int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *whe
     *cfg = (dsv4_config){.name = ""};
     json_t *root = parse_object(json, len, where, err);
     if (!root) return -1;
-    const config_in in = {root, where, "", err};
-    int rc = config_kind(&in) || config_ints(cfg, &in) || config_ratios(cfg, &in) ||
-             config_reals(cfg, &in) || config_check(cfg, &in);
+    const config_in in = {root, where, "", err, false};
+    int rc = config_kind(&in) || want_fields(&in, config_fields, cfg) ||
+             config_ratios(cfg, &in) || config_yarn(cfg, &in) || config_check(cfg, &in);
     json_decref(root);
     return rc ? -1 : 0;
 }
@@ -374,6 +378,32 @@ int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
     return rc;
 }
 
+/* F32 must neither round these to 0 nor to 1 where that means something else. */
+static const field sampling_fields[] = {
+    {"temperature", offsetof(sample_opts, temperature), 'f', 0, 0, 1e6},
+    {"top_p", offsetof(sample_opts, top_p), 'f', 0, 1e-6, 1},
+    {"top_k", offsetof(sample_opts, top_k), 'i', 1, 0, MAX_VOCAB},
+    {"min_p", offsetof(sample_opts, min_p), 'f', 0, 0, 0.999999},
+    {"repetition_penalty", offsetof(sample_opts, repetition_penalty), 'f', 0, 1e-6, 1e6},
+    {NULL, 0, 0, 0, 0, 0},
+};
+
+int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
+    char path[PATH_MAX];
+    *o = (sample_opts){.temperature = 1, .top_p = 1, .repetition_penalty = 1, .seed = o->seed};
+    if (join(path, dir, "generation_config.json", err)) return -1;
+    if (access(path, F_OK) && errno == ENOENT) return 0;
+    json_t *root = parse_file(path, MAX_CONFIG_BYTES, err);
+    const json_t *on = json_object_get(root, "do_sample");
+    const config_in in = {root, path, "", err, true};
+    int rc = root ? want_fields(&in, sampling_fields, o) : -1;
+    if (!rc && on && !json_is_null(on) && !json_is_boolean(on))
+        rc = refuse(&in, "do_sample", "true or false");
+    if (json_is_false(on)) o->temperature = 0;
+    json_decref(root);
+    return rc;
+}
+
 /* === 3. Headers ===============================================================================
  *   u64 length | JSON: name -> {dtype, shape, data_offsets} | data; offsets count from its begin
  * What a header says is checked before it is used; the JSON is freed, the table keeps about 130
@@ -383,6 +413,7 @@ typedef struct {
     char *path;                    /* DIR/FILE, ours                                            */
     const char *file;              /* FILE, in path                                             */
     uint64_t size;                 /* of the file when its header was read                      */
+    uint64_t need;                 /* what its header describes; UINT64_MAX: not all of it came */
 } ckpt_shard;
 
 struct ckpt {
@@ -402,19 +433,22 @@ static const struct { const char *name; dsv4_dtype dtype; uint64_t bytes; } stor
 
 static bool whole(const json_t *v) { return json_is_integer(v) && json_integer_value(v) >= 0; }
 
+static int bad_entry(const ckpt_tensor *t, const char *path, const json_t *entry, const char *key,
+                     const char *wanted, dsv4_err *err) {
+    return fail(err, "%s: tensor %s: %s is %s, not %s", path, t->name, key,
+                show(json_object_get(entry, key)).text, wanted);
+}
+
 /* One entry of a header.  Its end is checked by header_parse(), once for the whole file. */
 static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64_t data_at,
                        dsv4_err *err) {
     const json_t *type = json_object_get(v, "dtype"), *shape = json_object_get(v, "shape");
     const json_t *range = json_object_get(v, "data_offsets");
     const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
-    if (!json_is_string(type))
-        return fail(err, "%s: tensor %s: dtype is %s, not a string", path, t->name,
-                    show(type).text);
+    if (!json_is_string(type)) return bad_entry(t, path, v, "dtype", "a string", err);
     if (json_array_size(range) != 2 || !whole(begin) || !whole(end) ||
         json_integer_value(begin) > json_integer_value(end))
-        return fail(err, "%s: tensor %s: data_offsets is %s, not [begin,end]", path, t->name,
-                    show(range).text);
+        return bad_entry(t, path, v, "data_offsets", "[begin,end]", err);
     t->offset = data_at + (uint64_t)json_integer_value(begin);
     t->bytes = (uint64_t)(json_integer_value(end) - json_integer_value(begin));
 
@@ -434,8 +468,7 @@ static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64
         if (d < 4) t->shape[d] = (int64_t)json_integer_value(size);
     }
     if (!fits)
-        return fail(err, "%s: tensor %s: shape is %s, not a list of sizes whose product fits 64 "
-                    "bits", path, t->name, show(shape).text);
+        return bad_entry(t, path, v, "shape", "a list of sizes whose product fits 64 bits", err);
     if (known && bytes != t->bytes)
         return fail(err, "%s: tensor %s: shape %s of %s needs %" PRIu64 " bytes but data_offsets "
                     "give %" PRIu64, path, t->name, show(shape).text, json_string_value(type),
@@ -469,21 +502,16 @@ static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_er
 static ckpt_tensor *add_tensor(ckpt *c, int which, const char *name, dsv4_err *err) {
     const char *path = c->shards[which].path;
     size_t len = strlen(name);     /* JSON with a NUL inside a name is refused already          */
-    if (len == 0 || len >= MAX_NAME) {
-        fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path, len,
-             MAX_NAME - 1, name);
-        return NULL;
-    }
+    if (len == 0 || len >= MAX_NAME)
+        return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path,
+                    len, MAX_NAME - 1, name), NULL;
     if (c->n_tensors == c->cap_tensors) {
         size_t cap = 2 * c->cap_tensors + 1024;
         ckpt_tensor *grown = realloc(c->tensors, cap * sizeof *grown);
         if (grown) c->tensors = grown, c->cap_tensors = cap;
     }
     char *copy = c->n_tensors < c->cap_tensors ? strdup(name) : NULL;
-    if (!copy) {
-        fail(err, "%s: out of memory for %zu tensors", path, c->n_tensors);
-        return NULL;
-    }
+    if (!copy) return fail(err, "%s: out of memory for %zu tensors", path, c->n_tensors), NULL;
     ckpt_tensor *t = &c->tensors[c->n_tensors++];
     *t = (ckpt_tensor){.name = copy, .shard = which};
     return t;
@@ -492,7 +520,7 @@ static ckpt_tensor *add_tensor(ckpt *c, int which, const char *name, dsv4_err *e
 /* Add the tensors of one header to the table.  The shard's path and size are set; `text` follows
  * the file's first eight bytes.  Types unknown to us go in as DT_N: the index may name them. */
 static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_err *err) {
-    const ckpt_shard *s = &c->shards[which];
+    ckpt_shard *s = &c->shards[which];
     json_t *root = parse_object(text, len, s->path, err), *value;
     if (!root) return -1;
     const char *name;
@@ -502,14 +530,12 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     json_object_foreach(root, name, value) {
         if (!strcmp(name, "__metadata__")) continue; /* notes of whoever wrote the file         */
         ckpt_tensor *t = add_tensor(c, which, name, err);
-        if (!t || entry_parse(t, s->path, value, data_at, err)) {
-            rc = -1;
-            break;
-        }
+        if ((rc = t ? entry_parse(t, s->path, value, data_at, err) : -1)) break;
         if (need < t->offset + t->bytes) need = t->offset + t->bytes;
     }
     json_decref(root);
     if (rc) return -1;
+    s->need = need;
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
@@ -517,118 +543,101 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     return check_overlaps(&c->tensors[first], c->n_tensors - first, s, err);
 }
 
-/* Length of the header from a file's first eight bytes, checked against the file's size. */
-static int header_length(const ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
+/* Length of the header from a file's first eight bytes (fewer when it has no more), checked against
+ * the file's size. */
+static int header_length(ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
     uint64_t n = 0;
     for (int i = 7; i >= 0; i--) n = n << 8 | raw[i];
-    if (n < 2 || n > MAX_HEADER_BYTES)
+    *len = (size_t)n;
+    if (s->size >= 8 && (n < 2 || n > MAX_HEADER_BYTES))
         return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
                     "safetensors file, or it is damaged", s->path, n, MAX_HEADER_BYTES);
-    if (n > s->size - 8)
-        return fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the "
-                    "file is cut short, download it again", s->path, s->size, n + 8);
-    *len = (size_t)n;
-    return 0;
+    if (s->size >= 8 && n <= s->size - 8) return 0;
+    s->need = UINT64_MAX;
+    return fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the file "
+                "is cut short, download it again", s->path, s->size, n + 8);
 }
 
 /* Read one shard's header, and nothing behind it. */
 static int shard_read(ckpt *c, int which, dsv4_err *err) {
     ckpt_shard *s = &c->shards[which];
-    uint8_t raw[8];
+    uint8_t raw[8] = {0};
     char *text = NULL;
-    size_t len = 0;
-    int fd, rc = -1;
+    size_t len;
+    int fd;
     if (open_file(&fd, &s->size, s->path, err)) return -1;
-    if (s->size < 8)
-        fail(err, "%s: has %" PRIu64 " bytes, less than the shortest header: the file is cut "
-             "short, download it again", s->path, s->size);
-    else if (read_fully(fd, raw, 8, 0, s->path, err) || header_length(s, raw, &len, err))
-        rc = -1;
-    else if (!(text = malloc(len)))
-        fail(err, "%s: out of memory for a header of %zu bytes", s->path, len);
-    else
-        rc = read_fully(fd, text, len, 8, s->path, err);
+    int rc = read_fully(fd, raw, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err) ||
+             header_length(s, raw, &len, err) || read_part(&text, fd, len, 8, s->path, err) ||
+             header_parse(c, which, text, len, err);
     close(fd);
-    if (!rc) rc = header_parse(c, which, text, len, err);
     free(text);
-    return rc;
+    return rc ? -1 : 0;
 }
 
 /* === 4. Checkpoint ============================================================================ */
 
-static int by_text(const void *a, const void *b) {
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
+static int by_path(const void *a, const void *b) {
+    return strcmp(((const ckpt_shard *)a)->path, ((const ckpt_shard *)b)->path);
 }
 
 static int by_name(const void *a, const void *b) {
     return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
 }
 
-/* Make the list of shards, in order of name, from n file names of which many may be the same.
- * The names are sorted in place. */
-static int set_shards(ckpt *c, const char *dir, const char **files, size_t n, dsv4_err *err) {
+/* Make the list of shards, in order of name, from the keys of an object. */
+static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
     char path[PATH_MAX];
-    c->shards = calloc(MAX_SHARDS, sizeof *c->shards);
-    if (!c->shards) return fail(err, "%s: out of memory", dir);
-    if (n) qsort(files, n, sizeof *files, by_text);
-    for (size_t i = 0; i < n; i++) {
-        if (i > 0 && !strcmp(files[i], files[i - 1])) continue;
-        if (c->n_shards == MAX_SHARDS)
-            return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
-        if (join(path, dir, files[i], err)) return -1;
+    const char *file;
+    json_t *value;
+    size_t n = json_object_size(files);
+    if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
+    c->shards = calloc(n + 1, sizeof *c->shards);
+    if (c->shards) json_object_foreach(files, file, value) {
         ckpt_shard *s = &c->shards[c->n_shards];
-        if (!(s->path = strdup(path))) return fail(err, "%s: out of memory", dir);
+        if (join(path, dir, file, err)) return -1;
+        if (!(s->path = strdup(path))) break;
         s->file = s->path + strlen(dir) + 1;
         c->n_shards++;
     }
+    if ((size_t)c->n_shards < n || !c->shards) return fail(err, "%s: out of memory", dir);
+    qsort(c->shards, n, sizeof *c->shards, by_path);
     return 0;
 }
 
 /* Without an index: every *.safetensors of the directory. */
-static int list_dir(ckpt *c, const char *dir, dsv4_err *err) {
-    struct dirent **found;
-    int n_found = scandir(dir, &found, NULL, NULL), rc;
-    if (n_found < 0) return fail(err, "open %s: %s", dir, strerror(errno));
-    const char **files = calloc((size_t)n_found + 1, sizeof *files);
-    size_t n = 0;
-    for (int i = 0; files && i < n_found; i++) {
-        const char *dot = strrchr(found[i]->d_name, '.');
-        if (dot && !strcmp(dot, ".safetensors")) files[n++] = found[i]->d_name;
+static int list_dir(json_t *files, const char *dir, dsv4_err *err) {
+    const struct dirent *e;
+    DIR *d = opendir(dir);
+    if (!d) return fail(err, "open %s: %s", dir, strerror(errno));
+    while ((e = readdir(d))) {
+        const char *dot = strrchr(e->d_name, '.');
+        if (dot && !strcmp(dot, ".safetensors"))
+            json_object_set_new_nocheck(files, e->d_name, json_true());
     }
-    if (!files) rc = fail(err, "%s: out of memory", dir);
-    else if (!n) rc = fail(err, "%s: holds no *.safetensors file", dir);
-    else rc = set_shards(c, dir, files, n, err);
-    while (n_found > 0) free(found[--n_found]);
-    free(found);
-    free(files);
-    return rc;
+    closedir(d);
+    return 0;
 }
 
 /* With one: every file that it names.  A name must stay inside the directory. */
-static int list_index(ckpt *c, const char *dir, json_t *map, const char *path, dsv4_err *err) {
-    const char *name, **files = calloc(json_object_size(map) + 1, sizeof *files);
+static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *err) {
+    const char *name;
     json_t *value;
-    size_t n = 0;
-    int rc = files ? 0 : fail(err, "%s: out of memory", path);
-    if (!rc) json_object_foreach(map, name, value) {
+    json_object_foreach(map, name, value) {
         const char *file = json_string_value(value);
         if (!file || !*file || strlen(file) >= MAX_NAME || strchr(file, '/') ||
-            !strcmp(file, ".") || !strcmp(file, "..")) {
-            rc = fail(err, "%s: tensor %.200s lies in %s; accepted: the name of a file beside the "
-                      "index", path, name, show(value).text);
-            break;
-        }
-        files[n++] = file;
+            !strcmp(file, ".") || !strcmp(file, ".."))
+            return fail(err, "%s: tensor %.200s lies in %s; accepted: the name of a file beside "
+                        "the index", path, name, show(value).text);
+        json_object_set_new(files, file, json_true());
     }
-    if (!rc) rc = set_shards(c, dir, files, n, err);
-    free(files);
-    return rc;
+    return 0;
 }
 
 /* Name the shards that a partial download has not brought, before anything is read. */
 static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
     char names[400] = "";
     int used = 0, n = 0;
+    if (!c->n_shards) return fail(err, "%s: holds no *.safetensors file", dir);
     for (int i = 0; i < c->n_shards; i++) {
         if (!access(c->shards[i].path, F_OK) || errno != ENOENT) continue;
         n++;
@@ -639,23 +648,27 @@ static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
                              dir, n, c->n_shards, names);
 }
 
-/* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL. */
+/* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL.  On 0
+ * there may be no shards at all. */
 static int find_shards(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
-    char path[PATH_MAX], *text;
-    size_t len;
+    char path[PATH_MAX];
     *map = NULL;
     if (join(path, dir, "model.safetensors.index.json", err)) return -1;
-    if (access(path, F_OK) && errno == ENOENT) return list_dir(c, dir, err);
-    if (read_text(&text, &len, path, MAX_INDEX_BYTES, err)) return -1;
-    json_t *root = parse_object(text, len, path, err);
-    free(text);
-    if (!root) return -1;
-    *map = json_incref(json_object_get(root, "weight_map"));
-    json_decref(root);
-    if (json_object_size(*map) == 0)
-        return fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
+    json_t *root = NULL, *files = json_object();
+    int rc = 0;
+    if (access(path, F_OK) && errno == ENOENT) {
+        rc = list_dir(files, dir, err);
+    } else {
+        root = parse_file(path, MAX_INDEX_BYTES, err);
+        *map = json_incref(json_object_get(root, "weight_map"));
+        rc = !root ? -1 : json_object_size(*map) > 0 ? list_index(files, *map, path, err)
+             : fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
                     "tensor", path, show(*map).text);
-    return list_index(c, dir, *map, path, err) || check_missing(c, dir, err) ? -1 : 0;
+    }
+    if (!rc) rc = set_shards(c, dir, files, err);
+    json_decref(root);
+    json_decref(files);
+    return rc;
 }
 
 /* Every tensor once (the table is in order of name), and where the index says, both ways. */
@@ -696,25 +709,31 @@ static void drop_unused(ckpt *c) {
     if (fit) c->tensors = fit;
 }
 
-int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
-    json_t *map = NULL;
+/* A table without its tensors: the shards of a directory, be they all there or not. */
+static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
     ckpt *c = calloc(1, sizeof *c);
+    *map = NULL;
+    if (!c) fail(err, "%s: out of memory", dir);
+    if (!c || !find_shards(c, dir, map, err)) return c;
+    ckpt_close(c);
+    json_decref(*map);
+    return NULL;
+}
+
+int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
+    json_t *map;
+    ckpt *c = list_shards(dir, &map, err);
     *out = NULL;
-    if (!c) return fail(err, "%s: out of memory", dir);
-    int rc = find_shards(c, dir, &map, err);
+    if (!c) return -1;
+    int rc = check_missing(c, dir, err);
     for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
-    if (!rc) {
-        if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
-        rc = check_table(c, map, err);
-    }
+    if (!rc && c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+    if (!rc) rc = check_table(c, map, err);
     json_decref(map);
-    if (rc) {
-        ckpt_close(c);
-        return -1;
-    }
-    drop_unused(c);
-    *out = c;
-    return 0;
+    if (!rc) drop_unused(c);
+    if (!rc) *out = c;
+    else ckpt_close(c);
+    return rc;
 }
 
 void ckpt_close(ckpt *c) {
@@ -744,6 +763,106 @@ const ckpt_tensor *ckpt_at(const ckpt *c, size_t i) {
 const char *ckpt_shard_path(const ckpt *c, int which) {
     assert(which >= 0 && which < c->n_shards);
     return c->shards[which].path;
+}
+
+uint64_t ckpt_shard_bytes(const ckpt *c, int which) {
+    assert(which >= 0 && which < c->n_shards);
+    return c->shards[which].size;
+}
+
+/* The official code says which prompts a checkpoint was trained on; where it was left out, the
+ * second generation's further MTP blocks do. */
+int config_generation(generation *out, const char *dir, dsv4_err *err) {
+    static const char key[] = "REASONING_EFFORT_PROMPTS", second[] = "mtp.1.";
+    char path[PATH_MAX], *text;
+    size_t len;
+    bool found = false;
+    if (join(path, dir, "encoding/encoding_dsv4.py", err)) return -1;
+    if (!access(path, F_OK) || errno == EACCES) {
+        if (read_text(&text, &len, path, MAX_CONFIG_BYTES, err)) return -1;
+        *out = memmem(text, len, key, sizeof key - 1) ? GEN_0731 : GEN_V4;
+        free(text);
+        return 0;
+    }
+    const char *name;
+    json_t *map, *value;
+    ckpt *c = list_shards(dir, &map, err);
+    if (!c) return -1;
+    json_object_foreach(map, name, value) found |= !strncmp(name, second, sizeof second - 1);
+    int rc = 0;
+    for (int i = 0; !rc && !map && i < c->n_shards; i++) rc = shard_read(c, i, err);
+    for (size_t i = 0; i < c->n_tensors; i++)
+        found |= !strncmp(c->tensors[i].name, second, sizeof second - 1);
+    *out = found ? GEN_0731 : GEN_V4;
+    json_decref(map);
+    ckpt_close(c);
+    return rc;
+}
+
+/* Bytes of a file that Hugging Face's client has not finished: it lies elsewhere until it is whole,
+ * as NAME.ETAG.incomplete. */
+static uint64_t partial_bytes(const char *dir, const char *file) {
+    char path[PATH_MAX];
+    dsv4_err ignored;
+    const struct dirent *e;
+    struct stat st;
+    uint64_t most = 0;
+    DIR *d = join(path, dir, ".cache/huggingface/download", &ignored) ? NULL : opendir(path);
+    while (d && (e = readdir(d))) {
+        const char *dot = strrchr(e->d_name, '.');
+        if (dot && !strcmp(dot, ".incomplete") && !strncmp(e->d_name, file, strlen(file)) &&
+            !fstatat(dirfd(d), e->d_name, &st, 0) && most < (uint64_t)st.st_size)
+            most = (uint64_t)st.st_size;
+    }
+    if (d) closedir(d);
+    return most;
+}
+
+/* One shard of a survey; 1 and a line where it is not whole.  Of two amounts the first is rounded
+ * down and the second up, so that they differ as the bytes do. */
+static int survey_shard(ckpt *c, int which, const char *dir, line_fn each, void *arg) {
+    ckpt_shard *s = &c->shards[which];
+    char line[sizeof(dsv4_err) + MAX_NAME];
+    dsv4_err why;
+    bool missing = access(s->path, F_OK) && errno == ENOENT;
+    if (!missing && !shard_read(c, which, &why)) return 0;
+    uint64_t have = missing ? partial_bytes(dir, s->file) : s->size;
+    uint64_t all = missing ? have : s->need, k = 1000, m = k * k, g = k * m;
+    uint64_t tenth = (all >= g ? g : all >= m ? m : k) / 10;
+    const char *unit = all >= g ? "GB" : all >= m ? "MB" : "kB";
+    double had = (double)(have / tenth) / 10;
+    int n = snprintf(line, sizeof line, "%s: %s", s->file, missing ? "missing" : "");
+    char *end = line + n;
+    size_t room = sizeof line - (size_t)n;
+    if (missing && have)
+        snprintf(end, room, ", %.1f %s of it in .cache/huggingface/download", had, unit);
+    else if (!missing && s->need == UINT64_MAX)
+        snprintf(end, room, "its header is cut off");
+    else if (!missing && s->need > s->size)
+        snprintf(end, room, "%.1f of %.1f %s", had, (double)((all + tenth - 1) / tenth) / 10, unit);
+    else if (!missing)             /* most reasons begin with the path: not twice               */
+        snprintf(end, room, "%s", strncmp(why.msg, s->path, strlen(s->path)) ? why.msg
+                 : why.msg + strlen(s->path) + 2);
+    each(arg, line);
+    return 1;
+}
+
+int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
+    struct stat st;
+    json_t *map;
+    int n = 0, rc = stat(dir, &st) ? errno : 0;
+    if (rc == ENOENT) return fail(err, "%s: no such directory", dir);
+    if (rc) return fail(err, "%s: %s", dir, strerror(rc));
+    if (!S_ISDIR(st.st_mode)) return fail(err, "%s is not a directory", dir);
+    ckpt *c = list_shards(dir, &map, err);
+    if (!c) return -1;
+    if (!c->n_shards)
+        n = fail(err, "%s holds no model: no model.safetensors.index.json and no *.safetensors",
+                 dir);
+    for (int i = 0; i < c->n_shards; i++) n += survey_shard(c, i, dir, each, arg);
+    json_decref(map);
+    ckpt_close(c);
+    return n;
 }
 
 /* === 5. Requests ==============================================================================
@@ -862,6 +981,7 @@ struct offload {
     offload_stats stats;
     io_req *free_reqs;
     int in_flight;
+    uint64_t landed;               /* bytes of payloads that are in                             */
     load_job load;                 /* items are set while offload_load() runs                   */
 
     bool has_ring, fixed_files;
@@ -948,6 +1068,7 @@ static void io_complete(offload *o, io_req *r, int res) {
         return;
     }
     o->in_flight--;
+    if (next == IO_DONE) o->landed += r->want;
     const io_file *f = &o->files[r->t->shard];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
@@ -1146,9 +1267,10 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
     const char *cause = f->cause == CAUSE_EOF     ? "the file ends there; it was cut short"
                         : f->cause == CAUSE_STUCK ? "tried many times, nothing comes"
                                                   : strerror(f->cause);
+    const char *path = o->c->shards[f->t->shard].path, *name = f->t->name;
     assert(f->cause);
-    return fail(err, "read %s at byte %" PRIu64 " (from tensor %s on): %s",
-                o->c->shards[f->t->shard].path, f->off, f->t->name, cause);
+    return fail(err, "read %s at byte %" PRIu64 "%s%s%s: %s", path, f->off,
+                name ? " (from tensor " : "", name ? name : "", name ? " on)" : "", cause);
 }
 
 /* Ask for pieces while there are items, requests and bounce buffers. */
@@ -1271,22 +1393,16 @@ size_t expert_slot_bytes(const expert_source *src, size_t n) {
     return most;
 }
 
-int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
-                 int inter, int n_slots, dsv4_err *err) {
+/* The slots, for anything that has sources. */
+static int slots_open(offload *o, const expert_source *src, size_t n, int n_slots, dsv4_err *err) {
     assert(!o->arena);             /* once                                                      */
+    assert(n >= 1);
     assert(n_slots >= 1);
-    assert(n_experts_total >= 1);
-    uint64_t weights = (uint64_t)dim * (uint64_t)inter;
-    for (size_t i = 0; i < n_experts_total * EXPERT_PARTS; i++) /* weights_bind() saw to it     */
-        assert(src[i / EXPERT_PARTS].part[i % EXPERT_PARTS]->bytes ==
-               weights / (i % EXPERT_PARTS <= W3 ? 2 : 32));
-    o->n_experts = n_experts_total;
+    o->n_experts = n;
     o->n_slots = n_slots;
-    o->dim = dim;
-    o->inter = inter;
-    o->slot_bytes = expert_slot_bytes(src, n_experts_total);
-    o->src = calloc(n_experts_total, sizeof *src);
-    o->slot_of = calloc(n_experts_total, sizeof *o->slot_of);
+    o->slot_bytes = expert_slot_bytes(src, n);
+    o->src = calloc(n, sizeof *src);
+    o->slot_of = calloc(n, sizeof *o->slot_of);
     o->slots = calloc((size_t)n_slots, sizeof *o->slots);
     size_t bytes;
     bool fits = !__builtin_mul_overflow(o->slot_bytes, (size_t)n_slots, &bytes);
@@ -1301,10 +1417,21 @@ int experts_open(offload *o, const expert_source *src, size_t n_experts_total, i
     }
     /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost. */
     (void)madvise(arena, bytes, MADV_HUGEPAGE);
-    memcpy(o->src, src, n_experts_total * sizeof *src);
-    for (size_t i = 0; i < n_experts_total; i++) o->slot_of[i] = -1;
+    memcpy(o->src, src, n * sizeof *src);
+    for (size_t i = 0; i < n; i++) o->slot_of[i] = -1;
     for (int i = 0; i < n_slots; i++) idle_link(o, i, false);
     return 0;
+}
+
+int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
+                 int inter, int n_slots, dsv4_err *err) {
+    uint64_t weights = (uint64_t)dim * (uint64_t)inter;
+    for (size_t i = 0; i < n_experts_total * EXPERT_PARTS; i++) /* weights_bind() saw to it     */
+        assert(src[i / EXPERT_PARTS].part[i % EXPERT_PARTS]->bytes ==
+               weights / (i % EXPERT_PARTS <= W3 ? 2 : 32));
+    o->dim = dim;
+    o->inter = inter;
+    return slots_open(o, src, n_experts_total, n_slots, err);
 }
 
 /* Ask for pieces of queued slots, in order, while there are free requests. */
@@ -1459,50 +1586,270 @@ void experts_unpin(offload *o, int slot) {
     idle_link(o, slot, s->state == SLOT_FREE);
 }
 
-/* === 9. This machine's memory ================================================================= */
+/* === 9. Streams ===============================================================================
+ * A stream reads ranges of shards through the expert cache's slots: what is asked for is read in
+ * the order of asking and taken in that order.  A range goes as an "expert" of one part; its other
+ * five are empty and lie at its end.                                                             */
 
-/* The number behind "KEY:" in a /proc file of "KEY: N kB" lines, in bytes; 0 when absent. */
-static uint64_t proc_bytes(const char *path, const char *key) {
-    char line[256];
-    unsigned long long kb = 0;
-    size_t len = strlen(key);
-    FILE *f = fopen(path, "r");
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, key, len) && line[len] == ':') {
-            sscanf(line + len + 1, "%llu", &kb);
-            break;
+typedef struct {
+    offload *o;
+    ckpt_tensor range[STREAM_IDS], end[STREAM_IDS];
+    int slot[STREAM_IDS];
+    size_t asked, taken;           /* ranges so far                                             */
+    int shard;                     /* the cursor of stream_feed()                               */
+    uint64_t at;
+} stream;
+
+static int stream_open(stream *s, const ckpt *c, dsv4_err *err) {
+    const char *note;              /* a slower way of reading was told when the model opened    */
+    expert_source src[STREAM_IDS];
+    *s = (stream){.o = NULL};
+    for (int i = 0; i < STREAM_IDS; i++) {
+        s->range[i].bytes = s->end[i].offset = STREAM_BYTES;
+        src[i].part[0] = &s->range[i];
+        for (int p = 1; p < EXPERT_PARTS; p++) src[i].part[p] = &s->end[i];
+    }
+    if (offload_open(&s->o, c, &note, err)) return -1;
+    return slots_open(s->o, src, STREAM_IDS, STREAM_SLOTS, err);
+}
+
+/* Ask for bytes [off, off + bytes) of a shard; off lies on a block edge. */
+static int stream_ask(stream *s, int shard, uint64_t off, uint64_t bytes, dsv4_err *err) {
+    size_t id = s->asked % STREAM_IDS;
+    assert(s->asked - s->taken < STREAM_SLOTS);
+    assert(s->o->slot_of[id] < 0);
+    s->range[id] = (ckpt_tensor){.shard = shard, .offset = off, .bytes = bytes};
+    s->end[id] = (ckpt_tensor){.shard = shard, .offset = off + bytes};
+    s->slot[id] = experts_get(s->o, id, err);
+    s->asked += s->slot[id] >= 0;
+    return s->slot[id] < 0 ? -1 : 0;
+}
+
+/* The next range of all shards from the first to the last byte, if there is room.  One a call: the
+ * first use of a slot is slow, since the kernel clears its pages. */
+static int stream_feed(stream *s, dsv4_err *err) {
+    const ckpt *c = s->o->c;
+    if (s->shard == c->n_shards || s->asked - s->taken == STREAM_SLOTS) return 0;
+    uint64_t at = s->at, left = c->shards[s->shard].size - at;
+    uint64_t n = left < STREAM_BYTES ? left : STREAM_BYTES;
+    s->at = n < left ? at + n : 0;
+    return stream_ask(s, n < left ? s->shard : s->shard++, at, n, err);
+}
+
+/* Is the oldest range in?  1 and where it lies, 0 not yet, -1.  Without `wait` it sleeps a
+ * millisecond at most, whatever the drive does: there is enough in flight to keep that busy. */
+static int stream_look(stream *s, bool wait, const uint8_t **data, dsv4_err *err) {
+    int at = s->slot[s->taken % STREAM_IDS];
+    const expert_slot *slot = &s->o->slots[at];
+    if (io_reap(s->o, wait && s->o->in_flight > 0, err)) return -1;
+    if (slot->state == SLOT_FAILED) return fault_message(s->o, &slot->fault, err);
+    if (slot->state == SLOT_READY) *data = part_at(s->o, at, 0);
+    else if (!wait) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    return slot->state == SLOT_READY;
+}
+
+static void stream_give(stream *s) { experts_unpin(s->o, s->slot[s->taken++ % STREAM_IDS]); }
+
+/* What an earlier ckpt_hash() found: {"shards": {NAME: {"hash", "bytes", "date"}}}. */
+static json_t *record_read(const char *record, line_fn each, void *arg) {
+    char line[sizeof(dsv4_err) + 64];
+    dsv4_err err = {"it is no record of hashes"};
+    const char *name, *hash, *date;
+    json_t *value, *root = NULL;
+    json_int_t bytes;
+    if (!access(record, F_OK) || errno != ENOENT) {
+        root = parse_file(record, MAX_CONFIG_BYTES, &err);
+        json_t *shards = json_object_get(root, "shards");
+        bool good = json_is_object(shards);
+        json_object_foreach(shards, name, value)
+            good &= !json_unpack(value, "{s:s,s:I,s:s}", "hash", &hash, "bytes", &bytes, "date",
+                                 &date);
+        if (good) return root;
+        snprintf(line, sizeof line, "the record is damaged and counts for nothing: %s", err.msg);
+        each(arg, line);
+    }
+    json_decref(root);
+    return json_pack("{s:{}}", "shards");
+}
+
+/* Under its name there is always a whole record, the old one or the new one. */
+static int record_write(const json_t *root, const char *record, dsv4_err *err) {
+    char path[PATH_MAX];
+    int n = snprintf(path, sizeof path, "%s.%ld", record, (long)getpid());
+    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", record);
+    for (char *p = path; (p = strchr(p + 1, '/')); *p = '/') {
+        *p = 0;
+        if (mkdir(path, 0777) && errno != EEXIST)
+            return fail(err, "make directory %s: %s", path, strerror(errno));
+    }
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
+    int rc = good && !rename(path, record) ? 0 : fail(err, "write %s: %s", record, strerror(errno));
+    if (fd >= 0) close(fd);
+    if (rc) unlink(path);
+    return rc;
+}
+
+/* One shard's hash is known: compare, tell, and put it into the record's shards.  The date is the
+ * first on which this hash was found. */
+static void record_shard(json_t *shards, const ckpt_shard *s, XXH128_hash_t hash, int width,
+                         line_fn each, void *arg, int *n_changed) {
+    char hex[33], today[16], line[2 * MAX_NAME + 64];
+    XXH128_canonical_t bytes;
+    time_t now = time(NULL);
+    struct tm tm;
+    XXH128_canonicalFromHash(&bytes, hash);
+    for (int i = 0; i < 16; i++) snprintf(hex + 2 * i, 3, "%02x", bytes.digest[i]);
+    strftime(today, sizeof today, "%Y-%m-%d", localtime_r(&now, &tm));
+    const json_t *old = json_object_get(shards, s->file);
+    const char *date = json_string_value(json_object_get(old, "date"));
+    bool same = old && !strcmp(json_string_value(json_object_get(old, "hash")), hex);
+    *n_changed += old && !same;
+    snprintf(line, sizeof line, "%-*s  %s  %s%.32s", width, s->file, hex,
+             !old ? "new" : same ? "as on " : "CHANGED since ", old ? date : "");
+    each(arg, line);
+    if (!same)
+        json_object_set_new(shards, s->file, json_pack("{s:s,s:I,s:s}", "hash", hex, "bytes",
+                                                       (json_int_t)s->size, "date", today));
+}
+
+/* Shards of the record that the model no longer has leave it; their number. */
+static int record_gone(json_t *shards, const ckpt *c, int width, line_fn each, void *arg) {
+    char line[2 * MAX_NAME + 64];
+    const char *name;
+    void *next;
+    json_t *value;
+    int n = 0, i;
+    json_object_foreach_safe(shards, next, name, value) {
+        for (i = 0; i < c->n_shards && strcmp(c->shards[i].file, name); i++) continue;
+        if (i < c->n_shards) continue;
+        snprintf(line, sizeof line, "%-*.255s  gone since %.32s", width, name,
+                 json_string_value(json_object_get(value, "date")));
+        each(arg, line);
+        n += !json_object_del(shards, name);
+    }
+    return n;
+}
+
+/* The record is written after each shard: hours of reading survive whatever comes. */
+int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
+              int *n_changed, dsv4_err *err) {
+    stream s;
+    uint64_t total = 0, done = 0;
+    int width = 0, in;
+    const uint8_t *data = NULL;
+    XXH3_state_t *hash = XXH3_createState();
+    json_t *root = record_read(record, each, arg), *shards = json_object_get(root, "shards");
+    int rc = hash && root ? stream_open(&s, c, err) : fail(err, "out of memory");
+    for (int i = 0; i < c->n_shards; i++) {
+        total += c->shards[i].size;
+        if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
+    }
+    *n_changed = rc ? 0 : record_gone(shards, c, width, each, arg);
+    while (!rc && done < total) {
+        if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
+        if (rc || (rc = stream_feed(&s, err))) break;
+        if ((in = stream_look(&s, false, &data, err)) < 0) rc = -1;
+        if (in <= 0) continue;
+        const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
+        const ckpt_shard *shard = &c->shards[t->shard];
+        if (t->offset == 0) XXH3_128bits_reset(hash);
+        XXH3_128bits_update(hash, data, t->bytes);
+        done += t->bytes;
+        if (t->offset + t->bytes == shard->size) {
+            record_shard(shards, shard, XXH3_128bits_digest(hash), width, each, arg, n_changed);
+            rc = record_write(root, record, err);
         }
+        stream_give(&s);
+    }
+    if (!rc) (void)progress(arg, 1);
+    if (hash && root) offload_close(s.o);
+    XXH3_freeState(hash);
+    json_decref(root);
+    return rc;
+}
+
+/* How much is asked for at once follows from what came: so a slow disk is asked for little, and
+ * the last answers come when the time is over, not long after. */
+int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
+    stream s;
+    uint64_t total = 0, asked = 0, rng = 1;
+    const uint8_t *data;
+    for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
+    int rc = stream_open(&s, c, err);
+    double begin = seconds(), now = 0;
+    while (!rc) {
+        now = seconds() - begin;
+        double soon = now > 0 ? (double)s.o->landed / now * (limit - now) : 0;
+        if (asked < 2 * total && s.asked - s.taken < STREAM_SLOTS &&
+            (!s.asked || (double)(s.asked + 1 - s.taken) * STREAM_BYTES < soon)) {
+            rng = rng * 6364136223846793005u + 1442695040888963407u;
+            uint64_t at = (rng >> 16) % total;         /* each byte is as likely as another     */
+            int i = 0;
+            for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
+            uint64_t size = c->shards[i].size, n = size < STREAM_BYTES ? size : STREAM_BYTES;
+            if (at > size - n) at = size - n;
+            rc = stream_ask(&s, i, at / IO_ALIGN * IO_ALIGN, n, err);
+            asked += n;
+            continue;
+        }
+        if (s.taken == s.asked) break;
+        int in = stream_look(&s, true, &data, err);
+        if (in > 0) stream_give(&s);
+        if (in < 0) rc = -1;
+    }
+    if (!rc) *bytes_s = (double)s.o->landed / now;
+    offload_close(s.o);
+    return rc;
+}
+
+/* === 10. This machine ========================================================================= */
+
+enum { LINE = 1100 };
+
+/* The first line of a file that begins with `key`: what follows it there. */
+static bool find_line(char rest[LINE], const char *path, const char *key) {
+    bool found = false;
+    FILE *f = fopen(path, "r");
+    while (f && !found && fgets(rest, LINE, f)) found = !strncmp(rest, key, strlen(key));
     if (f) fclose(f);
-    return (uint64_t)kb << 10;
+    if (found) memmove(rest, rest + strlen(key), strcspn(rest + strlen(key), "\n") + 1);
+    if (found) rest[strcspn(rest, "\n")] = 0;
+    return found;
+}
+
+static uint64_t proc_number(const char *path, const char *key) {
+    char rest[LINE];
+    return find_line(rest, path, key) ? strtoull(rest, NULL, 10) : 0;
+}
+
+/* The same where it is kB. */
+static uint64_t proc_bytes(const char *path, const char *key) {
+    return proc_number(path, key) << 10;
 }
 
 /* The memory limit of this process's cgroup (version 2) or of one above it; UINT64_MAX: none. */
 static uint64_t cgroup_limit(void) {
-    char group[1024] = "", path[1100];
+    char group[LINE], path[LINE + 64], text[LINE];
     uint64_t least = UINT64_MAX;
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    while (f && fgets(group, sizeof group, f) && strncmp(group, "0::/", 4)) group[0] = 0;
-    if (f) fclose(f);
-    if (!group[0]) return least;
-    group[strcspn(group, "\n")] = 0;
-    for (char *g = group + 3;; *strrchr(g, '/') = 0) {
-        unsigned long long bytes;
-        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", g);
-        f = fopen(path, "r");
-        if (f && fscanf(f, "%llu", &bytes) == 1 && bytes < least) least = bytes;
-        if (f) fclose(f);
-        if (!strchr(g, '/')) return least;
+    if (!find_line(group, "/proc/self/cgroup", "0::")) return least;
+    for (;; *strrchr(group, '/') = 0) {
+        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", group);
+        if (find_line(text, path, "") && *text >= '0' && *text <= '9' && /* else "max"        */
+            strtoull(text, NULL, 10) < least)
+            least = strtoull(text, NULL, 10);
+        if (!strchr(group, '/')) return least;
     }
 }
 
 uint64_t machine_ram_total(void) {
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal"), limit = cgroup_limit();
+    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), limit = cgroup_limit();
     return limit < total ? limit : total;
 }
 
 uint64_t machine_ram_budget(void) {
-    uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable");
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal"), gb = (uint64_t)1 << 30;
+    uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable:");
+    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), gb = (uint64_t)1 << 30;
     uint64_t budget = available / 10 * 7, limit = cgroup_limit();
     if (limit < budget) budget = limit;
     if (total > 9 * gb && total - 8 * gb < budget) budget = total - 8 * gb;
@@ -1510,6 +1857,86 @@ uint64_t machine_ram_budget(void) {
 }
 
 void machine_rss(uint64_t *now, uint64_t *peak) {
-    if (now) *now = proc_bytes("/proc/self/status", "VmRSS");
-    if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM");
+    if (now) *now = proc_bytes("/proc/self/status", "VmRSS:");
+    if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM:");
+}
+
+/* Does a file of sysfs begin with this text? */
+static bool sys_begins(const char *node, const char *file, const char *text) {
+    char path[PATH_MAX], rest[LINE];
+    dsv4_err ignored;
+    return !join(path, node, file, &ignored) && find_line(rest, path, text);
+}
+
+/* A block device by its directory in sysfs: what it lies on is looked at, down to the drives. */
+static void describe_node(disk_info *d, const char *dir, int layers) {
+    char node[PATH_MAX], slaves[PATH_MAX], path[PATH_MAX];
+    dsv4_err ignored;
+    const struct dirent *e;
+    bool drive = true;
+    /* a partition has no queue of its own, the disk around it has */
+    if (join(path, dir, "queue", &ignored) || join(slaves, dir, "../queue", &ignored)) return;
+    bool part = access(path, F_OK) && !access(slaves, F_OK);
+    if (join(path, dir, part ? ".." : ".", &ignored) || !realpath(path, node) ||
+        join(slaves, node, "slaves", &ignored))
+        return;
+    if (sys_begins(node, "dm/uuid", "CRYPT-")) d->encrypted = true;
+    DIR *list = opendir(slaves);
+    while (list && (e = readdir(list))) {
+        if (e->d_name[0] == '.' || join(path, slaves, e->d_name, &ignored)) continue;
+        drive = false;
+        if (layers > 1) describe_node(d, path, layers - 1);
+    }
+    if (list) closedir(list);
+    if (!drive) return;
+    if (sys_begins(node, "queue/rotational", "1")) d->rotating = true;
+    if (strstr(node, "/ata")) d->sata = true;
+    if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
+}
+
+static void describe_device(disk_info *d, unsigned major_nr, unsigned minor_nr,
+                            const char *sysfs) {
+    char link[PATH_MAX];
+    snprintf(link, sizeof link, "%s/dev/block/%u:%u", sysfs, major_nr, minor_nr);
+    describe_node(d, link, DISK_LAYERS);
+}
+
+/* The mount's own name of its file system says more than statfs(): "fuse.sshfs". */
+static void describe_fs(disk_info *d) {
+    static const char *const network[] = {
+        "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "beegfs", "gpfs",
+        "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.glusterfs",
+    };
+    d->fuse = !strncmp(d->fs, "fuse", 4);
+    for (size_t i = 0; i < sizeof network / sizeof *network; i++)
+        d->network |= !strcmp(d->fs, network[i]);
+}
+
+int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err) {
+    char path[64], *line = NULL, source[PATH_MAX] = "";
+    size_t room = 0;
+    struct stat st, disk;
+    *d = (disk_info){.fs = "unknown"};
+    int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st)) return fail(err, "open %s: %s", dir, strerror(errno));
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+    uint64_t mount = proc_number(path, "mnt_id:");
+    close(fd);
+    FILE *f = fopen("/proc/self/mountinfo", "r");
+    while (f && getline(&line, &room, f) > 0) {
+        unsigned long id;
+        unsigned major_nr, minor_nr;
+        const char *tail = strstr(line, " - ");        /* optional fields end there             */
+        if (!tail || sscanf(line, "%lu %*u %u:%u", &id, &major_nr, &minor_nr) != 3) continue;
+        if (mount ? id == mount : makedev(major_nr, minor_nr) == st.st_dev)
+            sscanf(tail, " - %31s %4095s", d->fs, source);
+    }
+    free(line);
+    if (f) fclose(f);
+    describe_fs(d);
+    /* btrfs and the like have a device number of their own: their source may be a disk's */
+    if (!major(st.st_dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk))
+        st.st_dev = disk.st_rdev;
+    if (major(st.st_dev)) describe_device(d, major(st.st_dev), minor(st.st_dev), sysfs);
+    return 0;
 }

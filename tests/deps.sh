@@ -14,6 +14,8 @@ want pkg-config pkg-config --version
 want liburing-dev header liburing.h
 want libpcre2-dev pcre2
 want libjansson-dev header jansson.h
+want libxxhash-dev header xxhash.h
+want libedit-dev header histedit.h
 want libc6-dev header stdio.h
 case $1 in
 test) want python3-venv python3 -c 'import ensurepip, venv'

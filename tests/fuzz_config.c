@@ -1,16 +1,40 @@
 /* fuzz_config.c -- any bytes as config.json: config_parse() must refuse them in one line, or give
- * sizes that the rest of the program can multiply and divide by. */
+ * sizes that the rest of the program can multiply and divide by.  The same bytes, as a file, are
+ * generation_config.json: config_sampling() must refuse them or give what F32 keeps in range. */
 #include "../dsv4.h"
 
 #include <assert.h>
 #include <limits.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
+
+static void try_sampling(const uint8_t *data, size_t n) {
+    static const char dir[] = "/dev/shm/dsv4-fuzz-config";
+    static char path[64];
+    sample_opts o = {.seed = 5};
+    dsv4_err err = {""};
+    if (!path[0]) {
+        (void)mkdir(dir, 0700);
+        snprintf(path, sizeof path, "%s/generation_config.json", dir);
+    }
+    FILE *f = fopen(path, "wb");
+    assert(f && fwrite(data, 1, n, f) == n && !fclose(f));
+    if (config_sampling(&o, dir, &err)) {
+        assert(err.msg[0] && !strchr(err.msg, '\n'));
+        return;
+    }
+    assert(o.temperature >= 0 && o.temperature <= 1e6f && o.top_p > 0 && o.top_p <= 1);
+    assert(o.min_p >= 0 && o.min_p < 1 && o.repetition_penalty > 0);
+    assert(isfinite(o.repetition_penalty) && o.top_k >= 0 && o.seed == 5);
+}
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     dsv4_config c;
     dsv4_err err = {""};
+    try_sampling(data, n);
     if (config_parse(&c, (const char *)data, n, "fuzz", &err)) {
         assert(err.msg[0] && !strchr(err.msg, '\n'));
         return 0;

@@ -47,9 +47,9 @@ static struct {
     atomic_uint rng;
 } hook;
 
-static void set_mood(mood m, int answer, int nth) {
+static void set_mood(mood m, int gives, int nth) {
     hook.mood = m;
-    hook.answer = answer;
+    hook.answer = gives;
     hook.nth = nth;
     hook.seen = 0;
     hook.rng = 1;
@@ -314,19 +314,22 @@ static void test_config_refuses_by_name(void) {
 }
 
 static void test_config_bounds_every_size(void) {
-    /* each whole number: absent, a fraction, a text, below and above its range */
-    for (size_t i = 0; i < sizeof int_fields / sizeof *int_fields; i++) {
+    /* each number: absent, a text, below and above its range; each whole one: a fraction */
+    for (const field *f = config_fields; f->key; f++) {
         char below[32], above[32], fragment[128];
-        snprintf(below, sizeof below, "%d", int_fields[i].lo - 1);
-        snprintf(above, sizeof above, "%lld", (long long)int_fields[i].hi + int_fields[i].multiple);
-        snprintf(fragment, sizeof fragment, "%s is ", int_fields[i].key);
-        const char *bad[] = {NULL, "1.5", "\"64\"", "true", below, above, "9223372036854775807"};
+        snprintf(below, sizeof below, f->multiple ? "%.0f" : "%.17g",
+                 f->multiple ? f->lo - 1 : f->lo * 0.999);
+        snprintf(above, sizeof above, f->multiple ? "%.0f" : "%.17g",
+                 f->multiple ? f->hi + f->multiple : f->hi * 1.001);
+        snprintf(fragment, sizeof fragment, "%s is ", f->key);
+        const char *bad[] = {NULL, "\"64\"", "true", "null", below, above, "-1e300",
+                             f->multiple ? "1.5" : "1e300", "9223372036854775807"};
         for (size_t k = 0; k < sizeof bad / sizeof *bad; k++) {
             dsv4_config c;
             dsv4_err err = {""};
-            int rc = parse_edited(&c, int_fields[i].key, bad[k], &err);
-            CHECK(rc == -1 && says(&err, fragment), "%s = %s gave %d: %s", int_fields[i].key,
-                  bad[k], rc, err.msg);
+            int rc = parse_edited(&c, f->key, bad[k], &err);
+            CHECK(rc == -1 && says(&err, fragment), "%s = %s gave %d: %s", f->key, bad[k], rc,
+                  err.msg);
         }
     }
 }
@@ -1234,6 +1237,569 @@ static void test_experts_survive_bad_reads(void) {
     remove_tree(dir);
 }
 
+/* === 7. Sampling, generation, survey ========================================================== */
+
+/* What each() was told, a line each. */
+static struct { char text[1 << 15]; size_t n; int lines; } told;
+
+static void tell(void *arg, const char *line) {
+    (void)arg;
+    CHECK(!strchr(line, '\n'), "%s", line);
+    told.n += (size_t)snprintf(told.text + told.n, sizeof told.text - told.n, "%s\n", line);
+    told.lines++;
+}
+
+static void forget(void) {
+    told.n = 0;
+    told.lines = 0;
+    told.text[0] = 0;
+}
+
+static void make_dir(const char *dir, const char *name) {
+    char path[PATH_MAX + 256];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    mkdir(path, 0700);
+}
+
+static void remove_file(const char *dir, const char *name) {
+    char path[PATH_MAX + 256];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (remove(path)) printf("     could not remove %s\n", path);
+}
+
+#define NONE {0, 0, 0, 0, 0, 0}
+
+static void test_sampling_is_what_the_makers_say(void) {
+    static const struct { const char *json; sample_opts want; const char *fragment; } tries[] = {
+        {NULL, {1, 1, 0, 1, 0, 7}, NULL}, {"{}", {1, 1, 0, 1, 0, 7}, NULL},
+        {"{\"temperature\": 0.6, \"top_p\": 0.95, \"top_k\": 20, \"min_p\": 0.05,"
+         "\"repetition_penalty\": 1.1, \"do_sample\": true, \"seed\": 9, \"eos_token_id\": 1}",
+         {.6f, .95f, .05f, 1.1f, 20, 7}, NULL},
+        {"{\"temperature\": 1, \"top_p\": 1, \"top_k\": null, \"do_sample\": null}",
+         {1, 1, 0, 1, 0, 7}, NULL},
+        {"{\"temperature\": 0.6, \"do_sample\": false, \"top_k\": 5}", {0, 1, 0, 1, 5, 7}, NULL},
+        {"{\"temperature\": 0}", {0, 1, 0, 1, 0, 7}, NULL},
+        {"{\"temperature\": -0.1}", NONE, "temperature is -0.1; accepted: numbers from 0"},
+        {"{\"temperature\": \"1\"}", NONE, "temperature is \"1\""},
+        {"{\"temperature\": true}", NONE, "temperature is true"},
+        {"{\"top_p\": 0}", NONE, "top_p is 0"}, {"{\"top_p\": 1.01}", NONE, "top_p is 1.01"},
+        {"{\"top_p\": 1e-60}", NONE, "top_p is 1e-60"},
+        {"{\"top_k\": -1}", NONE, "top_k is -1"}, {"{\"top_k\": 2.0}", NONE, "top_k is 2.0"},
+        {"{\"top_k\": 1e9}", NONE, "top_k is 1"}, {"{\"min_p\": 1}", NONE, "min_p is 1"},
+        {"{\"min_p\": 0.999999999}", NONE, "min_p is 0.999999999"},
+        {"{\"min_p\": -0.5}", NONE, "min_p is -0.5"},
+        {"{\"repetition_penalty\": 0}", NONE, "repetition_penalty is 0"},
+        {"{\"repetition_penalty\": -2}", NONE, "repetition_penalty is -2"},
+        {"{\"do_sample\": 0}", NONE, "do_sample is 0; accepted: true or false"},
+        {"[]", NONE, "not a JSON object"}, {"{", NONE, "line 1"}, {"", NONE, "line 1"},
+    };
+    const char *dir = fresh_dir();
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        sample_opts o = {9, 9, 9, 9, 9, 7}, w = tries[i].want;
+        dsv4_err err = {""};
+        const char *json = tries[i].json;
+        if (json) write_file(dir, "generation_config.json", json, strlen(json));
+        int rc = config_sampling(&o, dir, &err);
+        if (tries[i].fragment)
+            CHECK(rc == -1 && says(&err, tries[i].fragment) &&
+                  says(&err, "generation_config.json: "), "%s gave %d: %s", json, rc, err.msg);
+        else
+            CHECK(!rc && o.temperature == w.temperature && o.top_p == w.top_p &&
+                  o.min_p == w.min_p && o.repetition_penalty == w.repetition_penalty &&
+                  o.top_k == w.top_k && o.seed == 7, "%s: %s", json, err.msg);
+    }
+    remove_file(dir, "generation_config.json");
+    make_dir(dir, "generation_config.json");
+    sample_opts o;
+    dsv4_err err = {""};
+    CHECK(config_sampling(&o, dir, &err) == -1 && says(&err, "not a regular file"), "%s", err.msg);
+}
+
+static void generation_is(const char *dir, int want, const char *why) {
+    dsv4_err err = {""};
+    generation g = (generation)9;
+    int rc = config_generation(&g, dir, &err);
+    CHECK(want < 0 ? rc == -1 && err.msg[0] : !rc && (int)g == want, "%s: %d %d %s", why, rc,
+          (int)g, err.msg);
+}
+
+static void test_generation_of_a_checkpoint(void) {
+    static const char old[] = "X = {\"max\": 1}", new[] = "a\0REASONING_EFFORT_PROMPTS = {";
+    static const char index_old[] = "{\"weight_map\": {\"mtp.0.x\": \"a\", \"xmtp.1.\": \"a\"}}";
+    static const char index_new[] = "{\"weight_map\": {\"a\": \"a\", \"mtp.1.x\": \"b\"}}";
+    const char *dir = fresh_dir();
+    generation_is(dir, GEN_V4, "an empty directory");
+    generation_is("/nonexistent-dir", -1, "no directory");
+    write_shard(dir, "m.safetensors", 0, A4, 4);
+    generation_is(dir, GEN_V4, "no mtp.1");
+    write_shard(dir, "n.safetensors", 0, "{" T("mtp.1.b", "U8", "[4]", "[0,4]") "}", 4);
+    generation_is(dir, GEN_0731, "mtp.1 in a shard");
+    write_file(dir, "n.safetensors", "xx", 2);
+    generation_is(dir, -1, "a damaged shard");
+    write_file(dir, "model.safetensors.index.json", index_old, sizeof index_old - 1);
+    generation_is(dir, GEN_V4, "the index has no mtp.1");
+    write_file(dir, "model.safetensors.index.json", index_new, sizeof index_new - 1);
+    generation_is(dir, GEN_0731, "the index has mtp.1");
+    make_dir(dir, "encoding");
+    generation_is(dir, GEN_0731, "no file in encoding");
+    write_file(dir, "encoding/encoding_dsv4.py", old, sizeof old - 1);
+    generation_is(dir, GEN_V4, "encoding of the first generation");
+    write_file(dir, "encoding/encoding_dsv4.py", new, sizeof new - 1);
+    write_file(dir, "model.safetensors.index.json", index_old, sizeof index_old - 1);
+    generation_is(dir, GEN_0731, "encoding of the second generation");
+    write_file(dir, "encoding/encoding_dsv4.py", new, sizeof new - 3 - 20);
+    generation_is(dir, GEN_V4, "a name cut off");
+    char path[PATH_MAX + 64];
+    snprintf(path, sizeof path, "%s/encoding/encoding_dsv4.py", dir);
+    CHECK(!truncate(path, (off_t)1 << 30), "truncate");
+    generation_is(dir, -1, "1 GB of it");
+}
+
+static int survey(const char *dir, dsv4_err *err) {
+    forget();
+    err->msg[0] = 0;
+    return ckpt_survey(dir, tell, NULL, err);
+}
+
+#define BIG "{" T("a", "U8", "[3456789012]", "[0,3456789012]") "}"
+
+static void test_survey_names_what_is_not_there(void) {
+    static const char index[] =
+        "{\"weight_map\": {\"a\": \"m-1.safetensors\", \"b\": \"m-2.safetensors\","
+        "\"c\": \"m-3.safetensors\", \"d\": \"m-4.safetensors\", \"e\": \"m-3.safetensors\"}}";
+    static const struct { const char *file, *bytes; size_t n; int64_t size; const char *want; }
+    steps[] = {
+        {"m-3.safetensors", "\115\0\0\0\0\0\0\0" BIG, 8 + sizeof BIG - 1, 1299999999,
+         "m-1.safetensors: missing\nm-2.safetensors: missing\n"
+         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {"m-1.safetensors", "\2\0\0\0\0\0\0\0{}", 10, -1, "m-2.safetensors: missing\n"
+         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {"m-2.safetensors", "\2\0\0\0\0\0\0\0{", 9, -1, "m-2.safetensors: its header is cut off\n"
+         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {"m-2.safetensors", "\2\0\0", 3, -1, "m-2.safetensors: its header is cut off\n"
+         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {"m-2.safetensors", "", 0, -1, "m-2.safetensors: its header is cut off\n"
+         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {"m-2.safetensors", "\0\0\0\0\0\0\0\0\0\0", 10, -1, "m-2.safetensors: header of 0 bytes; "
+         "accepted: 2 to 104857600: this is no safetensors file, or it is damaged\n"
+         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {"m-2.safetensors", "\2\0\0\0\0\0\0\0{}", 10, -1,
+         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {"m-3.safetensors", NULL, 0, 8 + 77 + 3456789011, "m-3.safetensors: 3.4 of 3.5 GB\n"
+         "m-4.safetensors: missing\n"},
+        {".cache/huggingface/download/m-4.safetensors.0a1b.incomplete", "", 0, -1,
+         "m-3.safetensors: 3.4 of 3.5 GB\nm-4.safetensors: missing\n"},
+        {".cache/huggingface/download/m-4.safetensors.0a1b.incomplete", "x", 1, 1234567890,
+         "m-3.safetensors: 3.4 of 3.5 GB\n"
+         "m-4.safetensors: missing, 1.2 GB of it in .cache/huggingface/download\n"},
+        {".cache/huggingface/download/m-4.safetensors.lock", "x", 1, 2000000000,
+         "m-3.safetensors: 3.4 of 3.5 GB\n"
+         "m-4.safetensors: missing, 1.2 GB of it in .cache/huggingface/download\n"},
+        {"m-3.safetensors", NULL, 0, 8 + 77 + 3456789012,
+         "m-4.safetensors: missing, 1.2 GB of it in .cache/huggingface/download\n"},
+        {"m-4.safetensors", "\101\0\0\0\0\0\0\0{" T("a", "I8", "[2000]", "[0,2000]") "}", 1000, -1,
+         "m-4.safetensors: 1.0 of 2.1 kB\n"},
+        {"m-4.safetensors", "\2\0\0\0\0\0\0\0{}", 10, -1, ""},
+    };
+    const char *dir = fresh_dir();
+    dsv4_err err;
+    char path[PATH_MAX + 256], zeros[1100] = {0};
+    make_dir(dir, ".cache");
+    make_dir(dir, ".cache/huggingface");
+    make_dir(dir, ".cache/huggingface/download");
+    write_file(dir, "model.safetensors.index.json", index, sizeof index - 1);
+    write_file(dir, "z.safetensors", "of no index", 11);
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+        if (steps[i].bytes) {      /* a text is shorter than the file it begins                 */
+            size_t text = steps[i].n > 500 ? 8 + 65 : steps[i].n;
+            memcpy(memset(zeros, 0, sizeof zeros), steps[i].bytes, text);
+            write_file(dir, steps[i].file, zeros, steps[i].n);
+        }
+        snprintf(path, sizeof path, "%s/%s", dir, steps[i].file);
+        CHECK(steps[i].size < 0 || !truncate(path, steps[i].size), "truncate %s", path);
+        int n = survey(dir, &err), want = 0;
+        for (const char *p = steps[i].want; *p; p++) want += *p == '\n';
+        CHECK(n == want && !strcmp(told.text, steps[i].want), "step %zu: %d %s%s", i, n, err.msg,
+              told.text);
+    }
+    remove_tree(dir);
+}
+
+static void test_survey_of_no_model(void) {
+    const char *dir = fresh_dir();
+    char path[PATH_MAX + 32];
+    dsv4_err err;
+    CHECK(survey(dir, &err) == -1 && says(&err, dir) && says(&err, " holds no model: no "
+          "model.safetensors.index.json and no *.safetensors"), "%s", err.msg);
+    CHECK(survey("/nonexistent-dir", &err) == -1 &&
+          says(&err, "/nonexistent-dir: no such directory"), "%s", err.msg);
+    write_file(dir, "file", "", 0);
+    snprintf(path, sizeof path, "%s/file", dir);
+    CHECK(survey(path, &err) == -1 && says(&err, "/file is not a directory"), "%s", err.msg);
+    write_shard(dir, "b.safetensors", 0, A4, 4);
+    CHECK(survey(dir, &err) == 0 && !told.lines, "%s", told.text);
+    write_shard(dir, "a.safetensors", 0, A4, 3);
+    make_dir(dir, "c.safetensors");
+    CHECK(survey(dir, &err) == 2 && !strncmp(told.text, "a.safetensors: 0.0 of 0.1 kB\n", 29) &&
+          strstr(told.text, "\nc.safetensors: open ") && strstr(told.text, "not a regular file"),
+          "%s", told.text);
+    write_file(dir, "model.safetensors.index.json", "{}", 2);
+    CHECK(survey(dir, &err) == -1 && says(&err, "weight_map is absent"), "%s", err.msg);
+}
+
+/* === 8. Hashes and disks ====================================================================== */
+
+static struct {
+    int calls, lines;
+    bool down;
+    double stop, last, silence, then;
+} seen;
+
+/* Stops at a share.  Silence is the longest between two calls, but for the record's fsync. */
+static int watch(void *arg, double done) {
+    double now = seconds();
+    (void)arg;
+    seen.down |= done < seen.last || done > 1;
+    if (seen.calls++ && seen.lines == told.lines && seen.silence < now - seen.then)
+        seen.silence = now - seen.then;
+    seen.then = now;
+    seen.last = done;
+    seen.lines = told.lines;
+    return done >= seen.stop;
+}
+
+static int hash_dir(const char *dir, const char *record, double stop, int *changed, dsv4_err *err) {
+    ckpt *c;
+    forget();
+    memset(&seen, 0, sizeof seen);
+    seen.stop = stop;
+    *changed = -1;
+    err->msg[0] = 0;
+    if (ckpt_open(&c, dir, err)) return -2;
+    int rc = ckpt_hash(c, record, tell, watch, NULL, changed, err);
+    ckpt_close(c);
+    return rc;
+}
+
+static bool told_all(const char *const *want) {
+    const char *at = told.text;
+    for (; *want; want++) {
+        const char *hit = strstr(at, *want);
+        if (!hit) return false;
+        at = hit + strlen(*want);
+    }
+    return true;
+}
+
+/* Byte 9 of a file becomes this one; the size stays. */
+static void flip(const char *dir, const char *file, char byte, long at) {
+    char path[PATH_MAX + 64];
+    snprintf(path, sizeof path, "%s/%s", dir, file);
+    FILE *f = fopen(path, "r+b");
+    CHECK(f && !fseek(f, at, SEEK_SET) && fputc(byte, f) == byte && !fclose(f), "%s", path);
+}
+
+static void age_record(const char *record) {
+    json_t *root = json_load_file(record, 0, NULL), *v;
+    const char *name;
+    json_object_foreach(json_object_get(root, "shards"), name, v)
+        json_object_set_new(v, "date", json_string("2001-02-03"));
+    CHECK(!json_dump_file(root, record, 0), "%s", record);
+    json_decref(root);
+}
+
+static void test_hash_remembers(void) {
+    const char *dir = fresh_dir();
+    char record[PATH_MAX + 64], today[32];
+    dsv4_err err;
+    int changed;
+    set_mood(CALM, 0, 0);
+    snprintf(record, sizeof record, "%s/new/deep/record.json", dir);
+    write_file(dir, "a.safetensors", "\2\0\0\0\0\0\0\0{}", 10);
+    write_shard(dir, "long-name.safetensors", 1, B4, 4);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0, "%s", err.msg);
+    CHECK(told.lines == 2 && told_all((const char *const[]){ /* by xxhsum -H2 */
+          "a.safetensors          19aae81a9fc6b75c6d333529e3c47542  new\nlong-name.safetensors  ",
+          "  new\n", NULL}), "%s", told.text);
+    CHECK(seen.last == 1 && !seen.down && seen.calls > 2, "%d calls", seen.calls);
+    time_t now = time(NULL);
+    strftime(today, sizeof today, "as on %Y-%m-%d\n", localtime(&now));
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
+          told_all((const char *const[]){today, today, NULL}), "%s%s", err.msg, told.text);
+    age_record(record);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
+          told_all((const char *const[]){"as on 2001-02-03\n", "as on 2001-02-03\n", NULL}), "%s",
+          told.text);
+    flip(dir, "long-name.safetensors", 'x', 70);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 1 && told.lines == 2 &&
+          told_all((const char *const[]){"as on 2001-02-03\n", "CHANGED since 2001-02-03\n", NULL}),
+          "%d %s", changed, told.text);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 &&
+          told_all((const char *const[]){"as on 2001-02-03\n", today, NULL}), "%s", told.text);
+    remove_file(dir, "a.safetensors");
+    write_shard(dir, "b.safetensors", 0, A4, 4);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 1 && told.lines == 3 &&
+          told_all((const char *const[]){"a.safetensors          gone since 2001-02-03\nb.safe",
+          "tensors          ", "  new\nlong-name", today, NULL}), "%d %s", changed, told.text);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
+          told_all((const char *const[]){today, today, NULL}), "%s", told.text);
+    static const char *const damage[] = {
+        "{\"shards\": {\"b.safetensors\"", "[]", "", "{}", "{\"shards\": 5}",
+        "{\"shards\": {\"b.safetensors\": {\"hash\": 1, \"bytes\": 1, \"date\": \"x\"}}}",
+        "{\"shards\": {\"b.safetensors\": {\"hash\": \"x\", \"bytes\": 1}}}",
+    };
+    for (size_t i = 0; i < sizeof damage / sizeof *damage; i++) {
+        write_file(dir, "new/deep/record.json", damage[i], strlen(damage[i]));
+        CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 3 &&
+              told_all((const char *const[]){"the record is damaged", "new\n", "new\n", NULL}),
+              "%s: %d %s%s", damage[i], changed, err.msg, told.text);
+    }
+    DIR *d = opendir(strcat(strcpy(record, dir), "/new/deep"));
+    int files = 0;
+    while (d && readdir(d)) files++;
+    if (d) closedir(d);
+    CHECK(files == 3, "%d files beside the record", files - 3);
+    snprintf(record, sizeof record, "%s/b.safetensors/x/record", dir);
+    CHECK(hash_dir(dir, record, 2, &changed, &err) == -1 && says(&err, "b.safetensors"), "%s",
+          err.msg);
+    snprintf(record, sizeof record, "%s/new", dir);
+    CHECK(hash_dir(dir, record, 2, &changed, &err) == -1 && says(&err, "write "), "%s", err.msg);
+}
+
+/* The hash of a file by one call, all of it in memory. */
+static void hash_of(const char *dir, const char *file, char hex[33]) {
+    char path[PATH_MAX + 64], *text;
+    size_t len;
+    dsv4_err err = {""};
+    snprintf(path, sizeof path, "%s/%s", dir, file);
+    CHECK(!read_text(&text, &len, path, 1 << 30, &err), "%s", err.msg);
+    XXH128_hash_t h = XXH3_128bits(text, len);
+    snprintf(hex, 33, "%016llx%016llx", (unsigned long long)h.high64, (unsigned long long)h.low64);
+    free(text);
+}
+
+static void test_hash_every_way_of_reading(void) {
+    static const uint32_t sizes[] = {2 * STREAM_BYTES, 30000000, 1, 4096, 3 * STREAM_BYTES + 4095};
+    enum { N = sizeof sizes / sizeof *sizes };
+    const char *dir = fresh_dir(), *want[N + 1] = {NULL};
+    char record[PATH_MAX + 64], header[128], hex[N][33], file[32];
+    dsv4_err err;
+    int changed;
+    snprintf(record, sizeof record, "%s/record", dir);
+    for (int i = 0; i < N; i++) {  /* the first ends where a range does                         */
+        uint32_t n = i ? sizes[i] : sizes[i] - 8 - 72;
+        snprintf(header, sizeof header, "{\"t%d\": {\"dtype\": \"I8\", \"shape\": [%u], "
+                 "\"data_offsets\": [0,%u]}}", i, n, n);
+        snprintf(header + strlen(header), 8, "%*s", i ? 0 : 72 - (int)strlen(header), "");
+        snprintf(file, sizeof file, "s%d.safetensors", i);
+        write_shard(dir, file, i, header, n);
+        hash_of(dir, file, hex[i]);
+        want[i] = hex[i];
+    }
+    for (int way = 0; way < 4; way++) {
+        static const mood moods[] = {CALM, NTH, SHORT, INTR};
+        hook.refuse_ring = way & 1;
+        hook.refuse_direct = way & 2;
+        for (size_t m = 0; m < sizeof moods / sizeof *moods; m++) {
+            set_mood(moods[m], -EIO, 20); /* not one of the headers                             */
+            CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == N &&
+                  told_all(want), "way %d mood %zu: %d %s %s", way, m, changed, err.msg, told.text);
+            CHECK(!seen.down && seen.last == 1, "%g", seen.last);
+            CHECK(seen.silence < 0.3, "%.3f s", seen.silence);
+        }
+        set_mood(CALM, 0, 0);
+        remove_file(dir, "record");
+        CHECK(hash_dir(dir, record, 0.7, &changed, &err) == -1 && told.lines > 1 &&
+              !strcmp(err.msg, "interrupted") && told.lines < N, "%s", err.msg);
+        json_t *root = json_load_file(record, 0, NULL);
+        int lines = (int)json_object_size(json_object_get(root, "shards"));
+        CHECK(lines == told.lines, "%d of %d recorded", lines, told.lines);
+        json_decref(root);
+        CHECK(hash_dir(dir, record, 0, &changed, &err) == -1 && !strcmp(err.msg, "interrupted") &&
+              !told.lines, "%s", err.msg);
+        hook.shard = 1, hook.at = 20000000;
+        if (!(way & 1)) {          /* the threads' fd is not known before                        */
+            set_mood(AT, -EIO, 0);
+            CHECK(hash_dir(dir, record, 2, &changed, &err) == -1 && told.lines == 1 &&
+                  says(&err, "s1.safetensors at byte ") && says(&err, ": Input/output error") &&
+                  !strstr(err.msg, "tensor ") , "%s", err.msg);
+        }
+        set_mood(CALM, 0, 0);
+    }
+    hook.refuse_ring = hook.refuse_direct = false;
+    remove_tree(dir);
+}
+
+static void link_to(const char *top_dir, const char *target, const char *name) {
+    char path[PATH_MAX + 256];
+    snprintf(path, sizeof path, "%s/%s", top_dir, name);
+    CHECK(!symlink(target, path), "symlink %s", path);
+}
+
+/* mkdir -p of a path below dir, and its files "queue/rotational" and "dm/uuid" where given. */
+static void make_disk(const char *dir, const char *name, const char *rotational, const char *uuid) {
+    char path[PATH_MAX + 64];
+    for (const char *p = name; (p = strchr(p, '/')); p++) {
+        snprintf(path, sizeof path, "%.*s", (int)(p - name), name);
+        make_dir(dir, path);
+    }
+    make_dir(dir, name);
+    const struct { const char *sub, *file, *text; } parts[] = {
+        {"queue", "queue/rotational", rotational}, {"dm", "dm/uuid", uuid}};
+    for (int i = 0; i < 2; i++) {
+        if (!parts[i].text) continue;
+        snprintf(path, sizeof path, "%s/%s", name, parts[i].sub);
+        make_dir(dir, path);
+        snprintf(path, sizeof path, "%s/%s", name, parts[i].file);
+        write_file(dir, path, parts[i].text, strlen(parts[i].text));
+    }
+    snprintf(path, sizeof path, "%s/slaves", name);
+    if (rotational) make_dir(dir, path);
+}
+
+static void test_disk_by_sysfs(void) {
+#define PCI "devices/pci0000:00/0000:00:17.0/"
+    static const struct { const char *node, *rotational, *uuid; } disks[] = {
+        {PCI "nvme/nvme0/nvme0n1", "0\n", NULL}, {PCI "nvme/nvme0/nvme0n1/nvme0n1p2", NULL, NULL},
+        {PCI "ata1/host0/target0:0:0/0:0:0:0/block/sda", "0\n", NULL},
+        {PCI "ata1/host0/target0:0:0/0:0:0:0/block/sda/sda3", NULL, NULL},
+        {PCI "usb2/2-1/host3/block/sdb", "1\n", NULL},
+        {"devices/virtual/block/dm-0", "0\n", "CRYPT-LUKS2-0123-luks\n"},
+        {"devices/virtual/block/dm-1", "0\n", "CRYPT-LUKS2-4567-luks\n"},
+        {"devices/virtual/block/dm-2", "0\n", "LVM-abcdef\n"},
+        {"devices/virtual/block/md0", "0\n", NULL}, {"devices/virtual/block/md0/md0p1", NULL, NULL},
+        {"devices/virtual/block/dm-9", "1\n", "LVM-of-itself\n"},
+        {"devices/virtual/block/dm-3", "0\n", "mpath-CRYPT-\n"},
+    };
+    static const struct { const char *from, *to; } links[] = {
+        {"dev/block/259:2", "../../" PCI "nvme/nvme0/nvme0n1/nvme0n1p2"},
+        {"dev/block/259:0", "../../" PCI "nvme/nvme0/nvme0n1"},
+        {"dev/block/8:3", "../../" PCI "ata1/host0/target0:0:0/0:0:0:0/block/sda/sda3"},
+        {"dev/block/8:16", "../../" PCI "usb2/2-1/host3/block/sdb"},
+        {"dev/block/254:0", "../../devices/virtual/block/dm-0"},
+        {"dev/block/254:2", "../../devices/virtual/block/dm-2"},
+        {"dev/block/9:1", "../../devices/virtual/block/md0/md0p1"},
+        {"dev/block/254:9", "../../devices/virtual/block/dm-9"},
+        {"dev/block/254:3", "../../devices/virtual/block/dm-3"},
+        {"devices/virtual/block/dm-0/slaves/nvme0n1p2",
+         "../../../../../" PCI "nvme/nvme0/nvme0n1/nvme0n1p2"},
+        {"devices/virtual/block/dm-1/slaves/sda3",
+         "../../../../../" PCI "ata1/host0/target0:0:0/0:0:0:0/block/sda/sda3"},
+        {"devices/virtual/block/dm-2/slaves/dm-1", "../../dm-1"},
+        {"devices/virtual/block/dm-3/slaves/sdb", "../../../../../" PCI "usb2/2-1/host3/block/sdb"},
+        {"devices/virtual/block/md0/slaves/sdb", "../../../../../" PCI "usb2/2-1/host3/block/sdb"},
+        {"devices/virtual/block/md0/slaves/dm-2", "../../dm-2"},
+        {"devices/virtual/block/dm-9/slaves/dm-9", "../../dm-9"},
+    };
+    static const struct { unsigned major, minor; const char *device; bool rot, sata, crypt; }
+    want[] = {
+        {259, 2, "nvme0n1", false, false, false}, {259, 0, "nvme0n1", false, false, false},
+        {8, 3, "sda", false, true, false}, {8, 16, "sdb", true, false, false},
+        {254, 0, "nvme0n1", false, false, true}, {254, 2, "sda", false, true, true},
+        {9, 1, NULL, true, true, true}, {254, 3, "sdb", true, false, false},
+        {254, 9, "", false, false, false}, {7, 7, "", false, false, false},
+    };
+    const char *dir = fresh_dir();
+    for (size_t i = 0; i < sizeof disks / sizeof *disks; i++)
+        make_disk(dir, disks[i].node, disks[i].rotational, disks[i].uuid);
+    make_disk(dir, "dev/block", NULL, NULL);
+    for (size_t i = 0; i < sizeof links / sizeof *links; i++)
+        link_to(dir, links[i].to, links[i].from);
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        disk_info d = {.fs = ""};
+        describe_device(&d, want[i].major, want[i].minor, dir);
+        CHECK((!want[i].device || !strcmp(d.device, want[i].device)) &&
+              d.rotating == want[i].rot && d.sata == want[i].sata &&
+              d.encrypted == want[i].crypt, "%u:%u is %s%s%s%s", want[i].major, want[i].minor,
+              d.device, d.rotating ? " rotating" : "", d.sata ? " sata" : "",
+              d.encrypted ? " encrypted" : "");
+    }
+}
+
+static void test_disk_by_mount(void) {
+    static const struct { const char *fs; bool network, fuse; } kinds[] = {
+        {"ext4", false, false}, {"nfs4", true, false}, {"fuse.sshfs", true, true},
+        {"fuseblk", false, true}, {"fuse", false, true}, {"9p", true, false},
+        {"cifs", true, false}, {"xfs", false, false}, {"nfsd", false, false},
+    };
+    disk_info d;
+    dsv4_err err = {""};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        d = (disk_info){.fs = ""};
+        snprintf(d.fs, sizeof d.fs, "%s", kinds[i].fs);
+        describe_fs(&d);
+        CHECK(d.network == kinds[i].network && d.fuse == kinds[i].fuse, "%s", kinds[i].fs);
+    }
+    CHECK(!disk_describe(&d, "/proc", "/sys", &err) && !strcmp(d.fs, "proc") && !d.device[0] &&
+          !d.network, "%s %s %s", d.fs, d.device, err.msg);
+    if (!access("/dev/shm", F_OK))
+        CHECK(!disk_describe(&d, "/dev/shm", "/sys", &err) && !strcmp(d.fs, "tmpfs"), "%s", d.fs);
+    CHECK(!disk_describe(&d, top, "/nonexistent", &err) && d.fs[0] && !d.device[0], "%s", d.fs);
+    CHECK(!disk_describe(&d, top, "/sys", &err) && strcmp(d.fs, "unknown"), "%s", err.msg);
+    NOTE("%s on '%s'", d.fs, d.device);
+    CHECK(disk_describe(&d, "/nonexistent-dir", "/sys", &err) == -1 && says(&err, "No such"), "%s",
+          err.msg);
+}
+
+static double measure(const char *dir, double limit, uint64_t *read, dsv4_err *err) {
+    ckpt *c;
+    double rate = -1;
+    err->msg[0] = 0;
+    if (ckpt_open(&c, dir, err)) return -2;
+    uint64_t before = bytes_read();
+    if (disk_measure(c, limit, &rate, err)) rate = -1;
+    *read = bytes_read() - before;
+    ckpt_close(c);
+    return rate;
+}
+
+static void test_disk_measure(void) {
+    const char *dir = fresh_dir();
+    char header[128];
+    dsv4_err err;
+    uint64_t read, size = 0;
+    for (int i = 0; i < 3; i++) {
+        uint32_t n = i == 2 ? 5000 : 40000000;
+        char file[32];
+        snprintf(header, sizeof header, "{\"t%d\": {\"dtype\": \"I8\", \"shape\": [%u], "
+                 "\"data_offsets\": [0,%u]}}", i, n, n);
+        snprintf(file, sizeof file, "s%d.safetensors", i);
+        write_shard(dir, file, i, header, n);
+        size += 8 + strlen(header) + n;
+    }
+    set_mood(CALM, 0, 0);
+    for (int way = 0; way < 4; way++) {
+        hook.refuse_ring = way & 1;
+        hook.refuse_direct = way & 2;
+        hook.seen = 0;
+        double begin = seconds(), rate = measure(dir, 5, &read, &err), took = seconds() - begin;
+        CHECK(rate > 1e6 && rate < 1e12, "way %d: %g %s", way, rate, err.msg);
+        CHECK(hook.seen >= (int)(2 * size >> 20) && hook.seen < (int)(2 * size >> 20) + 60,
+              "way %d: %d reads", way, hook.seen);
+        CHECK(took < 5, "%.1f s", took);
+        if (!way) NOTE("%.2f GB/s", rate * 1e-9);
+        hook.seen = 0;             /* a time that is too short for all of it                    */
+        rate = measure(dir, 0.005, &read, &err);
+        CHECK(rate > 0 && hook.seen < (int)(size >> 20), "%g, %d reads", rate, hook.seen);
+        set_mood(NTH, -EIO, 14);
+        CHECK(measure(dir, 5, &read, &err) > 0, "a drive that recovers: %s", err.msg);
+        hook.shard = 0, hook.at = 20000000;
+        set_mood(AT, -EAGAIN, 0);
+        if (!(way & 1))            /* the threads' fd is not known before                       */
+            CHECK(measure(dir, 5, &read, &err) == -1 && says(&err, "tried many times"), "%s",
+                  err.msg);
+        set_mood(CALM, 0, 0);
+    }
+    hook.refuse_ring = hook.refuse_direct = false;
+    char shm[] = "/dev/shm/dsv4-test-XX" "XX" "XX";
+    if (mkdtemp(shm)) {
+        write_file(shm, "m.safetensors", "\2\0\0\0\0\0\0\0{}", 10);
+        CHECK(measure(shm, 1, &read, &err) > 0, "the smallest model: %s", err.msg);
+        remove_tree(shm);
+    }
+    remove_tree(dir);
+}
+
 int main(int argc, char **argv) {
     const char *tmp = getenv("TMPDIR");
     if (argc > 1) real_headers = argv[1];
@@ -1265,6 +1831,15 @@ int main(int argc, char **argv) {
     RUN(test_experts_random_pins);
     RUN(test_experts_all_pinned);
     RUN(test_experts_survive_bad_reads);
+    RUN(test_sampling_is_what_the_makers_say);
+    RUN(test_generation_of_a_checkpoint);
+    RUN(test_survey_names_what_is_not_there);
+    RUN(test_survey_of_no_model);
+    RUN(test_hash_remembers);
+    RUN(test_hash_every_way_of_reading);
+    RUN(test_disk_by_sysfs);
+    RUN(test_disk_by_mount);
+    RUN(test_disk_measure);
     remove_tree(top);
     return check_done();
 }
