@@ -1,5 +1,7 @@
-/* text.c -- bytes <-> tokens <-> prompt: the byte-level BPE of a checkpoint's tokenizer.json.
+/* text.c -- messages -> prompt <-> tokens <-> answer, by the byte-level BPE of tokenizer.json.
  *
+ *   {"messages": [...]}          a request; its prompt, in which is known who wrote what    section 9
+ *        |
  *   "x = 15<think>"              bytes; what is not UTF-8 becomes U+FFFD            section 1
  *        | added tokens first, longest first (only if the caller wants them)        section 5
  *   "x = 15"  128821
@@ -7,7 +9,9 @@
  *   "x" " =" " " "15"            words
  *        | one id a byte; the pair of neighbours with the lowest rank is merged,
  *        | the leftmost one on ties, until no pair has a rank                       section 6
- *   90 438 223 856  128821       ids
+ *   90 438 223 856  128821       ids, to the model and from it
+ *        | bytes of ids, whole characters, until a stop word                  sections 7, 1, 10
+ *   "why</think>because"         reasoning, content and tool calls                   section 10
  *
  * Invariants  1 a tok is never written after tok_parse: any number of threads may encode
  *             2 every one of the 256 bytes has an id, so no text is ever lost
@@ -15,10 +19,13 @@
  *             4 time is near linear in the text, whatever the text and the file: merging
  *               is O(n log n) a word, and a regex that is too slow ends in an error
  *             5 the JSON tree is gone when tok_parse returns
+ *             6 no text of people or tools ever becomes a special token of a prompt
+ *             7 an answer's pieces do not depend on how its bytes were handed over
  *
  * Contents    1 UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
- *             5 cutting text   6 merging a word   7 encoding, decoding, prompt
- * Not here    chat messages with history or tools, and HTTP
+ *             5 cutting text   6 merging a word   7 encoding, decoding
+ *             8 writing JSON   9 the prompt   10 the answer
+ * Not here    HTTP, and running tools
  */
 #define _POSIX_C_SOURCE 200809L    /* open_memstream, the thread's CPU clock                    */
 
@@ -137,7 +144,7 @@ static char *utf8_repair(const char *text, size_t *len) {
 
 typedef struct {                   /* what an id stands for                                     */
     uint32_t at, len;              /* in tok.bytes                                              */
-    bool known, special;
+    bool known;
 } piece;
 
 typedef struct {                   /* a string to be looked up in a sorted table                */
@@ -348,22 +355,30 @@ typedef struct {
     dsv4_err *err;
 } reader;
 
-/* fail() with the file's name.  Strings of the file may stand in the message, so control
- * characters and characters cut in half are replaced: a message is one line of UTF-8. */
-__attribute__((format(printf, 2, 3)))
-static int refuse(const reader *r, const char *fmt, ...) {
+/* fail() with a text of the outside world in it, behind `where` and `sep`: characters cut in half
+ * are replaced, so that a message is one line of UTF-8. */
+__attribute__((format(printf, 4, 0)))
+static int fail_line(dsv4_err *err, const char *where, const char *sep, const char *fmt,
+                     va_list args) {
     char raw[256], line[3 * (sizeof raw + 4) + 1];
     utf8_stream s = {0};
-    va_list args;
-    va_start(args, fmt);
     vsnprintf(raw, sizeof raw, fmt, args);
-    va_end(args);
     for (char *p = raw; *p; p++)
         if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
     size_t n = utf8_push(&s, raw, strlen(raw), line);
     n += utf8_push(&s, NULL, 0, line + n);
     line[n] = 0;
-    return fail(r->err, "%s: %s", r->where, line);
+    return fail(err, "%s%s%s", where, sep, line);
+}
+
+/* fail() with the file's name. */
+__attribute__((format(printf, 2, 3)))
+static int refuse(const reader *r, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    int rc = fail_line(r->err, r->where, ": ", fmt, args);
+    va_end(args);
+    return rc;
 }
 
 /* Absent, null, false or "": a setting that does nothing. */
@@ -448,8 +463,8 @@ static size_t from_byte_level(char *out, const char *s) {
 }
 
 /* Give id the n bytes that were just written behind those in use. */
-static void place(reader *r, int32_t id, size_t n, bool special) {
-    r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true, special};
+static void place(reader *r, int32_t id, size_t n) {
+    r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true};
     r->n_bytes += n;
 }
 
@@ -475,7 +490,7 @@ static int read_vocab(reader *r) {
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
         if (n > 0 && t->words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
-        place(r, id, n, false);
+        place(r, id, n);
     }
     for (int b = 0; b < 256; b++)
         if (t->byte_id[b] < 0) return refuse(r, "model.vocab has no token for byte 0x%02x", b);
@@ -560,7 +575,7 @@ static int read_added_token(reader *r, json_t *v) {
                       content, id);
     int pass = normalized < 0 ? !special : normalized;
     char *s = memcpy(t->bytes + r->n_bytes, content, n);
-    place(r, id, n, special);
+    place(r, id, n);
     t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
     t->starts[pass][(unsigned char)*s] = true;
     return 0;
@@ -732,6 +747,8 @@ typedef struct {                   /* a part of the word that is being merged   
 typedef struct {                   /* one tok_encode                                            */
     const tok *t;
     const char *text;              /* all of it, valid UTF-8                                    */
+    const size_t *cuts;            /* [n_cuts] as in a prompt: no added token touches these     */
+    size_t n_cuts, cut[2];         /* and how many of them each pass has behind it              */
     int32_t *ids;
     size_t n, cap;
     seen_word *seen;               /* [seen_mask + 1] by hash                                   */
@@ -848,13 +865,29 @@ static const named *longest_added(const tok *t, int pass, const char *s, size_t 
     return best;
 }
 
-/* Added tokens of this pass become their ids; what lies between them goes on. */
+/* Where does what is free at s + *i end?  *i is moved out of a cut first.  Each pass asks from the
+ * left to the right, so all its calls together look at each cut once. */
+static size_t free_end(encoder *e, int pass, const char *s, size_t len, size_t *i) {
+    size_t base = (size_t)(s - e->text), *k = &e->cut[pass];
+    while (*k < e->n_cuts && e->cuts[*k + 1] <= base + *i) *k += 2;
+    if (*k == e->n_cuts || e->cuts[*k] >= base + len) return len;
+    if (e->cuts[*k] > base + *i) return e->cuts[*k] - base;
+    *i = e->cuts[*k + 1] < base + len ? e->cuts[*k + 1] - base : len;
+    return *i;
+}
+
+/* Added tokens of this pass become their ids; what lies between them goes on, as one text, be it
+ * free or cut. */
 static int cut_added(encoder *e, int pass, const char *s, size_t len) {
     if (pass == 2) return cut_regex(e, 0, s, len);
     size_t done = 0;
-    for (size_t i = 0; i < len;) {
+    for (size_t i = 0, end = 0; i < len;) {
+        if (i >= end) {
+            end = free_end(e, pass, s, len, &i);
+            continue;
+        }
         const named *added = e->t->starts[pass][(unsigned char)s[i]]
-                                 ? longest_added(e->t, pass, s + i, len - i) : NULL;
+                                 ? longest_added(e->t, pass, s + i, end - i) : NULL;
         if (!added) {
             i++;
             continue;
@@ -970,13 +1003,12 @@ static int word(encoder *e, const char *s, size_t len) {
     return 0;
 }
 
-/* === 7. Encoding, decoding, prompt ============================================================ */
+/* === 7. Encoding, decoding ==================================================================== */
 
-/* Encode valid UTF-8; what e holds is the caller's to free, on -1 too. */
-static int encode_valid(encoder *e, const char *text, size_t len, bool special) {
+/* Encode e->text, len bytes of valid UTF-8; what e holds is the caller's to free, on -1 too. */
+static int encode_valid(encoder *e, size_t len) {
     size_t n_seen = 64;
     while (n_seen < len / 16 && n_seen < SEEN_SLOTS) n_seen *= 2;
-    e->text = text;
     e->seen_mask = (uint32_t)(n_seen - 1);
     e->seen = calloc(n_seen, sizeof *e->seen);
     e->match = pcre2_match_data_create(1, NULL);
@@ -990,12 +1022,28 @@ static int encode_valid(encoder *e, const char *text, size_t len, bool special) 
                                                                      : UINT32_MAX / 2));
     pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
     e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
-    return len > 0 ? cut_added(e, special ? 0 : 2, text, len) : 0;
+    return len > 0 ? cut_added(e, 0, e->text, len) : 0;
+}
+
+/* encode_valid and what belongs around it. */
+static int encode(encoder *e, size_t len, int32_t **ids, size_t *n) {
+    int rc = encode_valid(e, len);
+    if (rc) {
+        free(e->ids);
+    } else {
+        *ids = e->ids;
+        *n = e->n;
+    }
+    pcre2_match_context_free(e->limits);
+    pcre2_match_data_free(e->match);
+    free(e->heap);
+    free(e->sym);
+    free(e->seen);
+    return rc;
 }
 
 int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
                dsv4_err *err) {
-    encoder e = {.t = t, .err = err};
     char *repaired = NULL;
     *ids = NULL;
     *n = 0;
@@ -1005,20 +1053,27 @@ int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t
         repaired = utf8_repair(text, &len);
         if (!repaired) return oom(err);
     }
-    int rc = encode_valid(&e, repaired ? repaired : text, len, special);
-    if (rc) {
-        free(e.ids);
-    } else {
-        *ids = e.ids;
-        *n = e.n;
-    }
-    pcre2_match_context_free(e.limits);
-    pcre2_match_data_free(e.match);
-    free(e.heap);
-    free(e.sym);
-    free(e.seen);
+    const size_t all[2] = {0, len}; /* where nothing may be special, all of it is cut out       */
+    encoder e = {.t = t, .text = repaired ? repaired : text, .cuts = all,
+                 .n_cuts = special ? 0 : 2, .err = err};
+    int rc = encode(&e, len, ids, n);
     free(repaired);
     return rc;
+}
+
+int prompt_encode(const tok *t, const prompt *p, int32_t **ids, size_t *n, dsv4_err *err) {
+    static const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+                                        "<think>", "</think>"};
+    encoder e = {.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts, .err = err};
+    *ids = NULL;
+    *n = 0;
+    for (size_t i = 0; i < sizeof frame / sizeof *frame; i++)
+        if (tok_special(t, frame[i]) < 0)
+            return fail(err, "the tokenizer has no token %s", frame[i]);
+    if (p->len > MAX_TEXT_BYTES)
+        return fail(err, "text of %zu bytes is over the limit of %d", p->len, MAX_TEXT_BYTES);
+    assert(utf8_valid(p->text, p->len));
+    return encode(&e, p->len, ids, n);
 }
 
 int tok_n_ids(const tok *t) { return t->n_ids; }
@@ -1030,10 +1085,6 @@ const char *tok_bytes(const tok *t, int32_t id, size_t *len) {
     return t->bytes + t->pieces[id].at;
 }
 
-bool tok_is_special(const tok *t, int32_t id) {
-    return id >= 0 && id < t->n_ids && t->pieces[id].special;
-}
-
 int32_t tok_special(const tok *t, const char *content) {
     size_t len = strlen(content);
     for (size_t i = 0; i < t->n_added; i++)
@@ -1042,29 +1093,709 @@ int32_t tok_special(const tok *t, const char *content) {
     return -1;
 }
 
-int prompt_user_turn(const tok *t, const char *text, size_t len, bool think, int32_t **ids,
-                     size_t *n, dsv4_err *err) {
-    const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
-                                 "<｜Assistant｜>", think ? "<think>" : "</think>"};
-    int32_t frame_id[4];
-    size_t n_text;
-    *ids = NULL;
-    *n = 0;
-    for (int i = 0; i < 4; i++) {
-        frame_id[i] = tok_special(t, frame[i]);
-        if (frame_id[i] < 0) return fail(err, "the tokenizer has no token %s", frame[i]);
+/* === 8. Writing JSON ==========================================================================
+ * As Python's json.dumps(ensure_ascii=False) writes it, for the model was trained on that.       */
+
+/* Grows as it is written to.  Once there is no memory, nothing more goes in and `failed` stays
+ * set, so that many writes need one look. */
+typedef struct { char *s; size_t n, cap; bool failed; } buffer;
+
+static void put(buffer *b, const char *s, size_t n) {
+    if (n == 0 || b->failed) return;
+    if (n > b->cap - b->n) {
+        size_t cap = b->cap < SIZE_MAX / 4 && n <= b->cap ? 2 * b->cap : b->n + n + 64;
+        char *grown = cap > n ? realloc(b->s, cap) : NULL;
+        b->failed = !grown;
+        if (!grown) return;
+        b->s = grown;
+        b->cap = cap;
     }
-    if (tok_encode(t, text, len, false, ids, &n_text, err)) return -1;
-    int32_t *all = realloc(*ids, (n_text + 4) * sizeof *all); /* 2 in front, 2 behind */
-    if (!all) {
-        free(*ids);
-        *ids = NULL;
-        return oom(err);
+    memcpy(b->s + b->n, s, n);
+    b->n += n;
+}
+
+static void put_str(buffer *b, const char *s) { put(b, s, strlen(s)); }
+
+static void put_json_string(buffer *b, const char *s, size_t n) {
+    static const char plain[] = "\"\\\n\r\t\b\f", escaped[] = "\"\\nrtbf";
+    size_t done = 0;
+    put_str(b, "\"");
+    for (size_t i = 0; i < n; i++) {
+        const char *named_escape = s[i] ? strchr(plain, s[i]) : NULL;
+        char escape[8];
+        if (!named_escape && (unsigned char)s[i] >= ' ') continue;
+        if (named_escape) snprintf(escape, sizeof escape, "\\%c", escaped[named_escape - plain]);
+        else snprintf(escape, sizeof escape, "\\u%04x", (unsigned)s[i]);
+        put(b, s + done, i - done);
+        put_str(b, escape);
+        done = i + 1;
     }
-    memmove(all + 2, all, n_text * sizeof *all);
-    memcpy(all, frame_id, 2 * sizeof *all);
-    memcpy(all + 2 + n_text, frame_id + 2, 2 * sizeof *all);
-    *ids = all;
-    *n = n_text + 4;
+    put(b, s + done, n - done);
+    put_str(b, "\"");
+}
+
+/* Python's repr: the fewest digits that give x again, with an exponent only when that is below
+ * -4 or above 15. */
+static void put_json_real(buffer *b, double x) {
+    char s[40];
+    int digits = 0;
+    do snprintf(s, sizeof s, "%.*e", digits++, x);
+    while (digits < 17 && strtod(s, NULL) != x);
+    int exponent = (int)strtol(strchr(s, 'e') + 1, NULL, 10);
+    int decimals = digits - 1 - exponent;
+    if (exponent >= -4 && exponent < 16)
+        snprintf(s, sizeof s, "%.*f", decimals > 0 ? decimals : 1, x);
+    put_str(b, s);
+}
+
+static void put_json(buffer *b, json_t *v) {
+    const char *key, *sep = "";
+    char number[32];
+    json_t *item;
+    size_t i;
+    switch (json_typeof(v)) {
+    case JSON_OBJECT:
+        put_str(b, "{");
+        json_object_foreach(v, key, item) {
+            put_str(b, sep);
+            put_json_string(b, key, strlen(key));
+            put_str(b, ": ");
+            put_json(b, item);
+            sep = ", ";
+        }
+        put_str(b, "}");
+        break;
+    case JSON_ARRAY:
+        put_str(b, "[");
+        json_array_foreach(v, i, item) {
+            put_str(b, i ? ", " : "");
+            put_json(b, item);
+        }
+        put_str(b, "]");
+        break;
+    case JSON_STRING: put_json_string(b, json_string_value(v), json_string_length(v)); break;
+    case JSON_INTEGER:
+        snprintf(number, sizeof number, "%" JSON_INTEGER_FORMAT, json_integer_value(v));
+        put_str(b, number);
+        break;
+    case JSON_REAL: put_json_real(b, json_real_value(v)); break;
+    case JSON_TRUE: put_str(b, "true"); break;
+    case JSON_FALSE: put_str(b, "false"); break;
+    case JSON_NULL: put_str(b, "null"); break;
+    }
+}
+
+/* === 9. The prompt ============================================================================
+ *   BOS [effort] { system [tools] [format] | <｜User｜> part { \n\n part } | reminder
+ *                | <｜Assistant｜> [<think> reasoning] </think> content [calls] EOS }
+ *       [<｜Assistant｜> (<think> | </think>)]     unless the last message is the assistant's
+ * What is written by put_str is ours; everything else goes through put_content or between two
+ * calls of cut.                                                                                 */
+
+#define EOS "<｜end▁of▁sentence｜>"
+#define CALLS_OPEN "<｜DSML｜tool_calls>"
+#define CALLS_CLOSE "</｜DSML｜tool_calls>"
+#define INVOKE_OPEN "<｜DSML｜invoke name=\""
+#define INVOKE_CLOSE "</｜DSML｜invoke>"
+#define PARAMETER_OPEN "<｜DSML｜parameter name=\""
+#define PARAMETER_TRUE "\" string=\"true\">"
+#define PARAMETER_FALSE "\" string=\"false\">"
+#define PARAMETER_CLOSE "</｜DSML｜parameter>"
+
+static const char effort_first[] =
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
+    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
+    "edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
+    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
+    "unchecked.\n\n";
+static const char effort_0731[] =
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
+    "exhaustively decompose the problem into its most fundamental components, trace every causal "
+    "chain to its root, and resolve the underlying cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple "
+    "angles and are certain that no assumption remains unchecked and no error remains "
+    "undiscovered.\n\n";
+static const char tools_before[] =
+    "\n\n## Tools\n\nYou have access to a set of tools to help answer the user's question. You "
+    "can invoke tools by writing a \"" CALLS_OPEN "\" block like the following:\n\n"
+    CALLS_OPEN "\n"
+    INVOKE_OPEN "$TOOL_NAME\">\n"
+    PARAMETER_OPEN "$PARAMETER_NAME\" string=\"true|false\">$PARAMETER_VALUE" PARAMETER_CLOSE "\n"
+    "...\n" INVOKE_CLOSE "\n"
+    INVOKE_OPEN "$TOOL_NAME2\">\n"
+    "...\n" INVOKE_CLOSE "\n"
+    CALLS_CLOSE "\n\n"
+    "String parameters should be specified as is and set `string=\"true\"`. For all other types "
+    "(numbers, booleans, arrays, objects), pass the value in JSON format and set "
+    "`string=\"false\"`.\n\n"
+    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning "
+    "inside <think>...</think> BEFORE any tool calls or final response.\n\n"
+    "Otherwise, output directly after </think> with tool calls or final response.\n\n"
+    "### Available Tool Schemas\n\n";
+static const char tools_after[] =
+    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke "
+    "tool calls.\n";
+static const char format_before[] =
+    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
+
+typedef struct {
+    buffer text, cuts;             /* cuts holds size_t                                         */
+    char where[40];                /* "messages[2]." for messages about this one                */
+    json_t *order;                 /* {id: place} of the last assistant's tool calls            */
+    dsv4_err *err;
+} writer;
+
+/* fail() with the path of what is wrong. */
+__attribute__((format(printf, 2, 3)))
+static int malformed(const writer *w, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    int rc = fail_line(w->err, w->where, "", fmt, args);
+    va_end(args);
+    return rc;
+}
+
+/* A cut begins or ends here.  An empty one, or one that goes on where the last one ended, is two
+ * equal places in a row: neither is kept. */
+static void cut(writer *w) {
+    size_t last = 0, n = w->cuts.n;
+    if (n) memcpy(&last, w->cuts.s + n - sizeof last, sizeof last);
+    if (n && last == w->text.n) w->cuts.n -= sizeof last;
+    else put(&w->cuts, (const char *)&w->text.n, sizeof last);
+}
+
+/* What people or tools wrote: text, nothing, or a list of parts. */
+static int put_content(writer *w, const json_t *content, const char *key) {
+    json_t *part;
+    size_t i;
+    if (content && !json_is_null(content) && !json_is_string(content) && !json_is_array(content))
+        return malformed(w, "%s is not text", key);
+    cut(w);
+    put(&w->text, json_string_value(content), json_string_length(content));
+    json_array_foreach(content, i, part) {
+        const json_t *type = json_object_get(part, "type"), *text = json_object_get(part, "text");
+        if (!json_is_string(type)) return malformed(w, "%s[%zu].type is not text", key, i);
+        put_str(&w->text, i ? "\n\n" : "");
+        if (strcmp(json_string_value(type), "text") == 0) {
+            if (!json_is_string(text)) return malformed(w, "%s[%zu].text is not text", key, i);
+            put(&w->text, json_string_value(text), json_string_length(text));
+        } else {
+            put_str(&w->text, "[Unsupported ");
+            put_str(&w->text, json_string_value(type));
+            put_str(&w->text, "]");
+        }
+    }
+    cut(w);
     return 0;
+}
+
+static void put_value(writer *w, json_t *v) {
+    cut(w);
+    put_json(&w->text, v);
+    cut(w);
+}
+
+static void put_parameter(writer *w, const char *name, json_t *value) {
+    put_str(&w->text, PARAMETER_OPEN);
+    cut(w);
+    put_str(&w->text, name);
+    cut(w);
+    put_str(&w->text, json_is_string(value) ? PARAMETER_TRUE : PARAMETER_FALSE);
+    if (json_is_string(value)) put_content(w, value, name);
+    else put_value(w, value);
+    put_str(&w->text, PARAMETER_CLOSE);
+}
+
+/* The arguments of a call, JSON text or an object; other text stands for itself. */
+static int put_arguments(writer *w, json_t *arguments, size_t call) {
+    json_t *parsed = NULL, *value;
+    const char *key, *sep = "";
+    if (json_is_string(arguments)) {
+        parsed = json_loadb(json_string_value(arguments), json_string_length(arguments),
+                            JSON_ALLOW_NUL, NULL);
+        if (!json_is_object(parsed)) put_parameter(w, "arguments", arguments);
+        arguments = parsed;
+    } else if (arguments && !json_is_null(arguments) && !json_is_object(arguments)) {
+        return malformed(w, "tool_calls[%zu].function.arguments is neither text nor an object",
+                         call);
+    }
+    json_object_foreach(arguments, key, value) {
+        put_str(&w->text, sep);
+        put_parameter(w, key, value);
+        sep = "\n";
+    }
+    json_decref(parsed);
+    return 0;
+}
+
+/* The assistant's tool calls; their ids go to w->order. */
+static int put_calls(writer *w, const json_t *calls) {
+    json_t *call;
+    size_t i;
+    json_object_clear(w->order);
+    if (calls && !json_is_null(calls) && !json_is_array(calls))
+        return malformed(w, "tool_calls is not an array");
+    if (json_array_size(calls) == 0) return 0;
+    put_str(&w->text, "\n\n" CALLS_OPEN "\n");
+    json_array_foreach(calls, i, call) {
+        const json_t *function = json_object_get(call, "function");
+        const json_t *name = json_object_get(function, "name");
+        const char *id = json_string_value(json_object_get(call, "id"));
+        if (!json_is_string(name))
+            return malformed(w, "tool_calls[%zu].function.name is not text", i);
+        if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
+            return oom(w->err);
+        put_str(&w->text, INVOKE_OPEN);
+        put_content(w, name, "name");
+        put_str(&w->text, "\">\n");
+        if (put_arguments(w, json_object_get(function, "arguments"), i)) return -1;
+        put_str(&w->text, "\n" INVOKE_CLOSE "\n");
+    }
+    put_str(&w->text, CALLS_CLOSE);
+    return 0;
+}
+
+static int put_assistant(writer *w, const json_t *message, bool reasoning) {
+    put_str(&w->text, reasoning ? "<｜Assistant｜><think>" : "<｜Assistant｜>");
+    if (reasoning && put_content(w, json_object_get(message, "reasoning_content"),
+                                 "reasoning_content")) return -1;
+    put_str(&w->text, "</think>");
+    if (put_content(w, json_object_get(message, "content"), "content")) return -1;
+    if (put_calls(w, json_object_get(message, "tool_calls"))) return -1;
+    put_str(&w->text, EOS);
+    return 0;
+}
+
+static int check_tools(const writer *w, const json_t *tools) {
+    json_t *tool;
+    size_t i;
+    if (tools && !json_is_null(tools) && !json_is_array(tools))
+        return malformed(w, "tools is not an array");
+    json_array_foreach(tools, i, tool) {
+        const json_t *function = json_object_get(tool, "function");
+        if (!json_is_object(tool)) return malformed(w, "tools[%zu] is not an object", i);
+        if (function && !json_is_object(function))
+            return malformed(w, "tools[%zu].function is not an object", i);
+    }
+    return 0;
+}
+
+/* A system message, the empty one too (NULL).  The first one carries what the request says. */
+static int put_system(writer *w, const json_t *message, const json_t *request) {
+    const json_t *tools[2] = {json_object_get(request, "tools"), json_object_get(message, "tools")};
+    json_t *format = json_object_get(request, "response_format"), *tool;
+    json_t *schema = json_object_get(json_object_get(format, "json_schema"), "schema");
+    size_t i;
+    if (put_content(w, json_object_get(message, "content"), "content")) return -1;
+    for (int k = 0; k < 2; k++) {
+        json_array_foreach(tools[k], i, tool) {
+            json_t *function = json_object_get(tool, "function");
+            bool first = i == 0 && (k == 0 || json_array_size(tools[0]) == 0);
+            put_str(&w->text, first ? tools_before : "\n");
+            put_value(w, function ? function : tool);
+        }
+    }
+    if (json_array_size(tools[0]) + json_array_size(tools[1]) > 0) put_str(&w->text, tools_after);
+    if (!format || json_is_null(format) || strcmp(type_of(format), "text") == 0) return 0;
+    put_str(&w->text, format_before);
+    if (strcmp(type_of(format), "json_object") == 0) put_str(&w->text, "{\"type\": \"object\"}");
+    else put_value(w, schema && strcmp(type_of(format), "json_schema") == 0 ? schema : format);
+    return 0;
+}
+
+typedef enum { SYSTEM, USER, ASSISTANT, TOOL, DEVELOPER, REMINDER, N_ROLES } role;
+
+static role role_of(const json_t *message) {
+    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
+                                        "latest_reminder"};
+    const char *name = json_string_value(json_object_get(message, "role"));
+    int r = 0;
+    while (r < N_ROLES && (!name || strcmp(name, names[r]) != 0)) r++;
+    return (role)r;
+}
+
+static bool in_turn(const json_t *message) {
+    role r = role_of(message);
+    return r == USER || r == DEVELOPER || r == TOOL;
+}
+
+typedef struct { size_t rank, at; } tool_result; /* of its call; in messages */
+
+static int by_rank(const void *a, const void *b) {
+    const tool_result *x = a, *y = b;
+    return x->rank != y->rank ? (x->rank > y->rank) - (x->rank < y->rank)
+                              : (x->at > y->at) - (x->at < y->at);
+}
+
+/* Messages [from, to) as one turn of the user.  Where the tools speak stays; which result stands
+ * at which of these places goes by the order of the calls. */
+static int put_turn(writer *w, const json_t *messages, size_t from, size_t to) {
+    tool_result *results = calloc(to - from, sizeof *results);
+    size_t n = 0, next = 0;
+    int rc = results ? 0 : oom(w->err);
+    for (size_t i = from; !rc && i < to; i++) {
+        const json_t *m = json_array_get(messages, i);
+        const char *id = json_string_value(json_object_get(m, "tool_call_id"));
+        const json_t *rank = json_object_get(w->order, id);
+        if (role_of(m) == TOOL)
+            results[n++] = (tool_result){rank ? (size_t)json_integer_value(rank) : SIZE_MAX, i};
+    }
+    if (n) qsort(results, n, sizeof *results, by_rank);
+    put_str(&w->text, "<｜User｜>");
+    for (size_t i = from; !rc && i < to; i++) {
+        bool tool = role_of(json_array_get(messages, i)) == TOOL;
+        size_t at = tool ? results[next++].at : i;
+        snprintf(w->where, sizeof w->where, "messages[%zu].", at);
+        put_str(&w->text, i > from ? "\n\n" : "");
+        put_str(&w->text, tool ? "<tool_result>" : "");
+        rc = put_content(w, json_object_get(json_array_get(messages, at), "content"), "content");
+        put_str(&w->text, tool ? "</tool_result>" : "");
+    }
+    free(results);
+    return rc;
+}
+
+/* How hard to think, if at all. */
+static int put_effort(writer *w, const json_t *request, generation gen, bool *think) {
+    static const struct { const char *name, *text[2]; } efforts[] = { /* by generation */
+        {"none", {"", ""}}, {"minimal", {"", ""}}, {"low", {"", ""}}, {"medium", {"", ""}},
+        {"high", {"", effort_first}}, {"max", {effort_first, effort_0731}},
+        {"xhigh", {effort_first, effort_0731}}};
+    const json_t *thinking = json_object_get(request, "thinking");
+    const json_t *effort = json_object_get(request, "reasoning_effort");
+    const char *type = type_of(thinking), *name = json_string_value(effort);
+    size_t i = 0, n = sizeof efforts / sizeof *efforts;
+    *think = !json_is_false(thinking) && strcmp(type, "disabled") != 0;
+    if (thinking && !json_is_null(thinking) && !json_is_boolean(thinking) && *think
+        && strcmp(type, "enabled") != 0)
+        return malformed(w, "thinking is neither a boolean nor {\"type\": \"enabled\"} or "
+                            "{\"type\": \"disabled\"}");
+    if (!effort || json_is_null(effort)) return 0;
+    while (name && i < n && strcmp(name, efforts[i].name) != 0) i++;
+    if (!name) return malformed(w, "reasoning_effort is not text");
+    if (i == n) return malformed(w, "reasoning_effort \"%.60s\" is not one of none, minimal, low, "
+                                    "medium, high, xhigh, max", name);
+    if (i == 0) *think = false;
+    if (*think) put_str(&w->text, efforts[i].text[gen == GEN_0731]);
+    return 0;
+}
+
+/* What must be known before the first message is written. */
+typedef struct { bool tools, system; size_t last_turn; } survey;
+
+static int check_request(writer *w, const json_t *request, survey *found) {
+    const json_t *tools = json_object_get(request, "tools");
+    const json_t *messages = json_object_get(request, "messages");
+    const json_t *format = json_object_get(request, "response_format");
+    json_t *m;
+    size_t i;
+    if (!json_is_object(request)) return malformed(w, "the request is not an object");
+    if (json_array_size(messages) == 0)
+        return malformed(w, "messages is not an array with messages in it");
+    if (format && !json_is_null(format) && !json_is_object(format))
+        return malformed(w, "response_format is not an object");
+    if (check_tools(w, tools)) return -1;
+    found->tools = json_array_size(tools) > 0;
+    json_array_foreach(messages, i, m) {
+        const char *name = json_string_value(json_object_get(m, "role"));
+        snprintf(w->where, sizeof w->where, "messages[%zu].", i);
+        if (role_of(m) == N_ROLES)
+            return malformed(w, "role \"%.60s\" is not one of system, user, assistant, tool, "
+                                "developer, latest_reminder", name ? name : "");
+        if (in_turn(m)) found->last_turn = i;
+        if (role_of(m) != SYSTEM) continue;
+        if (check_tools(w, json_object_get(m, "tools"))) return -1;
+        found->tools |= json_array_size(json_object_get(m, "tools")) > 0;
+        found->system = true;
+    }
+    w->where[0] = 0;
+    return 0;
+}
+
+static int put_prompt(writer *w, const json_t *request, generation gen, prompt *out) {
+    const json_t *messages = json_object_get(request, "messages"), *unsaid = request;
+    size_t n = json_array_size(messages);
+    survey found = {0};
+    bool think;
+    if (check_request(w, request, &found)) return -1;
+    put_str(&w->text, "<｜begin▁of▁sentence｜>");
+    if (put_effort(w, request, gen, &think)) return -1;
+    if (!found.system && put_system(w, NULL, request)) return -1;
+    for (size_t i = 0, end; i < n; i = end) {
+        const json_t *m = json_array_get(messages, i);
+        int rc = 0;
+        snprintf(w->where, sizeof w->where, "messages[%zu].", i);
+        for (end = i + 1; in_turn(m) && end < n && in_turn(json_array_get(messages, end));) end++;
+        if (in_turn(m)) {
+            rc = put_turn(w, messages, i, end);
+        } else if (role_of(m) == ASSISTANT) {
+            rc = put_assistant(w, m, think && (found.tools || i > found.last_turn));
+        } else if (role_of(m) == SYSTEM) {
+            rc = put_system(w, m, unsaid);
+            unsaid = NULL;
+        } else {
+            put_str(&w->text, "<｜latest_reminder｜>");
+            rc = put_content(w, json_object_get(m, "content"), "content");
+        }
+        if (rc) return -1;
+    }
+    out->answered = role_of(json_array_get(messages, n - 1)) == ASSISTANT;
+    out->think = think && !out->answered;
+    if (!out->answered)
+        put_str(&w->text, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
+    return 0;
+}
+
+int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err) {
+    writer w = {.order = json_object(), .err = err};
+    *out = (prompt){0};
+    int rc = w.order ? put_prompt(&w, request, gen, out) : oom(err);
+    if (!rc && (w.text.failed || w.cuts.failed)) rc = oom(err);
+    json_decref(w.order);
+    out->text = w.text.s;
+    out->len = w.text.n;
+    out->cuts = (size_t *)(void *)w.cuts.s;
+    out->n_cuts = w.cuts.n / sizeof *out->cuts;
+    if (rc) prompt_free(out);
+    return rc;
+}
+
+void prompt_free(prompt *p) {
+    free(p->text);
+    free(p->cuts);
+    *p = (prompt){0};
+}
+
+struct json_t *prompt_message(const char *role_name, const char *text, size_t len) {
+    char *repaired = utf8_valid(text, len) ? NULL : utf8_repair(text, &len);
+    json_t *content = json_stringn(repaired ? repaired : text, len);
+    free(repaired);
+    return json_pack("{s:s, s:o}", "role", role_name, "content", content);
+}
+
+/* === 10. The answer ===========================================================================
+ *   "Text.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="sh">\n ... </｜DSML｜invoke>\n ..."
+ *    CONTENT  ------ held --------- INVOKE ---------------- PARAMETER, VALUE ...  INVOKE
+ * Bytes are taken one by one, so that no split of them can show.  What may yet turn out to be
+ * structure is held.  When it is not, all up to the end of the last whole tag is content, and the
+ * few bytes behind it are looked at once more; these hold no '<' but their first, so no byte is
+ * looked at a third time.                                                                        */
+
+/* Does the text begin like word, as far as it goes?  *whole: with all of word. */
+static bool begins(const char *s, size_t n, const char *word, bool *whole) {
+    size_t len = strlen(word);
+    *whole = n >= len;
+    return memcmp(s, word, n < len ? n : len) == 0;
+}
+
+static bool is_white(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+static bool ends(const char *s, size_t n, const char *word) {
+    size_t len = strlen(word);
+    return n >= len && memcmp(s + n - len, word, len) == 0;
+}
+
+size_t stop_push(stop_filter *f, const char *bytes, size_t len, char *out) {
+    size_t i = 0, n_out = 0;
+    if (f->hit) return 0;
+    do {
+        if (i < len) f->held[f->n_held++] = bytes[i];
+        while (f->n_held > 0) {
+            bool maybe = false, whole;
+            for (int k = 0; k < f->n_words && !f->hit; k++) {
+                if (!begins(f->held, f->n_held, f->words[k], &whole)) continue;
+                if (whole) f->hit = true;
+                else maybe = true;
+            }
+            if (f->hit) return n_out;
+            if (maybe && len > 0) break;
+            out[n_out++] = f->held[0];
+            memmove(f->held, f->held + 1, --f->n_held);
+        }
+        assert(f->n_held < MAX_STOP_BYTES - 1);
+    } while (++i < len);
+    return n_out;
+}
+
+struct answer {
+    enum { REASONING, CONTENT, INVOKE, PARAMETER, VALUE } state; /* the last three: in a block  */
+    buffer held;                   /* what is not certain; in a block, all since the last call  */
+    buffer out;                    /* certain, not handed over yet                              */
+    buffer arguments;              /* of the call that is being read                            */
+    size_t item, tag;              /* in held: behind the last whole tag; and its white space   */
+    size_t invoke, name, name_len; /* in held                                                   */
+    size_t value;                  /* in held                                                   */
+    bool string;                   /* the value is text, not JSON                               */
+    bool called;                   /* this block gave a call                                    */
+    answer_fn each;
+    void *arg;
+};
+
+int answer_open(answer **out, bool think, answer_fn each, void *arg, dsv4_err *err) {
+    answer *a = *out = calloc(1, sizeof *a);
+    if (!a) return oom(err);
+    a->state = think ? REASONING : CONTENT;
+    a->each = each;
+    a->arg = arg;
+    return 0;
+}
+
+void answer_close(answer *a) {
+    if (!a) return;
+    free(a->held.s);
+    free(a->out.s);
+    free(a->arguments.s);
+    free(a);
+}
+
+static void hand_over(answer *a) {
+    answer_kind kind = a->state == REASONING ? ANSWER_REASONING : ANSWER_CONTENT;
+    if (a->out.n) a->each(a->arg, &(answer_piece){.kind = kind, .text = a->out.s, .len = a->out.n});
+    a->out.n = 0;
+}
+
+/* Outside of a block: what cannot begin anything goes out. */
+static void settle(answer *a) {
+    size_t done = 0;
+    while (done < a->held.n) {
+        const char *s = a->held.s + done;
+        size_t n = a->held.n - done;
+        bool whole;
+        if (begins(s, n, EOS, &whole) && n <= strlen(EOS)) break; /* maybe the very end */
+        if (a->state == REASONING && begins(s, n, "</think>", &whole)) {
+            if (!whole) break;
+            hand_over(a);
+            a->state = CONTENT;
+            done += strlen("</think>");
+            continue;
+        }
+        if (a->state == CONTENT && (begins(s, n, CALLS_OPEN, &whole)
+                                    || begins(s, n, "\n\n" CALLS_OPEN, &whole))) {
+            if (!whole) break;
+            a->state = INVOKE;
+            a->item = a->tag = n;
+            a->called = false;
+            break;
+        }
+        put(&a->out, s, 1);
+        done++;
+    }
+    a->held.n -= done;
+    memmove(a->held.s, a->held.s + done, a->held.n);
+}
+
+/* The last byte ended a value. */
+static void end_value(answer *a) {
+    const char *s = a->held.s + a->value;
+    size_t n = a->held.n - a->value - strlen(PARAMETER_CLOSE), from = 0, to = n;
+    /* Integers as reals: that they fit 64 bits is not asked. */
+    size_t flags = JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL;
+    while (from < to && is_white(s[from])) from++;
+    while (to > from && is_white(s[to - 1])) to--;
+    json_t *json = a->string ? NULL : json_loadb(s + from, to - from, flags, NULL);
+    if (json) put(&a->arguments, s + from, to - from);
+    else put_json_string(&a->arguments, s, n);
+    json_decref(json);
+    a->state = PARAMETER;
+    a->item = a->tag = a->held.n;
+}
+
+/* The opening tag at a->tag is whole; s [n] is what follows name=".  Is it right? */
+static bool end_open_tag(answer *a, const char *s, size_t n) {
+    const char *quote = memchr(s, '"', n);
+    size_t len = quote ? (size_t)(quote - s) : 0, rest = n - len;
+    bool whole;
+    if (!quote || (a->state == INVOKE && len == 0)) return false;
+    if (a->state == INVOKE) {
+        if (rest != 2) return false;
+        a->invoke = a->tag;
+        a->name = (size_t)(s - a->held.s);
+        a->name_len = len;
+        a->arguments.n = 0;
+        put_str(&a->arguments, "{");
+        a->state = PARAMETER;
+    } else {
+        a->string = begins(quote, rest, PARAMETER_TRUE, &whole) && whole;
+        if (!a->string && !(begins(quote, rest, PARAMETER_FALSE, &whole) && whole)) return false;
+        put_str(&a->arguments, a->arguments.n > 1 ? ", " : "");
+        put_json_string(&a->arguments, s, len);
+        put_str(&a->arguments, ": ");
+        a->value = a->held.n;
+        a->state = VALUE;
+    }
+    a->item = a->tag = a->held.n;
+    return true;
+}
+
+/* A closing tag is whole: of a call, or of the block.  A block without calls is none. */
+static bool end_close_tag(answer *a) {
+    if (a->state == INVOKE && !a->called) return false;
+    if (a->state == INVOKE) {
+        a->state = CONTENT;
+    } else {
+        put_str(&a->arguments, "}");
+        if (a->arguments.failed) return true;
+        hand_over(a);
+        a->each(a->arg, &(answer_piece){
+            ANSWER_CALL, a->arguments.s, a->arguments.n, a->held.s + a->name,
+            a->held.s + a->invoke, a->name_len, a->held.n - a->invoke});
+        a->called = true;
+        a->state = INVOKE;
+    }
+    a->held.n = a->item = a->tag = 0;
+    return true;
+}
+
+/* In a block, outside of values: one more byte of white space or of a tag. */
+static void tag_byte(answer *a) {
+    const char *open = a->state == INVOKE ? INVOKE_OPEN : PARAMETER_OPEN;
+    const char *close = a->state == INVOKE ? CALLS_CLOSE : INVOKE_CLOSE;
+    const char *s = a->held.s + a->tag;
+    size_t n = a->held.n - a->tag, name = strlen(open);
+    bool whole;
+    if (n == 1 && is_white(*s)) {
+        a->tag++;
+        return;
+    }
+    if (begins(s, n, EOS, &whole) && n <= strlen(EOS)) return;
+    if (begins(s, n, close, &whole) && (!whole || end_close_tag(a))) return;
+    if (begins(s, n, open, &whole)) {
+        if (n <= name || (s[n - 1] != '<' && s[n - 1] != '>')) return;
+        if (s[n - 1] == '>' && end_open_tag(a, s + name, n - name)) return;
+    }
+    put(&a->out, a->held.s, a->item);
+    a->held.n -= a->item;
+    memmove(a->held.s, a->held.s + a->item, a->held.n);
+    a->state = CONTENT;
+    settle(a);
+}
+
+static int answer_check(const answer *a, dsv4_err *err) {
+    return a->held.failed || a->out.failed || a->arguments.failed ? oom(err) : 0;
+}
+
+int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err) {
+    for (size_t i = 0; i < len; i++) {
+        put(&a->held, bytes + i, 1);
+        if (answer_check(a, err)) return -1;
+        if (a->state == REASONING || a->state == CONTENT) settle(a);
+        else if (a->state != VALUE) tag_byte(a);
+        else if (bytes[i] == '>'
+                 && ends(a->held.s + a->value, a->held.n - a->value, PARAMETER_CLOSE)) end_value(a);
+    }
+    hand_over(a);
+    return answer_check(a, err);
+}
+
+int answer_end(answer *a, dsv4_err *err) {
+    if (ends(a->held.s, a->held.n, EOS)) a->held.n -= strlen(EOS);
+    /* A block that was not closed: its calls stand, and so does nothing else. */
+    if (a->state == INVOKE && a->called && a->tag == a->held.n) a->held.n = 0;
+    put(&a->out, a->held.s, a->held.n);
+    a->held.n = 0;
+    hand_over(a);
+    return answer_check(a, err);
 }
