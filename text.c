@@ -1,6 +1,6 @@
 /* text.c -- messages -> prompt <-> tokens <-> answer, by the byte-level BPE of tokenizer.json.
  *
- *   {"messages": [...]}          a request; its prompt, in which is known who wrote what    section 9
+ *   {"messages": [...]}          a request; its prompt, in which is known who wrote what  section 9
  *        |
  *   "x = 15<think>"              bytes; what is not UTF-8 becomes U+FFFD            section 1
  *        | added tokens first, longest first (only if the caller wants them)        section 5
@@ -355,30 +355,22 @@ typedef struct {
     dsv4_err *err;
 } reader;
 
-/* fail() with a text of the outside world in it, behind `where` and `sep`: characters cut in half
- * are replaced, so that a message is one line of UTF-8. */
-__attribute__((format(printf, 4, 0)))
-static int fail_line(dsv4_err *err, const char *where, const char *sep, const char *fmt,
-                     va_list args) {
+/* fail() with the file's name.  Strings of the file may stand in the message, so control
+ * characters and characters cut in half are replaced: a message is one line of UTF-8. */
+__attribute__((format(printf, 2, 3)))
+static int refuse(const reader *r, const char *fmt, ...) {
     char raw[256], line[3 * (sizeof raw + 4) + 1];
     utf8_stream s = {0};
+    va_list args;
+    va_start(args, fmt);
     vsnprintf(raw, sizeof raw, fmt, args);
+    va_end(args);
     for (char *p = raw; *p; p++)
         if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
     size_t n = utf8_push(&s, raw, strlen(raw), line);
     n += utf8_push(&s, NULL, 0, line + n);
     line[n] = 0;
-    return fail(err, "%s%s%s", where, sep, line);
-}
-
-/* fail() with the file's name. */
-__attribute__((format(printf, 2, 3)))
-static int refuse(const reader *r, const char *fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    int rc = fail_line(r->err, r->where, ": ", fmt, args);
-    va_end(args);
-    return rc;
+    return fail(r->err, "%s: %s", r->where, line);
 }
 
 /* Absent, null, false or "": a setting that does nothing. */
@@ -1062,14 +1054,13 @@ int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t
 }
 
 int prompt_encode(const tok *t, const prompt *p, int32_t **ids, size_t *n, dsv4_err *err) {
-    static const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
-                                        "<think>", "</think>"};
+    static const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
+                                        "<｜Assistant｜>", "<think>", "</think>"};
     encoder e = {.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts, .err = err};
     *ids = NULL;
     *n = 0;
     for (size_t i = 0; i < sizeof frame / sizeof *frame; i++)
-        if (tok_special(t, frame[i]) < 0)
-            return fail(err, "the tokenizer has no token %s", frame[i]);
+        if (tok_special(t, frame[i]) < 0) return fail(err, "the tokenizer has no %s", frame[i]);
     if (p->len > MAX_TEXT_BYTES)
         return fail(err, "text of %zu bytes is over the limit of %d", p->len, MAX_TEXT_BYTES);
     assert(utf8_valid(p->text, p->len));
@@ -1101,16 +1092,15 @@ int32_t tok_special(const tok *t, const char *content) {
 typedef struct { char *s; size_t n, cap; bool failed; } buffer;
 
 static void put(buffer *b, const char *s, size_t n) {
-    if (n == 0 || b->failed) return;
     if (n > b->cap - b->n) {
-        size_t cap = b->cap < SIZE_MAX / 4 && n <= b->cap ? 2 * b->cap : b->n + n + 64;
-        char *grown = cap > n ? realloc(b->s, cap) : NULL;
+        size_t cap = 2 * b->cap + n + 64; /* n is the size of something in memory, so this fits */
+        char *grown = b->failed ? NULL : realloc(b->s, cap);
         b->failed = !grown;
         if (!grown) return;
         b->s = grown;
         b->cap = cap;
     }
-    memcpy(b->s + b->n, s, n);
+    if (n > 0) memcpy(b->s + b->n, s, n);
     b->n += n;
 }
 
@@ -1139,23 +1129,23 @@ static void put_json_string(buffer *b, const char *s, size_t n) {
 static void put_json_real(buffer *b, double x) {
     char s[40];
     int digits = 0;
-    do snprintf(s, sizeof s, "%.*e", digits++, x);
-    while (digits < 17 && strtod(s, NULL) != x);
-    int exponent = (int)strtol(strchr(s, 'e') + 1, NULL, 10);
-    int decimals = digits - 1 - exponent;
+    do {                           /* below a power of two the numbers are closer together, and */
+        snprintf(s, sizeof s, "%.*e", digits, x); /* so the fewest digits may be a little above */
+        if (strtod(s, NULL) != x) snprintf(s, sizeof s, "%.*Le", digits, x * (1 + 0x1p-54L));
+    } while (++digits < 17 && strtod(s, NULL) != x);
+    int exponent = (int)strtol(strchr(s, 'e') + 1, NULL, 10), decimals = digits - 1 - exponent;
     if (exponent >= -4 && exponent < 16)
         snprintf(s, sizeof s, "%.*f", decimals > 0 ? decimals : 1, x);
     put_str(b, s);
 }
 
 static void put_json(buffer *b, json_t *v) {
-    const char *key, *sep = "";
-    char number[32];
+    const char *key, *sep = "{";
+    char word[32];
     json_t *item;
     size_t i;
     switch (json_typeof(v)) {
     case JSON_OBJECT:
-        put_str(b, "{");
         json_object_foreach(v, key, item) {
             put_str(b, sep);
             put_json_string(b, key, strlen(key));
@@ -1163,7 +1153,7 @@ static void put_json(buffer *b, json_t *v) {
             put_json(b, item);
             sep = ", ";
         }
-        put_str(b, "}");
+        put_str(b, json_object_size(v) ? "}" : "{}");
         break;
     case JSON_ARRAY:
         put_str(b, "[");
@@ -1174,23 +1164,15 @@ static void put_json(buffer *b, json_t *v) {
         put_str(b, "]");
         break;
     case JSON_STRING: put_json_string(b, json_string_value(v), json_string_length(v)); break;
-    case JSON_INTEGER:
-        snprintf(number, sizeof number, "%" JSON_INTEGER_FORMAT, json_integer_value(v));
-        put_str(b, number);
-        break;
     case JSON_REAL: put_json_real(b, json_real_value(v)); break;
-    case JSON_TRUE: put_str(b, "true"); break;
-    case JSON_FALSE: put_str(b, "false"); break;
-    case JSON_NULL: put_str(b, "null"); break;
+    default: put(b, word, json_dumpb(v, word, sizeof word, JSON_ENCODE_ANY)); /* 17, true, null */
     }
 }
 
 /* === 9. The prompt ============================================================================
  *   BOS [effort] { system [tools] [format] | <｜User｜> part { \n\n part } | reminder
  *                | <｜Assistant｜> [<think> reasoning] </think> content [calls] EOS }
- *       [<｜Assistant｜> (<think> | </think>)]     unless the last message is the assistant's
- * What is written by put_str is ours; everything else goes through put_content or between two
- * calls of cut.                                                                                 */
+ *       [<｜Assistant｜> (<think> | </think>)]   unless the last message is the assistant's */
 
 #define EOS "<｜end▁of▁sentence｜>"
 #define CALLS_OPEN "<｜DSML｜tool_calls>"
@@ -1203,60 +1185,43 @@ static void put_json(buffer *b, json_t *v) {
 #define PARAMETER_CLOSE "</｜DSML｜parameter>"
 
 static const char effort_first[] =
-    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
-    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
-    "edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
-    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
-    "unchecked.\n\n";
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\nYou MUST be very thorough "
+    "in your thinking and comprehensively decompose the problem to resolve the root cause, "
+    "rigorously stress-testing your logic against all potential paths, edge cases, and "
+    "adversarial scenarios.\nExplicitly write out your entire deliberation process, documenting "
+    "every intermediate step, considered alternative, and rejected hypothesis to ensure "
+    "absolutely no assumption is left unchecked.\n\n";
 static const char effort_0731[] =
-    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
-    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
-    "exhaustively decompose the problem into its most fundamental components, trace every causal "
-    "chain to its root, and resolve the underlying cause rather than any surface symptom.\n"
-    "Do not stop reasoning until you have independently verified the solution from multiple "
-    "angles and are certain that no assumption remains unchecked and no error remains "
-    "undiscovered.\n\n";
-static const char tools_before[] =
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\nYou MUST "
+    "reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively "
+    "decompose the problem into its most fundamental components, trace every causal chain to its "
+    "root, and resolve the underlying cause rather than any surface symptom.\nDo not stop "
+    "reasoning until you have independently verified the solution from multiple angles and are "
+    "certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
+static const char first_tool[] =
     "\n\n## Tools\n\nYou have access to a set of tools to help answer the user's question. You "
     "can invoke tools by writing a \"" CALLS_OPEN "\" block like the following:\n\n"
-    CALLS_OPEN "\n"
-    INVOKE_OPEN "$TOOL_NAME\">\n"
-    PARAMETER_OPEN "$PARAMETER_NAME\" string=\"true|false\">$PARAMETER_VALUE" PARAMETER_CLOSE "\n"
-    "...\n" INVOKE_CLOSE "\n"
-    INVOKE_OPEN "$TOOL_NAME2\">\n"
-    "...\n" INVOKE_CLOSE "\n"
-    CALLS_CLOSE "\n\n"
+    CALLS_OPEN "\n" INVOKE_OPEN "$TOOL_NAME\">\n" PARAMETER_OPEN "$PARAMETER_NAME\" string=\"true|"
+    "false\">$PARAMETER_VALUE" PARAMETER_CLOSE "\n...\n" INVOKE_CLOSE "\n"
+    INVOKE_OPEN "$TOOL_NAME2\">\n...\n" INVOKE_CLOSE "\n" CALLS_CLOSE "\n\n"
     "String parameters should be specified as is and set `string=\"true\"`. For all other types "
     "(numbers, booleans, arrays, objects), pass the value in JSON format and set "
-    "`string=\"false\"`.\n\n"
-    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning "
-    "inside <think>...</think> BEFORE any tool calls or final response.\n\n"
-    "Otherwise, output directly after </think> with tool calls or final response.\n\n"
-    "### Available Tool Schemas\n\n";
-static const char tools_after[] =
-    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke "
-    "tool calls.\n";
-static const char format_before[] =
-    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
+    "`string=\"false\"`.\n\nIf thinking_mode is enabled (triggered by <think>), you MUST output "
+    "your complete reasoning inside <think>...</think> BEFORE any tool calls or final response."
+    "\n\nOtherwise, output directly after </think> with tool calls or final response.\n\n"
+    "### Available Tool Schemas\n\n%j";
+static const char after_tools[] = "\n\nYou MUST strictly follow the above defined tool name and "
+    "parameter schemas to invoke tool calls.\n";
+#define RESPONSE_FORMAT \
+    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 typedef struct {
     buffer text, cuts;             /* cuts holds size_t                                         */
-    char where[40];                /* "messages[2]." for messages about this one                */
+    const json_t *messages;
+    char where[40];                /* "messages[2].": the one that is being looked at           */
     json_t *order;                 /* {id: place} of the last assistant's tool calls            */
     dsv4_err *err;
 } writer;
-
-/* fail() with the path of what is wrong. */
-__attribute__((format(printf, 2, 3)))
-static int malformed(const writer *w, const char *fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    int rc = fail_line(w->err, w->where, "", fmt, args);
-    va_end(args);
-    return rc;
-}
 
 /* A cut begins or ends here.  An empty one, or one that goes on where the last one ended, is two
  * equal places in a row: neither is kept. */
@@ -1267,192 +1232,167 @@ static void cut(writer *w) {
     else put(&w->cuts, (const char *)&w->text.n, sizeof last);
 }
 
-/* What people or tools wrote: text, nothing, or a list of parts. */
-static int put_content(writer *w, const json_t *content, const char *key) {
-    json_t *part;
-    size_t i;
-    if (content && !json_is_null(content) && !json_is_string(content) && !json_is_array(content))
-        return malformed(w, "%s is not text", key);
-    cut(w);
-    put(&w->text, json_string_value(content), json_string_length(content));
-    json_array_foreach(content, i, part) {
-        const json_t *type = json_object_get(part, "type"), *text = json_object_get(part, "text");
-        if (!json_is_string(type)) return malformed(w, "%s[%zu].type is not text", key, i);
-        put_str(&w->text, i ? "\n\n" : "");
-        if (strcmp(json_string_value(type), "text") == 0) {
-            if (!json_is_string(text)) return malformed(w, "%s[%zu].text is not text", key, i);
-            put(&w->text, json_string_value(text), json_string_length(text));
-        } else {
-            put_str(&w->text, "[Unsupported ");
-            put_str(&w->text, json_string_value(type));
-            put_str(&w->text, "]");
-        }
+/* Our own text; what others wrote stands where it says %s (a string) or %j (JSON, but of a string
+ * the text), and in a cut.  Nothing else writes to a prompt. */
+static void emit(writer *w, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    for (const char *p; (p = strchr(fmt, '%')); fmt = p + 2) {
+        put(&w->text, fmt, (size_t)(p - fmt));
+        const char *s = p[1] == 's' ? va_arg(args, const char *) : NULL;
+        json_t *v = s ? NULL : va_arg(args, json_t *);
+        cut(w);
+        if (s) put_str(&w->text, s);
+        else if (json_is_string(v)) put(&w->text, json_string_value(v), json_string_length(v));
+        else put_json(&w->text, v);
+        cut(w);
     }
-    cut(w);
-    return 0;
+    va_end(args);
+    put_str(&w->text, fmt);
 }
 
-static void put_value(writer *w, json_t *v) {
-    cut(w);
-    put_json(&w->text, v);
-    cut(w);
+static const json_t *message_at(writer *w, size_t i) {
+    snprintf(w->where, sizeof w->where, "messages[%zu].", i);
+    return json_array_get(w->messages, i);
+}
+
+/* Text, nothing, or a list of parts. */
+static int put_content(writer *w, const json_t *message, const char *key) {
+    json_t *content = json_object_get(message, key), *part;
+    size_t i;
+    if (json_is_string(content)) emit(w, "%j", content);
+    else if (content && !json_is_null(content) && !json_is_array(content))
+        return fail(w->err, "%s%s is not text", w->where, key);
+    json_array_foreach(content, i, part) {
+        const char *field = strcmp(type_of(part), "text") == 0 ? "text" : "type";
+        json_t *text = json_object_get(part, field);
+        if (!json_is_string(text))
+            return fail(w->err, "%s%s[%zu].%s is not text", w->where, key, i, field);
+        emit(w, i ? "\n\n" : "");
+        emit(w, strcmp(field, "text") == 0 ? "%j" : "[Unsupported %j]", text);
+    }
+    return 0;
 }
 
 static void put_parameter(writer *w, const char *name, json_t *value) {
-    put_str(&w->text, PARAMETER_OPEN);
-    cut(w);
-    put_str(&w->text, name);
-    cut(w);
-    put_str(&w->text, json_is_string(value) ? PARAMETER_TRUE : PARAMETER_FALSE);
-    if (json_is_string(value)) put_content(w, value, name);
-    else put_value(w, value);
-    put_str(&w->text, PARAMETER_CLOSE);
+    emit(w, json_is_string(value) ? PARAMETER_OPEN "%s" PARAMETER_TRUE "%j" PARAMETER_CLOSE
+                                  : PARAMETER_OPEN "%s" PARAMETER_FALSE "%j" PARAMETER_CLOSE,
+         name, value);
 }
 
-/* The arguments of a call, JSON text or an object; other text stands for itself. */
-static int put_arguments(writer *w, json_t *arguments, size_t call) {
-    json_t *parsed = NULL, *value;
-    const char *key, *sep = "";
-    if (json_is_string(arguments)) {
-        parsed = json_loadb(json_string_value(arguments), json_string_length(arguments),
-                            JSON_ALLOW_NUL, NULL);
-        if (!json_is_object(parsed)) put_parameter(w, "arguments", arguments);
-        arguments = parsed;
-    } else if (arguments && !json_is_null(arguments) && !json_is_object(arguments)) {
-        return malformed(w, "tool_calls[%zu].function.arguments is neither text nor an object",
-                         call);
-    }
-    json_object_foreach(arguments, key, value) {
-        put_str(&w->text, sep);
+/* One tool call.  Its arguments are an object or the JSON of one; other text stands for itself. */
+static int put_call(writer *w, const json_t *call, size_t i) {
+    const json_t *function = json_object_get(call, "function");
+    json_t *name = json_object_get(function, "name"), *value, *object;
+    json_t *arguments = json_object_get(function, "arguments");
+    const char *key, *sep = "", *text = json_string_value(arguments);
+    if (!json_is_string(name))
+        return fail(w->err, "%stool_calls[%zu].function.name is not text", w->where, i);
+    if (arguments && !text && !json_is_null(arguments) && !json_is_object(arguments))
+        return fail(w->err, "%stool_calls[%zu].function.arguments is neither text nor an object",
+                    w->where, i);
+    object = text ? json_loadb(text, json_string_length(arguments), JSON_ALLOW_NUL, NULL)
+                  : json_incref(arguments);
+    emit(w, i ? "\n" INVOKE_OPEN "%j\">\n" : INVOKE_OPEN "%j\">\n", name);
+    if (text && !json_is_object(object)) put_parameter(w, "arguments", arguments);
+    json_object_foreach(object, key, value) {
+        emit(w, sep);
         put_parameter(w, key, value);
         sep = "\n";
     }
-    json_decref(parsed);
-    return 0;
-}
-
-/* The assistant's tool calls; their ids go to w->order. */
-static int put_calls(writer *w, const json_t *calls) {
-    json_t *call;
-    size_t i;
-    json_object_clear(w->order);
-    if (calls && !json_is_null(calls) && !json_is_array(calls))
-        return malformed(w, "tool_calls is not an array");
-    if (json_array_size(calls) == 0) return 0;
-    put_str(&w->text, "\n\n" CALLS_OPEN "\n");
-    json_array_foreach(calls, i, call) {
-        const json_t *function = json_object_get(call, "function");
-        const json_t *name = json_object_get(function, "name");
-        const char *id = json_string_value(json_object_get(call, "id"));
-        if (!json_is_string(name))
-            return malformed(w, "tool_calls[%zu].function.name is not text", i);
-        if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
-            return oom(w->err);
-        put_str(&w->text, INVOKE_OPEN);
-        put_content(w, name, "name");
-        put_str(&w->text, "\">\n");
-        if (put_arguments(w, json_object_get(function, "arguments"), i)) return -1;
-        put_str(&w->text, "\n" INVOKE_CLOSE "\n");
-    }
-    put_str(&w->text, CALLS_CLOSE);
+    emit(w, "\n" INVOKE_CLOSE);
+    json_decref(object);
     return 0;
 }
 
 static int put_assistant(writer *w, const json_t *message, bool reasoning) {
-    put_str(&w->text, reasoning ? "<｜Assistant｜><think>" : "<｜Assistant｜>");
-    if (reasoning && put_content(w, json_object_get(message, "reasoning_content"),
-                                 "reasoning_content")) return -1;
-    put_str(&w->text, "</think>");
-    if (put_content(w, json_object_get(message, "content"), "content")) return -1;
-    if (put_calls(w, json_object_get(message, "tool_calls"))) return -1;
-    put_str(&w->text, EOS);
-    return 0;
-}
-
-static int check_tools(const writer *w, const json_t *tools) {
-    json_t *tool;
+    json_t *calls = json_object_get(message, "tool_calls"), *call;
     size_t i;
-    if (tools && !json_is_null(tools) && !json_is_array(tools))
-        return malformed(w, "tools is not an array");
-    json_array_foreach(tools, i, tool) {
-        const json_t *function = json_object_get(tool, "function");
-        if (!json_is_object(tool)) return malformed(w, "tools[%zu] is not an object", i);
-        if (function && !json_is_object(function))
-            return malformed(w, "tools[%zu].function is not an object", i);
+    emit(w, reasoning ? "<｜Assistant｜><think>" : "<｜Assistant｜>");
+    if (reasoning && put_content(w, message, "reasoning_content")) return -1;
+    emit(w, "</think>");
+    if (put_content(w, message, "content")) return -1;
+    if (!is_off(calls) && !json_is_array(calls))
+        return fail(w->err, "%stool_calls is not an array", w->where);
+    json_object_clear(w->order);
+    json_array_foreach(calls, i, call) {
+        const char *id = json_string_value(json_object_get(call, "id"));
+        if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
+            return oom(w->err);
+        emit(w, i ? "" : "\n\n" CALLS_OPEN "\n");
+        if (put_call(w, call, i)) return -1;
     }
+    emit(w, json_array_size(calls) ? "\n" CALLS_CLOSE EOS : EOS);
     return 0;
 }
 
-/* A system message, the empty one too (NULL).  The first one carries what the request says. */
+/* A system message, or the empty one (NULL).  The first one carries what the request says. */
 static int put_system(writer *w, const json_t *message, const json_t *request) {
-    const json_t *tools[2] = {json_object_get(request, "tools"), json_object_get(message, "tools")};
     json_t *format = json_object_get(request, "response_format"), *tool;
     json_t *schema = json_object_get(json_object_get(format, "json_schema"), "schema");
-    size_t i;
-    if (put_content(w, json_object_get(message, "content"), "content")) return -1;
-    for (int k = 0; k < 2; k++) {
-        json_array_foreach(tools[k], i, tool) {
+    size_t n_tools = 0, i;
+    if (put_content(w, message, "content")) return -1;
+    for (int own = 0; own < 2; own++) {
+        const json_t *tools = json_object_get(own ? message : request, "tools");
+        const char *where = own ? w->where : "";
+        if (!is_off(tools) && !json_is_array(tools))
+            return fail(w->err, "%stools is not an array", where);
+        json_array_foreach(tools, i, tool) {
             json_t *function = json_object_get(tool, "function");
-            bool first = i == 0 && (k == 0 || json_array_size(tools[0]) == 0);
-            put_str(&w->text, first ? tools_before : "\n");
-            put_value(w, function ? function : tool);
+            if (!json_is_object(function ? function : tool))
+                return fail(w->err, "%stools[%zu] is not an object", where, i);
+            emit(w, n_tools++ ? "\n%j" : first_tool, function ? function : tool);
         }
     }
-    if (json_array_size(tools[0]) + json_array_size(tools[1]) > 0) put_str(&w->text, tools_after);
-    if (!format || json_is_null(format) || strcmp(type_of(format), "text") == 0) return 0;
-    put_str(&w->text, format_before);
-    if (strcmp(type_of(format), "json_object") == 0) put_str(&w->text, "{\"type\": \"object\"}");
-    else put_value(w, schema && strcmp(type_of(format), "json_schema") == 0 ? schema : format);
+    emit(w, n_tools ? after_tools : "");
+    if (is_off(format) || strcmp(type_of(format), "text") == 0) return 0;
+    if (strcmp(type_of(format), "json_schema") == 0 && schema) format = schema;
+    bool any = strcmp(type_of(format), "json_object") == 0;
+    if (any) emit(w, RESPONSE_FORMAT "{\"type\": \"object\"}");
+    else emit(w, RESPONSE_FORMAT "%j", format);
     return 0;
 }
 
-typedef enum { SYSTEM, USER, ASSISTANT, TOOL, DEVELOPER, REMINDER, N_ROLES } role;
-
-static role role_of(const json_t *message) {
+/* A role's first letter; 0 for one that is not known. */
+static char role(const json_t *message) {
     static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
                                         "latest_reminder"};
     const char *name = json_string_value(json_object_get(message, "role"));
-    int r = 0;
-    while (r < N_ROLES && (!name || strcmp(name, names[r]) != 0)) r++;
-    return (role)r;
+    for (size_t i = 0; name && i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0) return *name;
+    return 0;
 }
 
-static bool in_turn(const json_t *message) {
-    role r = role_of(message);
-    return r == USER || r == DEVELOPER || r == TOOL;
+/* Is message i part of a turn of the user? */
+static bool in_turn(const writer *w, size_t i) {
+    return memchr("utd", role(json_array_get(w->messages, i)), 3) != NULL;
 }
 
-typedef struct { size_t rank, at; } tool_result; /* of its call; in messages */
-
-static int by_rank(const void *a, const void *b) {
-    const tool_result *x = a, *y = b;
-    return x->rank != y->rank ? (x->rank > y->rank) - (x->rank < y->rank)
-                              : (x->at > y->at) - (x->at < y->at);
+static int by_value(const void *a, const void *b) {
+    const uint64_t *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
 }
 
 /* Messages [from, to) as one turn of the user.  Where the tools speak stays; which result stands
- * at which of these places goes by the order of the calls. */
-static int put_turn(writer *w, const json_t *messages, size_t from, size_t to) {
-    tool_result *results = calloc(to - from, sizeof *results);
+ * at which of these places goes by the order of the calls, those of no known call last. */
+static int put_turn(writer *w, size_t from, size_t to) {
+    uint64_t *results = calloc(to - from, sizeof *results); /* place of its call << 32 | message */
     size_t n = 0, next = 0;
     int rc = results ? 0 : oom(w->err);
     for (size_t i = from; !rc && i < to; i++) {
-        const json_t *m = json_array_get(messages, i);
-        const char *id = json_string_value(json_object_get(m, "tool_call_id"));
-        const json_t *rank = json_object_get(w->order, id);
-        if (role_of(m) == TOOL)
-            results[n++] = (tool_result){rank ? (size_t)json_integer_value(rank) : SIZE_MAX, i};
+        const json_t *m = json_array_get(w->messages, i), *id = json_object_get(m, "tool_call_id");
+        const json_t *place = json_object_get(w->order, json_string_value(id));
+        if (role(m) == 't')
+            results[n++] = (place ? (uint64_t)json_integer_value(place) : UINT32_MAX) << 32 | i;
     }
-    if (n) qsort(results, n, sizeof *results, by_rank);
-    put_str(&w->text, "<｜User｜>");
+    if (n) qsort(results, n, sizeof *results, by_value);
+    emit(w, "<｜User｜>");
     for (size_t i = from; !rc && i < to; i++) {
-        bool tool = role_of(json_array_get(messages, i)) == TOOL;
-        size_t at = tool ? results[next++].at : i;
-        snprintf(w->where, sizeof w->where, "messages[%zu].", at);
-        put_str(&w->text, i > from ? "\n\n" : "");
-        put_str(&w->text, tool ? "<tool_result>" : "");
-        rc = put_content(w, json_object_get(json_array_get(messages, at), "content"), "content");
-        put_str(&w->text, tool ? "</tool_result>" : "");
+        bool tool = role(json_array_get(w->messages, i)) == 't';
+        emit(w, i > from ? "\n\n" : "");
+        emit(w, tool ? "<tool_result>" : "");
+        rc = put_content(w, message_at(w, tool ? results[next++] & UINT32_MAX : i), "content");
+        emit(w, tool ? "</tool_result>" : "");
     }
     free(results);
     return rc;
@@ -1460,100 +1400,72 @@ static int put_turn(writer *w, const json_t *messages, size_t from, size_t to) {
 
 /* How hard to think, if at all. */
 static int put_effort(writer *w, const json_t *request, generation gen, bool *think) {
-    static const struct { const char *name, *text[2]; } efforts[] = { /* by generation */
-        {"none", {"", ""}}, {"minimal", {"", ""}}, {"low", {"", ""}}, {"medium", {"", ""}},
-        {"high", {"", effort_first}}, {"max", {effort_first, effort_0731}},
-        {"xhigh", {effort_first, effort_0731}}};
+    static const char *const names[] = {"none", "minimal", "low", "medium", "high", "xhigh", "max"};
     const json_t *thinking = json_object_get(request, "thinking");
     const json_t *effort = json_object_get(request, "reasoning_effort");
     const char *type = type_of(thinking), *name = json_string_value(effort);
-    size_t i = 0, n = sizeof efforts / sizeof *efforts;
+    int i = 0;
     *think = !json_is_false(thinking) && strcmp(type, "disabled") != 0;
-    if (thinking && !json_is_null(thinking) && !json_is_boolean(thinking) && *think
-        && strcmp(type, "enabled") != 0)
-        return malformed(w, "thinking is neither a boolean nor {\"type\": \"enabled\"} or "
-                            "{\"type\": \"disabled\"}");
+    if (*think && !is_off(thinking) && !json_is_true(thinking) && strcmp(type, "enabled") != 0)
+        return fail(w->err, "thinking is neither a boolean nor of type enabled or disabled");
     if (!effort || json_is_null(effort)) return 0;
-    while (name && i < n && strcmp(name, efforts[i].name) != 0) i++;
-    if (!name) return malformed(w, "reasoning_effort is not text");
-    if (i == n) return malformed(w, "reasoning_effort \"%.60s\" is not one of none, minimal, low, "
-                                    "medium, high, xhigh, max", name);
-    if (i == 0) *think = false;
-    if (*think) put_str(&w->text, efforts[i].text[gen == GEN_0731]);
-    return 0;
-}
-
-/* What must be known before the first message is written. */
-typedef struct { bool tools, system; size_t last_turn; } survey;
-
-static int check_request(writer *w, const json_t *request, survey *found) {
-    const json_t *tools = json_object_get(request, "tools");
-    const json_t *messages = json_object_get(request, "messages");
-    const json_t *format = json_object_get(request, "response_format");
-    json_t *m;
-    size_t i;
-    if (!json_is_object(request)) return malformed(w, "the request is not an object");
-    if (json_array_size(messages) == 0)
-        return malformed(w, "messages is not an array with messages in it");
-    if (format && !json_is_null(format) && !json_is_object(format))
-        return malformed(w, "response_format is not an object");
-    if (check_tools(w, tools)) return -1;
-    found->tools = json_array_size(tools) > 0;
-    json_array_foreach(messages, i, m) {
-        const char *name = json_string_value(json_object_get(m, "role"));
-        snprintf(w->where, sizeof w->where, "messages[%zu].", i);
-        if (role_of(m) == N_ROLES)
-            return malformed(w, "role \"%.60s\" is not one of system, user, assistant, tool, "
-                                "developer, latest_reminder", name ? name : "");
-        if (in_turn(m)) found->last_turn = i;
-        if (role_of(m) != SYSTEM) continue;
-        if (check_tools(w, json_object_get(m, "tools"))) return -1;
-        found->tools |= json_array_size(json_object_get(m, "tools")) > 0;
-        found->system = true;
-    }
-    w->where[0] = 0;
+    while (name && i < 7 && strcmp(name, names[i]) != 0) i++;
+    if (!name || i == 7)
+        return fail(w->err, "reasoning_effort \"%s\" is not one of none, minimal, low, medium, "
+                            "high, xhigh, max", name && strlen(name) < 60 ? name : "...");
+    if (i == 0) *think = false;    /* "none"; up to "medium" there is nothing to say            */
+    if (*think && (i > 4 || (i == 4 && gen == GEN_0731)))
+        emit(w, i > 4 && gen == GEN_0731 ? effort_0731 : effort_first);
     return 0;
 }
 
 static int put_prompt(writer *w, const json_t *request, generation gen, prompt *out) {
-    const json_t *messages = json_object_get(request, "messages"), *unsaid = request;
-    size_t n = json_array_size(messages);
-    survey found = {0};
-    bool think;
-    if (check_request(w, request, &found)) return -1;
-    put_str(&w->text, "<｜begin▁of▁sentence｜>");
+    const json_t *unsaid = request; /* until a system message has carried it */
+    size_t n = json_array_size(w->messages), turns_end = 0;
+    bool tools = json_array_size(json_object_get(request, "tools")) > 0, system = false, think;
+    if (n == 0) return fail(w->err, "messages is not an array with messages in it");
+    for (size_t i = 0; i < n; i++) {
+        const json_t *m = message_at(w, i);
+        const char *name = json_string_value(json_object_get(m, "role"));
+        if (!role(m))
+            return fail(w->err, "%srole \"%s\" is not one of system, user, assistant, tool, "
+                                "developer, latest_reminder", w->where,
+                        name && strlen(name) < 60 ? name : "...");
+        if (in_turn(w, i)) turns_end = i + 1;
+        system |= role(m) == 's';
+        tools |= role(m) == 's' && json_array_size(json_object_get(m, "tools")) > 0;
+    }
+    emit(w, "<｜begin▁of▁sentence｜>");
     if (put_effort(w, request, gen, &think)) return -1;
-    if (!found.system && put_system(w, NULL, request)) return -1;
+    if (!system && put_system(w, NULL, request)) return -1;
     for (size_t i = 0, end; i < n; i = end) {
-        const json_t *m = json_array_get(messages, i);
+        const json_t *m = message_at(w, i);
         int rc = 0;
-        snprintf(w->where, sizeof w->where, "messages[%zu].", i);
-        for (end = i + 1; in_turn(m) && end < n && in_turn(json_array_get(messages, end));) end++;
-        if (in_turn(m)) {
-            rc = put_turn(w, messages, i, end);
-        } else if (role_of(m) == ASSISTANT) {
-            rc = put_assistant(w, m, think && (found.tools || i > found.last_turn));
-        } else if (role_of(m) == SYSTEM) {
+        for (end = i + 1; in_turn(w, i) && end < n && in_turn(w, end);) end++;
+        if (role(m) == 's') {
             rc = put_system(w, m, unsaid);
             unsaid = NULL;
+        } else if (role(m) == 'a') {
+            rc = put_assistant(w, m, think && (tools || i >= turns_end));
+        } else if (role(m) == 'l') {
+            emit(w, "<｜latest_reminder｜>");
+            rc = put_content(w, m, "content");
         } else {
-            put_str(&w->text, "<｜latest_reminder｜>");
-            rc = put_content(w, json_object_get(m, "content"), "content");
+            rc = put_turn(w, i, end);
         }
         if (rc) return -1;
     }
-    out->answered = role_of(json_array_get(messages, n - 1)) == ASSISTANT;
+    out->answered = role(json_array_get(w->messages, n - 1)) == 'a';
     out->think = think && !out->answered;
-    if (!out->answered)
-        put_str(&w->text, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
-    return 0;
+    if (!out->answered) emit(w, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
+    return w->text.failed || w->cuts.failed ? oom(w->err) : 0;
 }
 
 int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err) {
     writer w = {.order = json_object(), .err = err};
+    w.messages = json_object_get(request, "messages");
     *out = (prompt){0};
     int rc = w.order ? put_prompt(&w, request, gen, out) : oom(err);
-    if (!rc && (w.text.failed || w.cuts.failed)) rc = oom(err);
     json_decref(w.order);
     out->text = w.text.s;
     out->len = w.text.n;
@@ -1570,8 +1482,8 @@ void prompt_free(prompt *p) {
 }
 
 struct json_t *prompt_message(const char *role_name, const char *text, size_t len) {
-    char *repaired = utf8_valid(text, len) ? NULL : utf8_repair(text, &len);
-    json_t *content = json_stringn(repaired ? repaired : text, len);
+    char *repaired = utf8_repair(text, &len);
+    json_t *content = repaired ? json_stringn(repaired, len) : NULL;
     free(repaired);
     return json_pack("{s:s, s:o}", "role", role_name, "content", content);
 }
@@ -1581,41 +1493,40 @@ struct json_t *prompt_message(const char *role_name, const char *text, size_t le
  *    CONTENT  ------ held --------- INVOKE ---------------- PARAMETER, VALUE ...  INVOKE
  * Bytes are taken one by one, so that no split of them can show.  What may yet turn out to be
  * structure is held.  When it is not, all up to the end of the last whole tag is content, and the
- * few bytes behind it are looked at once more; these hold no '<' but their first, so no byte is
- * looked at a third time.                                                                        */
+ * few bytes behind it are looked at once more; these hold no '<' but their first and maybe their
+ * last, so nothing is ever looked at a third time.                                               */
 
-/* Does the text begin like word, as far as it goes?  *whole: with all of word. */
-static bool begins(const char *s, size_t n, const char *word, bool *whole) {
+typedef enum { DIFFERS, BEGINS, WHOLE } likeness;
+
+/* Is word what the n bytes at s start with, or may it be once there are more? */
+static likeness like(const char *s, size_t n, const char *word) {
     size_t len = strlen(word);
-    *whole = n >= len;
-    return memcmp(s, word, n < len ? n : len) == 0;
+    return memcmp(s, word, n < len ? n : len) ? DIFFERS : n < len ? BEGINS : WHOLE;
 }
-
-static bool is_white(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
 static bool ends(const char *s, size_t n, const char *word) {
     size_t len = strlen(word);
     return n >= len && memcmp(s + n - len, word, len) == 0;
 }
 
+static bool is_white(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
 size_t stop_push(stop_filter *f, const char *bytes, size_t len, char *out) {
     size_t i = 0, n_out = 0;
-    if (f->hit) return 0;
     do {
-        if (i < len) f->held[f->n_held++] = bytes[i];
-        while (f->n_held > 0) {
-            bool maybe = false, whole;
-            for (int k = 0; k < f->n_words && !f->hit; k++) {
-                if (!begins(f->held, f->n_held, f->words[k], &whole)) continue;
-                if (whole) f->hit = true;
-                else maybe = true;
+        if (i < len && !f->hit) f->held[f->n_held++] = bytes[i];
+        while (f->n_held > 0) {    /* the same again from each place, until one may be a word   */
+            likeness best = DIFFERS;
+            for (int k = 0; k < f->n_words; k++) {
+                likeness is = like(f->held, f->n_held, f->words[k]);
+                if (is > best) best = is;
             }
-            if (f->hit) return n_out;
-            if (maybe && len > 0) break;
+            f->hit = best == WHOLE;
+            if (f->hit) f->n_held = 0;
+            if (f->hit || (best == BEGINS && len > 0)) break;
             out[n_out++] = f->held[0];
             memmove(f->held, f->held + 1, --f->n_held);
         }
-        assert(f->n_held < MAX_STOP_BYTES - 1);
     } while (++i < len);
     return n_out;
 }
@@ -1627,7 +1538,6 @@ struct answer {
     buffer arguments;              /* of the call that is being read                            */
     size_t item, tag;              /* in held: behind the last whole tag; and its white space   */
     size_t invoke, name, name_len; /* in held                                                   */
-    size_t value;                  /* in held                                                   */
     bool string;                   /* the value is text, not JSON                               */
     bool called;                   /* this block gave a call                                    */
     answer_fn each;
@@ -1635,11 +1545,9 @@ struct answer {
 };
 
 int answer_open(answer **out, bool think, answer_fn each, void *arg, dsv4_err *err) {
-    answer *a = *out = calloc(1, sizeof *a);
-    if (!a) return oom(err);
-    a->state = think ? REASONING : CONTENT;
-    a->each = each;
-    a->arg = arg;
+    *out = malloc(sizeof **out);
+    if (!*out) return oom(err);
+    **out = (answer){.state = think ? REASONING : CONTENT, .each = each, .arg = arg};
     return 0;
 }
 
@@ -1657,41 +1565,44 @@ static void hand_over(answer *a) {
     a->out.n = 0;
 }
 
-/* Outside of a block: what cannot begin anything goes out. */
+/* The first n bytes that are held are certain. */
+static void release(answer *a, size_t n) {
+    put(&a->out, a->held.s, n);
+    a->held.n -= n;
+    if (a->held.n) memmove(a->held.s, a->held.s + n, a->held.n);
+}
+
+/* Outside of a block: what cannot begin anything goes out.  Only the last byte can have made
+ * something whole, for this is asked at each. */
 static void settle(answer *a) {
-    size_t done = 0;
-    while (done < a->held.n) {
-        const char *s = a->held.s + done;
-        size_t n = a->held.n - done;
-        bool whole;
-        if (begins(s, n, EOS, &whole) && n <= strlen(EOS)) break; /* maybe the very end */
-        if (a->state == REASONING && begins(s, n, "</think>", &whole)) {
-            if (!whole) break;
-            hand_over(a);
-            a->state = CONTENT;
-            done += strlen("</think>");
-            continue;
-        }
-        if (a->state == CONTENT && (begins(s, n, CALLS_OPEN, &whole)
-                                    || begins(s, n, "\n\n" CALLS_OPEN, &whole))) {
-            if (!whole) break;
-            a->state = INVOKE;
-            a->item = a->tag = n;
-            a->called = false;
-            break;
-        }
-        put(&a->out, s, 1);
-        done++;
+    likeness is = DIFFERS;
+    size_t at = 0;
+    for (; at < a->held.n; at++) {
+        const char *s = a->held.s + at;
+        size_t n = a->held.n - at;
+        is = like(s, n, a->state == REASONING ? "</think>" : CALLS_OPEN);
+        if (!is && a->state == CONTENT) is = like(s, n, "\n\n" CALLS_OPEN);
+        if (!is && n <= strlen(EOS) && like(s, n, EOS)) is = BEGINS; /* maybe the very end */
+        if (is) break;
     }
-    a->held.n -= done;
-    memmove(a->held.s, a->held.s + done, a->held.n);
+    release(a, at);
+    if (is != WHOLE) return;
+    if (a->state == REASONING) {
+        hand_over(a);
+        a->state = CONTENT;
+        a->held.n = 0;
+    } else {
+        a->state = INVOKE;
+        a->item = a->tag = a->held.n;
+        a->called = false;
+    }
 }
 
 /* The last byte ended a value. */
 static void end_value(answer *a) {
-    const char *s = a->held.s + a->value;
-    size_t n = a->held.n - a->value - strlen(PARAMETER_CLOSE), from = 0, to = n;
-    /* Integers as reals: that they fit 64 bits is not asked. */
+    const char *s = a->held.s + a->tag;
+    size_t n = a->held.n - a->tag - strlen(PARAMETER_CLOSE), from = 0, to = n;
+    /* Integers are looked at as reals, so that they may have more than 64 bits. */
     size_t flags = JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL;
     while (from < to && is_white(s[from])) from++;
     while (to > from && is_white(s[to - 1])) to--;
@@ -1700,77 +1611,75 @@ static void end_value(answer *a) {
     else put_json_string(&a->arguments, s, n);
     json_decref(json);
     a->state = PARAMETER;
-    a->item = a->tag = a->held.n;
 }
 
-/* The opening tag at a->tag is whole; s [n] is what follows name=".  Is it right? */
+/* An opening tag is whole; s [n] is what follows its name=".  Is it right? */
 static bool end_open_tag(answer *a, const char *s, size_t n) {
     const char *quote = memchr(s, '"', n);
-    size_t len = quote ? (size_t)(quote - s) : 0, rest = n - len;
-    bool whole;
-    if (!quote || (a->state == INVOKE && len == 0)) return false;
+    size_t len = quote ? (size_t)(quote - s) : n;
     if (a->state == INVOKE) {
-        if (rest != 2) return false;
+        if (len == 0 || n - len != strlen("\">")) return false;
         a->invoke = a->tag;
         a->name = (size_t)(s - a->held.s);
         a->name_len = len;
         a->arguments.n = 0;
         put_str(&a->arguments, "{");
         a->state = PARAMETER;
-    } else {
-        a->string = begins(quote, rest, PARAMETER_TRUE, &whole) && whole;
-        if (!a->string && !(begins(quote, rest, PARAMETER_FALSE, &whole) && whole)) return false;
-        put_str(&a->arguments, a->arguments.n > 1 ? ", " : "");
-        put_json_string(&a->arguments, s, len);
-        put_str(&a->arguments, ": ");
-        a->value = a->held.n;
-        a->state = VALUE;
+        return true;
     }
-    a->item = a->tag = a->held.n;
+    a->string = quote && like(quote, n - len, PARAMETER_TRUE) == WHOLE;
+    if (!a->string && !(quote && like(quote, n - len, PARAMETER_FALSE) == WHOLE)) return false;
+    put_str(&a->arguments, a->arguments.n > 1 ? ", " : "");
+    put_json_string(&a->arguments, s, len);
+    put_str(&a->arguments, ": ");
+    a->state = VALUE;
     return true;
 }
 
-/* A closing tag is whole: of a call, or of the block.  A block without calls is none. */
+/* A closing tag is whole: of a call, or of the block.  A block without a call is none. */
 static bool end_close_tag(answer *a) {
     if (a->state == INVOKE && !a->called) return false;
-    if (a->state == INVOKE) {
-        a->state = CONTENT;
-    } else {
-        put_str(&a->arguments, "}");
-        if (a->arguments.failed) return true;
-        hand_over(a);
+    a->called = a->state == PARAMETER;
+    a->state = a->called ? INVOKE : CONTENT;
+    put_str(&a->arguments, "}");
+    hand_over(a);
+    if (a->called && !a->arguments.failed)
         a->each(a->arg, &(answer_piece){
             ANSWER_CALL, a->arguments.s, a->arguments.n, a->held.s + a->name,
             a->held.s + a->invoke, a->name_len, a->held.n - a->invoke});
-        a->called = true;
-        a->state = INVOKE;
-    }
-    a->held.n = a->item = a->tag = 0;
+    a->held.n = 0;
     return true;
 }
 
-/* In a block, outside of values: one more byte of white space or of a tag. */
-static void tag_byte(answer *a) {
+/* In a block, one more byte. */
+static void block_byte(answer *a) {
     const char *open = a->state == INVOKE ? INVOKE_OPEN : PARAMETER_OPEN;
     const char *close = a->state == INVOKE ? CALLS_CLOSE : INVOKE_CLOSE;
-    const char *s = a->held.s + a->tag;
+    const char *s = a->held.s + a->tag, last = a->held.s[a->held.n - 1];
     size_t n = a->held.n - a->tag, name = strlen(open);
-    bool whole;
-    if (n == 1 && is_white(*s)) {
+    bool right = false;
+    if (a->state == VALUE) {
+        if (last != '>' || !ends(s, n, PARAMETER_CLOSE)) return;
+        end_value(a);
+        right = true;
+    } else if (n == 1 && is_white(*s)) {
         a->tag++;
         return;
+    } else if (like(s, n, close) == WHOLE) {
+        right = end_close_tag(a);
+    } else if (like(s, n, open) == WHOLE && n > name) {
+        if (last != '<' && last != '>') return;
+        right = last == '>' && end_open_tag(a, s + name, n - name);
+    } else if (like(s, n, close) || like(s, n, open) || (like(s, n, EOS) && n <= strlen(EOS))) {
+        return;
     }
-    if (begins(s, n, EOS, &whole) && n <= strlen(EOS)) return;
-    if (begins(s, n, close, &whole) && (!whole || end_close_tag(a))) return;
-    if (begins(s, n, open, &whole)) {
-        if (n <= name || (s[n - 1] != '<' && s[n - 1] != '>')) return;
-        if (s[n - 1] == '>' && end_open_tag(a, s + name, n - name)) return;
+    if (right) {
+        a->item = a->tag = a->held.n;
+    } else {
+        release(a, a->item);
+        a->state = CONTENT;
+        settle(a);
     }
-    put(&a->out, a->held.s, a->item);
-    a->held.n -= a->item;
-    memmove(a->held.s, a->held.s + a->item, a->held.n);
-    a->state = CONTENT;
-    settle(a);
 }
 
 static int answer_check(const answer *a, dsv4_err *err) {
@@ -1782,20 +1691,17 @@ int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err) {
         put(&a->held, bytes + i, 1);
         if (answer_check(a, err)) return -1;
         if (a->state == REASONING || a->state == CONTENT) settle(a);
-        else if (a->state != VALUE) tag_byte(a);
-        else if (bytes[i] == '>'
-                 && ends(a->held.s + a->value, a->held.n - a->value, PARAMETER_CLOSE)) end_value(a);
+        else block_byte(a);
     }
     hand_over(a);
-    return answer_check(a, err);
+    return 0;
 }
 
 int answer_end(answer *a, dsv4_err *err) {
     if (ends(a->held.s, a->held.n, EOS)) a->held.n -= strlen(EOS);
     /* A block that was not closed: its calls stand, and so does nothing else. */
     if (a->state == INVOKE && a->called && a->tag == a->held.n) a->held.n = 0;
-    put(&a->out, a->held.s, a->held.n);
-    a->held.n = 0;
+    release(a, a->held.n);
     hand_over(a);
     return answer_check(a, err);
 }
