@@ -1140,33 +1140,26 @@ static void put_json_real(buffer *b, double x) {
 }
 
 static void put_json(buffer *b, json_t *v) {
-    const char *key, *sep = "{";
-    char word[32];
+    const char *key, *sep = "";
+    char word[32];                 /* 17, true, null                                            */
     json_t *item;
     size_t i;
-    switch (json_typeof(v)) {
-    case JSON_OBJECT:
-        json_object_foreach(v, key, item) {
-            put_str(b, sep);
-            put_json_string(b, key, strlen(key));
-            put_str(b, ": ");
-            put_json(b, item);
-            sep = ", ";
-        }
-        put_str(b, json_object_size(v) ? "}" : "{}");
-        break;
-    case JSON_ARRAY:
-        put_str(b, "[");
-        json_array_foreach(v, i, item) {
-            put_str(b, i ? ", " : "");
-            put_json(b, item);
-        }
-        put_str(b, "]");
-        break;
-    case JSON_STRING: put_json_string(b, json_string_value(v), json_string_length(v)); break;
-    case JSON_REAL: put_json_real(b, json_real_value(v)); break;
-    default: put(b, word, json_dumpb(v, word, sizeof word, JSON_ENCODE_ANY)); /* 17, true, null */
+    if (json_is_string(v)) put_json_string(b, json_string_value(v), json_string_length(v));
+    else if (json_is_real(v)) put_json_real(b, json_real_value(v));
+    else if (json_is_array(v) || json_is_object(v)) put_str(b, json_is_array(v) ? "[" : "{");
+    else put(b, word, json_dumpb(v, word, sizeof word, JSON_ENCODE_ANY));
+    json_array_foreach(v, i, item) {
+        put_str(b, i ? ", " : "");
+        put_json(b, item);
     }
+    json_object_foreach(v, key, item) {
+        put_str(b, sep);
+        put_json_string(b, key, strlen(key));
+        put_str(b, ": ");
+        put_json(b, item);
+        sep = ", ";
+    }
+    put_str(b, json_is_array(v) ? "]" : json_is_object(v) ? "}" : "");
 }
 
 /* === 9. The prompt ============================================================================
