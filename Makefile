@@ -27,8 +27,8 @@ endif
 
 OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o text.o)
 SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c text.c main.c
-C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_text test_model)
-FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer)
+C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_text test_chat test_model)
+FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer)
 VENV     = build/venv/bin/python3
 
 all: $(BIN)

@@ -1,5 +1,7 @@
-/* text.c -- bytes <-> tokens <-> prompt: the byte-level BPE of a checkpoint's tokenizer.json.
+/* text.c -- messages -> prompt <-> tokens <-> answer, by the byte-level BPE of tokenizer.json.
  *
+ *   {"messages": [...]}          a request; its prompt, in which is known who wrote what  section 9
+ *        |
  *   "x = 15<think>"              bytes; what is not UTF-8 becomes U+FFFD            section 1
  *        | added tokens first, longest first (only if the caller wants them)        section 5
  *   "x = 15"  128821
@@ -7,7 +9,9 @@
  *   "x" " =" " " "15"            words
  *        | one id a byte; the pair of neighbours with the lowest rank is merged,
  *        | the leftmost one on ties, until no pair has a rank                       section 6
- *   90 438 223 856  128821       ids
+ *   90 438 223 856  128821       ids, to the model and from it
+ *        | bytes of ids, whole characters, until a stop word                  sections 7, 1, 10
+ *   "why</think>because"         reasoning, content and tool calls                   section 10
  *
  * Invariants  1 a tok is never written after tok_parse: any number of threads may encode
  *             2 every one of the 256 bytes has an id, so no text is ever lost
@@ -15,10 +19,13 @@
  *             4 time is near linear in the text, whatever the text and the file: merging
  *               is O(n log n) a word, and a regex that is too slow ends in an error
  *             5 the JSON tree is gone when tok_parse returns
+ *             6 no text of people or tools ever becomes a special token of a prompt
+ *             7 an answer's pieces do not depend on how its bytes were handed over
  *
  * Contents    1 UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
- *             5 cutting text   6 merging a word   7 encoding, decoding, prompt
- * Not here    chat messages with history or tools, and HTTP
+ *             5 cutting text   6 merging a word   7 encoding, decoding
+ *             8 writing JSON   9 the prompt   10 the answer
+ * Not here    HTTP, and running tools
  */
 #define _POSIX_C_SOURCE 200809L    /* open_memstream, the thread's CPU clock                    */
 
@@ -137,7 +144,7 @@ static char *utf8_repair(const char *text, size_t *len) {
 
 typedef struct {                   /* what an id stands for                                     */
     uint32_t at, len;              /* in tok.bytes                                              */
-    bool known, special;
+    bool known;
 } piece;
 
 typedef struct {                   /* a string to be looked up in a sorted table                */
@@ -448,8 +455,8 @@ static size_t from_byte_level(char *out, const char *s) {
 }
 
 /* Give id the n bytes that were just written behind those in use. */
-static void place(reader *r, int32_t id, size_t n, bool special) {
-    r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true, special};
+static void place(reader *r, int32_t id, size_t n) {
+    r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true};
     r->n_bytes += n;
 }
 
@@ -475,7 +482,7 @@ static int read_vocab(reader *r) {
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
         if (n > 0 && t->words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
-        place(r, id, n, false);
+        place(r, id, n);
     }
     for (int b = 0; b < 256; b++)
         if (t->byte_id[b] < 0) return refuse(r, "model.vocab has no token for byte 0x%02x", b);
@@ -560,7 +567,7 @@ static int read_added_token(reader *r, json_t *v) {
                       content, id);
     int pass = normalized < 0 ? !special : normalized;
     char *s = memcpy(t->bytes + r->n_bytes, content, n);
-    place(r, id, n, special);
+    place(r, id, n);
     t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
     t->starts[pass][(unsigned char)*s] = true;
     return 0;
@@ -732,6 +739,8 @@ typedef struct {                   /* a part of the word that is being merged   
 typedef struct {                   /* one tok_encode                                            */
     const tok *t;
     const char *text;              /* all of it, valid UTF-8                                    */
+    const size_t *cuts;            /* [n_cuts] as in a prompt: no added token touches these     */
+    size_t n_cuts, cut[2];         /* and how many of them each pass has behind it              */
     int32_t *ids;
     size_t n, cap;
     seen_word *seen;               /* [seen_mask + 1] by hash                                   */
@@ -848,13 +857,29 @@ static const named *longest_added(const tok *t, int pass, const char *s, size_t 
     return best;
 }
 
-/* Added tokens of this pass become their ids; what lies between them goes on. */
+/* Where does what is free at s + *i end?  *i is moved out of a cut first.  Each pass asks from the
+ * left to the right, so all its calls together look at each cut once. */
+static size_t free_end(encoder *e, int pass, const char *s, size_t len, size_t *i) {
+    size_t base = (size_t)(s - e->text), *k = &e->cut[pass];
+    while (*k < e->n_cuts && e->cuts[*k + 1] <= base + *i) *k += 2;
+    if (*k == e->n_cuts || e->cuts[*k] >= base + len) return len;
+    if (e->cuts[*k] > base + *i) return e->cuts[*k] - base;
+    *i = e->cuts[*k + 1] < base + len ? e->cuts[*k + 1] - base : len;
+    return *i;
+}
+
+/* Added tokens of this pass become their ids; what lies between them goes on, as one text, be it
+ * free or cut. */
 static int cut_added(encoder *e, int pass, const char *s, size_t len) {
     if (pass == 2) return cut_regex(e, 0, s, len);
     size_t done = 0;
-    for (size_t i = 0; i < len;) {
+    for (size_t i = 0, end = 0; i < len;) {
+        if (i >= end) {
+            end = free_end(e, pass, s, len, &i);
+            continue;
+        }
         const named *added = e->t->starts[pass][(unsigned char)s[i]]
-                                 ? longest_added(e->t, pass, s + i, len - i) : NULL;
+                                 ? longest_added(e->t, pass, s + i, end - i) : NULL;
         if (!added) {
             i++;
             continue;
@@ -970,13 +995,12 @@ static int word(encoder *e, const char *s, size_t len) {
     return 0;
 }
 
-/* === 7. Encoding, decoding, prompt ============================================================ */
+/* === 7. Encoding, decoding ==================================================================== */
 
-/* Encode valid UTF-8; what e holds is the caller's to free, on -1 too. */
-static int encode_valid(encoder *e, const char *text, size_t len, bool special) {
+/* Encode e->text, len bytes of valid UTF-8; what e holds is the caller's to free, on -1 too. */
+static int encode_valid(encoder *e, size_t len) {
     size_t n_seen = 64;
     while (n_seen < len / 16 && n_seen < SEEN_SLOTS) n_seen *= 2;
-    e->text = text;
     e->seen_mask = (uint32_t)(n_seen - 1);
     e->seen = calloc(n_seen, sizeof *e->seen);
     e->match = pcre2_match_data_create(1, NULL);
@@ -990,12 +1014,28 @@ static int encode_valid(encoder *e, const char *text, size_t len, bool special) 
                                                                      : UINT32_MAX / 2));
     pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
     e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
-    return len > 0 ? cut_added(e, special ? 0 : 2, text, len) : 0;
+    return len > 0 ? cut_added(e, 0, e->text, len) : 0;
+}
+
+/* encode_valid and what belongs around it. */
+static int encode(encoder *e, size_t len, int32_t **ids, size_t *n) {
+    int rc = encode_valid(e, len);
+    if (rc) {
+        free(e->ids);
+    } else {
+        *ids = e->ids;
+        *n = e->n;
+    }
+    pcre2_match_context_free(e->limits);
+    pcre2_match_data_free(e->match);
+    free(e->heap);
+    free(e->sym);
+    free(e->seen);
+    return rc;
 }
 
 int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
                dsv4_err *err) {
-    encoder e = {.t = t, .err = err};
     char *repaired = NULL;
     *ids = NULL;
     *n = 0;
@@ -1005,20 +1045,26 @@ int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t
         repaired = utf8_repair(text, &len);
         if (!repaired) return oom(err);
     }
-    int rc = encode_valid(&e, repaired ? repaired : text, len, special);
-    if (rc) {
-        free(e.ids);
-    } else {
-        *ids = e.ids;
-        *n = e.n;
-    }
-    pcre2_match_context_free(e.limits);
-    pcre2_match_data_free(e.match);
-    free(e.heap);
-    free(e.sym);
-    free(e.seen);
+    const size_t all[2] = {0, len}; /* where nothing may be special, all of it is cut out       */
+    encoder e = {.t = t, .text = repaired ? repaired : text, .cuts = all,
+                 .n_cuts = special ? 0 : 2, .err = err};
+    int rc = encode(&e, len, ids, n);
     free(repaired);
     return rc;
+}
+
+int prompt_encode(const tok *t, const prompt *p, int32_t **ids, size_t *n, dsv4_err *err) {
+    static const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
+                                        "<｜Assistant｜>", "<think>", "</think>"};
+    encoder e = {.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts, .err = err};
+    *ids = NULL;
+    *n = 0;
+    for (size_t i = 0; i < sizeof frame / sizeof *frame; i++)
+        if (tok_special(t, frame[i]) < 0) return fail(err, "the tokenizer has no %s", frame[i]);
+    if (p->len > MAX_TEXT_BYTES)
+        return fail(err, "text of %zu bytes is over the limit of %d", p->len, MAX_TEXT_BYTES);
+    assert(utf8_valid(p->text, p->len));
+    return encode(&e, p->len, ids, n);
 }
 
 int tok_n_ids(const tok *t) { return t->n_ids; }
@@ -1030,10 +1076,6 @@ const char *tok_bytes(const tok *t, int32_t id, size_t *len) {
     return t->bytes + t->pieces[id].at;
 }
 
-bool tok_is_special(const tok *t, int32_t id) {
-    return id >= 0 && id < t->n_ids && t->pieces[id].special;
-}
-
 int32_t tok_special(const tok *t, const char *content) {
     size_t len = strlen(content);
     for (size_t i = 0; i < t->n_added; i++)
@@ -1042,29 +1084,617 @@ int32_t tok_special(const tok *t, const char *content) {
     return -1;
 }
 
-int prompt_user_turn(const tok *t, const char *text, size_t len, bool think, int32_t **ids,
-                     size_t *n, dsv4_err *err) {
-    const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
-                                 "<｜Assistant｜>", think ? "<think>" : "</think>"};
-    int32_t frame_id[4];
-    size_t n_text;
-    *ids = NULL;
-    *n = 0;
-    for (int i = 0; i < 4; i++) {
-        frame_id[i] = tok_special(t, frame[i]);
-        if (frame_id[i] < 0) return fail(err, "the tokenizer has no token %s", frame[i]);
+/* === 8. Writing JSON ==========================================================================
+ * As Python's json.dumps(ensure_ascii=False) writes it, for the model was trained on that.       */
+
+/* Grows as it is written to.  Once there is no memory, nothing more goes in and `failed` stays
+ * set, so that many writes need one look. */
+typedef struct { char *s; size_t n, cap; bool failed; } buffer;
+
+static void put(buffer *b, const char *s, size_t n) {
+    if (n > b->cap - b->n) {
+        size_t cap = 2 * b->cap + n + 64; /* n is the size of something in memory, so this fits */
+        char *grown = b->failed ? NULL : realloc(b->s, cap);
+        b->failed = !grown;
+        if (!grown) return;
+        b->s = grown;
+        b->cap = cap;
     }
-    if (tok_encode(t, text, len, false, ids, &n_text, err)) return -1;
-    int32_t *all = realloc(*ids, (n_text + 4) * sizeof *all); /* 2 in front, 2 behind */
-    if (!all) {
-        free(*ids);
-        *ids = NULL;
-        return oom(err);
+    if (n > 0) memcpy(b->s + b->n, s, n);
+    b->n += n;
+}
+
+static void put_str(buffer *b, const char *s) { put(b, s, strlen(s)); }
+
+static void put_json_string(buffer *b, const char *s, size_t n) {
+    static const char plain[] = "\"\\\n\r\t\b\f", escaped[] = "\"\\nrtbf";
+    size_t done = 0;
+    put_str(b, "\"");
+    for (size_t i = 0; i < n; i++) {
+        const char *named_escape = s[i] ? strchr(plain, s[i]) : NULL;
+        char escape[8];
+        if (!named_escape && (unsigned char)s[i] >= ' ') continue;
+        if (named_escape) snprintf(escape, sizeof escape, "\\%c", escaped[named_escape - plain]);
+        else snprintf(escape, sizeof escape, "\\u%04x", (unsigned)s[i]);
+        put(b, s + done, i - done);
+        put_str(b, escape);
+        done = i + 1;
     }
-    memmove(all + 2, all, n_text * sizeof *all);
-    memcpy(all, frame_id, 2 * sizeof *all);
-    memcpy(all + 2 + n_text, frame_id + 2, 2 * sizeof *all);
-    *ids = all;
-    *n = n_text + 4;
+    put(b, s + done, n - done);
+    put_str(b, "\"");
+}
+
+/* Python's repr: the fewest digits that give x again, with an exponent only when that is below
+ * -4 or above 15. */
+static void put_json_real(buffer *b, double x) {
+    char s[40];
+    int digits = 0;
+    do {                           /* below a power of two the numbers are closer together, and */
+        snprintf(s, sizeof s, "%.*e", digits, x); /* so the fewest digits may be a little above */
+        if (strtod(s, NULL) != x) snprintf(s, sizeof s, "%.*Le", digits, x * (1 + 0x1p-54L));
+    } while (++digits < 17 && strtod(s, NULL) != x);
+    int exponent = (int)strtol(strchr(s, 'e') + 1, NULL, 10), decimals = digits - 1 - exponent;
+    if (exponent >= -4 && exponent < 16)
+        snprintf(s, sizeof s, "%.*f", decimals > 0 ? decimals : 1, x);
+    put_str(b, s);
+}
+
+static void put_json(buffer *b, json_t *v) {
+    const char *key, *sep = "";
+    char word[32];                 /* 17, true, null                                            */
+    json_t *item;
+    size_t i;
+    if (json_is_string(v)) put_json_string(b, json_string_value(v), json_string_length(v));
+    else if (json_is_real(v)) put_json_real(b, json_real_value(v));
+    else if (json_is_array(v) || json_is_object(v)) put_str(b, json_is_array(v) ? "[" : "{");
+    else put(b, word, json_dumpb(v, word, sizeof word, JSON_ENCODE_ANY));
+    json_array_foreach(v, i, item) {
+        put_str(b, i ? ", " : "");
+        put_json(b, item);
+    }
+    json_object_foreach(v, key, item) {
+        put_str(b, sep);
+        put_json_string(b, key, strlen(key));
+        put_str(b, ": ");
+        put_json(b, item);
+        sep = ", ";
+    }
+    put_str(b, json_is_array(v) ? "]" : json_is_object(v) ? "}" : "");
+}
+
+/* === 9. The prompt ============================================================================
+ *   BOS [effort] { system [tools] [format] | <｜User｜> part { \n\n part } | reminder
+ *                | <｜Assistant｜> [<think> reasoning] </think> content [calls] EOS }
+ *       [<｜Assistant｜> (<think> | </think>)]   unless the last message is the assistant's */
+
+#define EOS "<｜end▁of▁sentence｜>"
+#define CALLS_OPEN "<｜DSML｜tool_calls>"
+#define CALLS_CLOSE "</｜DSML｜tool_calls>"
+#define INVOKE_OPEN "<｜DSML｜invoke name=\""
+#define INVOKE_CLOSE "</｜DSML｜invoke>"
+#define PARAMETER_OPEN "<｜DSML｜parameter name=\""
+#define PARAMETER_TRUE "\" string=\"true\">"
+#define PARAMETER_FALSE "\" string=\"false\">"
+#define PARAMETER_CLOSE "</｜DSML｜parameter>"
+
+static const char effort_first[] =
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\nYou MUST be very thorough "
+    "in your thinking and comprehensively decompose the problem to resolve the root cause, "
+    "rigorously stress-testing your logic against all potential paths, edge cases, and "
+    "adversarial scenarios.\nExplicitly write out your entire deliberation process, documenting "
+    "every intermediate step, considered alternative, and rejected hypothesis to ensure "
+    "absolutely no assumption is left unchecked.\n\n";
+static const char effort_0731[] =
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\nYou MUST "
+    "reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively "
+    "decompose the problem into its most fundamental components, trace every causal chain to its "
+    "root, and resolve the underlying cause rather than any surface symptom.\nDo not stop "
+    "reasoning until you have independently verified the solution from multiple angles and are "
+    "certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
+static const char first_tool[] =
+    "\n\n## Tools\n\nYou have access to a set of tools to help answer the user's question. You "
+    "can invoke tools by writing a \"" CALLS_OPEN "\" block like the following:\n\n"
+    CALLS_OPEN "\n" INVOKE_OPEN "$TOOL_NAME\">\n" PARAMETER_OPEN "$PARAMETER_NAME\" string=\"true|"
+    "false\">$PARAMETER_VALUE" PARAMETER_CLOSE "\n...\n" INVOKE_CLOSE "\n"
+    INVOKE_OPEN "$TOOL_NAME2\">\n...\n" INVOKE_CLOSE "\n" CALLS_CLOSE "\n\n"
+    "String parameters should be specified as is and set `string=\"true\"`. For all other types "
+    "(numbers, booleans, arrays, objects), pass the value in JSON format and set "
+    "`string=\"false\"`.\n\nIf thinking_mode is enabled (triggered by <think>), you MUST output "
+    "your complete reasoning inside <think>...</think> BEFORE any tool calls or final response."
+    "\n\nOtherwise, output directly after </think> with tool calls or final response.\n\n"
+    "### Available Tool Schemas\n\n%j";
+static const char after_tools[] = "\n\nYou MUST strictly follow the above defined tool name and "
+    "parameter schemas to invoke tool calls.\n";
+#define RESPONSE_FORMAT \
+    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+
+typedef struct {
+    buffer text, cuts;             /* cuts holds size_t                                         */
+    const json_t *messages;
+    char where[40];                /* "messages[2].": the one that is being looked at           */
+    json_t *order;                 /* {id: place} of the last assistant's tool calls            */
+    dsv4_err *err;
+} writer;
+
+/* A cut begins or ends here.  An empty one, or one that goes on where the last one ended, is two
+ * equal places in a row: neither is kept. */
+static void cut(writer *w) {
+    size_t last = 0, n = w->cuts.n;
+    if (n) memcpy(&last, w->cuts.s + n - sizeof last, sizeof last);
+    if (n && last == w->text.n) w->cuts.n -= sizeof last;
+    else put(&w->cuts, (const char *)&w->text.n, sizeof last);
+}
+
+/* Our own text; what others wrote stands where it says %s (a string) or %j (JSON, but of a string
+ * the text), and in a cut.  Nothing else writes to a prompt. */
+static void emit(writer *w, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    for (const char *p; (p = strchr(fmt, '%')); fmt = p + 2) {
+        put(&w->text, fmt, (size_t)(p - fmt));
+        const char *s = p[1] == 's' ? va_arg(args, const char *) : NULL;
+        json_t *v = s ? NULL : va_arg(args, json_t *);
+        cut(w);
+        if (s) put_str(&w->text, s);
+        else if (json_is_string(v)) put(&w->text, json_string_value(v), json_string_length(v));
+        else put_json(&w->text, v);
+        cut(w);
+    }
+    va_end(args);
+    put_str(&w->text, fmt);
+}
+
+static const json_t *message_at(writer *w, size_t i) {
+    snprintf(w->where, sizeof w->where, "messages[%zu].", i);
+    return json_array_get(w->messages, i);
+}
+
+/* Text, nothing, or a list of parts. */
+static int put_content(writer *w, const json_t *message, const char *key) {
+    json_t *content = json_object_get(message, key), *part;
+    size_t i;
+    if (json_is_string(content)) emit(w, "%j", content);
+    else if (content && !json_is_null(content) && !json_is_array(content))
+        return fail(w->err, "%s%s is not text", w->where, key);
+    json_array_foreach(content, i, part) {
+        const char *field = strcmp(type_of(part), "text") == 0 ? "text" : "type";
+        json_t *text = json_object_get(part, field);
+        if (!json_is_string(text))
+            return fail(w->err, "%s%s[%zu].%s is not text", w->where, key, i, field);
+        emit(w, i ? "\n\n" : "");
+        emit(w, strcmp(field, "text") == 0 ? "%j" : "[Unsupported %j]", text);
+    }
     return 0;
+}
+
+static void put_parameter(writer *w, const char *name, json_t *value) {
+    emit(w, json_is_string(value) ? PARAMETER_OPEN "%s" PARAMETER_TRUE "%j" PARAMETER_CLOSE
+                                  : PARAMETER_OPEN "%s" PARAMETER_FALSE "%j" PARAMETER_CLOSE,
+         name, value);
+}
+
+/* One tool call.  Its arguments are an object or the JSON of one; other text stands for itself. */
+static int put_call(writer *w, const json_t *call, size_t i) {
+    const json_t *function = json_object_get(call, "function");
+    json_t *name = json_object_get(function, "name"), *value, *object;
+    json_t *arguments = json_object_get(function, "arguments");
+    const char *key, *sep = "", *text = json_string_value(arguments);
+    if (!json_is_string(name))
+        return fail(w->err, "%stool_calls[%zu].function.name is not text", w->where, i);
+    if (arguments && !text && !json_is_null(arguments) && !json_is_object(arguments))
+        return fail(w->err, "%stool_calls[%zu].function.arguments is neither text nor an object",
+                    w->where, i);
+    object = text ? json_loadb(text, json_string_length(arguments), JSON_ALLOW_NUL, NULL)
+                  : json_incref(arguments);
+    emit(w, i ? "\n" INVOKE_OPEN "%j\">\n" : INVOKE_OPEN "%j\">\n", name);
+    if (text && !json_is_object(object)) put_parameter(w, "arguments", arguments);
+    json_object_foreach(object, key, value) {
+        emit(w, sep);
+        put_parameter(w, key, value);
+        sep = "\n";
+    }
+    emit(w, "\n" INVOKE_CLOSE);
+    json_decref(object);
+    return 0;
+}
+
+static int put_assistant(writer *w, const json_t *message, bool reasoning) {
+    json_t *calls = json_object_get(message, "tool_calls"), *call;
+    size_t i;
+    emit(w, reasoning ? "<｜Assistant｜><think>" : "<｜Assistant｜>");
+    if (reasoning && put_content(w, message, "reasoning_content")) return -1;
+    emit(w, "</think>");
+    if (put_content(w, message, "content")) return -1;
+    if (!is_off(calls) && !json_is_array(calls))
+        return fail(w->err, "%stool_calls is not an array", w->where);
+    json_object_clear(w->order);
+    json_array_foreach(calls, i, call) {
+        const char *id = json_string_value(json_object_get(call, "id"));
+        if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
+            return oom(w->err);
+        emit(w, i ? "" : "\n\n" CALLS_OPEN "\n");
+        if (put_call(w, call, i)) return -1;
+    }
+    emit(w, json_array_size(calls) ? "\n" CALLS_CLOSE EOS : EOS);
+    return 0;
+}
+
+/* A system message, or the empty one (NULL).  The first one carries what the request says. */
+static int put_system(writer *w, const json_t *message, const json_t *request) {
+    json_t *format = json_object_get(request, "response_format"), *tool;
+    json_t *schema = json_object_get(json_object_get(format, "json_schema"), "schema");
+    size_t n_tools = 0, i;
+    if (put_content(w, message, "content")) return -1;
+    for (int own = 0; own < 2; own++) {
+        const json_t *tools = json_object_get(own ? message : request, "tools");
+        const char *where = own ? w->where : "";
+        if (!is_off(tools) && !json_is_array(tools))
+            return fail(w->err, "%stools is not an array", where);
+        json_array_foreach(tools, i, tool) {
+            json_t *function = json_object_get(tool, "function");
+            if (!json_is_object(function ? function : tool))
+                return fail(w->err, "%stools[%zu] is not an object", where, i);
+            emit(w, n_tools++ ? "\n%j" : first_tool, function ? function : tool);
+        }
+    }
+    emit(w, n_tools ? after_tools : "");
+    if (is_off(format) || strcmp(type_of(format), "text") == 0) return 0;
+    if (strcmp(type_of(format), "json_schema") == 0 && schema) format = schema;
+    bool any = strcmp(type_of(format), "json_object") == 0;
+    if (any) emit(w, RESPONSE_FORMAT "{\"type\": \"object\"}");
+    else emit(w, RESPONSE_FORMAT "%j", format);
+    return 0;
+}
+
+/* A role's first letter; 0 for one that is not known. */
+static char role(const json_t *message) {
+    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
+                                        "latest_reminder"};
+    const char *name = json_string_value(json_object_get(message, "role"));
+    for (size_t i = 0; name && i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0) return *name;
+    return 0;
+}
+
+/* Is message i part of a turn of the user? */
+static bool in_turn(const writer *w, size_t i) {
+    return memchr("utd", role(json_array_get(w->messages, i)), 3) != NULL;
+}
+
+static int by_value(const void *a, const void *b) {
+    const uint64_t *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* Messages [from, to) as one turn of the user.  Where the tools speak stays; which result stands
+ * at which of these places goes by the order of the calls, those of no known call last. */
+static int put_turn(writer *w, size_t from, size_t to) {
+    uint64_t *results = calloc(to - from, sizeof *results); /* place of its call << 32 | message */
+    size_t n = 0, next = 0;
+    int rc = results ? 0 : oom(w->err);
+    for (size_t i = from; !rc && i < to; i++) {
+        const json_t *m = json_array_get(w->messages, i), *id = json_object_get(m, "tool_call_id");
+        const json_t *place = json_object_get(w->order, json_string_value(id));
+        if (role(m) == 't')
+            results[n++] = (place ? (uint64_t)json_integer_value(place) : UINT32_MAX) << 32 | i;
+    }
+    if (n) qsort(results, n, sizeof *results, by_value);
+    emit(w, "<｜User｜>");
+    for (size_t i = from; !rc && i < to; i++) {
+        bool tool = role(json_array_get(w->messages, i)) == 't';
+        emit(w, i > from ? "\n\n" : "");
+        emit(w, tool ? "<tool_result>" : "");
+        rc = put_content(w, message_at(w, tool ? results[next++] & UINT32_MAX : i), "content");
+        emit(w, tool ? "</tool_result>" : "");
+    }
+    free(results);
+    return rc;
+}
+
+/* How hard to think, if at all. */
+static int put_effort(writer *w, const json_t *request, generation gen, bool *think) {
+    static const char *const names[] = {"none", "minimal", "low", "medium", "high", "xhigh", "max"};
+    const json_t *thinking = json_object_get(request, "thinking");
+    const json_t *effort = json_object_get(request, "reasoning_effort");
+    const char *type = type_of(thinking), *name = json_string_value(effort);
+    int i = 0;
+    *think = !json_is_false(thinking) && strcmp(type, "disabled") != 0;
+    if (*think && !is_off(thinking) && !json_is_true(thinking) && strcmp(type, "enabled") != 0)
+        return fail(w->err, "thinking is neither a boolean nor of type enabled or disabled");
+    if (!effort || json_is_null(effort)) return 0;
+    while (name && i < 7 && strcmp(name, names[i]) != 0) i++;
+    if (!name || i == 7)
+        return fail(w->err, "reasoning_effort \"%s\" is not one of none, minimal, low, medium, "
+                            "high, xhigh, max", name && strlen(name) < 60 ? name : "...");
+    if (i == 0) *think = false;    /* "none"; up to "medium" there is nothing to say            */
+    if (*think && (i > 4 || (i == 4 && gen == GEN_0731)))
+        emit(w, i > 4 && gen == GEN_0731 ? effort_0731 : effort_first);
+    return 0;
+}
+
+static int put_prompt(writer *w, const json_t *request, generation gen, prompt *out) {
+    const json_t *unsaid = request; /* until a system message has carried it */
+    size_t n = json_array_size(w->messages), turns_end = 0;
+    bool tools = json_array_size(json_object_get(request, "tools")) > 0, system = false, think;
+    if (n == 0) return fail(w->err, "messages is not an array with messages in it");
+    for (size_t i = 0; i < n; i++) {
+        const json_t *m = message_at(w, i);
+        const char *name = json_string_value(json_object_get(m, "role"));
+        if (!role(m))
+            return fail(w->err, "%srole \"%s\" is not one of system, user, assistant, tool, "
+                                "developer, latest_reminder", w->where,
+                        name && strlen(name) < 60 ? name : "...");
+        if (in_turn(w, i)) turns_end = i + 1;
+        system |= role(m) == 's';
+        tools |= role(m) == 's' && json_array_size(json_object_get(m, "tools")) > 0;
+    }
+    emit(w, "<｜begin▁of▁sentence｜>");
+    if (put_effort(w, request, gen, &think)) return -1;
+    if (!system && put_system(w, NULL, request)) return -1;
+    for (size_t i = 0, end; i < n; i = end) {
+        const json_t *m = message_at(w, i);
+        int rc = 0;
+        for (end = i + 1; in_turn(w, i) && end < n && in_turn(w, end);) end++;
+        if (role(m) == 's') {
+            rc = put_system(w, m, unsaid);
+            unsaid = NULL;
+        } else if (role(m) == 'a') {
+            rc = put_assistant(w, m, think && (tools || i >= turns_end));
+        } else if (role(m) == 'l') {
+            emit(w, "<｜latest_reminder｜>");
+            rc = put_content(w, m, "content");
+        } else {
+            rc = put_turn(w, i, end);
+        }
+        if (rc) return -1;
+    }
+    out->answered = role(json_array_get(w->messages, n - 1)) == 'a';
+    out->think = think && !out->answered;
+    if (!out->answered) emit(w, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
+    return w->text.failed || w->cuts.failed ? oom(w->err) : 0;
+}
+
+int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err) {
+    writer w = {.order = json_object(), .err = err};
+    w.messages = json_object_get(request, "messages");
+    *out = (prompt){0};
+    int rc = w.order ? put_prompt(&w, request, gen, out) : oom(err);
+    json_decref(w.order);
+    out->text = w.text.s;
+    out->len = w.text.n;
+    out->cuts = (size_t *)(void *)w.cuts.s;
+    out->n_cuts = w.cuts.n / sizeof *out->cuts;
+    if (rc) prompt_free(out);
+    return rc;
+}
+
+void prompt_free(prompt *p) {
+    free(p->text);
+    free(p->cuts);
+    *p = (prompt){0};
+}
+
+struct json_t *prompt_message(const char *role_name, const char *text, size_t len) {
+    char *repaired = utf8_repair(text, &len);
+    json_t *content = repaired ? json_stringn(repaired, len) : NULL;
+    free(repaired);
+    return json_pack("{s:s, s:o}", "role", role_name, "content", content);
+}
+
+/* === 10. The answer ===========================================================================
+ *   "Text.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="sh">\n ... </｜DSML｜invoke>\n ..."
+ *    CONTENT  ------ held --------- INVOKE ---------------- PARAMETER, VALUE ...  INVOKE
+ * Bytes are taken one by one, so that no split of them can show.  What may yet turn out to be
+ * structure is held.  When it is not, all up to the end of the last whole tag is content, and the
+ * few bytes behind it are looked at once more; these hold no '<' but their first and maybe their
+ * last, so nothing is ever looked at a third time.                                               */
+
+typedef enum { DIFFERS, BEGINS, WHOLE } likeness;
+
+/* Is word what the n bytes at s start with, or may it be once there are more? */
+static likeness like(const char *s, size_t n, const char *word) {
+    size_t len = strlen(word);
+    return memcmp(s, word, n < len ? n : len) ? DIFFERS : n < len ? BEGINS : WHOLE;
+}
+
+static bool ends(const char *s, size_t n, const char *word) {
+    size_t len = strlen(word);
+    return n >= len && memcmp(s + n - len, word, len) == 0;
+}
+
+static bool is_white(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+size_t stop_push(stop_filter *f, const char *bytes, size_t len, char *out) {
+    size_t i = 0, n_out = 0;
+    do {
+        if (i < len && !f->hit) f->held[f->n_held++] = bytes[i];
+        while (f->n_held > 0) {    /* the same again from each place, until one may be a word   */
+            likeness best = DIFFERS;
+            for (int k = 0; k < f->n_words; k++) {
+                likeness is = like(f->held, f->n_held, f->words[k]);
+                if (is > best) best = is;
+            }
+            f->hit = best == WHOLE;
+            if (f->hit) f->n_held = 0;
+            if (f->hit || (best == BEGINS && len > 0)) break;
+            out[n_out++] = f->held[0];
+            memmove(f->held, f->held + 1, --f->n_held);
+        }
+    } while (++i < len);
+    return n_out;
+}
+
+struct answer {
+    enum { REASONING, CONTENT, INVOKE, PARAMETER, VALUE } state; /* the last three: in a block  */
+    buffer held;                   /* what is not certain; in a block, all since the last call  */
+    buffer out;                    /* certain, not handed over yet                              */
+    buffer arguments;              /* of the call that is being read                            */
+    size_t item, tag;              /* in held: behind the last whole tag; and its white space   */
+    size_t invoke, name, name_len; /* in held                                                   */
+    bool string;                   /* the value is text, not JSON                               */
+    bool called;                   /* this block gave a call                                    */
+    answer_fn each;
+    void *arg;
+};
+
+int answer_open(answer **out, bool think, answer_fn each, void *arg, dsv4_err *err) {
+    *out = malloc(sizeof **out);
+    if (!*out) return oom(err);
+    **out = (answer){.state = think ? REASONING : CONTENT, .each = each, .arg = arg};
+    return 0;
+}
+
+void answer_close(answer *a) {
+    if (!a) return;
+    free(a->held.s);
+    free(a->out.s);
+    free(a->arguments.s);
+    free(a);
+}
+
+static void hand_over(answer *a) {
+    answer_kind kind = a->state == REASONING ? ANSWER_REASONING : ANSWER_CONTENT;
+    if (a->out.n) a->each(a->arg, &(answer_piece){.kind = kind, .text = a->out.s, .len = a->out.n});
+    a->out.n = 0;
+}
+
+/* The first n bytes that are held are certain. */
+static void release(answer *a, size_t n) {
+    put(&a->out, a->held.s, n);
+    a->held.n -= n;
+    if (a->held.n) memmove(a->held.s, a->held.s + n, a->held.n);
+}
+
+/* Outside of a block: what cannot begin anything goes out.  Only the last byte can have made
+ * something whole, for this is asked at each. */
+static void settle(answer *a) {
+    likeness is = DIFFERS;
+    size_t at = 0;
+    for (; at < a->held.n; at++) {
+        const char *s = a->held.s + at;
+        size_t n = a->held.n - at;
+        is = like(s, n, a->state == REASONING ? "</think>" : CALLS_OPEN);
+        if (!is && a->state == CONTENT) is = like(s, n, "\n\n" CALLS_OPEN);
+        if (!is && n <= strlen(EOS) && like(s, n, EOS)) is = BEGINS; /* maybe the very end */
+        if (is) break;
+    }
+    release(a, at);
+    if (is != WHOLE) return;
+    if (a->state == REASONING) {
+        hand_over(a);
+        a->state = CONTENT;
+        a->held.n = 0;
+    } else {
+        a->state = INVOKE;
+        a->item = a->tag = a->held.n;
+        a->called = false;
+    }
+}
+
+/* The last byte ended a value. */
+static void end_value(answer *a) {
+    const char *s = a->held.s + a->tag;
+    size_t n = a->held.n - a->tag - strlen(PARAMETER_CLOSE), from = 0, to = n;
+    /* Integers are looked at as reals, so that they may have more than 64 bits. */
+    size_t flags = JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL;
+    while (from < to && is_white(s[from])) from++;
+    while (to > from && is_white(s[to - 1])) to--;
+    json_t *json = a->string ? NULL : json_loadb(s + from, to - from, flags, NULL);
+    if (json) put(&a->arguments, s + from, to - from);
+    else put_json_string(&a->arguments, s, n);
+    json_decref(json);
+    a->state = PARAMETER;
+}
+
+/* An opening tag is whole; s [n] is what follows its name=".  Is it right? */
+static bool end_open_tag(answer *a, const char *s, size_t n) {
+    const char *quote = memchr(s, '"', n);
+    size_t len = quote ? (size_t)(quote - s) : n;
+    if (a->state == INVOKE) {
+        if (len == 0 || n - len != strlen("\">")) return false;
+        a->invoke = a->tag;
+        a->name = (size_t)(s - a->held.s);
+        a->name_len = len;
+        a->arguments.n = 0;
+        put_str(&a->arguments, "{");
+        a->state = PARAMETER;
+        return true;
+    }
+    a->string = quote && like(quote, n - len, PARAMETER_TRUE) == WHOLE;
+    if (!a->string && !(quote && like(quote, n - len, PARAMETER_FALSE) == WHOLE)) return false;
+    put_str(&a->arguments, a->arguments.n > 1 ? ", " : "");
+    put_json_string(&a->arguments, s, len);
+    put_str(&a->arguments, ": ");
+    a->state = VALUE;
+    return true;
+}
+
+/* A closing tag is whole: of a call, or of the block.  A block without a call is none. */
+static bool end_close_tag(answer *a) {
+    if (a->state == INVOKE && !a->called) return false;
+    a->called = a->state == PARAMETER;
+    a->state = a->called ? INVOKE : CONTENT;
+    put_str(&a->arguments, "}");
+    hand_over(a);
+    if (a->called && !a->arguments.failed)
+        a->each(a->arg, &(answer_piece){
+            ANSWER_CALL, a->arguments.s, a->arguments.n, a->held.s + a->name,
+            a->held.s + a->invoke, a->name_len, a->held.n - a->invoke});
+    a->held.n = 0;
+    return true;
+}
+
+/* In a block, one more byte. */
+static void block_byte(answer *a) {
+    const char *open = a->state == INVOKE ? INVOKE_OPEN : PARAMETER_OPEN;
+    const char *close = a->state == INVOKE ? CALLS_CLOSE : INVOKE_CLOSE;
+    const char *s = a->held.s + a->tag, last = a->held.s[a->held.n - 1];
+    size_t n = a->held.n - a->tag, name = strlen(open);
+    bool right = false;
+    if (a->state == VALUE) {
+        if (last != '>' || !ends(s, n, PARAMETER_CLOSE)) return;
+        end_value(a);
+        right = true;
+    } else if (n == 1 && is_white(*s)) {
+        a->tag++;
+        return;
+    } else if (like(s, n, close) == WHOLE) {
+        right = end_close_tag(a);
+    } else if (like(s, n, open) == WHOLE && n > name) {
+        if (last != '<' && last != '>') return;
+        right = last == '>' && end_open_tag(a, s + name, n - name);
+    } else if (like(s, n, close) || like(s, n, open) || (like(s, n, EOS) && n <= strlen(EOS))) {
+        return;
+    }
+    if (right) {
+        a->item = a->tag = a->held.n;
+    } else {
+        release(a, a->item);
+        a->state = CONTENT;
+        settle(a);
+    }
+}
+
+static int answer_check(const answer *a, dsv4_err *err) {
+    return a->held.failed || a->out.failed || a->arguments.failed ? oom(err) : 0;
+}
+
+int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err) {
+    for (size_t i = 0; i < len; i++) {
+        put(&a->held, bytes + i, 1);
+        if (answer_check(a, err)) return -1;
+        if (a->state == REASONING || a->state == CONTENT) settle(a);
+        else block_byte(a);
+    }
+    hand_over(a);
+    return 0;
+}
+
+int answer_end(answer *a, dsv4_err *err) {
+    if (ends(a->held.s, a->held.n, EOS)) a->held.n -= strlen(EOS);
+    /* A block that was not closed: its calls stand, and so does nothing else. */
+    if (a->state == INVOKE && a->called && a->tag == a->held.n) a->held.n = 0;
+    release(a, a->held.n);
+    hand_over(a);
+    return answer_check(a, err);
 }

