@@ -145,6 +145,11 @@ static inline f32x8 f16_load8(const uint16_t *p) {
 #endif
 }
 
+/* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
+static inline void prefetch(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 /* Eight bytes, as 0..255. */
 static inline i32x8 u8_load8(const uint8_t *p) {
 #ifdef __AVX2__
@@ -183,14 +188,14 @@ static inline f32x8 e4m3_load8(const uint8_t *p) {
 enum { SPINS = 60 };               /* pauses of 40 to 140 cycles each: a few microseconds       */
 #define OPEN 0x80000000u           /* in gate; the other bits count workers inside */
 
-/* Do items begin .. end-1.  Called by several threads at once with the same arg. */
-typedef void (*exec_fn)(void *arg, int64_t begin, int64_t end);
+/* Do one item.  Called by several threads at once with the same arg. */
+typedef void (*item_fn)(const void *arg, int64_t item);
 
 struct dsv4_exec {
     int n_workers;
     pthread_t worker[MAX_THREADS];
-    exec_fn fn;                    /* the job; written while the gate is shut and nobody inside */
-    void *arg;
+    item_fn fn;                    /* the job; written while the gate is shut and nobody inside */
+    const void *arg;
     int64_t n_items, grain;
     _Atomic bool stop;             /* told once, by exec_close                                  */
     /* Each on a cache line of its own, for each is written while others are waited on. */
@@ -223,7 +228,8 @@ static void take_blocks(dsv4_exec *ex) {
     for (;;) {
         int64_t begin = atomic_fetch_add_explicit(&ex->next, ex->grain, memory_order_relaxed);
         if (begin >= ex->n_items) return;
-        ex->fn(ex->arg, begin, min_i64(begin + ex->grain, ex->n_items));
+        int64_t end = min_i64(begin + ex->grain, ex->n_items);
+        for (int64_t i = begin; i < end; i++) ex->fn(ex->arg, i);
     }
 }
 
@@ -253,14 +259,14 @@ static void *worker_main(void *arg) {
     }
 }
 
-/* fn(arg, begin, end) on blocks of `grain` items until all n_items are done, each once; the caller
- * takes part, and alone does what is a single block.  One job at a time, never from inside one. */
-static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, exec_fn fn, void *arg) {
+/* fn(arg, i) for i < n_items, each once, handed out in blocks of `grain`; the caller takes part, and
+ * alone does what is a single block.  One job at a time, never from inside one. */
+static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, item_fn fn, const void *arg) {
     assert(grain > 0);
     assert(atomic_load_explicit(&ex->gate, memory_order_relaxed) == 0);
     int64_t n_blocks = (n_items + grain - 1) / grain;
     if (n_blocks <= 1 || ex->n_workers == 0) {
-        if (n_items > 0) fn(arg, 0, n_items);
+        for (int64_t i = 0; i < n_items; i++) fn(arg, i);
         return;
     }
     ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain;
@@ -402,73 +408,58 @@ static void e4m3_row(float *y, const float *x, int d, int block) {
         (void)e4m3_block(y + b, NULL, x + b, min_int(block, d - b));
 }
 
-/* === 4. Cheap operations: parallel over tokens ================================================
- * Each is three pieces: NAME_args, what an item must know; NAME_tokens, the item function for a run
- * of tokens; NAME_cpu, the twin.  Where time does not matter the twin is the reference itself, on
- * slices of tokens.                                                                             */
+/* === 4. Cheap operations: an item is a row ====================================================
+ * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row is
+ * left to the reference.                                                                        */
 
-enum { TOKEN_GRAIN = 1 };          /* tokens that a thread takes at once */
+typedef struct {                   /* arguments of these operations; each sets what it uses     */
+    float *y;                      /* [n][d]                                                    */
+    const float *x, *w;
+    uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
+    const uint8_t *from, *from_scale; /* the same, read                                         */
+    int d, block, cut, copies;     /* cut: where kv_round's second part begins                  */
+    float eps, limit;
+    bool rounding;
+} row_args;
 
-typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } embed_args;
-
-static void embed_tokens(void *arg, int64_t begin, int64_t end) {
-    const embed_args *a = arg;
-    float *h = a->h + (size_t)begin * (size_t)a->hc * (size_t)a->w->cols;
-    ops_ref.embed(h, a->w, a->tokens + begin, (int)(end - begin), a->hc, NULL);
+static void for_rows(dsv4_exec *ex, int n, item_fn fn, row_args a) {
+    exec_for(ex, n, grain_for(ex, n, 16), fn, &a);
 }
 
-/* Differs: the reference on slices. */
-static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
-                      dsv4_exec *ex) {
-    embed_args a = {h, w, tokens, hc};
-    exec_for(ex, n, TOKEN_GRAIN, embed_tokens, &a);
-}
+static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
 
-typedef struct { float *y; const float *x, *w; int d; float eps; } rmsnorm_args;
-
-static void rmsnorm_tokens(void *arg, int64_t begin, int64_t end) {
-    const rmsnorm_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        const float *x = a->x + (size_t)t * (size_t)a->d;
-        float *y = a->y + (size_t)t * (size_t)a->d;
-        f32x8 sum = splat8(0);
-        for (int c = 0; c < a->d; c += 8) {
-            f32x8 v = load_upto8(x + c, a->d - c);
-            sum = fma8(v, v, sum);
-        }
-        float r = 1 / sqrtf(sum8(sum) / (float)a->d + a->eps);
-        for (int c = 0; c < a->d; c++) y[c] = a->w ? x[c] * r * a->w[c] : x[c] * r;
+/* The sum of squares of x [d]. */
+static inline float sum_squares(const float *x, int d) {
+    f32x8 sum = splat8(0);
+    for (int c = 0; c < d; c += 8) {
+        f32x8 v = load_upto8(x + c, d - c);
+        sum = fma8(v, v, sum);
     }
+    return sum8(sum);
+}
+
+static void rmsnorm_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    const float *x = a->x + t * a->d;
+    float *y = a->y + t * a->d, r = 1 / sqrtf(sum_squares(x, a->d) / (float)a->d + a->eps);
+    for (int c = 0; c < a->d; c++) y[c] = a->w ? x[c] * r * a->w[c] : x[c] * r;
 }
 
 /* Differs: F32, the sum of squares in eight lanes. */
 static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
                         dsv4_exec *ex) {
-    rmsnorm_args a = {y, x, w, d, eps};
-    exec_for(ex, n, grain_for(ex, n, 64), rmsnorm_tokens, &a);
+    for_rows(ex, n, rmsnorm_row, (row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
 
-typedef struct {                   /* of act_quant, act_codes and act_values alike              */
-    float *y;
-    uint8_t *code, *scale;
-    const float *x;
-    const uint8_t *from_code, *from_scale;
-    int d, block;
-} act_args;
-
-static void act_quant_tokens(void *arg, int64_t begin, int64_t end) {
-    const act_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        size_t at = (size_t)t * (size_t)a->d;
-        e4m3_row(a->y + at, a->x + at, a->d, a->block);
-    }
+static void act_quant_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    e4m3_row(a->y + t * a->d, a->x + t * a->d, a->d, a->block);
 }
 
 /* Differs: nothing, to the bit. */
 static void act_quant_cpu(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
     assert(block == 128 || block == 64);
-    act_args a = {.y = y, .x = x, .d = d, .block = block};
-    exec_for(ex, n, TOKEN_GRAIN, act_quant_tokens, &a);
+    for_rows(ex, n, act_quant_row, (row_args){.y = y, .x = x, .d = d, .block = block});
 }
 
 /* One row of act_codes: code [d], scale [ceil(d/128)]. */
@@ -477,77 +468,41 @@ static void codes_row(uint8_t *code, uint8_t *scale, const float *x, int d) {
         scale[b / 128] = e4m3_block(NULL, code + b, x + b, min_int(128, d - b));
 }
 
-static void act_codes_tokens(void *arg, int64_t begin, int64_t end) {
-    const act_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        size_t at = (size_t)t * (size_t)a->d, block = (size_t)t * (size_t)((a->d + 127) / 128);
-        codes_row(a->code + at, a->scale + block, a->x + at, a->d);
-    }
+static void act_codes_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    codes_row(a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d), a->x + t * a->d, a->d);
 }
 
 /* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    act_args a = {.code = code, .scale = scale, .x = x, .d = d};
-    exec_for(ex, n, TOKEN_GRAIN, act_codes_tokens, &a);
+    for_rows(ex, n, act_codes_row, (row_args){.code = code, .scale = scale, .x = x, .d = d});
 }
 
-static void act_values_tokens(void *arg, int64_t begin, int64_t end) {
-    const act_args *a = arg;
-    size_t d = (size_t)a->d, blocks = (d + 127) / 128, t = (size_t)begin;
-    ops_ref.act_values(a->y + t * d, a->from_code + t * d, a->from_scale + t * blocks,
-                       (int)(end - begin), a->d, NULL);
+static void act_values_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    ops_ref.act_values(a->y + t * a->d, a->from + t * a->d,
+                       a->from_scale + (size_t)t * scales_of(a->d), 1, a->d, NULL);
 }
 
-/* Differs: the reference on slices. */
+/* Differs: the reference, row by row. */
 static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
                            dsv4_exec *ex) {
-    act_args a = {.y = y, .from_code = code, .from_scale = scale, .d = d};
-    exec_for(ex, n, TOKEN_GRAIN, act_values_tokens, &a);
+    for_rows(ex, n, act_values_row, (row_args){.y = y, .from = code, .from_scale = scale, .d = d});
 }
 
-typedef struct {
-    float *x;
-    const float *inv_freq;
-    int n_heads, head_dim, rope_dim;
-    int64_t pos0, step;
-    bool inverse;
-} rope_args;
-
-static void rope_tokens(void *arg, int64_t begin, int64_t end) {
-    const rope_args *a = arg;
-    float *x = a->x + (size_t)begin * (size_t)a->n_heads * (size_t)a->head_dim;
-    ops_ref.rope(x, a->inv_freq, (int)(end - begin), a->n_heads, a->head_dim, a->rope_dim,
-                 a->pos0 + begin * a->step, a->step, a->inverse, NULL);
-}
-
-/* Differs: the reference on slices. */
-static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
-                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
-    rope_args a = {x, inv_freq, n_heads, head_dim, rope_dim, pos0, step, inverse};
-    exec_for(ex, n, TOKEN_GRAIN, rope_tokens, &a);
-}
-
-typedef struct { float *kv; int head_dim, rope_dim; } kv_round_args;
-
-static void kv_round_tokens(void *arg, int64_t begin, int64_t end) {
-    const kv_round_args *a = arg;
-    int cut = a->head_dim - a->rope_dim;
-    for (int64_t t = begin; t < end; t++) {
-        float *kv = a->kv + (size_t)t * (size_t)a->head_dim;
-        e4m3_row(kv, kv, cut, 64);
-        for (int c = cut; c < a->head_dim; c++) kv[c] = bf16_to_f32(f32_to_bf16(kv[c]));
-    }
+static void kv_round_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    float *kv = a->y + t * a->d;
+    e4m3_row(kv, kv, a->cut, 64);
+    for (int c = a->cut; c < a->d; c++) kv[c] = bf16_to_f32(f32_to_bf16(kv[c]));
 }
 
 /* Differs: nothing, to the bit. */
 static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
     assert(rope_dim <= head_dim);
-    kv_round_args a = {kv, head_dim, rope_dim};
-    exec_for(ex, n, TOKEN_GRAIN, kv_round_tokens, &a);
+    for_rows(ex, n, kv_round_row, (row_args){.y = kv, .d = head_dim, .cut = head_dim - rope_dim});
 }
-
-typedef struct { float *x; int d; bool rounding; } index_round_args;
 
 /* x [d] rounded to e2m1 in blocks of 32. */
 static void e2m1_row(float *x, int d) {
@@ -567,51 +522,28 @@ static void e2m1_row(float *x, int d) {
     }
 }
 
-static void index_round_rows(void *arg, int64_t begin, int64_t end) {
-    const index_round_args *a = arg;
-    float norm = (float)(1 / sqrt((double)a->d));
-    for (int64_t t = begin; t < end; t++) {
-        float *x = a->x + (size_t)t * (size_t)a->d;
-        for (int dist = 1; dist < a->d; dist *= 2)           /* butterflies, as the contract */
-            for (int i = 0; i < a->d; i += 2 * dist)
-                for (int j = i; j < i + dist; j++) {
-                    float p = x[j], q = x[j + dist];
-                    x[j] = p + q;
-                    x[j + dist] = p - q;
-                }
-        for (int i = 0; i < a->d; i++) x[i] *= norm;
-        if (a->rounding) e2m1_row(x, a->d);
-    }
+static void index_round_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    float *x = a->y + t * a->d, norm = (float)(1 / sqrt((double)a->d));
+    for (int dist = 1; dist < a->d; dist *= 2)               /* butterflies, as the contract */
+        for (int i = 0; i < a->d; i += 2 * dist)
+            for (int j = i; j < i + dist; j++) {
+                float p = x[j], q = x[j + dist];
+                x[j] = p + q;
+                x[j + dist] = p - q;
+            }
+    for (int i = 0; i < a->d; i++) x[i] *= norm;
+    if (a->rounding) e2m1_row(x, a->d);
 }
 
 /* Differs: nothing, to the bit. */
 static void index_round_cpu(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
     assert(d > 0 && (d & (d - 1)) == 0);
-    index_round_args a = {x, d, rounding};
-    exec_for(ex, n, 16, index_round_rows, &a);
+    for_rows(ex, n, index_round_row, (row_args){.y = x, .d = d, .rounding = rounding});
 }
 
-typedef struct { int32_t *ids; float *weights; const dsv4_route *in; } route_args;
-
-static void route_tokens(void *arg, int64_t begin, int64_t end) {
-    const route_args *a = arg;
-    dsv4_route in = *a->in;
-    in.logits += (size_t)begin * (size_t)in.n_experts;
-    if (in.tokens) in.tokens += begin;
-    size_t at = (size_t)begin * (size_t)in.topk;
-    ops_ref.route(a->ids + at, a->weights + at, &in, (int)(end - begin), NULL);
-}
-
-/* Differs: the reference on slices. */
-static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
-    route_args a = {ids, weights, in};
-    exec_for(ex, n, TOKEN_GRAIN, route_tokens, &a);
-}
-
-typedef struct { float *a; const float *g, *u; int d; float limit; } swiglu_args;
-
-/* One row; a may be g or u. */
-static void swiglu_row(float *a, const float *g, const float *u, int d, float limit) {
+/* a [d] = swiglu(g, u); a may be g or u. */
+static void swiglu_one(float *a, const float *g, const float *u, int d, float limit) {
     for (int c = 0; c < d; c += 8) {
         f32x8 gate = min8(splat8(limit), load_upto8(g + c, d - c));
         f32x8 up = max8(splat8(-limit), min8(splat8(limit), load_upto8(u + c, d - c)));
@@ -619,37 +551,65 @@ static void swiglu_row(float *a, const float *g, const float *u, int d, float li
     }
 }
 
-static void swiglu_tokens(void *arg, int64_t begin, int64_t end) {
-    const swiglu_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        size_t at = (size_t)t * (size_t)a->d;
-        swiglu_row(a->a + at, a->g + at, a->u + at, a->d, a->limit);
-    }
+static void swiglu_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    swiglu_one(a->y + t * a->d, a->x + t * a->d, a->w + t * a->d, a->d, a->limit);
 }
 
 /* Differs: nothing, to the bit. */
 static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
-    swiglu_args args = {a, g, u, d, limit};
-    exec_for(ex, n, TOKEN_GRAIN, swiglu_tokens, &args);
+    for_rows(ex, n, swiglu_row, (row_args){.y = a, .x = g, .w = u, .d = d, .limit = limit});
 }
 
-typedef struct { float *y; const float *x; int copies, d; } add_args;
-
-static void add_tokens(void *arg, int64_t begin, int64_t end) {
-    const add_args *a = arg;
-    size_t d = (size_t)a->d, copies = (size_t)a->copies;
-    for (size_t i = (size_t)begin * copies; i < (size_t)end * copies; i++) {
-        float *y = a->y + i * d;
-        const float *x = a->x + i / copies * d;
-        for (size_t c = 0; c < d; c++) y[c] += x[c];
-    }
+static void add_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    float *y = a->y + t * a->copies * a->d;
+    const float *x = a->x + t * a->d;
+    for (int i = 0; i < a->copies; i++, y += a->d)
+        for (int c = 0; c < a->d; c++) y[c] += x[c];
 }
 
 /* Differs: nothing, to the bit. */
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
-    add_args a = {y, x, copies, d};
-    exec_for(ex, n, TOKEN_GRAIN, add_tokens, &a);
+    for_rows(ex, n, add_row, (row_args){.y = y, .x = x, .copies = copies, .d = d});
+}
+
+typedef struct {
+    float *x;
+    const float *inv_freq;
+    int n_heads, head_dim, rope_dim;
+    int64_t pos0, step;
+    bool inverse;
+} rope_args;
+
+static void rope_row(const void *arg, int64_t t) {
+    const rope_args *a = arg;
+    ops_ref.rope(a->x + t * a->n_heads * a->head_dim, a->inv_freq, 1, a->n_heads, a->head_dim,
+                 a->rope_dim, a->pos0 + t * a->step, a->step, a->inverse, NULL);
+}
+
+/* Differs: the reference, token by token. */
+static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
+                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
+    rope_args a = {x, inv_freq, n_heads, head_dim, rope_dim, pos0, step, inverse};
+    exec_for(ex, n, 1, rope_row, &a);
+}
+
+typedef struct { int32_t *ids; float *weights; const dsv4_route *in; } route_args;
+
+static void route_row(const void *arg, int64_t t) {
+    const route_args *a = arg;
+    dsv4_route in = *a->in;
+    in.logits += t * in.n_experts;
+    if (in.tokens) in.tokens += t;
+    ops_ref.route(a->ids + t * in.topk, a->weights + t * in.topk, &in, 1, NULL);
+}
+
+/* Differs: the reference, token by token. */
+static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
+    route_args a = {ids, weights, in};
+    exec_for(ex, n, 1, route_row, &a);
 }
 
 /* === 5. Dot products ==========================================================================
@@ -661,48 +621,115 @@ static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exe
  *      w[3]    .     .     .
  *
  * An element is eight fma lanes, k ascending, then sum8's tree, in whatever company it stands: this
- * is what makes the bits of every product independent of n.                                     */
+ * is what makes the bits of every product independent of n.  Rows may lie in a stored format: they
+ * become F32 in registers, to the values that decode_row writes, so that is the same product.   */
 
 enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
-/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (a constant where inlined). */
+/* TILE_ROWS rows of a matrix from some column on. */
+typedef struct {
+    const void *data[TILE_ROWS];
+    const uint8_t *scale[TILE_ROWS]; /* of FP8, else unused                                     */
+    size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
+} tile_rows;
+
+static inline size_t bytes_of(dsv4_dtype t, size_t n) {
+    return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
+}
+
+/* 256 times an FP8 scale, which is what e4m3_load8 wants; exact for all that linear allows. */
+static inline f32x8 fp8_scale8(uint8_t code) {
+    uint32_t u = ((uint32_t)code + 8) << 23;
+    float s;
+    memcpy(&s, &u, sizeof s);
+    return splat8(s);
+}
+
+/* Columns c .. c+7 of a row as F32 (t is a constant where inlined; not packed FP4). */
 static inline __attribute__((always_inline))
-void dot_tile_n(float (*out)[TILE_ROWS], const float *const *w, const float *x, size_t ldx,
-                int len, int n_vecs) {
-    f32x8 acc[TILE_VECS][TILE_ROWS];
+f32x8 decode8(dsv4_dtype t, const void *row, size_t c, f32x8 scale) {
+    switch (t) {
+    case DT_F16: return f16_load8((const uint16_t *)row + c);
+    case DT_BF16: return bf16_load8((const uint16_t *)row + c);
+    case DT_F8_E4M3: return e4m3_load8((const uint8_t *)row + c) * scale;
+    default: return load8((const float *)row + c);
+    }
+}
+
+/* Columns c .. c+n-1, n < 8, and zeros. */
+static inline __attribute__((always_inline))
+f32x8 decode_upto8(dsv4_dtype t, const void *row, size_t c, int n, f32x8 scale) {
+    uint8_t last[32] = {0};
+    memcpy(last, (const uint8_t *)row + bytes_of(t, c), bytes_of(t, (size_t)n));
+    return decode8(t, last, 0, scale);
+}
+
+/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (it and t constants where inlined).
+ * Blocks of 128 columns are what shares an FP8 scale. */
+static inline __attribute__((always_inline))
+void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                size_t ldx, int len, int n_vecs) {
+    f32x8 acc[TILE_VECS][TILE_ROWS], scale[TILE_ROWS];
+    for (int r = 0; r < TILE_ROWS; r++) scale[r] = splat8(0);
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
-    int c = 0;
-    for (; c + 8 <= len; c += 8)
+    int block = t == DT_F32 ? len : 128;
+    for (int b = 0, c = 0; b < len; b += block) {
+        int stop = min_int(b + block, len);
         for (int r = 0; r < TILE_ROWS; r++) {
-            f32x8 wr = load8(w[r] + c);
-            for (int v = 0; v < n_vecs; v++)
-                acc[v][r] = fma8(wr, load8(x + (size_t)v * ldx + c), acc[v][r]);
+            if (t == DT_F8_E4M3) scale[r] = fp8_scale8(w->scale[r][b / 128]);
+            if (w->ahead && t != DT_F32) prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)b) + w->ahead,
+                                   bytes_of(t, 128));
         }
-    if (c < len)                                             /* the rest, zeros behind it */
-        for (int r = 0; r < TILE_ROWS; r++) {
-            f32x8 wr = load_upto8(w[r] + c, len - c);
+        for (; c + 8 <= stop; c += 8)
+            for (int r = 0; r < TILE_ROWS; r++) {
+                f32x8 wr = decode8(t, w->data[r], (size_t)c, scale[r]);
+                for (int v = 0; v < n_vecs; v++)
+                    acc[v][r] = fma8(wr, load8(x + (size_t)v * ldx + c), acc[v][r]);
+            }
+        for (int r = 0; c < stop && r < TILE_ROWS; r++) {    /* the rest, zeros behind it */
+            f32x8 wr = decode_upto8(t, w->data[r], (size_t)c, stop - c, scale[r]);
             for (int v = 0; v < n_vecs; v++)
-                acc[v][r] = fma8(wr, load_upto8(x + (size_t)v * ldx + c, len - c), acc[v][r]);
+                acc[v][r] = fma8(wr, load_upto8(x + (size_t)v * ldx + c, stop - c), acc[v][r]);
         }
+    }
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) out[v][r] = sum8(acc[v][r]);
 }
 
 /* The first of n_vecs vectors, as many as fit in a tile; returns how many. */
-static inline int dot_tile(float (*out)[TILE_ROWS], const float *const *w, const float *x,
-                           size_t ldx, int len, int n_vecs) {
+static inline __attribute__((always_inline))
+int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x, size_t ldx,
+             int len, int n_vecs) {
     switch (n_vecs) {
-    case 1: dot_tile_n(out, w, x, ldx, len, 1); return 1;
-    case 2: dot_tile_n(out, w, x, ldx, len, 2); return 2;
-    default: dot_tile_n(out, w, x, ldx, len, TILE_VECS); return TILE_VECS;
+    case 1: dot_tile_n(out, w, t, x, ldx, len, 1); return 1;
+    case 2: dot_tile_n(out, w, t, x, ldx, len, 2); return 2;
+    default: dot_tile_n(out, w, t, x, ldx, len, TILE_VECS); return TILE_VECS;
+    }
+}
+
+/* The same for rows of F32. */
+static int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t ldx, int len,
+                   int n_vecs) {
+    return dot_tile(out, w, DT_F32, x, ldx, len, n_vecs);
+}
+
+/* The same for rows in any format but packed FP4. */
+static int dot_stored(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                      size_t ldx, int len, int n_vecs) {
+    switch (t) {
+    case DT_F16: return dot_tile(out, w, DT_F16, x, ldx, len, n_vecs);
+    case DT_BF16: return dot_tile(out, w, DT_BF16, x, ldx, len, n_vecs);
+    case DT_F8_E4M3: return dot_tile(out, w, DT_F8_E4M3, x, ldx, len, n_vecs);
+    default: return dot_f32(out, w, x, ldx, len, n_vecs);
     }
 }
 
 /* === 6. linear ================================================================================
- * Differs: F32.  A tile of four rows is decoded to F32, TILE_COLS columns at a time, and then
- * multiplied with the tokens; an element adds its column blocks in ascending order.  FP8 scales
- * are multiplied into the weights, which is exact.                                              */
+ * Differs: F32.  A work item is a tile of four rows for TOKEN_BLOCK tokens, TILE_COLS columns at a
+ * time; an element adds its column blocks in ascending order.  For more tokens than dot_tile takes
+ * the tile is decoded to F32 first, for fewer in registers.  FP8 scales are multiplied into the
+ * weights, which is exact.                                                                      */
 
 enum {
     TILE_COLS = 1024,              /* a decoded tile is 16 KB and stays in the first cache; a
@@ -710,29 +737,12 @@ enum {
     TOKEN_BLOCK = 64,              /* tokens that use a decoded tile before it is dropped       */
 };
 
-/* Columns c0 .. c0+len-1 of row r as F32; e4m3_load8 gives 2^-8 of the values, hence the 256. */
-static void decode_fp8(float *dst, const dsv4_mat *w, int r, int c0, int len) {
-    const uint8_t *src = (const uint8_t *)w->data + (size_t)r * (size_t)w->cols + c0;
-    const uint8_t *scale = w->scale + (size_t)(r / 128) * (size_t)((w->cols + 127) / 128)
-                         + c0 / 128;
-    assert(c0 % 128 == 0);
-    for (int b = 0; b < len; b += 128) {
-        int n = min_int(128, len - b), c = 0;
-        f32x8 s = splat8(e8m0_to_f32(scale[b / 128]) * 256);
-        for (; c + 8 <= n; c += 8) store8(dst + b + c, e4m3_load8(src + b + c) * s);
-        for (; c < n; c++) dst[b + c] = e4m3_to_f32(src[b + c]) * e8m0_to_f32(scale[b / 128]);
-    }
-}
-
-/* The same for packed FP4: only the path without roundings comes here. */
-static void decode_fp4(float *dst, const dsv4_mat *w, int r, int c0, int len) {
+/* Columns 0 .. len-1 of a packed FP4 row as F32: only the path without roundings comes here. */
+static void decode_fp4(float *dst, const uint8_t *src, const uint8_t *scale, int len) {
     static const float value[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6,
                                     -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-    size_t at = ((size_t)r * (size_t)w->cols + (size_t)c0) / 32;
-    const uint8_t *src = (const uint8_t *)w->data + at * 16;
-    assert(c0 % 32 == 0 && len % 32 == 0);
     for (int b = 0; b < len / 32; b++) {
-        float s = e8m0_to_f32(w->scale[at + (size_t)b]);
+        float s = e8m0_to_f32(scale[b]);
         for (int i = 0; i < 16; i++) {
             *dst++ = value[*src & 15] * s;
             *dst++ = value[*src++ >> 4] * s;
@@ -740,40 +750,26 @@ static void decode_fp4(float *dst, const dsv4_mat *w, int r, int c0, int len) {
     }
 }
 
-/* The same for any matrix. */
-static void decode_row(float *dst, const dsv4_mat *w, int r, int c0, int len) {
-    size_t at = (size_t)r * (size_t)w->cols + (size_t)c0;
-    const uint16_t *half = (const uint16_t *)w->data;        /* not yet moved to `at` */
-    int c = 0;
-    switch (w->dtype) {
-    case DT_F32: memcpy(dst, (const float *)w->data + at, (size_t)len * sizeof *dst); break;
-    case DT_F16:
-        for (; c + 8 <= len; c += 8) store8(dst + c, f16_load8(half + at + c));
-        for (; c < len; c++) dst[c] = f16_to_f32(half[at + (size_t)c]);
-        break;
-    case DT_BF16:
-        for (; c + 8 <= len; c += 8) store8(dst + c, bf16_load8(half + at + c));
-        for (; c < len; c++) dst[c] = bf16_to_f32(half[at + (size_t)c]);
-        break;
-    case DT_F8_E4M3: decode_fp8(dst, w, r, c0, len); break;
-    case DT_I8: decode_fp4(dst, w, r, c0, len); break;
-    default: assert(0);                                      /* no matrix has another dtype */
+static inline __attribute__((always_inline))
+void decode_as(dsv4_dtype t, float *dst, const void *src, const uint8_t *scale, int len) {
+    for (int b = 0; b < len; b += 128) {
+        int c = b, stop = min_int(b + 128, len);
+        f32x8 s = t == DT_F8_E4M3 ? fp8_scale8(scale[b / 128]) : splat8(0);
+        for (; c + 8 <= stop; c += 8) store8(dst + c, decode8(t, src, (size_t)c, s));
+        if (c < stop) store_upto8(dst + c, decode_upto8(t, src, (size_t)c, stop - c, s), stop - c);
     }
 }
 
-/* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
-static inline void prefetch(const uint8_t *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-/* Row r is decoded a tile later: ask for its bytes.  Decode is bound by memory, and the hardware
- * does not see four streams of 1 or 2 KB as one. */
-static void prefetch_row(const dsv4_mat *w, int r, int c0, int len) {
-    static const uint8_t half_bytes[DT_N] = {[DT_F32] = 8, [DT_F16] = 4, [DT_BF16] = 4,
-                                             [DT_F8_E4M3] = 2, [DT_I8] = 1};
-    if (r >= w->rows) return;
-    size_t at = ((size_t)r * (size_t)w->cols + (size_t)c0) * half_bytes[w->dtype] / 2;
-    prefetch((const uint8_t *)w->data + at, (size_t)len * half_bytes[w->dtype] / 2);
+/* Columns 0 .. len-1 of a row in any format as F32. */
+static void decode_row(dsv4_dtype t, float *dst, const void *src, const uint8_t *scale, int len) {
+    switch (t) {
+    case DT_F32: decode_as(DT_F32, dst, src, scale, len); break;
+    case DT_F16: decode_as(DT_F16, dst, src, scale, len); break;
+    case DT_BF16: decode_as(DT_BF16, dst, src, scale, len); break;
+    case DT_F8_E4M3: decode_as(DT_F8_E4M3, dst, src, scale, len); break;
+    case DT_I8: decode_fp4(dst, src, scale, len); break;
+    default: assert(0);                                      /* no matrix has another dtype */
+    }
 }
 
 typedef struct {
@@ -784,50 +780,89 @@ typedef struct {
     int group_rows, group_tiles;   /* of a group: rows, and tiles, the last one may be ragged   */
 } linear_args;
 
-/* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns and added
- * to by the others. */
-static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0, int t1) {
-    alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
-    int group = tile / a->group_tiles, first = tile % a->group_tiles * TILE_ROWS;
-    int n_rows = min_int(TILE_ROWS, a->group_rows - first);
-    int row0 = group * a->group_rows + first;
-    const float *w[TILE_ROWS];
-    for (int r = 0; r < TILE_ROWS; r++) {                    /* a ragged tile repeats its last */
-        w[r] = wbuf[min_int(r, n_rows - 1)];
-        if (r >= n_rows) continue;
-        decode_row(wbuf[r], a->w, row0 + r, c0, len);
-        prefetch_row(a->w, row0 + r + TILE_ROWS, c0, len);   /* the next tile's */
+/* n_rows rows r0.. of w from column c0 on; a ragged tile repeats its last row. */
+static tile_rows tile_at(const dsv4_mat *w, int r0, int n_rows, int c0) {
+    tile_rows tile = {.ahead = 0};
+    for (int i = 0; i < TILE_ROWS; i++) {
+        size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), cols = (size_t)w->cols;
+        tile.data[i] = (const uint8_t *)w->data + bytes_of(w->dtype, r * cols + (size_t)c0);
+        tile.scale[i] = NULL;
+        if (w->dtype == DT_F8_E4M3)
+            tile.scale[i] = w->scale + r / 128 * scales_of(w->cols) + c0 / 128;
+        if (w->dtype == DT_I8) tile.scale[i] = w->scale + (r * cols + (size_t)c0) / 32;
     }
-    size_t ldx = (size_t)a->groups * (size_t)a->w->cols;
-    const float *x = a->x + (size_t)group * (size_t)a->w->cols + c0;
-    for (int t = t0, n_vecs; t < t1; t += n_vecs) {
+    if (r0 + 2 * TILE_ROWS <= w->rows)                       /* the hardware does not see four  */
+        tile.ahead = bytes_of(w->dtype, TILE_ROWS * (size_t)w->cols); /* streams as one         */
+    return tile;
+}
+
+/* Rows row0 .. of group g, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns
+ * and added to by the others. */
+static void linear_tile(const linear_args *a, int g, int row0, int n_rows, int c0, int t0, int t1) {
+    alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
+    const dsv4_mat *w = a->w;
+    dsv4_dtype t = w->dtype;
+    int len = min_int(TILE_COLS, w->cols - c0);
+    tile_rows tile = tile_at(w, row0, n_rows, c0);
+    if (t == DT_I8 || t1 - t0 > TILE_VECS) {
+        for (int r = 0; r < TILE_ROWS; r++) {
+            if (tile.ahead) prefetch((const uint8_t *)tile.data[r] + tile.ahead,
+                                     bytes_of(t, (size_t)len));
+            if (r < n_rows) decode_row(t, wbuf[r], tile.data[r], tile.scale[r], len);
+            tile.data[r] = wbuf[min_int(r, n_rows - 1)];
+        }
+        tile.ahead = 0, t = DT_F32;
+    }
+    size_t ldx = (size_t)a->groups * (size_t)w->cols;
+    const float *x = a->x + (size_t)g * (size_t)w->cols + c0;
+    for (int i = t0, n_vecs; i < t1; i += n_vecs) {
         float out[TILE_VECS][TILE_ROWS];
-        n_vecs = dot_tile(out, w, x + (size_t)t * ldx, ldx, len, t1 - t);
+        n_vecs = dot_stored(out, &tile, t, x + (size_t)i * ldx, ldx, len, t1 - i);
         for (int v = 0; v < n_vecs; v++) {
-            float *y = a->y + (size_t)(t + v) * (size_t)a->w->rows + row0;
+            float *y = a->y + (size_t)(i + v) * (size_t)w->rows + row0;
             for (int r = 0; r < n_rows; r++) y[r] = c0 ? y[r] + out[v][r] : out[v][r];
         }
     }
 }
 
-/* Item: a tile of rows, for all tokens. */
-static void linear_tiles(void *arg, int64_t begin, int64_t end) {
+/* Item: a tile of rows of a block of tokens; the tiles of a block follow each other, so that its x
+ * is in the cache. */
+static void linear_item(const void *arg, int64_t item) {
     const linear_args *a = arg;
-    for (int t0 = 0; t0 < a->n; t0 += TOKEN_BLOCK)
-        for (int tile = (int)begin; tile < end; tile++)
-            for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
-                linear_tile(a, tile, c0, min_int(TILE_COLS, a->w->cols - c0), t0,
-                            min_int(t0 + TOKEN_BLOCK, a->n));
+    int n_tiles = a->groups * a->group_tiles, t0 = (int)(item / n_tiles) * TOKEN_BLOCK;
+    int tile = (int)(item % n_tiles), g = tile / a->group_tiles;
+    int first = tile % a->group_tiles * TILE_ROWS;
+    for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
+        linear_tile(a, g, g * a->group_rows + first, min_int(TILE_ROWS, a->group_rows - first), c0,
+                    t0, min_int(t0 + TOKEN_BLOCK, a->n));
 }
 
-/* Rows are shared out, tokens are not: a thread reads its weights once for TOKEN_BLOCK tokens. */
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
     int group_rows = w->rows / groups, group_tiles = (group_rows + TILE_ROWS - 1) / TILE_ROWS;
     linear_args a = {y, w, x, n, groups, group_rows, group_tiles};
-    int64_t n_tiles = (int64_t)groups * group_tiles;
-    exec_for(ex, n_tiles, grain_for(ex, n_tiles, 16), linear_tiles, &a);
+    int64_t n_items = (int64_t)(n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * groups * group_tiles;
+    exec_for(ex, n_items, grain_for(ex, n_items, 16), linear_item, &a);
+}
+
+typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } embed_args;
+
+static void embed_row(const void *arg, int64_t t) {
+    const embed_args *a = arg;
+    size_t dim = (size_t)a->w->cols, row = (size_t)a->tokens[t];
+    float *h = a->h + (size_t)t * (size_t)a->hc * dim;
+    assert(a->tokens[t] >= 0 && a->tokens[t] < a->w->rows);
+    decode_row(a->w->dtype, h, (const uint8_t *)a->w->data + bytes_of(a->w->dtype, row * dim),
+               NULL, a->w->cols);
+    for (int i = 1; i < a->hc; i++) memcpy(h + (size_t)i * dim, h, dim * sizeof *h);
+}
+
+/* Differs: nothing, to the bit. */
+static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+                      dsv4_exec *ex) {
+    embed_args a = {h, w, tokens, hc};
+    exec_for(ex, n, 1, embed_row, &a);
 }
 
 /* === 7. compress ==============================================================================
@@ -863,22 +898,19 @@ static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
 }
 
 /* Item: chunk i % n_chunks of the dims of entry i / n_chunks. */
-static void compress_chunks(void *arg, int64_t begin, int64_t end) {
+static void compress_item(const void *arg, int64_t i) {
     const compress_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        int64_t g = i / a->n_chunks;
-        int c = (int)(i % a->n_chunks) * COMPRESS_DIMS, stop = min_int(c + COMPRESS_DIMS, a->in->d);
-        float *entry = a->entries + (size_t)g * (size_t)a->in->d;
-        for (; c < stop; c += 8)
-            store_upto8(entry + c, compress_dims(a->in, a->g0 + g, c), stop - c);
-    }
+    int64_t g = i / a->n_chunks;
+    int c = (int)(i % a->n_chunks) * COMPRESS_DIMS, stop = min_int(c + COMPRESS_DIMS, a->in->d);
+    float *entry = a->entries + g * a->in->d;
+    for (; c < stop; c += 8) store_upto8(entry + c, compress_dims(a->in, a->g0 + g, c), stop - c);
 }
 
 static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                          dsv4_exec *ex) {
     assert(in->ratio > 0 && g0 >= 0);
     compress_args a = {entries, in, g0, (in->d + COMPRESS_DIMS - 1) / COMPRESS_DIMS};
-    exec_for(ex, (int64_t)n_groups * a.n_chunks, 1, compress_chunks, &a);
+    exec_for(ex, (int64_t)n_groups * a.n_chunks, 1, compress_item, &a);
 }
 
 /* === 8. Index scores and top-k ================================================================
@@ -891,14 +923,16 @@ typedef struct { float *scores; const dsv4_index *in; int n; } index_args;
 
 /* Scores of entries e0 .. e0+n-1, n <= TILE_ROWS, for token t: heads ascending. */
 static void score_tile(float *scores, const dsv4_index *in, int t, int64_t e0, int n) {
-    const float *k[TILE_ROWS], *w = in->w + (size_t)t * (size_t)in->n_heads;
+    const float *w = in->w + (size_t)t * (size_t)in->n_heads;
+    tile_rows k = {.ahead = 0};
     float sum[TILE_ROWS] = {0};
     size_t d = (size_t)in->d;
     const float *q = in->q + (size_t)t * (size_t)in->n_heads * d;
-    for (int r = 0; r < TILE_ROWS; r++) k[r] = in->keys + (size_t)(e0 + min_int(r, n - 1)) * d;
+    for (int r = 0; r < TILE_ROWS; r++)
+        k.data[r] = in->keys + (size_t)(e0 + min_int(r, n - 1)) * d;
     for (int h = 0, n_heads; h < in->n_heads; h += n_heads) {
         float dot[TILE_VECS][TILE_ROWS];
-        n_heads = dot_tile(dot, k, q + (size_t)h * d, d, in->d, in->n_heads - h);
+        n_heads = dot_f32(dot, &k, q + (size_t)h * d, d, in->d, in->n_heads - h);
         for (int v = 0; v < n_heads; v++)
             for (int r = 0; r < TILE_ROWS; r++)
                 sum[r] += w[h + v] * in->w_scale * (dot[v][r] > 0 ? dot[v][r] : 0);
@@ -907,16 +941,14 @@ static void score_tile(float *scores, const dsv4_index *in, int t, int64_t e0, i
 }
 
 /* Item: block i / n of the entries, token i % n, so that neighbours share the keys. */
-static void score_blocks(void *arg, int64_t begin, int64_t end) {
+static void score_item(const void *arg, int64_t i) {
     const index_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        int t = (int)(i % a->n);
-        int64_t e = i / a->n * SCORE_BLOCK, visible = (a->in->t0 + t + 1) / a->in->ratio;
-        int64_t stop = min_i64(e + SCORE_BLOCK, visible);
-        float *scores = a->scores + (size_t)t * a->in->stride;
-        for (; e < stop; e += TILE_ROWS)
-            score_tile(scores, a->in, t, e, (int)min_i64(TILE_ROWS, stop - e));
-    }
+    int t = (int)(i % a->n);
+    int64_t e = i / a->n * SCORE_BLOCK, visible = (a->in->t0 + t + 1) / a->in->ratio;
+    int64_t stop = min_i64(e + SCORE_BLOCK, visible);
+    float *scores = a->scores + (size_t)t * a->in->stride;
+    for (; e < stop; e += TILE_ROWS)
+        score_tile(scores, a->in, t, e, (int)min_i64(TILE_ROWS, stop - e));
 }
 
 /* Differs: F32. */
@@ -924,7 +956,7 @@ static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_ex
     index_args a = {scores, in, n};
     int64_t most = (in->t0 + n) / in->ratio;
     assert((size_t)most <= in->stride || n == 1);
-    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK * n, 1, score_blocks, &a);
+    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK * n, 1, score_item, &a);
 }
 
 typedef struct {
@@ -964,24 +996,18 @@ static uint32_t kth_key(const float *s, int64_t n, int k, int *n_equal) {
 }
 
 /* Item: a token.  The last pass takes what is above the k-th key, and of its equals the first. */
-static void topk_tokens(void *arg, int64_t begin, int64_t end) {
+static void topk_row(const void *arg, int64_t t) {
     const topk_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        const float *s = a->scores + (size_t)t * a->stride;
-        int32_t *idx = a->idx + (size_t)t * (size_t)a->k, visible;
-        assert((a->t0 + t + 1) / a->ratio <= INT32_MAX);
-        visible = (int32_t)((a->t0 + t + 1) / a->ratio);
-        a->count[t] = min_int(visible, a->k);
-        if (visible <= a->k) {
-            for (int32_t e = 0; e < visible; e++) idx[e] = e;
-            continue;
-        }
-        int n_equal, n = 0;
-        uint32_t least = kth_key(s, visible, a->k, &n_equal);
-        for (int32_t e = 0; n < a->k; e++) {
-            uint32_t key = sort_key(s[e]);
-            if (key > least || (key == least && n_equal-- > 0)) idx[n++] = e;
-        }
+    const float *s = a->scores + (size_t)t * a->stride;
+    int32_t *idx = a->idx + t * a->k, visible, n = 0;
+    int n_equal = a->k;
+    assert((a->t0 + t + 1) / a->ratio <= INT32_MAX);
+    visible = (int32_t)((a->t0 + t + 1) / a->ratio);
+    a->count[t] = min_int(visible, a->k);
+    uint32_t least = visible > a->k ? kth_key(s, visible, a->k, &n_equal) : 0;
+    for (int32_t e = 0; n < a->count[t]; e++) {
+        uint32_t key = sort_key(s[e]);
+        if (key > least || (key == least && n_equal-- > 0)) idx[n++] = e;
     }
 }
 
@@ -989,7 +1015,7 @@ static void topk_tokens(void *arg, int64_t begin, int64_t end) {
 static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
                      int k, int ratio, int64_t t0, dsv4_exec *ex) {
     topk_args a = {idx, count, scores, stride, k, ratio, t0};
-    exec_for(ex, n, TOKEN_GRAIN, topk_tokens, &a);
+    exec_for(ex, n, 1, topk_row, &a);
 }
 
 /* === 9. attend ================================================================================
@@ -1008,7 +1034,7 @@ typedef struct { float *o; const dsv4_attend *in; int n_groups; } attend_args;
  * head's scores, then probabilities. */
 typedef struct {
     int n, padded;
-    const float *item[ATTEND_BLOCK];
+    const void *item[ATTEND_BLOCK]; /* rows of F32                                              */
     alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
 } attend_block;
 
@@ -1035,17 +1061,20 @@ static void attend_gather(attend_block *b, const dsv4_attend *in, int row, int64
 /* b->p = scores of n_heads heads q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
 static void attend_scores(attend_block *b, const float *q, int n_heads, int head_dim) {
     float scale = (float)(1 / sqrt((double)head_dim));
-    for (int i = 0; i < ATTEND_BLOCK; i += TILE_ROWS)
+    for (int h = 0; h < n_heads; h++)
+        for (int i = 0; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
+    for (int i = 0; i < b->n; i += TILE_ROWS) {
+        tile_rows k = {.ahead = 0};
+        memcpy(k.data, b->item + i, sizeof k.data);
         for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
-            float dot[TILE_VECS][TILE_ROWS] = {{0}};
-            n_vecs = 1;
-            if (i < b->padded)
-                n_vecs = dot_tile(dot, b->item + i, q + (size_t)h * (size_t)head_dim,
-                                  (size_t)head_dim, head_dim, n_heads - h);
+            float dot[TILE_VECS][TILE_ROWS];
+            n_vecs = dot_f32(dot, &k, q + (size_t)h * (size_t)head_dim, (size_t)head_dim, head_dim,
+                             n_heads - h);
             for (int v = 0; v < n_vecs; v++)
-                for (int r = 0; r < TILE_ROWS; r++)
-                    b->p[h + v][i + r] = i + r < b->n ? dot[v][r] * scale : -INFINITY;
+                for (int r = 0; r < min_int(TILE_ROWS, b->n - i); r++)
+                    b->p[h + v][i + r] = dot[v][r] * scale;
         }
+    }
 }
 
 /* Turn one head's scores into probabilities relative to exp(*m), raising *m and scaling *l and
@@ -1068,74 +1097,67 @@ static void attend_softmax(float *p, float *m, float *l, float *o, int d) {
     *l += sum8(sum);
 }
 
-/* o[h][c..] += sum over four items of p[h][i] * item[i][c..], eight dims (or len, if fewer), for
+/* o[h][c ..] += sum over four items of p[h][i] * item[i][c ..], eight dims, or len if fewer, for
  * n_heads heads (a constant where inlined), d apart. */
 static inline __attribute__((always_inline))
-void attend_mix_dims(float *o, size_t d, const float *const *item, f32x8 (*p)[TILE_ROWS],
-                     size_t c, int len, int n_heads) {
+void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_ROWS], int c,
+                     int len, int n_heads) {
     f32x8 sum[2];
-    for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + (size_t)h * d + c, len);
+    for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + h * d + c, len);
     for (int r = 0; r < TILE_ROWS; r++) {
-        f32x8 k = load_upto8(item[r] + c, len);
+        f32x8 k = load_upto8((const float *)item[r] + c, len);
         for (int h = 0; h < n_heads; h++) sum[h] = fma8(p[h][r], k, sum[h]);
     }
-    for (int h = 0; h < n_heads; h++) store_upto8(o + (size_t)h * d + c, sum[h], len);
+    for (int h = 0; h < n_heads; h++) store_upto8(o + h * d + c, sum[h], len);
 }
 
+/* o [n_heads][d] += p times the four items i.., for heads h0.. of the block */
 static inline __attribute__((always_inline))
 void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
     f32x8 p[2][TILE_ROWS];
     int c = 0;
     for (int h = 0; h < n_heads; h++)
         for (int r = 0; r < TILE_ROWS; r++) p[h][r] = splat8(b->p[h0 + h][i + r]);
-    for (; c + 8 <= d; c += 8)
-        attend_mix_dims(o, (size_t)d, b->item + i, p, (size_t)c, 8, n_heads);
-    if (c < d) attend_mix_dims(o, (size_t)d, b->item + i, p, (size_t)c, d - c, n_heads);
+    for (; c + 8 <= d; c += 8) attend_mix_dims(o, d, b->item + i, p, c, 8, n_heads);
+    if (c < d) attend_mix_dims(o, d, b->item + i, p, c, d - c, n_heads);
 }
 
 /* o [n_heads][d] += p times the block's items, ascending */
 static void attend_mix(float *o, const attend_block *b, int n_heads, int d) {
-    for (int i = 0; i < b->padded; i += TILE_ROWS)
-        for (int h = 0; h < n_heads; h += 2) {
-            float *oh = o + (size_t)h * (size_t)d;
-            if (h + 2 <= n_heads)
-                attend_mix_n(oh, b, i, h, d, 2);
-            else
-                attend_mix_n(oh, b, i, h, d, 1);
-        }
+    for (int i = 0; i < b->padded; i += TILE_ROWS) {
+        int h = 0;
+        for (; h + 2 <= n_heads; h += 2) attend_mix_n(o + h * d, b, i, h, d, 2);
+        if (h < n_heads) attend_mix_n(o + h * d, b, i, h, d, 1);
+    }
 }
 
 /* Item: head group i % n_groups of token i / n_groups. */
-static void attend_groups(void *arg, int64_t begin, int64_t end) {
+static void attend_item(const void *arg, int64_t item) {
     const attend_args *a = arg;
     const dsv4_attend *in = a->in;
-    int d = in->head_dim;
-    for (int64_t item = begin; item < end; item++) {
-        int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * HEAD_GROUP;
-        int n_heads = min_int(HEAD_GROUP, in->n_heads - h0);
-        int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
-        if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
-        size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
-        float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];  /* sums, maximum, denominator */
-        memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
-        for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
-        for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
-            attend_block b;
-            attend_gather(&b, in, row, j, n_items);
-            attend_scores(&b, in->q + at, n_heads, d);
-            for (int h = 0; h < n_heads; h++)
-                attend_softmax(b.p[h], &m[h], &l[h], o + (size_t)h * (size_t)d, d);
-            attend_mix(o, &b, n_heads, d);
-        }
-        for (int h = 0; h < n_heads; h++)
-            for (int c = 0; c < d; c++) o[(size_t)h * (size_t)d + (size_t)c] /= l[h];
+    int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * HEAD_GROUP;
+    int d = in->head_dim, n_heads = min_int(HEAD_GROUP, in->n_heads - h0);
+    int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
+    if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
+    size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
+    float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];      /* sums, maximum, denominator */
+    memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
+    for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
+    for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
+        attend_block b;
+        attend_gather(&b, in, row, j, n_items);
+        attend_scores(&b, in->q + at, n_heads, d);
+        for (int h = 0; h < n_heads; h++) attend_softmax(b.p[h], &m[h], &l[h], o + h * d, d);
+        attend_mix(o, &b, n_heads, d);
     }
+    for (int h = 0; h < n_heads; h++)
+        for (int c = 0; c < d; c++) o[h * d + c] /= l[h];
 }
 
 static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     assert(in->window > 0);
     attend_args a = {o, in, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
-    exec_for(ex, (int64_t)n * a.n_groups, 1, attend_groups, &a);
+    exec_for(ex, (int64_t)n * a.n_groups, 1, attend_item, &a);
 }
 
 /* === 10. Hyper-connections ====================================================================
@@ -1186,31 +1208,23 @@ static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const d
 }
 
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
-static void hc_mix_tokens(void *arg, int64_t begin, int64_t end) {
+static void hc_mix_row(const void *arg, int64_t t) {
     const hc_args *a = arg;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
-    for (int64_t t = begin; t < end; t++) {
-        const float *h = a->h + (size_t)t * (size_t)len, *m = a->mix + t * n_mix;
-        float *x = a->x + (size_t)t * (size_t)dim, pre[MAX_HC];
-        f32x8 square = splat8(0);
-        for (int c = 0; c < len; c += 8) {
-            f32x8 v = load_upto8(h + c, len - c);
-            square = fma8(v, v, square);
-        }
-        float r = 1 / sqrtf(sum8(square) / (float)len + a->s->rms_eps);
-        for (int i = 0; i < hc; i++) {
-            pre[i] = sigmoid(m[i] * r * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
-            if (!a->post) continue;
-            float z = m[hc + i] * r * a->w->scale[1] + a->w->base[hc + i];
-            a->post[t * hc + i] = 2 * sigmoid(z);
-        }
-        if (a->comb) hc_comb(a->comb + t * hc * hc, m, r, a->w, a->s);
-        for (int c = 0; c < dim; c += 8) {
-            f32x8 sum = splat8(0);
-            for (int i = 0; i < hc; i++)
-                sum = fma8(splat8(pre[i]), load_upto8(h + i * dim + c, dim - c), sum);
-            store_upto8(x + c, sum, dim - c);
-        }
+    const float *h = a->h + t * len, *m = a->mix + t * n_mix;
+    float pre[MAX_HC], *x = a->x + t * dim;
+    float r = 1 / sqrtf(sum_squares(h, len) / (float)len + a->s->rms_eps);
+    for (int i = 0; i < hc; i++) {
+        pre[i] = sigmoid(m[i] * r * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
+        if (!a->post) continue;
+        a->post[t * hc + i] = 2 * sigmoid(m[hc + i] * r * a->w->scale[1] + a->w->base[hc + i]);
+    }
+    if (a->comb) hc_comb(a->comb + t * hc * hc, m, r, a->w, a->s);
+    for (int c = 0; c < dim; c += 8) {
+        f32x8 sum = splat8(0);
+        for (int i = 0; i < hc; i++)
+            sum = fma8(splat8(pre[i]), load_upto8(h + i * dim + c, dim - c), sum);
+        store_upto8(x + c, sum, dim - c);
     }
 }
 
@@ -1226,7 +1240,7 @@ static void hc_mix(float *x, float *post, float *comb, const float *h, const dsv
         hc_args a = {x + (size_t)t * (size_t)s->dim, post ? post + t * hc : NULL,
                      comb ? comb + t * hc * hc : NULL, h + (size_t)t * (size_t)len, mix, w, s};
         linear_cpu(mix, &fn, a.h, n_now, 1, ex);
-        exec_for(ex, n_now, TOKEN_GRAIN, hc_mix_tokens, &a);
+        exec_for(ex, n_now, 1, hc_mix_row, &a);
     }
 }
 
@@ -1243,23 +1257,20 @@ static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_h
 typedef struct { float *h; const float *y, *post, *comb; int hc, dim, n_chunks; } hc_post_args;
 
 /* Item: chunk i % n_chunks of the dims of token i / n_chunks. */
-static void hc_post_chunks(void *arg, int64_t begin, int64_t end) {
+static void hc_post_item(const void *arg, int64_t item) {
     const hc_post_args *a = arg;
-    int hc = a->hc, dim = a->dim;
-    for (int64_t item = begin; item < end; item++) {
-        int64_t t = item / a->n_chunks;
-        int c = (int)(item % a->n_chunks) * HC_POST_DIMS, stop = min_int(c + HC_POST_DIMS, dim);
-        float *h = a->h + (size_t)t * (size_t)(hc * dim);
-        const float *y = a->y + (size_t)t * (size_t)dim;
-        const float *post = a->post + t * hc, *comb = a->comb + t * hc * hc;
-        for (; c < stop; c += 8) {
-            f32x8 old[MAX_HC], yc = load_upto8(y + c, stop - c);
-            for (int i = 0; i < hc; i++) old[i] = load_upto8(h + i * dim + c, stop - c);
-            for (int j = 0; j < hc; j++) {
-                f32x8 sum = splat8(post[j]) * yc;
-                for (int i = 0; i < hc; i++) sum = fma8(splat8(comb[i * hc + j]), old[i], sum);
-                store_upto8(h + j * dim + c, sum, stop - c);
-            }
+    int64_t t = item / a->n_chunks;
+    int hc = a->hc, dim = a->dim, c = (int)(item % a->n_chunks) * HC_POST_DIMS;
+    int stop = min_int(c + HC_POST_DIMS, dim);
+    float *h = a->h + t * hc * dim;
+    const float *y = a->y + t * dim, *post = a->post + t * hc, *comb = a->comb + t * hc * hc;
+    for (; c < stop; c += 8) {
+        f32x8 old[MAX_HC], yc = load_upto8(y + c, stop - c);
+        for (int i = 0; i < hc; i++) old[i] = load_upto8(h + i * dim + c, stop - c);
+        for (int j = 0; j < hc; j++) {
+            f32x8 sum = splat8(post[j]) * yc;
+            for (int i = 0; i < hc; i++) sum = fma8(splat8(comb[i * hc + j]), old[i], sum);
+            store_upto8(h + j * dim + c, sum, stop - c);
         }
     }
 }
@@ -1270,7 +1281,7 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
     assert(s->hc > 0 && s->hc <= MAX_HC);
     int n_chunks = (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS;
     hc_post_args a = {h, y, post, comb, s->hc, s->dim, n_chunks};
-    exec_for(ex, (int64_t)n * n_chunks, 2, hc_post_chunks, &a);
+    exec_for(ex, (int64_t)n * n_chunks, 2, hc_post_item, &a);
 }
 
 /* === 11. Experts ==============================================================================
@@ -1468,19 +1479,17 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
 }
 
 /* Item: a tile of rows of w[0], then those of w[1]. */
-static void fp4_tiles(void *arg, int64_t begin, int64_t end) {
+static void fp4_item(const void *arg, int64_t i) {
     const fp4_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        int which = i >= a->n_tiles, tile = (int)i - which * a->n_tiles;
-        fp4_tile(a, a->w[which], a->out[which], tile * TILE_ROWS);
-    }
+    int which = i >= a->n_tiles, tile = (int)i - which * a->n_tiles;
+    fp4_tile(a, a->w[which], a->out[which], tile * TILE_ROWS);
 }
 
 /* Every row times every token. */
 static void fp4_run(fp4_args *a, dsv4_exec *ex) {
     a->n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS;
     int64_t n_items = (int64_t)a->n_tiles * (a->w[1] ? 2 : 1);
-    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_tiles, a);
+    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_item, a);
 }
 
 /* The caller's scratch: EXPERT_ROWS rows of each. */
@@ -1521,31 +1530,26 @@ typedef struct {
 } expert_args;
 
 /* Item: an x row, packed or as F32. */
-static void expert_gather(void *arg, int64_t begin, int64_t end) {
+static void expert_gather(const void *arg, int64_t i) {
     const expert_args *a = arg;
-    size_t dim = (size_t)a->dim, blocks = (dim + 127) / 128;
-    for (int64_t i = begin; i < end; i++) {
-        size_t row = (size_t)a->rows[i];
-        if (a->x->code)
-            pack_row(packed_at(a->s->x, a->dim, i), a->x->code + row * dim,
-                     a->x->scale + row * blocks, a->dim);
-        else
-            memcpy(a->s->f32 + (size_t)i * dim, a->x->f32 + row * dim, dim * sizeof(float));
-    }
+    size_t dim = (size_t)a->dim, row = (size_t)a->rows[i];
+    if (a->x->code)
+        pack_row(packed_at(a->s->x, a->dim, i), a->x->code + row * dim,
+                 a->x->scale + row * scales_of(a->dim), a->dim);
+    else
+        memcpy(a->s->f32 + (size_t)i * dim, a->x->f32 + row * dim, dim * sizeof(float));
 }
 
 /* Item: a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
-static void expert_activate(void *arg, int64_t begin, int64_t end) {
+static void expert_activate(const void *arg, int64_t i) {
     const expert_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        float *g = a->s->g + (size_t)i * (size_t)a->inter;
-        swiglu_row(g, g, a->s->u + (size_t)i * (size_t)a->inter, a->inter, a->limit);
-        for (int c = 0; c < a->inter; c++) g[c] *= a->weight[i];
-        if (!a->x->code) continue;
-        uint8_t *code = a->s->code + (size_t)i * code_bytes(a->inter), *scale = code + a->inter;
-        codes_row(code, scale, g, a->inter);
-        pack_row(packed_at(a->s->a, a->inter, i), code, scale, a->inter);
-    }
+    float *g = a->s->g + i * a->inter;
+    swiglu_one(g, g, a->s->u + i * a->inter, a->inter, a->limit);
+    for (int c = 0; c < a->inter; c++) g[c] *= a->weight[i];
+    if (!a->x->code) return;
+    uint8_t *code = a->s->code + (size_t)i * code_bytes(a->inter), *scale = code + a->inter;
+    codes_row(code, scale, g, a->inter);
+    pack_row(packed_at(a->s->a, a->inter, i), code, scale, a->inter);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
