@@ -159,8 +159,8 @@ static inline i32x8 u8_load8(const uint8_t *p) {
 #endif
 }
 
-/* 2^-8 of the values of eight e4m3 codes (no NaN codes): their bits, moved to where F16 has its
- * exponent and mantissa, are F16 numbers, which also makes subnormals cost nothing. */
+/* 2^-8 of the values of eight e4m3 codes: their bits, moved to where F16 has its exponent and
+ * mantissa, are F16 numbers, which also makes subnormals cost nothing.  NaN codes count as 480. */
 static inline f32x8 e4m3_load8(const uint8_t *p) {
 #ifdef __F16C__
     __m128i v = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
@@ -168,7 +168,7 @@ static inline f32x8 e4m3_load8(const uint8_t *p) {
     return _mm256_cvtph_ps(v);
 #else
     f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = e4m3_to_f32(p[i]) * 0x1p-8f;
+    for (int i = 0; i < 8; i++) v[i] = f16_to_f32((uint16_t)((p[i] & 127) << 7 | (p[i] & 128) << 8));
     return v;
 #endif
 }
@@ -1286,116 +1286,112 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
 
 /* === 11. Experts ==============================================================================
  * Roundings on, an x row is packed once: each e4m3 integer m (18 bits and sign) is cut into three
- * signed limbs, m = l0 + 128 l1 + 16384 l2, that fit vpmaddubsw; it wants its other factor
+ * signed limbs, m = l0 + 64 l1 + 4096 l2, that fit vpmaddubsw; it wants its other factor
  * unsigned, so weights become u = 2*e2m1 + 12 and 12 * sum(m) is subtracted from a block's sum.
  *
- *   packed x   per two blocks of 32: l0 of even columns, of odd columns, l1 .., l2 ..: 6 x 32 bytes
- *              of which the first 16 are the first block's; then per block 12 * sum(m); then per
- *              block x's share of the exponent.  Padded with zeros to eight blocks.
- *   u          per two blocks: even columns, odd columns: 2 x 32 bytes, divided alike
+ * Eight blocks of 32 columns, a group, are added up at once, a block in each dword of a vector:
+ *
+ *   piece k (0..3)      columns 8k .. 8k+7 of all eight blocks; of these the
+ *   half (even, odd)    even or odd ones, as nibbles lie: 4 bytes a block = 32 bytes
+ *   u                   [4 k][2 halves][8 blocks][4]
+ *   packed x            [4 k][2 halves][3 limbs][8 blocks][4], then per group [8] 12 * sum(m) and
+ *                       [8] x's share of the exponent.  Padded with zeros to whole groups.
  *
  * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
 
-enum { FP4_COLS = 2048 };          /* columns decoded at a time: 8 KB a tile */
+enum { GROUP = 256, GROUP_BLOCKS = 8, HALVES = 8, PIECE = 8 };
 
-/* Blocks of 32 columns, rounded up to the eight that block_sums8 does at once. */
-static inline size_t padded_blocks(int cols) { return (size_t)((cols + 255) / 256 * 8); }
+typedef struct {                   /* of x                                                      */
+    alignas(32) int8_t limb[HALVES][3][32];
+    i32x8 offset;                  /* 12 * sum(m)                                               */
+    i32x8 exponent;                /* scale code - 264 + 127; w's code comes to it              */
+} x_group;
 
-/* Bytes of a packed row: three limbs, a sum and an exponent a block. */
-static size_t packed_bytes(int cols) { return padded_blocks(cols) * (96 + 2 * sizeof(int32_t)); }
+typedef struct {                   /* of a row of weights, decoded                              */
+    alignas(32) uint8_t u[HALVES][32];
+    i32x8 scale;                   /* codes                                                     */
+} w_group;
 
-typedef struct {
-    int8_t *limbs;                 /* [blocks/2][3 limbs][even, odd][2 blocks][16]              */
-    int32_t *offset;               /* [blocks] 12 * sum(m)                                      */
-    int32_t *exponent;             /* [blocks] scale code - 264 + 127; w's code comes to it     */
-} packed_row;
-
-/* Packed row `row` of those that begin at base. */
-static packed_row packed_at(uint8_t *base, int cols, int64_t row) {
-    size_t blocks = padded_blocks(cols);
-    uint8_t *p = base + (size_t)row * packed_bytes(cols);
-    int32_t *offset = (int32_t *)(void *)(p + blocks * 96);
-    return (packed_row){(int8_t *)p, offset, offset + blocks};
-}
+static inline size_t n_groups_of(int cols) { return (size_t)(cols + GROUP - 1) / GROUP; }
 
 /* One row of e4m3 codes [cols] and their scales, one for 128 columns. */
-static void pack_row(packed_row x, const uint8_t *code, const uint8_t *scale, int cols) {
-    memset(x.limbs, 0, packed_bytes(cols));
+static void pack_row(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
+    memset(x, 0, n_groups_of(cols) * sizeof *x);
     for (int b = 0; b < cols / 32; b++) {
-        int8_t *limbs = x.limbs + b / 2 * 192 + (b & 1) * 16;
-        int32_t sum = 0;
-        for (int i = 0; i < 32; i++) {
-            int32_t c = code[32 * b + i], mag = c & 127, sign = c & 128 ? -1 : 1;
-            mag = mag < 8 ? mag : (8 + (mag & 7)) << ((mag >> 3) - 1);
-            int8_t *l = limbs + (i & 1) * 32 + i / 2;
-            l[0] = (int8_t)(sign * (mag & 127));
-            l[64] = (int8_t)(sign * (mag >> 7 & 127));
-            l[128] = (int8_t)(sign * (mag >> 14));
-            sum += sign * mag;
+        x_group *g = &x[b / GROUP_BLOCKS];
+        int at = b % GROUP_BLOCKS;
+        i32x8 sum = {0};
+        for (int k = 0; k < 4; k++) {
+            f32x8 value = e4m3_load8(code + 32 * b + 8 * k) * splat8(0x1p17f);
+            i32x8 m = __builtin_convertvector(value, i32x8), sign = m >> 31;
+            i32x8 mag = (m ^ sign) - sign;
+            sum += m;
+            for (int l = 0; l < 3; l++) {
+                i32x8 limb = (((mag >> (6 * l) & 63) ^ sign) - sign);
+                for (int i = 0; i < 8; i++)
+                    g->limb[2 * k + i % 2][l][4 * at + i / 2] = (int8_t)limb[i];
+            }
         }
-        x.offset[b] = 12 * sum;
-        x.exponent[b] = scale[b / 4] - 264 + 127;
+        for (int i = 0; i < 8; i++) g->offset[at] += 12 * sum[i];
+        g->exponent[at] = scale[b / 4] - 264 + 127;
     }
 }
 
-/* u of 32 packed bytes: nibble -> 2*e2m1 + 12. */
-static inline void fp4_decode32(uint8_t *u, const uint8_t *src) {
+/* A group of a row of weights.  u is 2*e2m1 + 12. */
+static inline void fp4_decode(w_group *g, const uint8_t *src, const uint8_t *scale) {
     static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                              12, 11, 10, 9,  8,  6,  4,  0};
+    g->scale = u8_load8(scale);
 #ifdef __AVX2__
     __m128i half;
     memcpy(&half, offset_twice, sizeof half);
-    __m256i table = _mm256_broadcastsi128_si256(half), low = _mm256_set1_epi8(15);
-    __m256i v = _mm256_loadu_si256((const __m256i *)src);
-    __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(v, low));
-    __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
-    _mm256_storeu_si256((__m256i *)u, even);
-    _mm256_storeu_si256((__m256i *)(u + 32), odd);
-#else
-    for (int i = 0; i < 32; i++) {
-        u[i] = offset_twice[src[i] & 15];
-        u[32 + i] = offset_twice[src[i] >> 4];
+    __m256i table = _mm256_broadcastsi128_si256(half), low = _mm256_set1_epi8(15), v[4], t[4];
+    for (int i = 0; i < 4; i++)                              /* blocks i and i + 4 */
+        v[i] = _mm256_loadu2_m128i((const __m128i *)(src + 16 * i + 64),
+                                   (const __m128i *)(src + 16 * i));
+    t[0] = _mm256_unpacklo_epi32(v[0], v[1]), t[1] = _mm256_unpackhi_epi32(v[0], v[1]);
+    t[2] = _mm256_unpacklo_epi32(v[2], v[3]), t[3] = _mm256_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm256_unpacklo_epi64(t[0], t[2]), v[1] = _mm256_unpackhi_epi64(t[0], t[2]);
+    v[2] = _mm256_unpacklo_epi64(t[1], t[3]), v[3] = _mm256_unpackhi_epi64(t[1], t[3]);
+    for (int k = 0; k < 4; k++) {
+        __m256i even = _mm256_and_si256(v[k], low);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi16(v[k], 4), low);
+        _mm256_store_si256((__m256i *)g->u[2 * k], _mm256_shuffle_epi8(table, even));
+        _mm256_store_si256((__m256i *)g->u[2 * k + 1], _mm256_shuffle_epi8(table, odd));
     }
+#else
+    for (int b = 0; b < GROUP_BLOCKS; b++)
+        for (int i = 0; i < 16; i++) {
+            g->u[i / 4 * 2][4 * b + i % 4] = offset_twice[src[16 * b + i] & 15];
+            g->u[i / 4 * 2 + 1][4 * b + i % 4] = offset_twice[src[16 * b + i] >> 4];
+        }
 #endif
 }
 
-/* The sums of u * m over eight blocks, exact in int32.
- * vpmaddubsw adds two products of at most 24 * 127 and would saturate at 32767; with its odd
- * neighbour a lane holds at most 12192.  vpmaddwd then adds lanes in pairs and puts the limbs
- * together: 24 * 229376 * 32 < 2^28 in all.  A pair of blocks leaves four partial sums of the
- * first in the low half and four of the second in the high half, which vphaddd folds twice.     */
-static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
+/* The sums of u * m over each block of a group, exact in int32.
+ * vpmaddubsw adds two products of at most 24 * 63 and would saturate at 32767: the eight halves
+ * come to 24192.  vpmaddwd then adds lanes in pairs and puts the limbs together:
+ * 24 * 229376 * 32 < 2^28 in all. */
+static inline i32x8 group_sums(const w_group *w, const x_group *x) {
 #ifdef __AVX2__
-    const __m256i weight[3] = {_mm256_set1_epi16(1), _mm256_set1_epi16(128),
-                               _mm256_set1_epi16(16384)};
-    __m256i sum[4];
-    for (int pair = 0; pair < 4; pair++) {
-        __m256i even = _mm256_loadu_si256((const __m256i *)(u + 64 * pair));
-        __m256i odd = _mm256_loadu_si256((const __m256i *)(u + 64 * pair + 32));
-        const __m256i *x = (const __m256i *)(limbs + 192 * pair);
-        sum[pair] = _mm256_setzero_si256();
+    __m256i sum[3];
+    for (int h = 0; h < HALVES; h++)
         for (int l = 0; l < 3; l++) {
-            __m256i p = _mm256_maddubs_epi16(even, _mm256_loadu_si256(x + 2 * l));
-            __m256i q = _mm256_maddubs_epi16(odd, _mm256_loadu_si256(x + 2 * l + 1));
-            p = _mm256_madd_epi16(_mm256_add_epi16(p, q), weight[l]);
-            sum[pair] = _mm256_add_epi32(sum[pair], p);
+            __m256i p = _mm256_maddubs_epi16(*(const __m256i *)w->u[h],
+                                             *(const __m256i *)x->limb[h][l]);
+            sum[l] = h ? _mm256_add_epi16(sum[l], p) : p;
+            __asm__("" : "+x"(sum[l]));                      /* or GCC reorders, and spills */
         }
-    }
-    __m256i mixed = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]),
-                                      _mm256_hadd_epi32(sum[2], sum[3]));
-    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return (i32x8)_mm256_permutevar8x32_epi32(mixed, in_order);
+    sum[0] = _mm256_madd_epi16(sum[0], _mm256_set1_epi16(1));
+    sum[1] = _mm256_madd_epi16(sum[1], _mm256_set1_epi16(64));
+    sum[2] = _mm256_madd_epi16(sum[2], _mm256_set1_epi16(4096));
+    return (i32x8)_mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), sum[2]);
 #else
-    i32x8 sums;
-    for (int b = 0; b < 8; b++) {
-        const uint8_t *ub = u + b / 2 * 64 + (b & 1) * 16;
-        const int8_t *x = limbs + b / 2 * 192 + (b & 1) * 16;
-        int32_t sum = 0;
-        for (int odd = 0; odd <= 32; odd += 32)
-            for (int i = odd; i < odd + 16; i++)
-                sum += ub[i] * (x[i] + 128 * x[i + 64] + 16384 * x[i + 128]);
-        sums[b] = sum;
-    }
+    i32x8 sums = {0};
+    for (int h = 0; h < HALVES; h++)
+        for (int i = 0; i < 32; i++)
+            sums[i / 4] += w->u[h][i] * (x->limb[h][0][i] + 64 * x->limb[h][1][i]
+                                         + 4096 * x->limb[h][2][i]);
     return sums;
 #endif
 }
@@ -1411,63 +1407,53 @@ static inline f32x8 pow2_8(i32x8 e) {
     return (f32x8)((u32x8)e << 23);
 }
 
-/* A piece of a weight row, decoded. */
-typedef struct { uint8_t u[FP4_COLS], scale[FP4_COLS / 32]; } fp4_row;
-
-/* n_blocks blocks from block b0 of row r, padded to a multiple of eight. */
-static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blocks) {
-    size_t at = (size_t)r * (size_t)(w->cols / 32) + (size_t)b0;
-    const uint8_t *src = (const uint8_t *)w->data + at * 16;
-    int b = 0;
-    for (; b + 2 <= n_blocks; b += 2) fp4_decode32(row->u + b * 32, src + b * 16);
-    if (b < n_blocks) {                                      /* half a pair: read no further */
-        uint8_t last[32] = {0};
-        memcpy(last, src + b * 16, 16);
-        fp4_decode32(row->u + b * 32, last);
-        b += 2;
-    }
-    if (b % 8) memset(row->u + b * 32, 0, (size_t)(8 - b % 8) * 32);
-    memset(row->scale, 0, sizeof row->scale);
-    memcpy(row->scale, w->scale + at, (size_t)n_blocks);
-}
-
-/* Add n_groups times eight blocks to the lanes; x is that of the first.  Conversion to F32 rounds
- * a block's sum, the power of two is exact.  Blocks of padding add +0, which changes no lane. */
-static inline f32x8 fp4_dot(f32x8 lanes, const fp4_row *w, packed_row x, int n_groups) {
-    for (int g = 0; g < n_groups; g++) {
-        i32x8 sums = block_sums8(w->u + 256 * g, x.limbs + 768 * g), offset, exponent;
-        memcpy(&offset, x.offset + 8 * g, sizeof offset);
-        memcpy(&exponent, x.exponent + 8 * g, sizeof exponent);
-        exponent += u8_load8(w->scale + 8 * g);
-        lanes += __builtin_convertvector(sums - offset, f32x8) * pow2_8(exponent);
-    }
-    return lanes;
-}
-
 typedef struct {                   /* one or two matrices times packed rows                     */
     const dsv4_mat *w[2];          /* of one shape; w[1] may be NULL                            */
     float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
     const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
-    uint8_t *x;                    /* packed, [m]                                               */
+    const x_group *x;              /* [m][groups of cols]                                       */
     int m, n_tiles;
 } fp4_args;
 
-/* w's rows r0 .. r0+3 (or to the end) times all tokens.  Each product's lanes wait on the stack
- * between pieces of FP4_COLS columns, so that a piece is decoded once for all tokens. */
-static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
+/* Groups g0 .. g0+n-1 of row r of w, padded with zeros to whole groups. */
+static inline void fp4_groups(w_group *out, const dsv4_mat *w, int r, int g0, int n) {
+    int row_blocks = w->cols / 32;
+    size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g0 * GROUP_BLOCKS);
+    const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
+    int n_whole = min_int(n, row_blocks / GROUP_BLOCKS - g0), rest = row_blocks % GROUP_BLOCKS;
+    for (int g = 0; g < n_whole; g++, src += 128, scale += GROUP_BLOCKS)
+        fp4_decode(&out[g], src, scale);
+    if (n_whole == n) return;
+    uint8_t last[128] = {0}, last_scale[GROUP_BLOCKS] = {0}; /* read no further than the row */
+    memcpy(last, src, (size_t)rest * 16);
+    memcpy(last_scale, scale, (size_t)rest);
+    fp4_decode(&out[n_whole], last, last_scale);
+}
+
+/* Add n groups to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
+ * Blocks of padding add +0, which changes no lane. */
+static inline f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int n) {
+    for (int g = 0; g < n; g++) {
+        i32x8 sums = group_sums(&w[g], &x[g]) - x[g].offset;
+        f32x8 power = pow2_8(w[g].scale + x[g].exponent);
+        lanes += __builtin_convertvector(sums, f32x8) * power;
+    }
+    return lanes;
+}
+
+/* w's rows r0 .. r0+n_rows-1 times all tokens.  Each product's lanes wait on the stack between
+ * pieces of PIECE groups, so that a piece is decoded once for all tokens. */
+static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
-    fp4_row row[TILE_ROWS];
-    int n_rows = min_int(TILE_ROWS, w->rows - r0), n_blocks = w->cols / 32;
+    w_group tile[TILE_ROWS][PIECE];
+    int n_groups = (int)n_groups_of(w->cols);
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
-    for (int b0 = 0; b0 < n_blocks; b0 += FP4_COLS / 32) {
-        int n_now = min_int(FP4_COLS / 32, n_blocks - b0);
-        for (int r = 0; r < n_rows; r++) fp4_decode(&row[r], w, r0 + r, b0, n_now);
-        for (int t = 0; t < a->m; t++) {
-            packed_row x = packed_at(a->x, w->cols, t);
-            x.limbs += b0 * 96, x.offset += b0, x.exponent += b0;
+    for (int g = 0; g < n_groups; g += PIECE) {
+        int n_now = min_int(PIECE, n_groups - g);
+        for (int r = 0; r < n_rows; r++) fp4_groups(tile[r], w, r0 + r, g, n_now);
+        for (int t = 0; t < a->m; t++)
             for (int r = 0; r < n_rows; r++)
-                lanes[t][r] = fp4_dot(lanes[t][r], &row[r], x, (n_now + 7) / 8);
-        }
+                lanes[t][r] = fp4_dot(lanes[t][r], tile[r], &a->x[t * n_groups + g], n_now);
     }
     for (int t = 0; t < a->m; t++) {
         float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
@@ -1481,8 +1467,9 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
 /* Item: a tile of rows of w[0], then those of w[1]. */
 static void fp4_item(const void *arg, int64_t i) {
     const fp4_args *a = arg;
-    int which = i >= a->n_tiles, tile = (int)i - which * a->n_tiles;
-    fp4_tile(a, a->w[which], a->out[which], tile * TILE_ROWS);
+    int which = i >= a->n_tiles, r0 = ((int)i - which * a->n_tiles) * TILE_ROWS;
+    const dsv4_mat *w = a->w[which];
+    fp4_tile(a, w, a->out[which], r0, min_int(TILE_ROWS, w->rows - r0));
 }
 
 /* Every row times every token. */
@@ -1495,14 +1482,15 @@ static void fp4_run(fp4_args *a, dsv4_exec *ex) {
 /* The caller's scratch: EXPERT_ROWS rows of each. */
 typedef struct {
     float *g, *u;                  /* [inter]                                                   */
-    uint8_t *x, *a, *code;         /* packed x, packed a, a's codes and scales: roundings on    */
+    x_group *x, *a;                /* packed x and a: roundings on, as                          */
+    uint8_t *code;                 /* a's codes and scales                                      */
     float *f32, *out;              /* gathered x, w2's result [dim]: roundings off              */
 } expert_scratch;
 
 static size_t code_bytes(int inter) { return (size_t)inter + (size_t)((inter + 127) / 128); }
 
 size_t expert_scratch_bytes(int dim, int inter) {
-    size_t on = packed_bytes(dim) + packed_bytes(inter) + code_bytes(inter);
+    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group) + code_bytes(inter);
     size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
@@ -1514,9 +1502,9 @@ static expert_scratch scratch_at(void *base, int dim, int inter) {
     s.u = s.g + (size_t)EXPERT_ROWS * (size_t)inter;
     s.f32 = s.u + (size_t)EXPERT_ROWS * (size_t)inter;
     s.out = s.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
-    s.x = (uint8_t *)s.f32;                                  /* either these, or f32 and out     */
-    s.a = s.x + EXPERT_ROWS * packed_bytes(dim);
-    s.code = s.a + EXPERT_ROWS * packed_bytes(inter);
+    s.x = (x_group *)(void *)s.f32;                          /* either these, or f32 and out     */
+    s.a = s.x + EXPERT_ROWS * n_groups_of(dim);
+    s.code = (uint8_t *)(s.a + EXPERT_ROWS * n_groups_of(inter));
     return s;
 }
 
@@ -1534,7 +1522,7 @@ static void expert_gather(const void *arg, int64_t i) {
     const expert_args *a = arg;
     size_t dim = (size_t)a->dim, row = (size_t)a->rows[i];
     if (a->x->code)
-        pack_row(packed_at(a->s->x, a->dim, i), a->x->code + row * dim,
+        pack_row(a->s->x + (size_t)i * n_groups_of(a->dim), a->x->code + row * dim,
                  a->x->scale + row * scales_of(a->dim), a->dim);
     else
         memcpy(a->s->f32 + (size_t)i * dim, a->x->f32 + row * dim, dim * sizeof(float));
@@ -1549,7 +1537,7 @@ static void expert_activate(const void *arg, int64_t i) {
     if (!a->x->code) return;
     uint8_t *code = a->s->code + (size_t)i * code_bytes(a->inter), *scale = code + a->inter;
     codes_row(code, scale, g, a->inter);
-    pack_row(packed_at(a->s->a, a->inter, i), code, scale, a->inter);
+    pack_row(a->s->a + (size_t)i * n_groups_of(a->inter), code, scale, a->inter);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
