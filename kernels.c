@@ -1441,12 +1441,35 @@ static inline f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int
     return lanes;
 }
 
+/* Row r of w times the only token, a group at a time, which need not leave the registers. */
+static float fp4_row(const dsv4_mat *w, int r, const x_group *x) {
+    int n_groups = (int)n_groups_of(w->cols);
+    size_t row_bytes = (size_t)w->cols / 2, ahead = r + 2 < w->rows ? 2 * row_bytes : 0;
+    const uint8_t *row = (const uint8_t *)w->data + (size_t)r * row_bytes + ahead;
+    f32x8 lanes = splat8(0);
+    for (int g = 0; g < n_groups; g++) {
+        w_group one;
+        prefetch(row + g * GROUP / 2, GROUP / 2);
+        fp4_groups(&one, w, r, g, 1);
+        lanes = fp4_dot(lanes, &one, &x[g], 1);
+    }
+    return sum8(lanes);
+}
+
 /* w's rows r0 .. r0+n_rows-1 times all tokens.  Each product's lanes wait on the stack between
  * pieces of PIECE groups, so that a piece is decoded once for all tokens. */
 static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
     w_group tile[TILE_ROWS][PIECE];
     int n_groups = (int)n_groups_of(w->cols);
+    if (a->m == 1) {
+        float *y = out + (size_t)(a->rows ? a->rows[0] : 0) * (size_t)w->rows + r0;
+        for (int r = 0; r < n_rows; r++) {
+            float sum = fp4_row(w, r0 + r, a->x);
+            y[r] = a->rows ? y[r] + sum : sum;
+        }
+        return;
+    }
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
     for (int g = 0; g < n_groups; g += PIECE) {
         int n_now = min_int(PIECE, n_groups - g);
