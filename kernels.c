@@ -42,7 +42,6 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* All lanes x. */
 static inline f32x8 splat8(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
 
 /* Eight floats at any address. */
@@ -70,49 +69,8 @@ static inline void store_upto8(float *p, f32x8 v, int n) {
         memcpy(p, &v, (size_t)n * sizeof *p);
 }
 
-/* a*b + c, rounded once. */
-static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
-#ifdef __AVX2__
-    return _mm256_fmadd_ps(a, b, c);
-#else
-    for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
-    return c;
-#endif
-}
-
-/* a < b ? a : b, so that a NaN in b passes. */
-static inline f32x8 min8(f32x8 a, f32x8 b) {
-#ifdef __AVX2__
-    return _mm256_min_ps(a, b);
-#else
-    for (int i = 0; i < 8; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
-    return b;
-#endif
-}
-
-/* a > b ? a : b, so that a NaN in b passes. */
-static inline f32x8 max8(f32x8 a, f32x8 b) {
-#ifdef __AVX2__
-    return _mm256_max_ps(a, b);
-#else
-    for (int i = 0; i < 8; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
-    return b;
-#endif
-}
-
 /* The sign bit cleared, of NaN and -0 too. */
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
-
-/* The sum of the lanes, always as this tree. */
-static inline float sum8(f32x8 v) {
-#ifdef __AVX2__
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#else
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-#endif
-}
 
 /* The largest lane; for a maximum the order does not matter. */
 static inline float max_lane8(f32x8 v) {
@@ -121,48 +79,45 @@ static inline float max_lane8(f32x8 v) {
     return top;
 }
 
-/* Eight BF16, exactly: they are the upper halves of F32. */
-static inline f32x8 bf16_load8(const uint16_t *p) {
-    u16x8 v;
-    memcpy(&v, p, sizeof v);
-#ifdef __AVX2__                    /* GCC 12 makes nine instructions of the line below */
-    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
-#else
-    return (f32x8)(__builtin_convertvector(v, u32x8) << 16);
-#endif
-}
-
-/* Eight F16, exactly. */
-static inline f32x8 f16_load8(const uint16_t *p) {
-#ifdef __F16C__
-    __m128i v;
-    memcpy(&v, p, sizeof v);
-    return _mm256_cvtph_ps(v);
-#else
-    f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
-    return v;
-#endif
-}
-
 /* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
 static inline void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-/* Eight bytes, as 0..255. */
-static inline i32x8 u8_load8(const uint8_t *p) {
+/* What GCC does not make of vectors by itself, first with AVX2, then in plain C:
+ *   fma8                    a*b + c, rounded once
+ *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
+ *   clamp_i8                x between lo and hi
+ *   sum8                    the sum of the lanes, always as this tree
+ *   u8_load8                eight bytes, as 0..255
+ *   bf16_load8, f16_load8   eight numbers, exactly
+ *   e4m3_load16             2^-8 of 16 e4m3 numbers: the codes' bits, moved to where F16 has its
+ *                           exponent and mantissa, are F16 numbers, subnormals too; a NaN code
+ *                           counts as 480 */
 #ifdef __AVX2__
-    return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-#else
-    return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-#endif
+static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline f32x8 min8(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
+static inline f32x8 max8(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
+static inline i32x8 clamp_i8(i32x8 x, int32_t lo, int32_t hi) {
+    __m256i least = _mm256_max_epi32((__m256i)x, _mm256_set1_epi32(lo));
+    return (i32x8)_mm256_min_epi32(least, _mm256_set1_epi32(hi));
 }
-
-/* 2^-8 of the values of 16 e4m3 codes: their bits, moved to where F16 has its exponent and
- * mantissa, are F16 numbers, which also makes subnormals cost nothing.  NaN codes count as 480. */
+static inline float sum8(f32x8 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+static inline i32x8 u8_load8(const uint8_t *p) {
+    return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+static inline f32x8 bf16_load8(const uint16_t *p) {
+    __m128i v = _mm_loadu_si128((const __m128i *)p);
+    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16);
+}
+static inline f32x8 f16_load8(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
 static inline void e4m3_load16(f32x8 out[2], const uint8_t *p) {
-#ifdef __AVX2__
     const __m256i above = _mm256_setr_epi8(-1, 0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7,
                                            -1, 8, -1, 9, -1, 10, -1, 11, -1, 12, -1, 13, -1, 14,
                                            -1, 15);
@@ -171,11 +126,46 @@ static inline void e4m3_load16(f32x8 out[2], const uint8_t *p) {
     v = _mm256_and_si256(v, _mm256_set1_epi16((short)0xbfff));
     out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
     out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
-#else
-    for (int i = 0; i < 16; i++)
-        out[i / 8][i % 8] = f16_to_f32((uint16_t)((p[i] & 127) << 7 | (p[i] & 128) << 8));
-#endif
 }
+#else
+static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
+    for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
+}
+static inline f32x8 min8(f32x8 a, f32x8 b) {
+    for (int i = 0; i < 8; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
+    return b;
+}
+static inline f32x8 max8(f32x8 a, f32x8 b) {
+    for (int i = 0; i < 8; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
+    return b;
+}
+static inline i32x8 clamp_i8(i32x8 x, int32_t lo, int32_t hi) {
+    for (int i = 0; i < 8; i++) x[i] = x[i] < lo ? lo : x[i] > hi ? hi : x[i];
+    return x;
+}
+static inline float sum8(f32x8 v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+static inline i32x8 u8_load8(const uint8_t *p) {
+    return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+}
+static inline f32x8 bf16_load8(const uint16_t *p) {
+    u16x8 v;
+    memcpy(&v, p, sizeof v);
+    return (f32x8)(__builtin_convertvector(v, u32x8) << 16);
+}
+static inline f32x8 f16_load8(const uint16_t *p) {
+    f32x8 v;
+    for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
+    return v;
+}
+static inline void e4m3_load16(f32x8 out[2], const uint8_t *p) {
+    uint16_t half[16];
+    for (int i = 0; i < 16; i++) half[i] = (uint16_t)((p[i] & 127) << 7 | (p[i] & 128) << 8);
+    out[0] = f16_load8(half), out[1] = f16_load8(half + 8);
+}
+#endif
 
 /* === 2. Thread pool ===========================================================================
  *
@@ -641,74 +631,79 @@ static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
 }
 
-/* 256 times an FP8 scale, which is what e4m3_load8 wants; exact for all that linear allows. */
-static inline f32x8 fp8_scale8(uint8_t code) {
-    uint32_t u = ((uint32_t)code + 8) << 23;
-    float s;
-    memcpy(&s, &u, sizeof s);
-    return splat8(s);
+/* How many columns share a scale, and how many are decoded at a time. */
+static inline int decode_block(dsv4_dtype t) { return t == DT_I8 ? 32 : 128; }
+static inline int decode_step(dsv4_dtype t) { return t == DT_F8_E4M3 || t == DT_I8 ? 16 : 8; }
+
+/* What decode_cols wants: the scale, for FP8 256 times it, exact for all that linear allows. */
+static inline f32x8 decode_scale(dsv4_dtype t, const uint8_t *code, int i) {
+    if (t == DT_I8) return splat8(e8m0_to_f32(code[i]));
+    return t == DT_F8_E4M3 ? (f32x8)(((u32x8){0} + code[i] + 8) << 23) : splat8(0);
 }
 
-/* How many columns are decoded at a time: FP8 is cheaper by sixteens. */
-static inline int decode_step(dsv4_dtype t) { return t == DT_F8_E4M3 ? 16 : 8; }
-
-/* Columns c .. c+7, of FP8 c .. c+15, of a row as F32 (t is a constant where inlined; not packed
- * FP4). */
+/* Columns c .. c+7, or c+15, of a row as F32 (t is a constant where inlined). */
 static inline __attribute__((always_inline))
 void decode_cols(f32x8 out[2], dsv4_dtype t, const void *row, int c, f32x8 scale) {
+    static const float e2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6,
+                                   -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    float value[16];
     switch (t) {
-    case DT_F16: out[0] = f16_load8((const uint16_t *)row + c); break;
-    case DT_BF16: out[0] = bf16_load8((const uint16_t *)row + c); break;
-    case DT_F8_E4M3:
-        e4m3_load16(out, (const uint8_t *)row + c);
-        out[0] *= scale, out[1] *= scale;
+    case DT_F16: out[0] = f16_load8((const uint16_t *)row + c); return;
+    case DT_BF16: out[0] = bf16_load8((const uint16_t *)row + c); return;
+    case DT_F8_E4M3: e4m3_load16(out, (const uint8_t *)row + c); break;
+    case DT_I8:                                              /* only used with roundings off */
+        for (int i = 0; i < 16; i++)
+            value[i] = e2m1[((const uint8_t *)row)[(c + i) / 2] >> (4 * (i & 1)) & 15];
+        out[0] = load8(value), out[1] = load8(value + 8);
         break;
-    default: out[0] = load8((const float *)row + c);
+    default: out[0] = load8((const float *)row + c); return;
+    }
+    out[0] *= scale, out[1] *= scale;
+}
+
+/* Add columns c .. c+n-1 of four rows times n_vecs vectors: a step, or less at the end, where zeros
+ * follow (t and n_vecs are constants where inlined). */
+static inline __attribute__((always_inline))
+void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const void *const *row, int c, int n,
+              const f32x8 *scale, const float *x, size_t ldx, int n_vecs) {
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE_ROWS; r++) {
+        f32x8 w[2];
+        decode_cols(w, t, row[r], c, scale[r]);
+        for (int i = 0; i < decode_step(t) / 8 && 8 * i < n; i++)
+            for (int v = 0; v < n_vecs; v++)
+                acc[v][r] = fma8(w[i], load8(x + (size_t)v * ldx + c + 8 * i), acc[v][r]);
     }
 }
 
-/* The same for the last n columns, fewer than those, and zeros. */
-static inline __attribute__((always_inline))
-void decode_last(f32x8 out[2], dsv4_dtype t, const void *row, int c, int n, f32x8 scale) {
-    uint8_t last[32] = {0};
-    memcpy(last, (const uint8_t *)row + bytes_of(t, (size_t)c), bytes_of(t, (size_t)n));
-    decode_cols(out, t, last, 0, scale);
-}
-
-/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (it and t constants where inlined).
- * Blocks of 128 columns are what shares an FP8 scale. */
+/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (it and t constants where inlined). */
 static inline __attribute__((always_inline))
 void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
                 size_t ldx, int len, int n_vecs) {
     f32x8 acc[TILE_VECS][TILE_ROWS], scale[TILE_ROWS];
-    for (int r = 0; r < TILE_ROWS; r++) scale[r] = splat8(0);
+    int block = t == DT_F32 ? len : decode_block(t), step = decode_step(t);
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
-    int block = t == DT_F32 ? len : 128, step = decode_step(t);
     for (int b = 0, c = 0; b < len; b += block) {
         int stop = min_int(b + block, len);
         for (int r = 0; r < TILE_ROWS; r++) {
-            if (t == DT_F8_E4M3) scale[r] = fp8_scale8(w->scale[r][b / 128]);
-            if (w->ahead && t != DT_F32) prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)b) + w->ahead,
-                                   bytes_of(t, 128));
+            scale[r] = decode_scale(t, w->scale[r], b / block);
+            if (w->ahead && t != DT_F32)
+                prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)b) + w->ahead,
+                         bytes_of(t, (size_t)block));
         }
         for (; c + step <= stop; c += step)
-            for (int r = 0; r < TILE_ROWS; r++) {
-                f32x8 wr[2];
-                decode_cols(wr, t, w->data[r], c, scale[r]);
-                for (int i = 0; i < step / 8; i++)
-                    for (int v = 0; v < n_vecs; v++)
-                        acc[v][r] = fma8(wr[i], load8(x + (size_t)v * ldx + c + 8 * i), acc[v][r]);
-            }
-        for (int r = 0; c < stop && r < TILE_ROWS; r++) {    /* the rest, zeros behind it */
-            f32x8 wr[2];
-            decode_last(wr, t, w->data[r], c, stop - c, scale[r]);
-            for (int i = 0; i < step / 8 && c + 8 * i < stop; i++)
-                for (int v = 0; v < n_vecs; v++) {
-                    f32x8 xv = load_upto8(x + (size_t)v * ldx + c + 8 * i, stop - c - 8 * i);
-                    acc[v][r] = fma8(wr[i], xv, acc[v][r]);
-                }
-        }
+            dot_step(acc, t, w->data, c, step, scale, x, ldx, n_vecs);
+        if (c == stop) continue;
+        uint8_t last[TILE_ROWS][32] = {{0}};                 /* the rest, zeros behind it */
+        float last_x[TILE_VECS][16] = {{0}};
+        const void *row[TILE_ROWS];
+        for (int r = 0; r < TILE_ROWS; r++)
+            row[r] = memcpy(last[r], (const uint8_t *)w->data[r] + bytes_of(t, (size_t)c),
+                            bytes_of(t, (size_t)(stop - c)));
+        for (int v = 0; v < n_vecs; v++)
+            memcpy(last_x[v], x + (size_t)v * ldx + c, (size_t)(stop - c) * sizeof *x);
+        dot_step(acc, t, row, 0, stop - c, scale, last_x[0], 16, n_vecs);
     }
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) out[v][r] = sum8(acc[v][r]);
@@ -726,18 +721,20 @@ int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const fl
 }
 
 /* The same for rows of F32. */
-static int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t ldx, int len,
-                   int n_vecs) {
+static __attribute__((noinline))
+int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t ldx, int len,
+            int n_vecs) {
     return dot_tile(out, w, DT_F32, x, ldx, len, n_vecs);
 }
 
-/* The same for rows in any format but packed FP4. */
+/* The same for rows in any format. */
 static int dot_stored(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
                       size_t ldx, int len, int n_vecs) {
     switch (t) {
     case DT_F16: return dot_tile(out, w, DT_F16, x, ldx, len, n_vecs);
     case DT_BF16: return dot_tile(out, w, DT_BF16, x, ldx, len, n_vecs);
     case DT_F8_E4M3: return dot_tile(out, w, DT_F8_E4M3, x, ldx, len, n_vecs);
+    case DT_I8: return dot_tile(out, w, DT_I8, x, ldx, len, n_vecs);
     default: return dot_f32(out, w, x, ldx, len, n_vecs);
     }
 }
@@ -754,32 +751,21 @@ enum {
     TOKEN_BLOCK = 64,              /* tokens that use a decoded tile before it is dropped       */
 };
 
-/* Columns 0 .. len-1 of a packed FP4 row as F32: only the path without roundings comes here. */
-static void decode_fp4(float *dst, const uint8_t *src, const uint8_t *scale, int len) {
-    static const float value[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6,
-                                    -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-    for (int b = 0; b < len / 32; b++) {
-        float s = e8m0_to_f32(scale[b]);
-        for (int i = 0; i < 16; i++) {
-            *dst++ = value[*src & 15] * s;
-            *dst++ = value[*src++ >> 4] * s;
-        }
-    }
-}
-
 static inline __attribute__((always_inline))
 void decode_as(dsv4_dtype t, float *dst, const void *src, const uint8_t *scale, int len) {
-    int step = decode_step(t);
-    for (int b = 0; b < len; b += 128) {
-        int c = b, stop = min_int(b + 128, len);
-        f32x8 s = t == DT_F8_E4M3 ? fp8_scale8(scale[b / 128]) : splat8(0);
-        f32x8 v[2];
+    int block = decode_block(t), step = decode_step(t);
+    for (int b = 0, c = 0; b < len; b += block) {
+        int stop = min_int(b + block, len);
+        f32x8 v[2], s = decode_scale(t, scale, b / block);
         for (; c + step <= stop; c += step) {
             decode_cols(v, t, src, c, s);
-            for (int i = 0; i < step / 8; i++) store8(dst + c + 8 * i, v[i]);
+            store8(dst + c, v[0]);
+            if (step > 8) store8(dst + c + 8, v[1]);
         }
         if (c == stop) continue;
-        decode_last(v, t, src, c, stop - c, s);
+        uint8_t last[32] = {0};                              /* the rest: read no further */
+        memcpy(last, (const uint8_t *)src + bytes_of(t, (size_t)c), bytes_of(t, (size_t)(stop - c)));
+        decode_cols(v, t, last, 0, s);
         memcpy(dst + c, v, (size_t)(stop - c) * sizeof *dst);
     }
 }
@@ -791,7 +777,7 @@ static void decode_row(dsv4_dtype t, float *dst, const void *src, const uint8_t 
     case DT_F16: decode_as(DT_F16, dst, src, scale, len); break;
     case DT_BF16: decode_as(DT_BF16, dst, src, scale, len); break;
     case DT_F8_E4M3: decode_as(DT_F8_E4M3, dst, src, scale, len); break;
-    case DT_I8: decode_fp4(dst, src, scale, len); break;
+    case DT_I8: decode_as(DT_I8, dst, src, scale, len); break;
     default: assert(0);                                      /* no matrix has another dtype */
     }
 }
@@ -810,10 +796,8 @@ static tile_rows tile_at(const dsv4_mat *w, int r0, int n_rows, int c0) {
     for (int i = 0; i < TILE_ROWS; i++) {
         size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), cols = (size_t)w->cols;
         tile.data[i] = (const uint8_t *)w->data + bytes_of(w->dtype, r * cols + (size_t)c0);
-        tile.scale[i] = NULL;
-        if (w->dtype == DT_F8_E4M3)
-            tile.scale[i] = w->scale + r / 128 * scales_of(w->cols) + c0 / 128;
-        if (w->dtype == DT_I8) tile.scale[i] = w->scale + (r * cols + (size_t)c0) / 32;
+        tile.scale[i] = w->dtype == DT_F8_E4M3 ? w->scale + r / 128 * scales_of(w->cols) + c0 / 128
+                      : w->dtype == DT_I8 ? w->scale + (r * cols + (size_t)c0) / 32 : NULL;
     }
     if (r0 + 2 * TILE_ROWS <= w->rows)                       /* the hardware does not see four  */
         tile.ahead = bytes_of(w->dtype, TILE_ROWS * (size_t)w->cols); /* streams as one         */
@@ -828,7 +812,7 @@ static void linear_tile(const linear_args *a, int g, int row0, int n_rows, int c
     dsv4_dtype t = w->dtype;
     int len = min_int(TILE_COLS, w->cols - c0);
     tile_rows tile = tile_at(w, row0, n_rows, c0);
-    if (t == DT_I8 || t1 - t0 > TILE_VECS) {
+    if (t1 - t0 > TILE_VECS) {
         for (int r = 0; r < TILE_ROWS; r++) {
             if (tile.ahead) prefetch((const uint8_t *)tile.data[r] + tile.ahead,
                                      bytes_of(t, (size_t)len));
@@ -1422,23 +1406,15 @@ static inline i32x8 group_sums(const w_group *w, const x_group *x) {
 #endif
 }
 
-/* 2^(e - 127), with e clamped to the exponents of normal numbers, 1 and 254. */
-static inline f32x8 pow2_8(i32x8 e) {
-#ifdef __AVX2__
-    e = (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)e, _mm256_set1_epi32(1)),
-                                _mm256_set1_epi32(254));
-#else
-    for (int i = 0; i < 8; i++) e[i] = e[i] < 1 ? 1 : e[i] > 254 ? 254 : e[i];
-#endif
-    return (f32x8)((u32x8)e << 23);
-}
+/* 2^(e - 127), with e clamped to the exponents of normal numbers. */
+static inline f32x8 pow2_8(i32x8 e) { return (f32x8)((u32x8)clamp_i8(e, 1, 254) << 23); }
 
 typedef struct {                   /* one or two matrices times packed rows                     */
-    const dsv4_mat *w[2];          /* of one shape; w[1] may be NULL                            */
+    const dsv4_mat *w[2];          /* of one shape                                              */
     float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
     const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
     const x_group *x;              /* [m][groups of cols]                                       */
-    int m, n_tiles;
+    int m;
 } fp4_args;
 
 /* Groups g0 .. g0+n-1 of row r of w, padded with zeros to whole groups. */
@@ -1516,27 +1492,30 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, i
 /* Item: a tile of rows of w[0], then those of w[1]. */
 static void fp4_item(const void *arg, int64_t i) {
     const fp4_args *a = arg;
-    int which = i >= a->n_tiles, r0 = ((int)i - which * a->n_tiles) * TILE_ROWS;
-    const dsv4_mat *w = a->w[which];
-    fp4_tile(a, w, a->out[which], r0, min_int(TILE_ROWS, w->rows - r0));
+    int n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS, which = i >= n_tiles;
+    int r0 = ((int)i - which * n_tiles) * TILE_ROWS, n_rows = a->w[which]->rows - r0;
+    fp4_tile(a, a->w[which], a->out[which], r0, min_int(TILE_ROWS, n_rows));
 }
 
-/* Every row times every token. */
-static void fp4_run(fp4_args *a, dsv4_exec *ex) {
-    a->n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t n_items = (int64_t)a->n_tiles * (a->w[1] ? 2 : 1);
-    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_item, a);
+/* Every row of the n_mats matrices times every token. */
+static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
+    int64_t n_items = (int64_t)(a.w[0]->rows + TILE_ROWS - 1) / TILE_ROWS * n_mats;
+    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_item, &a);
 }
 
-/* The caller's scratch: EXPERT_ROWS rows of each. */
 typedef struct {
-    float *g, *u;                  /* [inter]                                                   */
-    x_group *x, *a;                /* packed x and a: roundings on, as                          */
-    uint8_t *code;                 /* a's codes and scales                                      */
-    float *f32, *out;              /* gathered x, w2's result [dim]: roundings off              */
-} expert_scratch;
+    float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter]; */
+    x_group *x, *a;                /* with roundings on packed x and a, and                     */
+    uint8_t *code;                 /* a's codes and scales;                                     */
+    float *f32, *out;              /* off, in their place, gathered x and w2's result [dim]     */
+    const dsv4_acts *in;
+    const int32_t *rows;
+    const float *weight;
+    int dim, inter;
+    float limit;
+} expert_args;
 
-static size_t code_bytes(int inter) { return (size_t)inter + (size_t)((inter + 127) / 128); }
+static size_t code_bytes(int inter) { return (size_t)inter + scales_of(inter); }
 
 size_t expert_scratch_bytes(int dim, int inter) {
     size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group) + code_bytes(inter);
@@ -1544,49 +1523,27 @@ size_t expert_scratch_bytes(int dim, int inter) {
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
 
-/* g and u, then either x, a and code, or f32 and out. */
-static expert_scratch scratch_at(void *base, int dim, int inter) {
-    expert_scratch s;
-    s.g = base;
-    s.u = s.g + (size_t)EXPERT_ROWS * (size_t)inter;
-    s.f32 = s.u + (size_t)EXPERT_ROWS * (size_t)inter;
-    s.out = s.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
-    s.x = (x_group *)(void *)s.f32;                          /* either these, or f32 and out     */
-    s.a = s.x + EXPERT_ROWS * n_groups_of(dim);
-    s.code = (uint8_t *)(s.a + EXPERT_ROWS * n_groups_of(inter));
-    return s;
-}
-
-typedef struct {
-    const expert_scratch *s;
-    const dsv4_acts *x;
-    const int32_t *rows;
-    const float *weight;
-    int dim, inter;
-    float limit;
-} expert_args;
-
 /* Item: an x row, packed or as F32. */
 static void expert_gather(const void *arg, int64_t i) {
-    const expert_args *a = arg;
-    size_t dim = (size_t)a->dim, row = (size_t)a->rows[i];
-    if (a->x->code)
-        pack_row(a->s->x + (size_t)i * n_groups_of(a->dim), a->x->code + row * dim,
-                 a->x->scale + row * scales_of(a->dim), a->dim);
+    const expert_args *e = arg;
+    size_t dim = (size_t)e->dim, row = (size_t)e->rows[i];
+    if (e->in->code)
+        pack_row(e->x + (size_t)i * n_groups_of(e->dim), e->in->code + row * dim,
+                 e->in->scale + row * scales_of(e->dim), e->dim);
     else
-        memcpy(a->s->f32 + (size_t)i * dim, a->x->f32 + row * dim, dim * sizeof(float));
+        memcpy(e->f32 + (size_t)i * dim, e->in->f32 + row * dim, dim * sizeof(float));
 }
 
 /* Item: a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
 static void expert_activate(const void *arg, int64_t i) {
-    const expert_args *a = arg;
-    float *g = a->s->g + i * a->inter;
-    swiglu_one(g, g, a->s->u + i * a->inter, a->inter, a->limit);
-    for (int c = 0; c < a->inter; c++) g[c] *= a->weight[i];
-    if (!a->x->code) return;
-    uint8_t *code = a->s->code + (size_t)i * code_bytes(a->inter), *scale = code + a->inter;
-    codes_row(code, scale, g, a->inter);
-    pack_row(a->s->a + (size_t)i * n_groups_of(a->inter), code, scale, a->inter);
+    const expert_args *e = arg;
+    float *g = e->g + i * e->inter;
+    swiglu_one(g, g, e->u + i * e->inter, e->inter, e->limit);
+    for (int c = 0; c < e->inter; c++) g[c] *= e->weight[i];
+    if (!e->in->code) return;
+    uint8_t *code = e->code + (size_t)i * code_bytes(e->inter), *scale = code + e->inter;
+    codes_row(code, scale, g, e->inter);
+    pack_row(e->a + (size_t)i * n_groups_of(e->inter), code, scale, e->inter);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
@@ -1597,23 +1554,27 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     assert(m <= EXPERT_ROWS && dim % 32 == 0 && inter % 32 == 0);
     assert((x->code != NULL) != (x->f32 != NULL));
     assert((uintptr_t)scratch % 64 == 0);
-    expert_scratch s = scratch_at(scratch, dim, inter);
-    expert_args a = {&s, x, rows, weight, dim, inter, limit};
-    exec_for(ex, m, 1, expert_gather, &a);
+    expert_args e = {.in = x, .rows = rows, .weight = weight, .dim = dim, .inter = inter,
+                     .limit = limit, .g = scratch};
+    e.u = e.g + (size_t)EXPERT_ROWS * (size_t)inter;
+    e.f32 = e.u + (size_t)EXPERT_ROWS * (size_t)inter;
+    e.out = e.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
+    e.x = (x_group *)(void *)e.f32;
+    e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
+    e.code = (uint8_t *)(e.a + EXPERT_ROWS * n_groups_of(inter));
+    exec_for(ex, m, 1, expert_gather, &e);
     if (x->code) {
-        fp4_args up = {{&w->w1, &w->w3}, {s.g, s.u}, NULL, s.x, m, 0};
-        fp4_args down = {{&w->w2, NULL}, {y, NULL}, rows, s.a, m, 0};
-        fp4_run(&up, ex);
-        exec_for(ex, m, 1, expert_activate, &a);
-        fp4_run(&down, ex);
+        fp4_run((fp4_args){{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m}, 2, ex);
+        exec_for(ex, m, 1, expert_activate, &e);
+        fp4_run((fp4_args){{&w->w2}, {y}, rows, e.a, m}, 1, ex);
         return;
     }
-    linear_cpu(s.g, &w->w1, s.f32, m, 1, ex);
-    linear_cpu(s.u, &w->w3, s.f32, m, 1, ex);
-    exec_for(ex, m, 1, expert_activate, &a);
-    linear_cpu(s.out, &w->w2, s.g, m, 1, ex);
+    linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
+    linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
+    exec_for(ex, m, 1, expert_activate, &e);
+    linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
-        add_cpu(y + (size_t)rows[i] * (size_t)dim, s.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
+        add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
 }
 
 /* === 12. The table ============================================================================ */
