@@ -12,7 +12,7 @@
  *                helper of section 1 that has two bodies computes the same in both
  * Contents     1 vectors   2 thread pool   3 exp and rounding   4 cheap operations
  *              5 dot products   6 linear   7 compress   8 index scores and top-k   9 attend
- *              10 hyper-connections   11 experts   12 the table                                 */
+ *              10 hyper-connections   11 experts   12 measuring   13 the table                  */
 #define _GNU_SOURCE
 #include "dsv4.h"
 
@@ -24,7 +24,9 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -396,10 +398,13 @@ static uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
     return scale;
 }
 
-/* y [d] = x [d] rounded in blocks; y may be x. */
-static void e4m3_row(float *y, const float *x, int d, int block) {
-    for (int b = 0; b < d; b += block)
-        (void)e4m3_block(y + b, NULL, x + b, min_int(block, d - b));
+/* x [d] in blocks: rounded (y, which may be x), or codes [d] and scales [ceil(d/block)]. */
+static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d, int block) {
+    for (int b = 0; b < d; b += block) {
+        uint8_t s = e4m3_block(y ? y + b : NULL, code ? code + b : NULL, x + b,
+                               min_int(block, d - b));
+        if (scale) scale[b / block] = s;
+    }
 }
 
 /* === 4. Cheap operations: an item is a row ====================================================
@@ -411,7 +416,8 @@ typedef struct {                   /* arguments of these operations; each sets w
     const float *x, *w;
     uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
     const uint8_t *from, *from_scale; /* the same, read                                         */
-    int d, block, cut, copies;     /* cut: where kv_round's second part begins                  */
+    int d, block, copies;
+    int cut;                       /* where the dims begin that go through BF16                 */
     float eps, limit;
     bool rounding;
 } row_args;
@@ -445,32 +451,34 @@ static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, 
     for_rows(ex, n, rmsnorm_row, (row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
 
-static void act_quant_row(const void *arg, int64_t t) {
+/* What act_quant, act_codes and kv_round have in common. */
+static void round_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    e4m3_row(a->y + t * a->d, a->x + t * a->d, a->d, a->block);
+    float *y = a->y ? a->y + t * a->d : NULL;
+    e4m3_row(y, a->code ? a->code + t * a->d : NULL,
+             a->scale ? a->scale + (size_t)t * scales_of(a->d) : NULL, a->x + t * a->d, a->cut,
+             a->block);
+    for (int c = a->cut; c < a->d; c++) y[c] = bf16_to_f32(f32_to_bf16(y[c]));
 }
 
 /* Differs: nothing, to the bit. */
 static void act_quant_cpu(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
     assert(block == 128 || block == 64);
-    for_rows(ex, n, act_quant_row, (row_args){.y = y, .x = x, .d = d, .block = block});
-}
-
-/* One row of act_codes: code [d], scale [ceil(d/128)]. */
-static void codes_row(uint8_t *code, uint8_t *scale, const float *x, int d) {
-    for (int b = 0; b < d; b += 128)
-        scale[b / 128] = e4m3_block(NULL, code + b, x + b, min_int(128, d - b));
-}
-
-static void act_codes_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    codes_row(a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d), a->x + t * a->d, a->d);
+    for_rows(ex, n, round_row, (row_args){.y = y, .x = x, .d = d, .cut = d, .block = block});
 }
 
 /* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    for_rows(ex, n, act_codes_row, (row_args){.code = code, .scale = scale, .x = x, .d = d});
+    for_rows(ex, n, round_row, (row_args){.code = code, .scale = scale, .x = x, .d = d, .cut = d,
+                                          .block = 128});
+}
+
+/* Differs: nothing, to the bit. */
+static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
+    assert(rope_dim <= head_dim);
+    for_rows(ex, n, round_row, (row_args){.y = kv, .x = kv, .d = head_dim,
+                                          .cut = head_dim - rope_dim, .block = 64});
 }
 
 static void act_values_row(const void *arg, int64_t t) {
@@ -483,19 +491,6 @@ static void act_values_row(const void *arg, int64_t t) {
 static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
                            dsv4_exec *ex) {
     for_rows(ex, n, act_values_row, (row_args){.y = y, .from = code, .from_scale = scale, .d = d});
-}
-
-static void kv_round_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    float *kv = a->y + t * a->d;
-    e4m3_row(kv, kv, a->cut, 64);
-    for (int c = a->cut; c < a->d; c++) kv[c] = bf16_to_f32(f32_to_bf16(kv[c]));
-}
-
-/* Differs: nothing, to the bit. */
-static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
-    assert(rope_dim <= head_dim);
-    for_rows(ex, n, kv_round_row, (row_args){.y = kv, .d = head_dim, .cut = head_dim - rope_dim});
 }
 
 /* x [d] rounded to e2m1 in blocks of 32. */
@@ -1542,7 +1537,7 @@ static void expert_activate(const void *arg, int64_t i) {
     for (int c = 0; c < e->inter; c++) g[c] *= e->weight[i];
     if (!e->in->code) return;
     uint8_t *code = e->code + (size_t)i * code_bytes(e->inter), *scale = code + e->inter;
-    codes_row(code, scale, g, e->inter);
+    e4m3_row(NULL, code, scale, g, e->inter, 128);
     pack_row(e->a + (size_t)i * n_groups_of(e->inter), code, scale, e->inter);
 }
 
@@ -1577,7 +1572,90 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
         add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
 }
 
-/* === 12. The table ============================================================================ */
+/* === 12. Measuring ============================================================================
+ * One buffer, larger than any cache, is read, and then serves as the matrix, x and y of a linear. */
+
+enum {
+    MEASURE_MB = 512,              /* at most, and an eighth of what a program may take here    */
+    MEASURE_TOKENS = 64, MEASURE_DIM = 2048,
+};
+
+typedef struct {
+    uint8_t *base;
+    uint64_t *sum;                 /* [n_mb], so that nobody leaves the reading out             */
+    int64_t n_mb;
+} measure_args;
+
+/* Item: a megabyte.  Random bytes, but none is a NaN code: bit 1 is clear. */
+static void measure_fill(const void *arg, int64_t i) {
+    const measure_args *a = arg;
+    uint64_t random = 0x9e3779b97f4a7c15u * (uint64_t)(i + 1);
+    for (size_t at = 0; at < 1 << 20; at += sizeof random) {
+        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+        uint64_t word = random & 0xfdfdfdfdfdfdfdfdu;
+        memcpy(a->base + ((size_t)i << 20) + at, &word, sizeof word);
+    }
+}
+
+/* Item: a megabyte. */
+static void measure_read(const void *arg, int64_t i) {
+    const measure_args *a = arg;
+    const u32x8 *v = (const u32x8 *)(void *)(a->base + ((size_t)i << 20));
+    u32x8 sum[4] = {{0}};
+    for (size_t at = 0; at < (1 << 20) / sizeof *v; at += 4)
+        for (size_t j = 0; j < 4; j++) sum[j] += v[at + j];
+    sum[0] += sum[1] + sum[2] + sum[3];
+    a->sum[i] = sum[0][0] + sum[0][7];
+}
+
+/* Parts of the buffer: w [4 MB], x and y from 16 MB on, scales from 32 MB on. */
+static void measure_linear(dsv4_exec *ex, const measure_args *a) {
+    float *x = (float *)(void *)(a->base + ((size_t)16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
+    dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, a->base, a->base + ((size_t)32 << 20)};
+    linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
+}
+
+static void measure_stream(dsv4_exec *ex, const measure_args *a) {
+    exec_for(ex, a->n_mb, 1, measure_read, a);
+}
+
+static double now_s(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Seconds of the fastest pass within `seconds`; there is at least one. */
+static double best_pass(void (*pass)(dsv4_exec *, const measure_args *), dsv4_exec *ex,
+                        const measure_args *a, double seconds) {
+    double best = INFINITY, stop = now_s() + seconds, begin, end;
+    do {
+        begin = now_s();
+        pass(ex, a);
+        end = now_s();
+        best = end - begin < best ? end - begin : best;
+    } while (end < stop);
+    return best;
+}
+
+int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err) {
+    uint64_t sum[MEASURE_MB], share = machine_ram_budget() / 8 >> 20;
+    int64_t n_mb = (int64_t)(share > MEASURE_MB ? MEASURE_MB : share < 64 ? 64 : share / 2 * 2);
+    size_t bytes = (size_t)n_mb << 20;
+    measure_args a = {aligned_alloc(2 << 20, bytes), sum, n_mb};
+    if (!a.base) return fail(err, "no memory to measure with: %d MB", (int)n_mb);
+    (void)madvise(a.base, bytes, MADV_HUGEPAGE);             /* as the model's own arenas */
+    exec_for(ex, n_mb, 1, measure_fill, &a);
+    out->read_bytes_s = (double)bytes / best_pass(measure_stream, ex, &a, seconds / 2);
+    memset(a.base + (16 << 20), 0, 4 * MEASURE_TOKENS * MEASURE_DIM); /* x: zeros cost the same */
+    memset(a.base + (32 << 20), 120, MEASURE_DIM / 128 * MEASURE_DIM / 128);
+    double macs = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM;
+    out->macs_s = macs / best_pass(measure_linear, ex, &a, seconds / 2);
+    free(a.base);
+    return 0;
+}
+
+/* === 13. The table ============================================================================ */
 
 const dsv4_ops ops_cpu = {
     "cpu",       embed_cpu,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,
