@@ -12,7 +12,7 @@
  *                helper of section 1 that has two bodies computes the same in both
  * Contents     1 vectors   2 thread pool   3 exp and rounding   4 cheap operations
  *              5 dot products   6 linear   7 compress   8 index scores and top-k   9 attend
- *              10 hyper-connections   11 experts   12 the table                                 */
+ *              10 hyper-connections   11 experts   12 measuring   13 the table                  */
 #define _GNU_SOURCE
 #include "dsv4.h"
 
@@ -24,7 +24,9 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -42,7 +44,6 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* All lanes x. */
 static inline f32x8 splat8(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
 
 /* Eight floats at any address. */
@@ -70,49 +71,8 @@ static inline void store_upto8(float *p, f32x8 v, int n) {
         memcpy(p, &v, (size_t)n * sizeof *p);
 }
 
-/* a*b + c, rounded once. */
-static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
-#ifdef __AVX2__
-    return _mm256_fmadd_ps(a, b, c);
-#else
-    for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
-    return c;
-#endif
-}
-
-/* a < b ? a : b, so that a NaN in b passes. */
-static inline f32x8 min8(f32x8 a, f32x8 b) {
-#ifdef __AVX2__
-    return _mm256_min_ps(a, b);
-#else
-    for (int i = 0; i < 8; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
-    return b;
-#endif
-}
-
-/* a > b ? a : b, so that a NaN in b passes. */
-static inline f32x8 max8(f32x8 a, f32x8 b) {
-#ifdef __AVX2__
-    return _mm256_max_ps(a, b);
-#else
-    for (int i = 0; i < 8; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
-    return b;
-#endif
-}
-
 /* The sign bit cleared, of NaN and -0 too. */
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
-
-/* The sum of the lanes, always as this tree. */
-static inline float sum8(f32x8 v) {
-#ifdef __AVX2__
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#else
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-#endif
-}
 
 /* The largest lane; for a maximum the order does not matter. */
 static inline float max_lane8(f32x8 v) {
@@ -121,52 +81,93 @@ static inline float max_lane8(f32x8 v) {
     return top;
 }
 
-/* Eight BF16, exactly: they are the upper halves of F32. */
+/* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
+static inline void prefetch(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+/* What GCC does not make of vectors by itself, first with AVX2, then in plain C:
+ *   fma8                    a*b + c, rounded once
+ *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
+ *   clamp_i8                x between lo and hi
+ *   sum8                    the sum of the lanes, always as this tree
+ *   u8_load8                eight bytes, as 0..255
+ *   bf16_load8, f16_load8   eight numbers, exactly
+ *   e4m3_load16             2^-8 of 16 e4m3 numbers: the codes' bits, moved to where F16 has its
+ *                           exponent and mantissa, are F16 numbers, subnormals too; a NaN code
+ *                           counts as 480 */
+#ifdef __AVX2__
+static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline f32x8 min8(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
+static inline f32x8 max8(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
+static inline i32x8 clamp_i8(i32x8 x, int32_t lo, int32_t hi) {
+    __m256i least = _mm256_max_epi32((__m256i)x, _mm256_set1_epi32(lo));
+    return (i32x8)_mm256_min_epi32(least, _mm256_set1_epi32(hi));
+}
+static inline float sum8(f32x8 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+static inline i32x8 u8_load8(const uint8_t *p) {
+    return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+static inline f32x8 bf16_load8(const uint16_t *p) {
+    __m128i v = _mm_loadu_si128((const __m128i *)p);
+    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16);
+}
+static inline f32x8 f16_load8(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+static inline void e4m3_load16(f32x8 out[2], const uint8_t *p) {
+    const __m256i above = _mm256_setr_epi8(-1, 0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7,
+                                           -1, 8, -1, 9, -1, 10, -1, 11, -1, 12, -1, 13, -1, 14,
+                                           -1, 15);
+    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    v = _mm256_srai_epi16(_mm256_shuffle_epi8(v, above), 1);
+    v = _mm256_and_si256(v, _mm256_set1_epi16((short)0xbfff));
+    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+}
+#else
+static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
+    for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
+}
+static inline f32x8 min8(f32x8 a, f32x8 b) {
+    for (int i = 0; i < 8; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
+    return b;
+}
+static inline f32x8 max8(f32x8 a, f32x8 b) {
+    for (int i = 0; i < 8; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
+    return b;
+}
+static inline i32x8 clamp_i8(i32x8 x, int32_t lo, int32_t hi) {
+    for (int i = 0; i < 8; i++) x[i] = x[i] < lo ? lo : x[i] > hi ? hi : x[i];
+    return x;
+}
+static inline float sum8(f32x8 v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+static inline i32x8 u8_load8(const uint8_t *p) {
+    return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+}
 static inline f32x8 bf16_load8(const uint16_t *p) {
     u16x8 v;
     memcpy(&v, p, sizeof v);
-#ifdef __AVX2__                    /* GCC 12 makes nine instructions of the line below */
-    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
-#else
     return (f32x8)(__builtin_convertvector(v, u32x8) << 16);
-#endif
 }
-
-/* Eight F16, exactly. */
 static inline f32x8 f16_load8(const uint16_t *p) {
-#ifdef __F16C__
-    __m128i v;
-    memcpy(&v, p, sizeof v);
-    return _mm256_cvtph_ps(v);
-#else
     f32x8 v;
     for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
     return v;
-#endif
 }
-
-/* Eight bytes, as 0..255. */
-static inline i32x8 u8_load8(const uint8_t *p) {
-#ifdef __AVX2__
-    return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-#else
-    return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-#endif
+static inline void e4m3_load16(f32x8 out[2], const uint8_t *p) {
+    uint16_t half[16];
+    for (int i = 0; i < 16; i++) half[i] = (uint16_t)((p[i] & 127) << 7 | (p[i] & 128) << 8);
+    out[0] = f16_load8(half), out[1] = f16_load8(half + 8);
 }
-
-/* 2^-8 of the values of eight e4m3 codes (no NaN codes): their bits, moved to where F16 has its
- * exponent and mantissa, are F16 numbers, which also makes subnormals cost nothing. */
-static inline f32x8 e4m3_load8(const uint8_t *p) {
-#ifdef __F16C__
-    __m128i v = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
-    v = _mm_and_si128(_mm_srai_epi16(v, 1), _mm_set1_epi16((short)0xbfff));
-    return _mm256_cvtph_ps(v);
-#else
-    f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = e4m3_to_f32(p[i]) * 0x1p-8f;
-    return v;
 #endif
-}
 
 /* === 2. Thread pool ===========================================================================
  *
@@ -183,14 +184,14 @@ static inline f32x8 e4m3_load8(const uint8_t *p) {
 enum { SPINS = 60 };               /* pauses of 40 to 140 cycles each: a few microseconds       */
 #define OPEN 0x80000000u           /* in gate; the other bits count workers inside */
 
-/* Do items begin .. end-1.  Called by several threads at once with the same arg. */
-typedef void (*exec_fn)(void *arg, int64_t begin, int64_t end);
+/* Do one item.  Called by several threads at once with the same arg. */
+typedef void (*item_fn)(const void *arg, int64_t item);
 
 struct dsv4_exec {
     int n_workers;
     pthread_t worker[MAX_THREADS];
-    exec_fn fn;                    /* the job; written while the gate is shut and nobody inside */
-    void *arg;
+    item_fn fn;                    /* the job; written while the gate is shut and nobody inside */
+    const void *arg;
     int64_t n_items, grain;
     _Atomic bool stop;             /* told once, by exec_close                                  */
     /* Each on a cache line of its own, for each is written while others are waited on. */
@@ -223,7 +224,8 @@ static void take_blocks(dsv4_exec *ex) {
     for (;;) {
         int64_t begin = atomic_fetch_add_explicit(&ex->next, ex->grain, memory_order_relaxed);
         if (begin >= ex->n_items) return;
-        ex->fn(ex->arg, begin, min_i64(begin + ex->grain, ex->n_items));
+        int64_t end = min_i64(begin + ex->grain, ex->n_items);
+        for (int64_t i = begin; i < end; i++) ex->fn(ex->arg, i);
     }
 }
 
@@ -253,14 +255,14 @@ static void *worker_main(void *arg) {
     }
 }
 
-/* fn(arg, begin, end) on blocks of `grain` items until all n_items are done, each once; the caller
- * takes part, and alone does what is a single block.  One job at a time, never from inside one. */
-static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, exec_fn fn, void *arg) {
+/* fn(arg, i) for i < n_items, each once, handed out in blocks of `grain`; the caller takes part, and
+ * alone does what is a single block.  One job at a time, never from inside one. */
+static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, item_fn fn, const void *arg) {
     assert(grain > 0);
     assert(atomic_load_explicit(&ex->gate, memory_order_relaxed) == 0);
     int64_t n_blocks = (n_items + grain - 1) / grain;
     if (n_blocks <= 1 || ex->n_workers == 0) {
-        if (n_items > 0) fn(arg, 0, n_items);
+        for (int64_t i = 0; i < n_items; i++) fn(arg, i);
         return;
     }
     ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain;
@@ -396,158 +398,100 @@ static uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
     return scale;
 }
 
-/* y [d] = x [d] rounded in blocks; y may be x. */
-static void e4m3_row(float *y, const float *x, int d, int block) {
-    for (int b = 0; b < d; b += block)
-        (void)e4m3_block(y + b, NULL, x + b, min_int(block, d - b));
-}
-
-/* === 4. Cheap operations: parallel over tokens ================================================
- * Each is three pieces: NAME_args, what an item must know; NAME_tokens, the item function for a run
- * of tokens; NAME_cpu, the twin.  Where time does not matter the twin is the reference itself, on
- * slices of tokens.                                                                             */
-
-enum { TOKEN_GRAIN = 1 };          /* tokens that a thread takes at once */
-
-typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } embed_args;
-
-static void embed_tokens(void *arg, int64_t begin, int64_t end) {
-    const embed_args *a = arg;
-    float *h = a->h + (size_t)begin * (size_t)a->hc * (size_t)a->w->cols;
-    ops_ref.embed(h, a->w, a->tokens + begin, (int)(end - begin), a->hc, NULL);
-}
-
-/* Differs: the reference on slices. */
-static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
-                      dsv4_exec *ex) {
-    embed_args a = {h, w, tokens, hc};
-    exec_for(ex, n, TOKEN_GRAIN, embed_tokens, &a);
-}
-
-typedef struct { float *y; const float *x, *w; int d; float eps; } rmsnorm_args;
-
-static void rmsnorm_tokens(void *arg, int64_t begin, int64_t end) {
-    const rmsnorm_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        const float *x = a->x + (size_t)t * (size_t)a->d;
-        float *y = a->y + (size_t)t * (size_t)a->d;
-        f32x8 sum = splat8(0);
-        for (int c = 0; c < a->d; c += 8) {
-            f32x8 v = load_upto8(x + c, a->d - c);
-            sum = fma8(v, v, sum);
-        }
-        float r = 1 / sqrtf(sum8(sum) / (float)a->d + a->eps);
-        for (int c = 0; c < a->d; c++) y[c] = a->w ? x[c] * r * a->w[c] : x[c] * r;
+/* x [d] in blocks: rounded (y, which may be x), or codes [d] and scales [ceil(d/block)]. */
+static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d, int block) {
+    for (int b = 0; b < d; b += block) {
+        uint8_t s = e4m3_block(y ? y + b : NULL, code ? code + b : NULL, x + b,
+                               min_int(block, d - b));
+        if (scale) scale[b / block] = s;
     }
+}
+
+/* === 4. Cheap operations: an item is a row ====================================================
+ * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row is
+ * left to the reference.                                                                        */
+
+typedef struct {                   /* arguments of these operations; each sets what it uses     */
+    float *y;                      /* [n][d]                                                    */
+    const float *x, *w;
+    uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
+    const uint8_t *from, *from_scale; /* the same, read                                         */
+    int d, block, copies;
+    int cut;                       /* where the dims begin that go through BF16                 */
+    float eps, limit;
+    bool rounding;
+} row_args;
+
+static void for_rows(dsv4_exec *ex, int n, item_fn fn, row_args a) {
+    exec_for(ex, n, grain_for(ex, n, 16), fn, &a);
+}
+
+static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
+
+/* The sum of squares of x [d]. */
+static inline float sum_squares(const float *x, int d) {
+    f32x8 sum = splat8(0);
+    for (int c = 0; c < d; c += 8) {
+        f32x8 v = load_upto8(x + c, d - c);
+        sum = fma8(v, v, sum);
+    }
+    return sum8(sum);
+}
+
+static void rmsnorm_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    const float *x = a->x + t * a->d;
+    float *y = a->y + t * a->d, r = 1 / sqrtf(sum_squares(x, a->d) / (float)a->d + a->eps);
+    for (int c = 0; c < a->d; c++) y[c] = a->w ? x[c] * r * a->w[c] : x[c] * r;
 }
 
 /* Differs: F32, the sum of squares in eight lanes. */
 static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
                         dsv4_exec *ex) {
-    rmsnorm_args a = {y, x, w, d, eps};
-    exec_for(ex, n, grain_for(ex, n, 64), rmsnorm_tokens, &a);
+    for_rows(ex, n, rmsnorm_row, (row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
 
-typedef struct {                   /* of act_quant, act_codes and act_values alike              */
-    float *y;
-    uint8_t *code, *scale;
-    const float *x;
-    const uint8_t *from_code, *from_scale;
-    int d, block;
-} act_args;
-
-static void act_quant_tokens(void *arg, int64_t begin, int64_t end) {
-    const act_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        size_t at = (size_t)t * (size_t)a->d;
-        e4m3_row(a->y + at, a->x + at, a->d, a->block);
-    }
+/* What act_quant, act_codes and kv_round have in common. */
+static void round_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    float *y = a->y ? a->y + t * a->d : NULL;
+    e4m3_row(y, a->code ? a->code + t * a->d : NULL,
+             a->scale ? a->scale + (size_t)t * scales_of(a->d) : NULL, a->x + t * a->d, a->cut,
+             a->block);
+    for (int c = a->cut; c < a->d; c++) y[c] = bf16_to_f32(f32_to_bf16(y[c]));
 }
 
 /* Differs: nothing, to the bit. */
 static void act_quant_cpu(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
     assert(block == 128 || block == 64);
-    act_args a = {.y = y, .x = x, .d = d, .block = block};
-    exec_for(ex, n, TOKEN_GRAIN, act_quant_tokens, &a);
-}
-
-/* One row of act_codes: code [d], scale [ceil(d/128)]. */
-static void codes_row(uint8_t *code, uint8_t *scale, const float *x, int d) {
-    for (int b = 0; b < d; b += 128)
-        scale[b / 128] = e4m3_block(NULL, code + b, x + b, min_int(128, d - b));
-}
-
-static void act_codes_tokens(void *arg, int64_t begin, int64_t end) {
-    const act_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        size_t at = (size_t)t * (size_t)a->d, block = (size_t)t * (size_t)((a->d + 127) / 128);
-        codes_row(a->code + at, a->scale + block, a->x + at, a->d);
-    }
+    for_rows(ex, n, round_row, (row_args){.y = y, .x = x, .d = d, .cut = d, .block = block});
 }
 
 /* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    act_args a = {.code = code, .scale = scale, .x = x, .d = d};
-    exec_for(ex, n, TOKEN_GRAIN, act_codes_tokens, &a);
-}
-
-static void act_values_tokens(void *arg, int64_t begin, int64_t end) {
-    const act_args *a = arg;
-    size_t d = (size_t)a->d, blocks = (d + 127) / 128, t = (size_t)begin;
-    ops_ref.act_values(a->y + t * d, a->from_code + t * d, a->from_scale + t * blocks,
-                       (int)(end - begin), a->d, NULL);
-}
-
-/* Differs: the reference on slices. */
-static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
-                           dsv4_exec *ex) {
-    act_args a = {.y = y, .from_code = code, .from_scale = scale, .d = d};
-    exec_for(ex, n, TOKEN_GRAIN, act_values_tokens, &a);
-}
-
-typedef struct {
-    float *x;
-    const float *inv_freq;
-    int n_heads, head_dim, rope_dim;
-    int64_t pos0, step;
-    bool inverse;
-} rope_args;
-
-static void rope_tokens(void *arg, int64_t begin, int64_t end) {
-    const rope_args *a = arg;
-    float *x = a->x + (size_t)begin * (size_t)a->n_heads * (size_t)a->head_dim;
-    ops_ref.rope(x, a->inv_freq, (int)(end - begin), a->n_heads, a->head_dim, a->rope_dim,
-                 a->pos0 + begin * a->step, a->step, a->inverse, NULL);
-}
-
-/* Differs: the reference on slices. */
-static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
-                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
-    rope_args a = {x, inv_freq, n_heads, head_dim, rope_dim, pos0, step, inverse};
-    exec_for(ex, n, TOKEN_GRAIN, rope_tokens, &a);
-}
-
-typedef struct { float *kv; int head_dim, rope_dim; } kv_round_args;
-
-static void kv_round_tokens(void *arg, int64_t begin, int64_t end) {
-    const kv_round_args *a = arg;
-    int cut = a->head_dim - a->rope_dim;
-    for (int64_t t = begin; t < end; t++) {
-        float *kv = a->kv + (size_t)t * (size_t)a->head_dim;
-        e4m3_row(kv, kv, cut, 64);
-        for (int c = cut; c < a->head_dim; c++) kv[c] = bf16_to_f32(f32_to_bf16(kv[c]));
-    }
+    for_rows(ex, n, round_row, (row_args){.code = code, .scale = scale, .x = x, .d = d, .cut = d,
+                                          .block = 128});
 }
 
 /* Differs: nothing, to the bit. */
 static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
     assert(rope_dim <= head_dim);
-    kv_round_args a = {kv, head_dim, rope_dim};
-    exec_for(ex, n, TOKEN_GRAIN, kv_round_tokens, &a);
+    for_rows(ex, n, round_row, (row_args){.y = kv, .x = kv, .d = head_dim,
+                                          .cut = head_dim - rope_dim, .block = 64});
 }
 
-typedef struct { float *x; int d; bool rounding; } index_round_args;
+static void act_values_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    ops_ref.act_values(a->y + t * a->d, a->from + t * a->d,
+                       a->from_scale + (size_t)t * scales_of(a->d), 1, a->d, NULL);
+}
+
+/* Differs: the reference, row by row. */
+static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
+                           dsv4_exec *ex) {
+    for_rows(ex, n, act_values_row, (row_args){.y = y, .from = code, .from_scale = scale, .d = d});
+}
 
 /* x [d] rounded to e2m1 in blocks of 32. */
 static void e2m1_row(float *x, int d) {
@@ -567,51 +511,28 @@ static void e2m1_row(float *x, int d) {
     }
 }
 
-static void index_round_rows(void *arg, int64_t begin, int64_t end) {
-    const index_round_args *a = arg;
-    float norm = (float)(1 / sqrt((double)a->d));
-    for (int64_t t = begin; t < end; t++) {
-        float *x = a->x + (size_t)t * (size_t)a->d;
-        for (int dist = 1; dist < a->d; dist *= 2)           /* butterflies, as the contract */
-            for (int i = 0; i < a->d; i += 2 * dist)
-                for (int j = i; j < i + dist; j++) {
-                    float p = x[j], q = x[j + dist];
-                    x[j] = p + q;
-                    x[j + dist] = p - q;
-                }
-        for (int i = 0; i < a->d; i++) x[i] *= norm;
-        if (a->rounding) e2m1_row(x, a->d);
-    }
+static void index_round_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    float *x = a->y + t * a->d, norm = (float)(1 / sqrt((double)a->d));
+    for (int dist = 1; dist < a->d; dist *= 2)               /* butterflies, as the contract */
+        for (int i = 0; i < a->d; i += 2 * dist)
+            for (int j = i; j < i + dist; j++) {
+                float p = x[j], q = x[j + dist];
+                x[j] = p + q;
+                x[j + dist] = p - q;
+            }
+    for (int i = 0; i < a->d; i++) x[i] *= norm;
+    if (a->rounding) e2m1_row(x, a->d);
 }
 
 /* Differs: nothing, to the bit. */
 static void index_round_cpu(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
     assert(d > 0 && (d & (d - 1)) == 0);
-    index_round_args a = {x, d, rounding};
-    exec_for(ex, n, 16, index_round_rows, &a);
+    for_rows(ex, n, index_round_row, (row_args){.y = x, .d = d, .rounding = rounding});
 }
 
-typedef struct { int32_t *ids; float *weights; const dsv4_route *in; } route_args;
-
-static void route_tokens(void *arg, int64_t begin, int64_t end) {
-    const route_args *a = arg;
-    dsv4_route in = *a->in;
-    in.logits += (size_t)begin * (size_t)in.n_experts;
-    if (in.tokens) in.tokens += begin;
-    size_t at = (size_t)begin * (size_t)in.topk;
-    ops_ref.route(a->ids + at, a->weights + at, &in, (int)(end - begin), NULL);
-}
-
-/* Differs: the reference on slices. */
-static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
-    route_args a = {ids, weights, in};
-    exec_for(ex, n, TOKEN_GRAIN, route_tokens, &a);
-}
-
-typedef struct { float *a; const float *g, *u; int d; float limit; } swiglu_args;
-
-/* One row; a may be g or u. */
-static void swiglu_row(float *a, const float *g, const float *u, int d, float limit) {
+/* a [d] = swiglu(g, u); a may be g or u. */
+static void swiglu_one(float *a, const float *g, const float *u, int d, float limit) {
     for (int c = 0; c < d; c += 8) {
         f32x8 gate = min8(splat8(limit), load_upto8(g + c, d - c));
         f32x8 up = max8(splat8(-limit), min8(splat8(limit), load_upto8(u + c, d - c)));
@@ -619,37 +540,65 @@ static void swiglu_row(float *a, const float *g, const float *u, int d, float li
     }
 }
 
-static void swiglu_tokens(void *arg, int64_t begin, int64_t end) {
-    const swiglu_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        size_t at = (size_t)t * (size_t)a->d;
-        swiglu_row(a->a + at, a->g + at, a->u + at, a->d, a->limit);
-    }
+static void swiglu_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    swiglu_one(a->y + t * a->d, a->x + t * a->d, a->w + t * a->d, a->d, a->limit);
 }
 
 /* Differs: nothing, to the bit. */
 static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
-    swiglu_args args = {a, g, u, d, limit};
-    exec_for(ex, n, TOKEN_GRAIN, swiglu_tokens, &args);
+    for_rows(ex, n, swiglu_row, (row_args){.y = a, .x = g, .w = u, .d = d, .limit = limit});
 }
 
-typedef struct { float *y; const float *x; int copies, d; } add_args;
-
-static void add_tokens(void *arg, int64_t begin, int64_t end) {
-    const add_args *a = arg;
-    size_t d = (size_t)a->d, copies = (size_t)a->copies;
-    for (size_t i = (size_t)begin * copies; i < (size_t)end * copies; i++) {
-        float *y = a->y + i * d;
-        const float *x = a->x + i / copies * d;
-        for (size_t c = 0; c < d; c++) y[c] += x[c];
-    }
+static void add_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    float *y = a->y + t * a->copies * a->d;
+    const float *x = a->x + t * a->d;
+    for (int i = 0; i < a->copies; i++, y += a->d)
+        for (int c = 0; c < a->d; c++) y[c] += x[c];
 }
 
 /* Differs: nothing, to the bit. */
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
-    add_args a = {y, x, copies, d};
-    exec_for(ex, n, TOKEN_GRAIN, add_tokens, &a);
+    for_rows(ex, n, add_row, (row_args){.y = y, .x = x, .copies = copies, .d = d});
+}
+
+typedef struct {
+    float *x;
+    const float *inv_freq;
+    int n_heads, head_dim, rope_dim;
+    int64_t pos0, step;
+    bool inverse;
+} rope_args;
+
+static void rope_row(const void *arg, int64_t t) {
+    const rope_args *a = arg;
+    ops_ref.rope(a->x + t * a->n_heads * a->head_dim, a->inv_freq, 1, a->n_heads, a->head_dim,
+                 a->rope_dim, a->pos0 + t * a->step, a->step, a->inverse, NULL);
+}
+
+/* Differs: the reference, token by token. */
+static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
+                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
+    rope_args a = {x, inv_freq, n_heads, head_dim, rope_dim, pos0, step, inverse};
+    exec_for(ex, n, 1, rope_row, &a);
+}
+
+typedef struct { int32_t *ids; float *weights; const dsv4_route *in; } route_args;
+
+static void route_row(const void *arg, int64_t t) {
+    const route_args *a = arg;
+    dsv4_route in = *a->in;
+    in.logits += t * in.n_experts;
+    if (in.tokens) in.tokens += t;
+    ops_ref.route(a->ids + t * in.topk, a->weights + t * in.topk, &in, 1, NULL);
+}
+
+/* Differs: the reference, token by token. */
+static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
+    route_args a = {ids, weights, in};
+    exec_for(ex, n, 1, route_row, &a);
 }
 
 /* === 5. Dot products ==========================================================================
@@ -661,48 +610,135 @@ static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exe
  *      w[3]    .     .     .
  *
  * An element is eight fma lanes, k ascending, then sum8's tree, in whatever company it stands: this
- * is what makes the bits of every product independent of n.                                     */
+ * is what makes the bits of every product independent of n.  Rows may lie in a stored format: they
+ * become F32 in registers, to the values that decode_row writes, so that is the same product.   */
 
 enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
-/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (a constant where inlined). */
+/* TILE_ROWS rows of a matrix from some column on. */
+typedef struct {
+    const void *data[TILE_ROWS];
+    const uint8_t *scale[TILE_ROWS]; /* of FP8, else unused                                     */
+    size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
+} tile_rows;
+
+static inline size_t bytes_of(dsv4_dtype t, size_t n) {
+    return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
+}
+
+/* How many columns share a scale, and how many are decoded at a time. */
+static inline int decode_block(dsv4_dtype t) { return t == DT_I8 ? 32 : 128; }
+static inline int decode_step(dsv4_dtype t) { return t == DT_F8_E4M3 || t == DT_I8 ? 16 : 8; }
+
+/* What decode_cols wants: the scale, for FP8 256 times it, exact for all that linear allows. */
+static inline f32x8 decode_scale(dsv4_dtype t, const uint8_t *code, int i) {
+    if (t == DT_I8) return splat8(e8m0_to_f32(code[i]));
+    return t == DT_F8_E4M3 ? (f32x8)(((u32x8){0} + code[i] + 8) << 23) : splat8(0);
+}
+
+/* Columns c .. c+7, or c+15, of a row as F32 (t is a constant where inlined). */
 static inline __attribute__((always_inline))
-void dot_tile_n(float (*out)[TILE_ROWS], const float *const *w, const float *x, size_t ldx,
-                int len, int n_vecs) {
-    f32x8 acc[TILE_VECS][TILE_ROWS];
+void decode_cols(f32x8 out[2], dsv4_dtype t, const void *row, int c, f32x8 scale) {
+    static const float e2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6,
+                                   -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    float value[16];
+    switch (t) {
+    case DT_F16: out[0] = f16_load8((const uint16_t *)row + c); return;
+    case DT_BF16: out[0] = bf16_load8((const uint16_t *)row + c); return;
+    case DT_F8_E4M3: e4m3_load16(out, (const uint8_t *)row + c); break;
+    case DT_I8:                                              /* only used with roundings off */
+        for (int i = 0; i < 16; i++)
+            value[i] = e2m1[((const uint8_t *)row)[(c + i) / 2] >> (4 * (i & 1)) & 15];
+        out[0] = load8(value), out[1] = load8(value + 8);
+        break;
+    default: out[0] = load8((const float *)row + c); return;
+    }
+    out[0] *= scale, out[1] *= scale;
+}
+
+/* Add columns c .. c+n-1 of four rows times n_vecs vectors: a step, or less at the end, where zeros
+ * follow (t and n_vecs are constants where inlined). */
+static inline __attribute__((always_inline))
+void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const void *const *row, int c, int n,
+              const f32x8 *scale, const float *x, size_t ldx, int n_vecs) {
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE_ROWS; r++) {
+        f32x8 w[2];
+        decode_cols(w, t, row[r], c, scale[r]);
+        for (int i = 0; i < decode_step(t) / 8 && 8 * i < n; i++)
+            for (int v = 0; v < n_vecs; v++)
+                acc[v][r] = fma8(w[i], load8(x + (size_t)v * ldx + c + 8 * i), acc[v][r]);
+    }
+}
+
+/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (it and t constants where inlined). */
+static inline __attribute__((always_inline))
+void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                size_t ldx, int len, int n_vecs) {
+    f32x8 acc[TILE_VECS][TILE_ROWS], scale[TILE_ROWS];
+    int block = t == DT_F32 ? len : decode_block(t), step = decode_step(t);
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
-    int c = 0;
-    for (; c + 8 <= len; c += 8)
+    for (int b = 0, c = 0; b < len; b += block) {
+        int stop = min_int(b + block, len);
         for (int r = 0; r < TILE_ROWS; r++) {
-            f32x8 wr = load8(w[r] + c);
-            for (int v = 0; v < n_vecs; v++)
-                acc[v][r] = fma8(wr, load8(x + (size_t)v * ldx + c), acc[v][r]);
+            scale[r] = decode_scale(t, w->scale[r], b / block);
+            if (w->ahead && t != DT_F32)
+                prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)b) + w->ahead,
+                         bytes_of(t, (size_t)block));
         }
-    if (c < len)                                             /* the rest, zeros behind it */
-        for (int r = 0; r < TILE_ROWS; r++) {
-            f32x8 wr = load_upto8(w[r] + c, len - c);
-            for (int v = 0; v < n_vecs; v++)
-                acc[v][r] = fma8(wr, load_upto8(x + (size_t)v * ldx + c, len - c), acc[v][r]);
-        }
+        for (; c + step <= stop; c += step)
+            dot_step(acc, t, w->data, c, step, scale, x, ldx, n_vecs);
+        if (c == stop) continue;
+        uint8_t last[TILE_ROWS][32] = {{0}};                 /* the rest, zeros behind it */
+        float last_x[TILE_VECS][16] = {{0}};
+        const void *row[TILE_ROWS];
+        for (int r = 0; r < TILE_ROWS; r++)
+            row[r] = memcpy(last[r], (const uint8_t *)w->data[r] + bytes_of(t, (size_t)c),
+                            bytes_of(t, (size_t)(stop - c)));
+        for (int v = 0; v < n_vecs; v++)
+            memcpy(last_x[v], x + (size_t)v * ldx + c, (size_t)(stop - c) * sizeof *x);
+        dot_step(acc, t, row, 0, stop - c, scale, last_x[0], 16, n_vecs);
+    }
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) out[v][r] = sum8(acc[v][r]);
 }
 
 /* The first of n_vecs vectors, as many as fit in a tile; returns how many. */
-static inline int dot_tile(float (*out)[TILE_ROWS], const float *const *w, const float *x,
-                           size_t ldx, int len, int n_vecs) {
+static inline __attribute__((always_inline))
+int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x, size_t ldx,
+             int len, int n_vecs) {
     switch (n_vecs) {
-    case 1: dot_tile_n(out, w, x, ldx, len, 1); return 1;
-    case 2: dot_tile_n(out, w, x, ldx, len, 2); return 2;
-    default: dot_tile_n(out, w, x, ldx, len, TILE_VECS); return TILE_VECS;
+    case 1: dot_tile_n(out, w, t, x, ldx, len, 1); return 1;
+    case 2: dot_tile_n(out, w, t, x, ldx, len, 2); return 2;
+    default: dot_tile_n(out, w, t, x, ldx, len, TILE_VECS); return TILE_VECS;
+    }
+}
+
+/* The same for rows of F32. */
+static __attribute__((noinline))
+int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t ldx, int len,
+            int n_vecs) {
+    return dot_tile(out, w, DT_F32, x, ldx, len, n_vecs);
+}
+
+/* The same for rows in any format. */
+static int dot_stored(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                      size_t ldx, int len, int n_vecs) {
+    switch (t) {
+    case DT_F16: return dot_tile(out, w, DT_F16, x, ldx, len, n_vecs);
+    case DT_BF16: return dot_tile(out, w, DT_BF16, x, ldx, len, n_vecs);
+    case DT_F8_E4M3: return dot_tile(out, w, DT_F8_E4M3, x, ldx, len, n_vecs);
+    case DT_I8: return dot_tile(out, w, DT_I8, x, ldx, len, n_vecs);
+    default: return dot_f32(out, w, x, ldx, len, n_vecs);
     }
 }
 
 /* === 6. linear ================================================================================
- * Differs: F32.  A tile of four rows is decoded to F32, TILE_COLS columns at a time, and then
- * multiplied with the tokens; an element adds its column blocks in ascending order.  FP8 scales
- * are multiplied into the weights, which is exact.                                              */
+ * Differs: F32.  A work item is a tile of four rows for TOKEN_BLOCK tokens, TILE_COLS columns at a
+ * time; an element adds its column blocks in ascending order.  For more tokens than dot_tile takes
+ * the tile is decoded to F32 first, for fewer in registers.  FP8 scales are multiplied into the
+ * weights, which is exact.                                                                      */
 
 enum {
     TILE_COLS = 1024,              /* a decoded tile is 16 KB and stays in the first cache; a
@@ -710,70 +746,35 @@ enum {
     TOKEN_BLOCK = 64,              /* tokens that use a decoded tile before it is dropped       */
 };
 
-/* Columns c0 .. c0+len-1 of row r as F32; e4m3_load8 gives 2^-8 of the values, hence the 256. */
-static void decode_fp8(float *dst, const dsv4_mat *w, int r, int c0, int len) {
-    const uint8_t *src = (const uint8_t *)w->data + (size_t)r * (size_t)w->cols + c0;
-    const uint8_t *scale = w->scale + (size_t)(r / 128) * (size_t)((w->cols + 127) / 128)
-                         + c0 / 128;
-    assert(c0 % 128 == 0);
-    for (int b = 0; b < len; b += 128) {
-        int n = min_int(128, len - b), c = 0;
-        f32x8 s = splat8(e8m0_to_f32(scale[b / 128]) * 256);
-        for (; c + 8 <= n; c += 8) store8(dst + b + c, e4m3_load8(src + b + c) * s);
-        for (; c < n; c++) dst[b + c] = e4m3_to_f32(src[b + c]) * e8m0_to_f32(scale[b / 128]);
-    }
-}
-
-/* The same for packed FP4: only the path without roundings comes here. */
-static void decode_fp4(float *dst, const dsv4_mat *w, int r, int c0, int len) {
-    static const float value[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6,
-                                    -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-    size_t at = ((size_t)r * (size_t)w->cols + (size_t)c0) / 32;
-    const uint8_t *src = (const uint8_t *)w->data + at * 16;
-    assert(c0 % 32 == 0 && len % 32 == 0);
-    for (int b = 0; b < len / 32; b++) {
-        float s = e8m0_to_f32(w->scale[at + (size_t)b]);
-        for (int i = 0; i < 16; i++) {
-            *dst++ = value[*src & 15] * s;
-            *dst++ = value[*src++ >> 4] * s;
+static inline __attribute__((always_inline))
+void decode_as(dsv4_dtype t, float *dst, const void *src, const uint8_t *scale, int len) {
+    int block = decode_block(t), step = decode_step(t);
+    for (int b = 0, c = 0; b < len; b += block) {
+        int stop = min_int(b + block, len);
+        f32x8 v[2], s = decode_scale(t, scale, b / block);
+        for (; c + step <= stop; c += step) {
+            decode_cols(v, t, src, c, s);
+            store8(dst + c, v[0]);
+            if (step > 8) store8(dst + c + 8, v[1]);
         }
+        if (c == stop) continue;
+        uint8_t last[32] = {0};                              /* the rest: read no further */
+        memcpy(last, (const uint8_t *)src + bytes_of(t, (size_t)c), bytes_of(t, (size_t)(stop - c)));
+        decode_cols(v, t, last, 0, s);
+        memcpy(dst + c, v, (size_t)(stop - c) * sizeof *dst);
     }
 }
 
-/* The same for any matrix. */
-static void decode_row(float *dst, const dsv4_mat *w, int r, int c0, int len) {
-    size_t at = (size_t)r * (size_t)w->cols + (size_t)c0;
-    const uint16_t *half = (const uint16_t *)w->data;        /* not yet moved to `at` */
-    int c = 0;
-    switch (w->dtype) {
-    case DT_F32: memcpy(dst, (const float *)w->data + at, (size_t)len * sizeof *dst); break;
-    case DT_F16:
-        for (; c + 8 <= len; c += 8) store8(dst + c, f16_load8(half + at + c));
-        for (; c < len; c++) dst[c] = f16_to_f32(half[at + (size_t)c]);
-        break;
-    case DT_BF16:
-        for (; c + 8 <= len; c += 8) store8(dst + c, bf16_load8(half + at + c));
-        for (; c < len; c++) dst[c] = bf16_to_f32(half[at + (size_t)c]);
-        break;
-    case DT_F8_E4M3: decode_fp8(dst, w, r, c0, len); break;
-    case DT_I8: decode_fp4(dst, w, r, c0, len); break;
+/* Columns 0 .. len-1 of a row in any format as F32. */
+static void decode_row(dsv4_dtype t, float *dst, const void *src, const uint8_t *scale, int len) {
+    switch (t) {
+    case DT_F32: decode_as(DT_F32, dst, src, scale, len); break;
+    case DT_F16: decode_as(DT_F16, dst, src, scale, len); break;
+    case DT_BF16: decode_as(DT_BF16, dst, src, scale, len); break;
+    case DT_F8_E4M3: decode_as(DT_F8_E4M3, dst, src, scale, len); break;
+    case DT_I8: decode_as(DT_I8, dst, src, scale, len); break;
     default: assert(0);                                      /* no matrix has another dtype */
     }
-}
-
-/* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
-static inline void prefetch(const uint8_t *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-/* Row r is decoded a tile later: ask for its bytes.  Decode is bound by memory, and the hardware
- * does not see four streams of 1 or 2 KB as one. */
-static void prefetch_row(const dsv4_mat *w, int r, int c0, int len) {
-    static const uint8_t half_bytes[DT_N] = {[DT_F32] = 8, [DT_F16] = 4, [DT_BF16] = 4,
-                                             [DT_F8_E4M3] = 2, [DT_I8] = 1};
-    if (r >= w->rows) return;
-    size_t at = ((size_t)r * (size_t)w->cols + (size_t)c0) * half_bytes[w->dtype] / 2;
-    prefetch((const uint8_t *)w->data + at, (size_t)len * half_bytes[w->dtype] / 2);
 }
 
 typedef struct {
@@ -784,50 +785,87 @@ typedef struct {
     int group_rows, group_tiles;   /* of a group: rows, and tiles, the last one may be ragged   */
 } linear_args;
 
-/* Tile `tile`, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns and added
- * to by the others. */
-static void linear_tile(const linear_args *a, int tile, int c0, int len, int t0, int t1) {
-    alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
-    int group = tile / a->group_tiles, first = tile % a->group_tiles * TILE_ROWS;
-    int n_rows = min_int(TILE_ROWS, a->group_rows - first);
-    int row0 = group * a->group_rows + first;
-    const float *w[TILE_ROWS];
-    for (int r = 0; r < TILE_ROWS; r++) {                    /* a ragged tile repeats its last */
-        w[r] = wbuf[min_int(r, n_rows - 1)];
-        if (r >= n_rows) continue;
-        decode_row(wbuf[r], a->w, row0 + r, c0, len);
-        prefetch_row(a->w, row0 + r + TILE_ROWS, c0, len);   /* the next tile's */
+/* n_rows rows r0.. of w from column c0 on; a ragged tile repeats its last row. */
+static tile_rows tile_at(const dsv4_mat *w, int r0, int n_rows, int c0) {
+    tile_rows tile = {.ahead = 0};
+    for (int i = 0; i < TILE_ROWS; i++) {
+        size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), cols = (size_t)w->cols;
+        tile.data[i] = (const uint8_t *)w->data + bytes_of(w->dtype, r * cols + (size_t)c0);
+        tile.scale[i] = w->dtype == DT_F8_E4M3 ? w->scale + r / 128 * scales_of(w->cols) + c0 / 128
+                      : w->dtype == DT_I8 ? w->scale + (r * cols + (size_t)c0) / 32 : NULL;
     }
-    size_t ldx = (size_t)a->groups * (size_t)a->w->cols;
-    const float *x = a->x + (size_t)group * (size_t)a->w->cols + c0;
-    for (int t = t0, n_vecs; t < t1; t += n_vecs) {
+    if (r0 + 2 * TILE_ROWS <= w->rows)                       /* the hardware does not see four  */
+        tile.ahead = bytes_of(w->dtype, TILE_ROWS * (size_t)w->cols); /* streams as one         */
+    return tile;
+}
+
+/* Rows row0 .. of group g, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns
+ * and added to by the others. */
+static void linear_tile(const linear_args *a, int g, int row0, int n_rows, int c0, int t0, int t1) {
+    alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
+    const dsv4_mat *w = a->w;
+    dsv4_dtype t = w->dtype;
+    int len = min_int(TILE_COLS, w->cols - c0);
+    tile_rows tile = tile_at(w, row0, n_rows, c0);
+    if (t1 - t0 > TILE_VECS) {
+        for (int r = 0; r < TILE_ROWS; r++) {
+            if (tile.ahead) prefetch((const uint8_t *)tile.data[r] + tile.ahead,
+                                     bytes_of(t, (size_t)len));
+            if (r < n_rows) decode_row(t, wbuf[r], tile.data[r], tile.scale[r], len);
+            tile.data[r] = wbuf[min_int(r, n_rows - 1)];
+        }
+        tile.ahead = 0, t = DT_F32;
+    }
+    size_t ldx = (size_t)a->groups * (size_t)w->cols;
+    const float *x = a->x + (size_t)g * (size_t)w->cols + c0;
+    for (int i = t0, n_vecs; i < t1; i += n_vecs) {
         float out[TILE_VECS][TILE_ROWS];
-        n_vecs = dot_tile(out, w, x + (size_t)t * ldx, ldx, len, t1 - t);
+        n_vecs = dot_stored(out, &tile, t, x + (size_t)i * ldx, ldx, len, t1 - i);
         for (int v = 0; v < n_vecs; v++) {
-            float *y = a->y + (size_t)(t + v) * (size_t)a->w->rows + row0;
+            float *y = a->y + (size_t)(i + v) * (size_t)w->rows + row0;
             for (int r = 0; r < n_rows; r++) y[r] = c0 ? y[r] + out[v][r] : out[v][r];
         }
     }
 }
 
-/* Item: a tile of rows, for all tokens. */
-static void linear_tiles(void *arg, int64_t begin, int64_t end) {
+/* Item: a tile of rows of a block of tokens; the tiles of a block follow each other, so that its x
+ * is in the cache. */
+static void linear_item(const void *arg, int64_t item) {
     const linear_args *a = arg;
-    for (int t0 = 0; t0 < a->n; t0 += TOKEN_BLOCK)
-        for (int tile = (int)begin; tile < end; tile++)
-            for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
-                linear_tile(a, tile, c0, min_int(TILE_COLS, a->w->cols - c0), t0,
-                            min_int(t0 + TOKEN_BLOCK, a->n));
+    int n_tiles = a->groups * a->group_tiles, t0 = (int)(item / n_tiles) * TOKEN_BLOCK;
+    int tile = (int)(item % n_tiles), g = tile / a->group_tiles;
+    int first = tile % a->group_tiles * TILE_ROWS;
+    for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
+        linear_tile(a, g, g * a->group_rows + first, min_int(TILE_ROWS, a->group_rows - first), c0,
+                    t0, min_int(t0 + TOKEN_BLOCK, a->n));
 }
 
-/* Rows are shared out, tokens are not: a thread reads its weights once for TOKEN_BLOCK tokens. */
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
     int group_rows = w->rows / groups, group_tiles = (group_rows + TILE_ROWS - 1) / TILE_ROWS;
     linear_args a = {y, w, x, n, groups, group_rows, group_tiles};
-    int64_t n_tiles = (int64_t)groups * group_tiles;
-    exec_for(ex, n_tiles, grain_for(ex, n_tiles, 16), linear_tiles, &a);
+    int64_t n_items = (int64_t)(n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * groups * group_tiles;
+    exec_for(ex, n_items, grain_for(ex, n_items, 16), linear_item, &a);
+}
+
+typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } embed_args;
+
+static void embed_row(const void *arg, int64_t t) {
+    const embed_args *a = arg;
+    size_t dim = (size_t)a->w->cols, row = (size_t)a->tokens[t];
+    float *h = a->h + (size_t)t * (size_t)a->hc * dim;
+    assert(a->tokens[t] >= 0 && a->tokens[t] < a->w->rows);
+    decode_row(a->w->dtype, h, (const uint8_t *)a->w->data + bytes_of(a->w->dtype, row * dim),
+               NULL, a->w->cols);
+    for (int i = 1; i < a->hc; i++) memcpy(h + (size_t)i * dim, h, dim * sizeof *h);
+}
+
+/* Differs: nothing, to the bit. */
+static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+                      dsv4_exec *ex) {
+    embed_args a = {h, w, tokens, hc};
+    exec_for(ex, n, 1, embed_row, &a);
 }
 
 /* === 7. compress ==============================================================================
@@ -863,22 +901,19 @@ static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
 }
 
 /* Item: chunk i % n_chunks of the dims of entry i / n_chunks. */
-static void compress_chunks(void *arg, int64_t begin, int64_t end) {
+static void compress_item(const void *arg, int64_t i) {
     const compress_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        int64_t g = i / a->n_chunks;
-        int c = (int)(i % a->n_chunks) * COMPRESS_DIMS, stop = min_int(c + COMPRESS_DIMS, a->in->d);
-        float *entry = a->entries + (size_t)g * (size_t)a->in->d;
-        for (; c < stop; c += 8)
-            store_upto8(entry + c, compress_dims(a->in, a->g0 + g, c), stop - c);
-    }
+    int64_t g = i / a->n_chunks;
+    int c = (int)(i % a->n_chunks) * COMPRESS_DIMS, stop = min_int(c + COMPRESS_DIMS, a->in->d);
+    float *entry = a->entries + g * a->in->d;
+    for (; c < stop; c += 8) store_upto8(entry + c, compress_dims(a->in, a->g0 + g, c), stop - c);
 }
 
 static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                          dsv4_exec *ex) {
     assert(in->ratio > 0 && g0 >= 0);
     compress_args a = {entries, in, g0, (in->d + COMPRESS_DIMS - 1) / COMPRESS_DIMS};
-    exec_for(ex, (int64_t)n_groups * a.n_chunks, 1, compress_chunks, &a);
+    exec_for(ex, (int64_t)n_groups * a.n_chunks, 1, compress_item, &a);
 }
 
 /* === 8. Index scores and top-k ================================================================
@@ -891,14 +926,16 @@ typedef struct { float *scores; const dsv4_index *in; int n; } index_args;
 
 /* Scores of entries e0 .. e0+n-1, n <= TILE_ROWS, for token t: heads ascending. */
 static void score_tile(float *scores, const dsv4_index *in, int t, int64_t e0, int n) {
-    const float *k[TILE_ROWS], *w = in->w + (size_t)t * (size_t)in->n_heads;
+    const float *w = in->w + (size_t)t * (size_t)in->n_heads;
+    tile_rows k = {.ahead = 0};
     float sum[TILE_ROWS] = {0};
     size_t d = (size_t)in->d;
     const float *q = in->q + (size_t)t * (size_t)in->n_heads * d;
-    for (int r = 0; r < TILE_ROWS; r++) k[r] = in->keys + (size_t)(e0 + min_int(r, n - 1)) * d;
+    for (int r = 0; r < TILE_ROWS; r++)
+        k.data[r] = in->keys + (size_t)(e0 + min_int(r, n - 1)) * d;
     for (int h = 0, n_heads; h < in->n_heads; h += n_heads) {
         float dot[TILE_VECS][TILE_ROWS];
-        n_heads = dot_tile(dot, k, q + (size_t)h * d, d, in->d, in->n_heads - h);
+        n_heads = dot_f32(dot, &k, q + (size_t)h * d, d, in->d, in->n_heads - h);
         for (int v = 0; v < n_heads; v++)
             for (int r = 0; r < TILE_ROWS; r++)
                 sum[r] += w[h + v] * in->w_scale * (dot[v][r] > 0 ? dot[v][r] : 0);
@@ -907,16 +944,14 @@ static void score_tile(float *scores, const dsv4_index *in, int t, int64_t e0, i
 }
 
 /* Item: block i / n of the entries, token i % n, so that neighbours share the keys. */
-static void score_blocks(void *arg, int64_t begin, int64_t end) {
+static void score_item(const void *arg, int64_t i) {
     const index_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        int t = (int)(i % a->n);
-        int64_t e = i / a->n * SCORE_BLOCK, visible = (a->in->t0 + t + 1) / a->in->ratio;
-        int64_t stop = min_i64(e + SCORE_BLOCK, visible);
-        float *scores = a->scores + (size_t)t * a->in->stride;
-        for (; e < stop; e += TILE_ROWS)
-            score_tile(scores, a->in, t, e, (int)min_i64(TILE_ROWS, stop - e));
-    }
+    int t = (int)(i % a->n);
+    int64_t e = i / a->n * SCORE_BLOCK, visible = (a->in->t0 + t + 1) / a->in->ratio;
+    int64_t stop = min_i64(e + SCORE_BLOCK, visible);
+    float *scores = a->scores + (size_t)t * a->in->stride;
+    for (; e < stop; e += TILE_ROWS)
+        score_tile(scores, a->in, t, e, (int)min_i64(TILE_ROWS, stop - e));
 }
 
 /* Differs: F32. */
@@ -924,7 +959,7 @@ static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_ex
     index_args a = {scores, in, n};
     int64_t most = (in->t0 + n) / in->ratio;
     assert((size_t)most <= in->stride || n == 1);
-    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK * n, 1, score_blocks, &a);
+    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK * n, 1, score_item, &a);
 }
 
 typedef struct {
@@ -964,24 +999,18 @@ static uint32_t kth_key(const float *s, int64_t n, int k, int *n_equal) {
 }
 
 /* Item: a token.  The last pass takes what is above the k-th key, and of its equals the first. */
-static void topk_tokens(void *arg, int64_t begin, int64_t end) {
+static void topk_row(const void *arg, int64_t t) {
     const topk_args *a = arg;
-    for (int64_t t = begin; t < end; t++) {
-        const float *s = a->scores + (size_t)t * a->stride;
-        int32_t *idx = a->idx + (size_t)t * (size_t)a->k, visible;
-        assert((a->t0 + t + 1) / a->ratio <= INT32_MAX);
-        visible = (int32_t)((a->t0 + t + 1) / a->ratio);
-        a->count[t] = min_int(visible, a->k);
-        if (visible <= a->k) {
-            for (int32_t e = 0; e < visible; e++) idx[e] = e;
-            continue;
-        }
-        int n_equal, n = 0;
-        uint32_t least = kth_key(s, visible, a->k, &n_equal);
-        for (int32_t e = 0; n < a->k; e++) {
-            uint32_t key = sort_key(s[e]);
-            if (key > least || (key == least && n_equal-- > 0)) idx[n++] = e;
-        }
+    const float *s = a->scores + (size_t)t * a->stride;
+    int32_t *idx = a->idx + t * a->k, visible, n = 0;
+    int n_equal = a->k;
+    assert((a->t0 + t + 1) / a->ratio <= INT32_MAX);
+    visible = (int32_t)((a->t0 + t + 1) / a->ratio);
+    a->count[t] = min_int(visible, a->k);
+    uint32_t least = visible > a->k ? kth_key(s, visible, a->k, &n_equal) : 0;
+    for (int32_t e = 0; n < a->count[t]; e++) {
+        uint32_t key = sort_key(s[e]);
+        if (key > least || (key == least && n_equal-- > 0)) idx[n++] = e;
     }
 }
 
@@ -989,7 +1018,7 @@ static void topk_tokens(void *arg, int64_t begin, int64_t end) {
 static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
                      int k, int ratio, int64_t t0, dsv4_exec *ex) {
     topk_args a = {idx, count, scores, stride, k, ratio, t0};
-    exec_for(ex, n, TOKEN_GRAIN, topk_tokens, &a);
+    exec_for(ex, n, 1, topk_row, &a);
 }
 
 /* === 9. attend ================================================================================
@@ -1008,7 +1037,7 @@ typedef struct { float *o; const dsv4_attend *in; int n_groups; } attend_args;
  * head's scores, then probabilities. */
 typedef struct {
     int n, padded;
-    const float *item[ATTEND_BLOCK];
+    const void *item[ATTEND_BLOCK]; /* rows of F32                                              */
     alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
 } attend_block;
 
@@ -1035,17 +1064,20 @@ static void attend_gather(attend_block *b, const dsv4_attend *in, int row, int64
 /* b->p = scores of n_heads heads q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
 static void attend_scores(attend_block *b, const float *q, int n_heads, int head_dim) {
     float scale = (float)(1 / sqrt((double)head_dim));
-    for (int i = 0; i < ATTEND_BLOCK; i += TILE_ROWS)
+    for (int h = 0; h < n_heads; h++)
+        for (int i = 0; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
+    for (int i = 0; i < b->n; i += TILE_ROWS) {
+        tile_rows k = {.ahead = 0};
+        memcpy(k.data, b->item + i, sizeof k.data);
         for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
-            float dot[TILE_VECS][TILE_ROWS] = {{0}};
-            n_vecs = 1;
-            if (i < b->padded)
-                n_vecs = dot_tile(dot, b->item + i, q + (size_t)h * (size_t)head_dim,
-                                  (size_t)head_dim, head_dim, n_heads - h);
+            float dot[TILE_VECS][TILE_ROWS];
+            n_vecs = dot_f32(dot, &k, q + (size_t)h * (size_t)head_dim, (size_t)head_dim, head_dim,
+                             n_heads - h);
             for (int v = 0; v < n_vecs; v++)
-                for (int r = 0; r < TILE_ROWS; r++)
-                    b->p[h + v][i + r] = i + r < b->n ? dot[v][r] * scale : -INFINITY;
+                for (int r = 0; r < min_int(TILE_ROWS, b->n - i); r++)
+                    b->p[h + v][i + r] = dot[v][r] * scale;
         }
+    }
 }
 
 /* Turn one head's scores into probabilities relative to exp(*m), raising *m and scaling *l and
@@ -1068,74 +1100,67 @@ static void attend_softmax(float *p, float *m, float *l, float *o, int d) {
     *l += sum8(sum);
 }
 
-/* o[h][c..] += sum over four items of p[h][i] * item[i][c..], eight dims (or len, if fewer), for
+/* o[h][c ..] += sum over four items of p[h][i] * item[i][c ..], eight dims, or len if fewer, for
  * n_heads heads (a constant where inlined), d apart. */
 static inline __attribute__((always_inline))
-void attend_mix_dims(float *o, size_t d, const float *const *item, f32x8 (*p)[TILE_ROWS],
-                     size_t c, int len, int n_heads) {
+void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_ROWS], int c,
+                     int len, int n_heads) {
     f32x8 sum[2];
-    for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + (size_t)h * d + c, len);
+    for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + h * d + c, len);
     for (int r = 0; r < TILE_ROWS; r++) {
-        f32x8 k = load_upto8(item[r] + c, len);
+        f32x8 k = load_upto8((const float *)item[r] + c, len);
         for (int h = 0; h < n_heads; h++) sum[h] = fma8(p[h][r], k, sum[h]);
     }
-    for (int h = 0; h < n_heads; h++) store_upto8(o + (size_t)h * d + c, sum[h], len);
+    for (int h = 0; h < n_heads; h++) store_upto8(o + h * d + c, sum[h], len);
 }
 
+/* o [n_heads][d] += p times the four items i.., for heads h0.. of the block */
 static inline __attribute__((always_inline))
 void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
     f32x8 p[2][TILE_ROWS];
     int c = 0;
     for (int h = 0; h < n_heads; h++)
         for (int r = 0; r < TILE_ROWS; r++) p[h][r] = splat8(b->p[h0 + h][i + r]);
-    for (; c + 8 <= d; c += 8)
-        attend_mix_dims(o, (size_t)d, b->item + i, p, (size_t)c, 8, n_heads);
-    if (c < d) attend_mix_dims(o, (size_t)d, b->item + i, p, (size_t)c, d - c, n_heads);
+    for (; c + 8 <= d; c += 8) attend_mix_dims(o, d, b->item + i, p, c, 8, n_heads);
+    if (c < d) attend_mix_dims(o, d, b->item + i, p, c, d - c, n_heads);
 }
 
 /* o [n_heads][d] += p times the block's items, ascending */
 static void attend_mix(float *o, const attend_block *b, int n_heads, int d) {
-    for (int i = 0; i < b->padded; i += TILE_ROWS)
-        for (int h = 0; h < n_heads; h += 2) {
-            float *oh = o + (size_t)h * (size_t)d;
-            if (h + 2 <= n_heads)
-                attend_mix_n(oh, b, i, h, d, 2);
-            else
-                attend_mix_n(oh, b, i, h, d, 1);
-        }
+    for (int i = 0; i < b->padded; i += TILE_ROWS) {
+        int h = 0;
+        for (; h + 2 <= n_heads; h += 2) attend_mix_n(o + h * d, b, i, h, d, 2);
+        if (h < n_heads) attend_mix_n(o + h * d, b, i, h, d, 1);
+    }
 }
 
 /* Item: head group i % n_groups of token i / n_groups. */
-static void attend_groups(void *arg, int64_t begin, int64_t end) {
+static void attend_item(const void *arg, int64_t item) {
     const attend_args *a = arg;
     const dsv4_attend *in = a->in;
-    int d = in->head_dim;
-    for (int64_t item = begin; item < end; item++) {
-        int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * HEAD_GROUP;
-        int n_heads = min_int(HEAD_GROUP, in->n_heads - h0);
-        int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
-        if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
-        size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
-        float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];  /* sums, maximum, denominator */
-        memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
-        for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
-        for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
-            attend_block b;
-            attend_gather(&b, in, row, j, n_items);
-            attend_scores(&b, in->q + at, n_heads, d);
-            for (int h = 0; h < n_heads; h++)
-                attend_softmax(b.p[h], &m[h], &l[h], o + (size_t)h * (size_t)d, d);
-            attend_mix(o, &b, n_heads, d);
-        }
-        for (int h = 0; h < n_heads; h++)
-            for (int c = 0; c < d; c++) o[(size_t)h * (size_t)d + (size_t)c] /= l[h];
+    int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * HEAD_GROUP;
+    int d = in->head_dim, n_heads = min_int(HEAD_GROUP, in->n_heads - h0);
+    int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
+    if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
+    size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
+    float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];      /* sums, maximum, denominator */
+    memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
+    for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
+    for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
+        attend_block b;
+        attend_gather(&b, in, row, j, n_items);
+        attend_scores(&b, in->q + at, n_heads, d);
+        for (int h = 0; h < n_heads; h++) attend_softmax(b.p[h], &m[h], &l[h], o + h * d, d);
+        attend_mix(o, &b, n_heads, d);
     }
+    for (int h = 0; h < n_heads; h++)
+        for (int c = 0; c < d; c++) o[h * d + c] /= l[h];
 }
 
 static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     assert(in->window > 0);
     attend_args a = {o, in, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
-    exec_for(ex, (int64_t)n * a.n_groups, 1, attend_groups, &a);
+    exec_for(ex, (int64_t)n * a.n_groups, 1, attend_item, &a);
 }
 
 /* === 10. Hyper-connections ====================================================================
@@ -1186,31 +1211,23 @@ static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const d
 }
 
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
-static void hc_mix_tokens(void *arg, int64_t begin, int64_t end) {
+static void hc_mix_row(const void *arg, int64_t t) {
     const hc_args *a = arg;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
-    for (int64_t t = begin; t < end; t++) {
-        const float *h = a->h + (size_t)t * (size_t)len, *m = a->mix + t * n_mix;
-        float *x = a->x + (size_t)t * (size_t)dim, pre[MAX_HC];
-        f32x8 square = splat8(0);
-        for (int c = 0; c < len; c += 8) {
-            f32x8 v = load_upto8(h + c, len - c);
-            square = fma8(v, v, square);
-        }
-        float r = 1 / sqrtf(sum8(square) / (float)len + a->s->rms_eps);
-        for (int i = 0; i < hc; i++) {
-            pre[i] = sigmoid(m[i] * r * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
-            if (!a->post) continue;
-            float z = m[hc + i] * r * a->w->scale[1] + a->w->base[hc + i];
-            a->post[t * hc + i] = 2 * sigmoid(z);
-        }
-        if (a->comb) hc_comb(a->comb + t * hc * hc, m, r, a->w, a->s);
-        for (int c = 0; c < dim; c += 8) {
-            f32x8 sum = splat8(0);
-            for (int i = 0; i < hc; i++)
-                sum = fma8(splat8(pre[i]), load_upto8(h + i * dim + c, dim - c), sum);
-            store_upto8(x + c, sum, dim - c);
-        }
+    const float *h = a->h + t * len, *m = a->mix + t * n_mix;
+    float pre[MAX_HC], *x = a->x + t * dim;
+    float r = 1 / sqrtf(sum_squares(h, len) / (float)len + a->s->rms_eps);
+    for (int i = 0; i < hc; i++) {
+        pre[i] = sigmoid(m[i] * r * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
+        if (!a->post) continue;
+        a->post[t * hc + i] = 2 * sigmoid(m[hc + i] * r * a->w->scale[1] + a->w->base[hc + i]);
+    }
+    if (a->comb) hc_comb(a->comb + t * hc * hc, m, r, a->w, a->s);
+    for (int c = 0; c < dim; c += 8) {
+        f32x8 sum = splat8(0);
+        for (int i = 0; i < hc; i++)
+            sum = fma8(splat8(pre[i]), load_upto8(h + i * dim + c, dim - c), sum);
+        store_upto8(x + c, sum, dim - c);
     }
 }
 
@@ -1226,7 +1243,7 @@ static void hc_mix(float *x, float *post, float *comb, const float *h, const dsv
         hc_args a = {x + (size_t)t * (size_t)s->dim, post ? post + t * hc : NULL,
                      comb ? comb + t * hc * hc : NULL, h + (size_t)t * (size_t)len, mix, w, s};
         linear_cpu(mix, &fn, a.h, n_now, 1, ex);
-        exec_for(ex, n_now, TOKEN_GRAIN, hc_mix_tokens, &a);
+        exec_for(ex, n_now, 1, hc_mix_row, &a);
     }
 }
 
@@ -1243,23 +1260,20 @@ static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_h
 typedef struct { float *h; const float *y, *post, *comb; int hc, dim, n_chunks; } hc_post_args;
 
 /* Item: chunk i % n_chunks of the dims of token i / n_chunks. */
-static void hc_post_chunks(void *arg, int64_t begin, int64_t end) {
+static void hc_post_item(const void *arg, int64_t item) {
     const hc_post_args *a = arg;
-    int hc = a->hc, dim = a->dim;
-    for (int64_t item = begin; item < end; item++) {
-        int64_t t = item / a->n_chunks;
-        int c = (int)(item % a->n_chunks) * HC_POST_DIMS, stop = min_int(c + HC_POST_DIMS, dim);
-        float *h = a->h + (size_t)t * (size_t)(hc * dim);
-        const float *y = a->y + (size_t)t * (size_t)dim;
-        const float *post = a->post + t * hc, *comb = a->comb + t * hc * hc;
-        for (; c < stop; c += 8) {
-            f32x8 old[MAX_HC], yc = load_upto8(y + c, stop - c);
-            for (int i = 0; i < hc; i++) old[i] = load_upto8(h + i * dim + c, stop - c);
-            for (int j = 0; j < hc; j++) {
-                f32x8 sum = splat8(post[j]) * yc;
-                for (int i = 0; i < hc; i++) sum = fma8(splat8(comb[i * hc + j]), old[i], sum);
-                store_upto8(h + j * dim + c, sum, stop - c);
-            }
+    int64_t t = item / a->n_chunks;
+    int hc = a->hc, dim = a->dim, c = (int)(item % a->n_chunks) * HC_POST_DIMS;
+    int stop = min_int(c + HC_POST_DIMS, dim);
+    float *h = a->h + t * hc * dim;
+    const float *y = a->y + t * dim, *post = a->post + t * hc, *comb = a->comb + t * hc * hc;
+    for (; c < stop; c += 8) {
+        f32x8 old[MAX_HC], yc = load_upto8(y + c, stop - c);
+        for (int i = 0; i < hc; i++) old[i] = load_upto8(h + i * dim + c, stop - c);
+        for (int j = 0; j < hc; j++) {
+            f32x8 sum = splat8(post[j]) * yc;
+            for (int i = 0; i < hc; i++) sum = fma8(splat8(comb[i * hc + j]), old[i], sum);
+            store_upto8(h + j * dim + c, sum, stop - c);
         }
     }
 }
@@ -1270,193 +1284,196 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
     assert(s->hc > 0 && s->hc <= MAX_HC);
     int n_chunks = (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS;
     hc_post_args a = {h, y, post, comb, s->hc, s->dim, n_chunks};
-    exec_for(ex, (int64_t)n * n_chunks, 2, hc_post_chunks, &a);
+    exec_for(ex, (int64_t)n * n_chunks, 2, hc_post_item, &a);
 }
 
 /* === 11. Experts ==============================================================================
  * Roundings on, an x row is packed once: each e4m3 integer m (18 bits and sign) is cut into three
- * signed limbs, m = l0 + 128 l1 + 16384 l2, that fit vpmaddubsw; it wants its other factor
+ * signed limbs, m = l0 + 64 l1 + 4096 l2, that fit vpmaddubsw; it wants its other factor
  * unsigned, so weights become u = 2*e2m1 + 12 and 12 * sum(m) is subtracted from a block's sum.
  *
- *   packed x   per two blocks of 32: l0 of even columns, of odd columns, l1 .., l2 ..: 6 x 32 bytes
- *              of which the first 16 are the first block's; then per block 12 * sum(m); then per
- *              block x's share of the exponent.  Padded with zeros to eight blocks.
- *   u          per two blocks: even columns, odd columns: 2 x 32 bytes, divided alike
+ * Eight blocks of 32 columns, a group, are added up at once, a block in each dword of a vector:
+ *
+ *   piece k (0..3)      columns 8k .. 8k+7 of all eight blocks; of these the
+ *   half (even, odd)    even or odd ones, as nibbles lie: 4 bytes a block = 32 bytes
+ *   u                   [4 k][2 halves][8 blocks][4]
+ *   packed x            [4 k][2 halves][3 limbs][8 blocks][4], then per group [8] 12 * sum(m) and
+ *                       [8] x's share of the exponent.  Padded with zeros to whole groups.
  *
  * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
 
-enum { FP4_COLS = 2048 };          /* columns decoded at a time: 8 KB a tile */
+enum { GROUP = 256, GROUP_BLOCKS = 8, HALVES = 8, PIECE = 8 };
 
-/* Blocks of 32 columns, rounded up to the eight that block_sums8 does at once. */
-static inline size_t padded_blocks(int cols) { return (size_t)((cols + 255) / 256 * 8); }
+typedef struct {                   /* of x                                                      */
+    alignas(32) int8_t limb[HALVES][3][32];
+    i32x8 offset;                  /* 12 * sum(m)                                               */
+    i32x8 exponent;                /* scale code - 264 + 127; w's code comes to it              */
+} x_group;
 
-/* Bytes of a packed row: three limbs, a sum and an exponent a block. */
-static size_t packed_bytes(int cols) { return padded_blocks(cols) * (96 + 2 * sizeof(int32_t)); }
+typedef struct {                   /* of a row of weights, decoded                              */
+    alignas(32) uint8_t u[HALVES][32];
+    i32x8 scale;                   /* codes                                                     */
+} w_group;
 
-typedef struct {
-    int8_t *limbs;                 /* [blocks/2][3 limbs][even, odd][2 blocks][16]              */
-    int32_t *offset;               /* [blocks] 12 * sum(m)                                      */
-    int32_t *exponent;             /* [blocks] scale code - 264 + 127; w's code comes to it     */
-} packed_row;
-
-/* Packed row `row` of those that begin at base. */
-static packed_row packed_at(uint8_t *base, int cols, int64_t row) {
-    size_t blocks = padded_blocks(cols);
-    uint8_t *p = base + (size_t)row * packed_bytes(cols);
-    int32_t *offset = (int32_t *)(void *)(p + blocks * 96);
-    return (packed_row){(int8_t *)p, offset, offset + blocks};
-}
+static inline size_t n_groups_of(int cols) { return (size_t)(cols + GROUP - 1) / GROUP; }
 
 /* One row of e4m3 codes [cols] and their scales, one for 128 columns. */
-static void pack_row(packed_row x, const uint8_t *code, const uint8_t *scale, int cols) {
-    memset(x.limbs, 0, packed_bytes(cols));
+static void pack_row(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
+    memset(x, 0, n_groups_of(cols) * sizeof *x);
     for (int b = 0; b < cols / 32; b++) {
-        int8_t *limbs = x.limbs + b / 2 * 192 + (b & 1) * 16;
-        int32_t sum = 0;
-        for (int i = 0; i < 32; i++) {
-            int32_t c = code[32 * b + i], mag = c & 127, sign = c & 128 ? -1 : 1;
-            mag = mag < 8 ? mag : (8 + (mag & 7)) << ((mag >> 3) - 1);
-            int8_t *l = limbs + (i & 1) * 32 + i / 2;
-            l[0] = (int8_t)(sign * (mag & 127));
-            l[64] = (int8_t)(sign * (mag >> 7 & 127));
-            l[128] = (int8_t)(sign * (mag >> 14));
-            sum += sign * mag;
+        x_group *g = &x[b / GROUP_BLOCKS];
+        int at = b % GROUP_BLOCKS;
+        i32x8 sum = {0};
+        f32x8 value[4];
+        e4m3_load16(value, code + 32 * b);
+        e4m3_load16(value + 2, code + 32 * b + 16);
+        for (int k = 0; k < 4; k++) {
+            i32x8 m = __builtin_convertvector(value[k] * splat8(0x1p17f), i32x8), sign = m >> 31;
+            i32x8 mag = (m ^ sign) - sign;
+            sum += m;
+            for (int l = 0; l < 3; l++) {
+                i32x8 limb = ((mag >> (6 * l) & 63) ^ sign) - sign;
+                for (int i = 0; i < 8; i++)
+                    g->limb[2 * k + i % 2][l][4 * at + i / 2] = (int8_t)limb[i];
+            }
         }
-        x.offset[b] = 12 * sum;
-        x.exponent[b] = scale[b / 4] - 264 + 127;
+        for (int i = 0; i < 8; i++) g->offset[at] += 12 * sum[i];
+        g->exponent[at] = scale[b / 4] - 264 + 127;
     }
 }
 
-/* u of 32 packed bytes: nibble -> 2*e2m1 + 12. */
-static inline void fp4_decode32(uint8_t *u, const uint8_t *src) {
+/* A group of a row of weights.  u is 2*e2m1 + 12. */
+static inline void fp4_decode(w_group *g, const uint8_t *src, const uint8_t *scale) {
     static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                              12, 11, 10, 9,  8,  6,  4,  0};
+    g->scale = u8_load8(scale);
 #ifdef __AVX2__
     __m128i half;
     memcpy(&half, offset_twice, sizeof half);
-    __m256i table = _mm256_broadcastsi128_si256(half), low = _mm256_set1_epi8(15);
-    __m256i v = _mm256_loadu_si256((const __m256i *)src);
-    __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(v, low));
-    __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
-    _mm256_storeu_si256((__m256i *)u, even);
-    _mm256_storeu_si256((__m256i *)(u + 32), odd);
-#else
-    for (int i = 0; i < 32; i++) {
-        u[i] = offset_twice[src[i] & 15];
-        u[32 + i] = offset_twice[src[i] >> 4];
+    __m256i table = _mm256_broadcastsi128_si256(half), low = _mm256_set1_epi8(15), v[4], t[4];
+    for (int i = 0; i < 4; i++)                              /* blocks i and i + 4 */
+        v[i] = _mm256_loadu2_m128i((const __m128i *)(src + 16 * i + 64),
+                                   (const __m128i *)(src + 16 * i));
+    t[0] = _mm256_unpacklo_epi32(v[0], v[1]), t[1] = _mm256_unpackhi_epi32(v[0], v[1]);
+    t[2] = _mm256_unpacklo_epi32(v[2], v[3]), t[3] = _mm256_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm256_unpacklo_epi64(t[0], t[2]), v[1] = _mm256_unpackhi_epi64(t[0], t[2]);
+    v[2] = _mm256_unpacklo_epi64(t[1], t[3]), v[3] = _mm256_unpackhi_epi64(t[1], t[3]);
+    for (int k = 0; k < 4; k++) {
+        __m256i even = _mm256_and_si256(v[k], low);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi16(v[k], 4), low);
+        _mm256_store_si256((__m256i *)g->u[2 * k], _mm256_shuffle_epi8(table, even));
+        _mm256_store_si256((__m256i *)g->u[2 * k + 1], _mm256_shuffle_epi8(table, odd));
     }
+#else
+    for (int b = 0; b < GROUP_BLOCKS; b++)
+        for (int i = 0; i < 16; i++) {
+            g->u[i / 4 * 2][4 * b + i % 4] = offset_twice[src[16 * b + i] & 15];
+            g->u[i / 4 * 2 + 1][4 * b + i % 4] = offset_twice[src[16 * b + i] >> 4];
+        }
 #endif
 }
 
-/* The sums of u * m over eight blocks, exact in int32.
- * vpmaddubsw adds two products of at most 24 * 127 and would saturate at 32767; with its odd
- * neighbour a lane holds at most 12192.  vpmaddwd then adds lanes in pairs and puts the limbs
- * together: 24 * 229376 * 32 < 2^28 in all.  A pair of blocks leaves four partial sums of the
- * first in the low half and four of the second in the high half, which vphaddd folds twice.     */
-static inline i32x8 block_sums8(const uint8_t *u, const int8_t *limbs) {
+/* The sums of u * m over each block of a group, exact in int32.
+ * vpmaddubsw adds two products of at most 24 * 63 and would saturate at 32767: the eight halves
+ * come to 24192.  vpmaddwd then adds lanes in pairs and puts the limbs together:
+ * 24 * 229376 * 32 < 2^28 in all. */
+static inline i32x8 group_sums(const w_group *w, const x_group *x) {
 #ifdef __AVX2__
-    const __m256i weight[3] = {_mm256_set1_epi16(1), _mm256_set1_epi16(128),
-                               _mm256_set1_epi16(16384)};
-    __m256i sum[4];
-    for (int pair = 0; pair < 4; pair++) {
-        __m256i even = _mm256_loadu_si256((const __m256i *)(u + 64 * pair));
-        __m256i odd = _mm256_loadu_si256((const __m256i *)(u + 64 * pair + 32));
-        const __m256i *x = (const __m256i *)(limbs + 192 * pair);
-        sum[pair] = _mm256_setzero_si256();
+    __m256i sum[3];
+    for (int h = 0; h < HALVES; h++)
         for (int l = 0; l < 3; l++) {
-            __m256i p = _mm256_maddubs_epi16(even, _mm256_loadu_si256(x + 2 * l));
-            __m256i q = _mm256_maddubs_epi16(odd, _mm256_loadu_si256(x + 2 * l + 1));
-            p = _mm256_madd_epi16(_mm256_add_epi16(p, q), weight[l]);
-            sum[pair] = _mm256_add_epi32(sum[pair], p);
+            __m256i p = _mm256_maddubs_epi16(*(const __m256i *)w->u[h],
+                                             *(const __m256i *)x->limb[h][l]);
+            sum[l] = h ? _mm256_add_epi16(sum[l], p) : p;
+            __asm__("" : "+x"(sum[l]));                      /* or GCC reorders, and spills */
         }
-    }
-    __m256i mixed = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]),
-                                      _mm256_hadd_epi32(sum[2], sum[3]));
-    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return (i32x8)_mm256_permutevar8x32_epi32(mixed, in_order);
+    sum[0] = _mm256_madd_epi16(sum[0], _mm256_set1_epi16(1));
+    sum[1] = _mm256_madd_epi16(sum[1], _mm256_set1_epi16(64));
+    sum[2] = _mm256_madd_epi16(sum[2], _mm256_set1_epi16(4096));
+    return (i32x8)_mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), sum[2]);
 #else
-    i32x8 sums;
-    for (int b = 0; b < 8; b++) {
-        const uint8_t *ub = u + b / 2 * 64 + (b & 1) * 16;
-        const int8_t *x = limbs + b / 2 * 192 + (b & 1) * 16;
-        int32_t sum = 0;
-        for (int odd = 0; odd <= 32; odd += 32)
-            for (int i = odd; i < odd + 16; i++)
-                sum += ub[i] * (x[i] + 128 * x[i + 64] + 16384 * x[i + 128]);
-        sums[b] = sum;
-    }
+    i32x8 sums = {0};
+    for (int h = 0; h < HALVES; h++)
+        for (int i = 0; i < 32; i++)
+            sums[i / 4] += w->u[h][i] * (x->limb[h][0][i] + 64 * x->limb[h][1][i]
+                                         + 4096 * x->limb[h][2][i]);
     return sums;
 #endif
 }
 
-/* 2^(e - 127), with e clamped to the exponents of normal numbers, 1 and 254. */
-static inline f32x8 pow2_8(i32x8 e) {
-#ifdef __AVX2__
-    e = (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)e, _mm256_set1_epi32(1)),
-                                _mm256_set1_epi32(254));
-#else
-    for (int i = 0; i < 8; i++) e[i] = e[i] < 1 ? 1 : e[i] > 254 ? 254 : e[i];
-#endif
-    return (f32x8)((u32x8)e << 23);
+/* 2^(e - 127), with e clamped to the exponents of normal numbers. */
+static inline f32x8 pow2_8(i32x8 e) { return (f32x8)((u32x8)clamp_i8(e, 1, 254) << 23); }
+
+typedef struct {                   /* one or two matrices times packed rows                     */
+    const dsv4_mat *w[2];          /* of one shape                                              */
+    float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
+    const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
+    const x_group *x;              /* [m][groups of cols]                                       */
+    int m;
+} fp4_args;
+
+/* Groups g0 .. g0+n-1 of row r of w, padded with zeros to whole groups. */
+static inline void fp4_groups(w_group *out, const dsv4_mat *w, int r, int g0, int n) {
+    int row_blocks = w->cols / 32;
+    size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g0 * GROUP_BLOCKS);
+    const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
+    int n_whole = min_int(n, row_blocks / GROUP_BLOCKS - g0), rest = row_blocks % GROUP_BLOCKS;
+    for (int g = 0; g < n_whole; g++, src += 128, scale += GROUP_BLOCKS)
+        fp4_decode(&out[g], src, scale);
+    if (n_whole == n) return;
+    uint8_t last[128] = {0}, last_scale[GROUP_BLOCKS] = {0}; /* read no further than the row */
+    memcpy(last, src, (size_t)rest * 16);
+    memcpy(last_scale, scale, (size_t)rest);
+    fp4_decode(&out[n_whole], last, last_scale);
 }
 
-/* A piece of a weight row, decoded. */
-typedef struct { uint8_t u[FP4_COLS], scale[FP4_COLS / 32]; } fp4_row;
-
-/* n_blocks blocks from block b0 of row r, padded to a multiple of eight. */
-static void fp4_decode(fp4_row *row, const dsv4_mat *w, int r, int b0, int n_blocks) {
-    size_t at = (size_t)r * (size_t)(w->cols / 32) + (size_t)b0;
-    const uint8_t *src = (const uint8_t *)w->data + at * 16;
-    int b = 0;
-    for (; b + 2 <= n_blocks; b += 2) fp4_decode32(row->u + b * 32, src + b * 16);
-    if (b < n_blocks) {                                      /* half a pair: read no further */
-        uint8_t last[32] = {0};
-        memcpy(last, src + b * 16, 16);
-        fp4_decode32(row->u + b * 32, last);
-        b += 2;
-    }
-    if (b % 8) memset(row->u + b * 32, 0, (size_t)(8 - b % 8) * 32);
-    memset(row->scale, 0, sizeof row->scale);
-    memcpy(row->scale, w->scale + at, (size_t)n_blocks);
-}
-
-/* Add n_groups times eight blocks to the lanes; x is that of the first.  Conversion to F32 rounds
- * a block's sum, the power of two is exact.  Blocks of padding add +0, which changes no lane. */
-static inline f32x8 fp4_dot(f32x8 lanes, const fp4_row *w, packed_row x, int n_groups) {
-    for (int g = 0; g < n_groups; g++) {
-        i32x8 sums = block_sums8(w->u + 256 * g, x.limbs + 768 * g), offset, exponent;
-        memcpy(&offset, x.offset + 8 * g, sizeof offset);
-        memcpy(&exponent, x.exponent + 8 * g, sizeof exponent);
-        exponent += u8_load8(w->scale + 8 * g);
-        lanes += __builtin_convertvector(sums - offset, f32x8) * pow2_8(exponent);
+/* Add n groups to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
+ * Blocks of padding add +0, which changes no lane. */
+static inline f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int n) {
+    for (int g = 0; g < n; g++) {
+        i32x8 sums = group_sums(&w[g], &x[g]) - x[g].offset;
+        f32x8 power = pow2_8(w[g].scale + x[g].exponent);
+        lanes += __builtin_convertvector(sums, f32x8) * power;
     }
     return lanes;
 }
 
-typedef struct {                   /* one or two matrices times packed rows                     */
-    const dsv4_mat *w[2];          /* of one shape; w[1] may be NULL                            */
-    float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
-    const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
-    uint8_t *x;                    /* packed, [m]                                               */
-    int m, n_tiles;
-} fp4_args;
+/* Row r of w times the only token, a group at a time, which need not leave the registers. */
+static float fp4_row(const dsv4_mat *w, int r, const x_group *x) {
+    int n_groups = (int)n_groups_of(w->cols);
+    size_t row_bytes = (size_t)w->cols / 2, ahead = r + 2 < w->rows ? 2 * row_bytes : 0;
+    const uint8_t *row = (const uint8_t *)w->data + (size_t)r * row_bytes + ahead;
+    f32x8 lanes = splat8(0);
+    for (int g = 0; g < n_groups; g++) {
+        w_group one;
+        prefetch(row + g * GROUP / 2, GROUP / 2);
+        fp4_groups(&one, w, r, g, 1);
+        lanes = fp4_dot(lanes, &one, &x[g], 1);
+    }
+    return sum8(lanes);
+}
 
-/* w's rows r0 .. r0+3 (or to the end) times all tokens.  Each product's lanes wait on the stack
- * between pieces of FP4_COLS columns, so that a piece is decoded once for all tokens. */
-static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
+/* w's rows r0 .. r0+n_rows-1 times all tokens.  Each product's lanes wait on the stack between
+ * pieces of PIECE groups, so that a piece is decoded once for all tokens. */
+static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
-    fp4_row row[TILE_ROWS];
-    int n_rows = min_int(TILE_ROWS, w->rows - r0), n_blocks = w->cols / 32;
-    memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
-    for (int b0 = 0; b0 < n_blocks; b0 += FP4_COLS / 32) {
-        int n_now = min_int(FP4_COLS / 32, n_blocks - b0);
-        for (int r = 0; r < n_rows; r++) fp4_decode(&row[r], w, r0 + r, b0, n_now);
-        for (int t = 0; t < a->m; t++) {
-            packed_row x = packed_at(a->x, w->cols, t);
-            x.limbs += b0 * 96, x.offset += b0, x.exponent += b0;
-            for (int r = 0; r < n_rows; r++)
-                lanes[t][r] = fp4_dot(lanes[t][r], &row[r], x, (n_now + 7) / 8);
+    w_group tile[TILE_ROWS][PIECE];
+    int n_groups = (int)n_groups_of(w->cols);
+    if (a->m == 1) {
+        float *y = out + (size_t)(a->rows ? a->rows[0] : 0) * (size_t)w->rows + r0;
+        for (int r = 0; r < n_rows; r++) {
+            float sum = fp4_row(w, r0 + r, a->x);
+            y[r] = a->rows ? y[r] + sum : sum;
         }
+        return;
+    }
+    memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
+    for (int g = 0; g < n_groups; g += PIECE) {
+        int n_now = min_int(PIECE, n_groups - g);
+        for (int r = 0; r < n_rows; r++) fp4_groups(tile[r], w, r0 + r, g, n_now);
+        for (int t = 0; t < a->m; t++)
+            for (int r = 0; r < n_rows; r++)
+                lanes[t][r] = fp4_dot(lanes[t][r], tile[r], &a->x[t * n_groups + g], n_now);
     }
     for (int t = 0; t < a->m; t++) {
         float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
@@ -1468,84 +1485,60 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0) {
 }
 
 /* Item: a tile of rows of w[0], then those of w[1]. */
-static void fp4_tiles(void *arg, int64_t begin, int64_t end) {
+static void fp4_item(const void *arg, int64_t i) {
     const fp4_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        int which = i >= a->n_tiles, tile = (int)i - which * a->n_tiles;
-        fp4_tile(a, a->w[which], a->out[which], tile * TILE_ROWS);
-    }
+    int n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS, which = i >= n_tiles;
+    int r0 = ((int)i - which * n_tiles) * TILE_ROWS, n_rows = a->w[which]->rows - r0;
+    fp4_tile(a, a->w[which], a->out[which], r0, min_int(TILE_ROWS, n_rows));
 }
 
-/* Every row times every token. */
-static void fp4_run(fp4_args *a, dsv4_exec *ex) {
-    a->n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t n_items = (int64_t)a->n_tiles * (a->w[1] ? 2 : 1);
-    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_tiles, a);
-}
-
-/* The caller's scratch: EXPERT_ROWS rows of each. */
-typedef struct {
-    float *g, *u;                  /* [inter]                                                   */
-    uint8_t *x, *a, *code;         /* packed x, packed a, a's codes and scales: roundings on    */
-    float *f32, *out;              /* gathered x, w2's result [dim]: roundings off              */
-} expert_scratch;
-
-static size_t code_bytes(int inter) { return (size_t)inter + (size_t)((inter + 127) / 128); }
-
-size_t expert_scratch_bytes(int dim, int inter) {
-    size_t on = packed_bytes(dim) + packed_bytes(inter) + code_bytes(inter);
-    size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
-    return EXPERT_ROWS * (both + (on > off ? on : off));
-}
-
-/* g and u, then either x, a and code, or f32 and out. */
-static expert_scratch scratch_at(void *base, int dim, int inter) {
-    expert_scratch s;
-    s.g = base;
-    s.u = s.g + (size_t)EXPERT_ROWS * (size_t)inter;
-    s.f32 = s.u + (size_t)EXPERT_ROWS * (size_t)inter;
-    s.out = s.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
-    s.x = (uint8_t *)s.f32;                                  /* either these, or f32 and out     */
-    s.a = s.x + EXPERT_ROWS * packed_bytes(dim);
-    s.code = s.a + EXPERT_ROWS * packed_bytes(inter);
-    return s;
+/* Every row of the n_mats matrices times every token. */
+static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
+    int64_t n_items = (int64_t)(a.w[0]->rows + TILE_ROWS - 1) / TILE_ROWS * n_mats;
+    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_item, &a);
 }
 
 typedef struct {
-    const expert_scratch *s;
-    const dsv4_acts *x;
+    float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter]; */
+    x_group *x, *a;                /* with roundings on packed x and a, and                     */
+    uint8_t *code;                 /* a's codes and scales;                                     */
+    float *f32, *out;              /* off, in their place, gathered x and w2's result [dim]     */
+    const dsv4_acts *in;
     const int32_t *rows;
     const float *weight;
     int dim, inter;
     float limit;
 } expert_args;
 
+static size_t code_bytes(int inter) { return (size_t)inter + scales_of(inter); }
+
+size_t expert_scratch_bytes(int dim, int inter) {
+    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group) + code_bytes(inter);
+    size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
+    return EXPERT_ROWS * (both + (on > off ? on : off));
+}
+
 /* Item: an x row, packed or as F32. */
-static void expert_gather(void *arg, int64_t begin, int64_t end) {
-    const expert_args *a = arg;
-    size_t dim = (size_t)a->dim, blocks = (dim + 127) / 128;
-    for (int64_t i = begin; i < end; i++) {
-        size_t row = (size_t)a->rows[i];
-        if (a->x->code)
-            pack_row(packed_at(a->s->x, a->dim, i), a->x->code + row * dim,
-                     a->x->scale + row * blocks, a->dim);
-        else
-            memcpy(a->s->f32 + (size_t)i * dim, a->x->f32 + row * dim, dim * sizeof(float));
-    }
+static void expert_gather(const void *arg, int64_t i) {
+    const expert_args *e = arg;
+    size_t dim = (size_t)e->dim, row = (size_t)e->rows[i];
+    if (e->in->code)
+        pack_row(e->x + (size_t)i * n_groups_of(e->dim), e->in->code + row * dim,
+                 e->in->scale + row * scales_of(e->dim), e->dim);
+    else
+        memcpy(e->f32 + (size_t)i * dim, e->in->f32 + row * dim, dim * sizeof(float));
 }
 
 /* Item: a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
-static void expert_activate(void *arg, int64_t begin, int64_t end) {
-    const expert_args *a = arg;
-    for (int64_t i = begin; i < end; i++) {
-        float *g = a->s->g + (size_t)i * (size_t)a->inter;
-        swiglu_row(g, g, a->s->u + (size_t)i * (size_t)a->inter, a->inter, a->limit);
-        for (int c = 0; c < a->inter; c++) g[c] *= a->weight[i];
-        if (!a->x->code) continue;
-        uint8_t *code = a->s->code + (size_t)i * code_bytes(a->inter), *scale = code + a->inter;
-        codes_row(code, scale, g, a->inter);
-        pack_row(packed_at(a->s->a, a->inter, i), code, scale, a->inter);
-    }
+static void expert_activate(const void *arg, int64_t i) {
+    const expert_args *e = arg;
+    float *g = e->g + i * e->inter;
+    swiglu_one(g, g, e->u + i * e->inter, e->inter, e->limit);
+    for (int c = 0; c < e->inter; c++) g[c] *= e->weight[i];
+    if (!e->in->code) return;
+    uint8_t *code = e->code + (size_t)i * code_bytes(e->inter), *scale = code + e->inter;
+    e4m3_row(NULL, code, scale, g, e->inter, 128);
+    pack_row(e->a + (size_t)i * n_groups_of(e->inter), code, scale, e->inter);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
@@ -1556,26 +1549,113 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     assert(m <= EXPERT_ROWS && dim % 32 == 0 && inter % 32 == 0);
     assert((x->code != NULL) != (x->f32 != NULL));
     assert((uintptr_t)scratch % 64 == 0);
-    expert_scratch s = scratch_at(scratch, dim, inter);
-    expert_args a = {&s, x, rows, weight, dim, inter, limit};
-    exec_for(ex, m, 1, expert_gather, &a);
+    expert_args e = {.in = x, .rows = rows, .weight = weight, .dim = dim, .inter = inter,
+                     .limit = limit, .g = scratch};
+    e.u = e.g + (size_t)EXPERT_ROWS * (size_t)inter;
+    e.f32 = e.u + (size_t)EXPERT_ROWS * (size_t)inter;
+    e.out = e.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
+    e.x = (x_group *)(void *)e.f32;
+    e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
+    e.code = (uint8_t *)(e.a + EXPERT_ROWS * n_groups_of(inter));
+    exec_for(ex, m, 1, expert_gather, &e);
     if (x->code) {
-        fp4_args up = {{&w->w1, &w->w3}, {s.g, s.u}, NULL, s.x, m, 0};
-        fp4_args down = {{&w->w2, NULL}, {y, NULL}, rows, s.a, m, 0};
-        fp4_run(&up, ex);
-        exec_for(ex, m, 1, expert_activate, &a);
-        fp4_run(&down, ex);
+        fp4_run((fp4_args){{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m}, 2, ex);
+        exec_for(ex, m, 1, expert_activate, &e);
+        fp4_run((fp4_args){{&w->w2}, {y}, rows, e.a, m}, 1, ex);
         return;
     }
-    linear_cpu(s.g, &w->w1, s.f32, m, 1, ex);
-    linear_cpu(s.u, &w->w3, s.f32, m, 1, ex);
-    exec_for(ex, m, 1, expert_activate, &a);
-    linear_cpu(s.out, &w->w2, s.g, m, 1, ex);
+    linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
+    linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
+    exec_for(ex, m, 1, expert_activate, &e);
+    linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
-        add_cpu(y + (size_t)rows[i] * (size_t)dim, s.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
+        add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
 }
 
-/* === 12. The table ============================================================================ */
+/* === 12. Measuring ============================================================================
+ * One buffer, larger than any cache, is read, and then serves as the matrix, x and y of a linear. */
+
+enum {
+    MEASURE_MB = 512,              /* at most, and an eighth of what a program may take here    */
+    MEASURE_TOKENS = 64, MEASURE_DIM = 2048,
+};
+
+typedef struct {
+    uint8_t *base;
+    uint64_t *sum;                 /* [n_mb], so that nobody leaves the reading out             */
+    int64_t n_mb;
+} measure_args;
+
+/* Item: a megabyte.  Random bytes, but none is a NaN code: bit 1 is clear. */
+static void measure_fill(const void *arg, int64_t i) {
+    const measure_args *a = arg;
+    uint64_t random = 0x9e3779b97f4a7c15u * (uint64_t)(i + 1);
+    for (size_t at = 0; at < 1 << 20; at += sizeof random) {
+        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+        uint64_t word = random & 0xfdfdfdfdfdfdfdfdu;
+        memcpy(a->base + ((size_t)i << 20) + at, &word, sizeof word);
+    }
+}
+
+/* Item: a megabyte. */
+static void measure_read(const void *arg, int64_t i) {
+    const measure_args *a = arg;
+    const u32x8 *v = (const u32x8 *)(void *)(a->base + ((size_t)i << 20));
+    u32x8 sum[4] = {{0}};
+    for (size_t at = 0; at < (1 << 20) / sizeof *v; at += 4)
+        for (size_t j = 0; j < 4; j++) sum[j] += v[at + j];
+    sum[0] += sum[1] + sum[2] + sum[3];
+    a->sum[i] = sum[0][0] + sum[0][7];
+}
+
+/* Parts of the buffer: w [4 MB], x and y from 16 MB on, scales from 32 MB on. */
+static void measure_linear(dsv4_exec *ex, const measure_args *a) {
+    float *x = (float *)(void *)(a->base + ((size_t)16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
+    dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, a->base, a->base + ((size_t)32 << 20)};
+    linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
+}
+
+static void measure_stream(dsv4_exec *ex, const measure_args *a) {
+    exec_for(ex, a->n_mb, 1, measure_read, a);
+}
+
+static double now_s(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Seconds of the fastest pass within `seconds`; there is at least one. */
+static double best_pass(void (*pass)(dsv4_exec *, const measure_args *), dsv4_exec *ex,
+                        const measure_args *a, double seconds) {
+    double best = INFINITY, stop = now_s() + seconds, begin, end;
+    do {
+        begin = now_s();
+        pass(ex, a);
+        end = now_s();
+        best = end - begin < best ? end - begin : best;
+    } while (end < stop);
+    return best;
+}
+
+int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err) {
+    uint64_t sum[MEASURE_MB], share = machine_ram_budget() / 8 >> 20;
+    int64_t n_mb = (int64_t)(share > MEASURE_MB ? MEASURE_MB : share < 64 ? 64 : share / 2 * 2);
+    size_t bytes = (size_t)n_mb << 20;
+    measure_args a = {aligned_alloc(2 << 20, bytes), sum, n_mb};
+    if (!a.base) return fail(err, "no memory to measure with: %d MB", (int)n_mb);
+    (void)madvise(a.base, bytes, MADV_HUGEPAGE);             /* as the model's own arenas */
+    exec_for(ex, n_mb, 1, measure_fill, &a);
+    out->read_bytes_s = (double)bytes / best_pass(measure_stream, ex, &a, seconds / 2);
+    memset(a.base + (16 << 20), 0, 4 * MEASURE_TOKENS * MEASURE_DIM); /* x: zeros cost the same */
+    memset(a.base + (32 << 20), 120, MEASURE_DIM / 128 * MEASURE_DIM / 128);
+    double macs = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM;
+    out->macs_s = macs / best_pass(measure_linear, ex, &a, seconds / 2);
+    free(a.base);
+    return 0;
+}
+
+/* === 13. The table ============================================================================ */
 
 const dsv4_ops ops_cpu = {
     "cpu",       embed_cpu,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,

@@ -723,6 +723,26 @@ static void test_kernels_pool_opens(void) {
     exec_close(NULL);
 }
 
+static void test_kernels_measure(void) {
+    /* Goal: rates that can be, for any number of threads and however little time.  Method: finite,
+     * positive, and below what any machine reads or multiplies; the pool works afterwards. */
+    for (int e = 0; e < N_EXECS; e++) {
+        exec_rates rates = {NAN, NAN};
+        dsv4_err err;
+        CHECK(exec_measure(execs[e], e == 1 ? 0.2 : 0, &rates, &err) == 0, "%s", err.msg);
+        CHECK(rates.read_bytes_s > 1e7 && rates.read_bytes_s < 1e12, "%g bytes a second",
+              rates.read_bytes_s);
+        CHECK(rates.macs_s > 1e6 && rates.macs_s < 1e14, "%g multiply-adds a second", rates.macs_s);
+        if (e == 1)
+            NOTE("%d threads: %.1f GB/s, %.1f GMAC/s", exec_threads[e], rates.read_bytes_s / 1e9,
+                 rates.macs_s / 1e9);
+    }
+    static float ones[64], y[64];
+    for (int i = 0; i < 64; i++) ones[i] = 1;
+    ops_cpu.add(y, ones, 64, 1, 1, execs[2]);
+    for (int i = 0; i < 64; i++) CHECK(y[i] == 1, "item %d after measuring", i);
+}
+
 int main(void) {
     dsv4_err err;
     fill_pools();
@@ -738,6 +758,7 @@ int main(void) {
     RUN(test_kernels_topk_long);
     RUN(test_kernels_pool_covers);
     RUN(test_kernels_pool_opens);
+    RUN(test_kernels_measure);
     for (int e = 0; e < N_EXECS; e++) exec_close(execs[e]);
     return check_done();
 }
