@@ -19,7 +19,10 @@ want libedit-dev header histedit.h
 want libc6-dev header stdio.h
 case $1 in
 test) want python3-venv python3 -c 'import ensurepip, venv'
-      want xz-utils xz --version ;;
+      want xz-utils xz --version
+      want tmux tmux -V
+      want zsh zsh --version
+      want mandoc sh -c 'command -v mandoc' ;;
 fuzz) want clang clang --version
       want libclang-rt-dev sh -c 'echo "int LLVMFuzzerTestOneInput(char*d,long n){return !d&&n;}" |
            clang -x c -fsanitize=fuzzer,address - -o /dev/null' ;;

@@ -499,7 +499,8 @@ static void test_chat_cuts_like_the_naive_rule(void) {
         dsv4_err err = {""};
         for (uint32_t k = rnd(16); k > 0; k--) {
             const char *piece = rnd(2) ? words[rnd(5)] : rnd(2) ? " word" : "<";
-            strncat(text, piece, rnd(4) ? 99 : 3); /* all of it, or a character of the bar */
+            size_t end = strlen(text);     /* all of the piece, or a character of the bar */
+            snprintf(text + end, sizeof text - end, "%.*s", rnd(4) ? 99 : 3, piece);
         }
         prompt p = {.text = text, .len = strlen(text), .cuts = cuts};
         for (size_t at = rnd(20); n_cuts < 60 && at < p.len; at += 1 + rnd(20)) {
