@@ -39,7 +39,8 @@ enum {
     CHAT_CTX = 32768,              /* tokens of a conversation where nobody said                */
     EVAL_ROWS = 16,
     HISTORY_LINES = 1000,
-    PLAIN_SECONDS = 10,            /* between two progress lines without a terminal             */
+    PLAIN_SECONDS = 10,            /* at most, between two progress lines without a terminal    */
+    TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
     MUCH_SECONDS = 10,             /* a turn that takes longer is announced                     */
 };
 
@@ -517,8 +518,9 @@ static void status_draw(status_line *s, double share, double t) {
 /* A progress_fn: how far, at which rate; and whether to stop. */
 static int on_progress(void *arg, double done) {
     status_line *s = arg;
-    double t = now_s();
-    if (s->on && t - s->shown > (s->bar ? 0.2 : PLAIN_SECONDS)) {
+    double t = now_s(), pause = 1 + s->shown - s->began;      /* lines come after 1, 3, 7 s ... */
+    if (pause > PLAIN_SECONDS) pause = PLAIN_SECONDS;
+    if (s->on && t - s->shown > (s->bar ? 0.2 : pause)) {
         if (s->n_total) done = ((double)s->n_done + (double)s->n_now * done) / (double)s->n_total;
         s->shown = t;
         status_draw(s, done, t);
@@ -1180,15 +1182,18 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
 
 /* --- a turn --- */
 
+/* Which share of all experts n tokens read at once need, where each takes its own evenly. */
+static double share_touched(const dsv4_config *c, int64_t n) {
+    return 1 - pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts, (double)n);
+}
+
 /* Say what reading n tokens costs, where that is much: most experts are touched by a few dozen
  * tokens, and what is not in a slot comes from the disk. */
 static void announce(const chat *c, int64_t n) {
-    const dsv4_config *f = &c->m.cfg;
     const dsv4_plan *p = engine_plan(c->m.e);
     const dsv4_stats *s = engine_stats(c->m.e);
-    double one = (double)f->num_experts_per_tok / f->n_routed_experts;
     int64_t passes = (n + p->span - 1) / p->span, span = n < p->span ? n : p->span;
-    double touched = 1 - pow(1 - one, (double)span);
+    double touched = share_touched(&c->m.cfg, span);
     double cold = 1 - (double)p->n_slots / p->n_experts_total;
     if (engine_offload_stats(c->m.e)->misses == 0) cold = 1;
     double bytes = (double)passes * touched * cold * p->n_experts_total * (double)p->slot_bytes;
@@ -1496,17 +1501,17 @@ static bound prefill_bound(const dsv4_plan *p, const engine_rates *r, int64_t n)
 }
 
 static void print_bound(const char *name, const bound *b) {
-    printf("%-10s %8.3g tokens/s  %s binds (%.3g s of memory, %.3g s of processor, %.3g s of "
+    printf("%-10s %8.2f tokens/s  %s binds (%.3g s of memory, %.3g s of processor, %.3g s of "
            "disk for %.0f token%s)\n", name, b->tokens / bound_s(b), bound_name(b), b->memory,
            b->compute, b->disk, b->tokens, b->tokens > 1 ? "s" : "");
 }
 
 static void print_place(const char *what, uint64_t bytes, const char *where, const char *more) {
-    printf("%-14s %9s  %-5s %s\n", what, size_of(bytes).text, where, more);
+    printf("%-14s %9s  %s%s%s\n", what, size_of(bytes).text, where, *more ? "   " : "", more);
 }
 
-static void print_plan_table(const dsv4_plan *p, const weights_bytes *b, int64_t ctx,
-                             const engine_rates *r) {
+static void print_plan_table(const dsv4_config *c, const dsv4_plan *p, const weights_bytes *b,
+                             int64_t ctx, const engine_rates *r) {
     char more[96];
     printf("--ram %s holds\n", size_of(p->budget).text);
     print_place("program", p->base, "RAM", "");
@@ -1526,9 +1531,13 @@ static void print_plan_table(const dsv4_plan *p, const weights_bytes *b, int64_t
     printf("\npredicted bounds, experts taken as chosen evenly, attention left out\n");
     print_bound("decode", &d);
     print_bound("prefill", &f);
+    double touched = share_touched(c, TURN_TOKENS);
+    double bytes = touched * p->n_experts_total * (double)p->slot_bytes;
+    printf("a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
+           TURN_TOKENS, 100 * touched, bytes / 1e9, bytes / r->disk_bytes_s);
 }
 
-static const double ROTATING_GB_S = 0.5;       /* none is faster */
+static const double ROTATING_GB_S = 0.3;       /* none is faster */
 
 static void print_disk_warnings(const disk_info *d, double bytes_s) {
     const char *name = d->device[0] ? d->device : d->fs;
@@ -1586,7 +1595,7 @@ static int cmd_plan(const args *a, dsv4_err *err) {
         bound dec = decode_bound(p, &r), pre = prefill_bound(p, &r, ctx);
         print_disk_warnings(&d, r.disk_bytes_s);
         if (engine_note(e)) fprintf(stderr, "note: %s\n", engine_note(e));
-        if (!a->json) print_plan_table(p, &b, ctx, &r);
+        if (!a->json) print_plan_table(&cfg, p, &b, ctx, &r);
         else rc = print_json(json_pack(
             "{s:s, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:I, s:I, s:I, s:i, s:i, s:i,"
             " s:{s:s, s:s, s:b, s:b, s:b, s:b, s:b}, s:{s:f, s:f, s:f}, s:o, s:o}",

@@ -368,9 +368,10 @@ int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *whe
 int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
     char path[PATH_MAX], *text;
     size_t len;
-    if (join(path, dir, "config.json", err) ||
-        read_text(&text, &len, path, MAX_CONFIG_BYTES, err))
-        return -1;
+    if (join(path, dir, "config.json", err)) return -1;
+    if (access(dir, F_OK)) return fail(err, "%s: %s", dir, strerror(errno));
+    if (access(path, F_OK)) return fail(err, "%s is no model: it has no config.json", dir);
+    if (read_text(&text, &len, path, MAX_CONFIG_BYTES, err)) return -1;
     int rc = config_parse(cfg, text, len, path, err);
     free(text);
     /* The model is called as its directory, also where that was given as "." or "models/x/". */

@@ -244,6 +244,8 @@ def check_takes_the_real_48_shards_in_2_seconds():
     text = dsv4("check", path)[0].decode()
     seconds = time.monotonic() - began
     need(seconds < 2 or SHADOW, f"{seconds:.2f} s")
+    table = dsv4("plan", "-m", path, "--ram", "12G", "--ctx", 1000)[0].decode()
+    need("touches 98% of the experts" in table, table)         # 6 of 160, a hundred times
     for part in ("43: 2 window, 21 CSA, 20 HCA; 3 route", "160 a layer", "MTP block    none",
                  "48, 45821 tensors", "every tensor"):
         need(part in text, f"{part!r} is not in {text!r}")
@@ -287,9 +289,19 @@ def help_lists_commands_and_flags():
 
 
 @test
+def progress_without_a_terminal_is_plain_lines():
+    flags = ["eval", "-m", tiny(), "--ids", ids_file([7] * 1000), "-t", 1, "--chunk", 1]
+    lines = [s for s in dsv4(*flags)[1].splitlines() if s.startswith("scoring ")]
+    need(lines and all("tokens/s" in s and "GB/s" in s and s.endswith("left") and "\r" not in s
+                       and "\033" not in s for s in lines), str(lines))
+    need(not dsv4(*flags, "-q")[1], "-q is not quiet")
+
+
+@test
 def usage_errors_exit_2():
     for fragment, *args in (
-            ("no command", "walk"), ("perhaps chat", "chta"), ("perhaps --temp", "run", "--tmep", 1),
+            ("no command", "walk"), ("perhaps chat", "chta"),
+            ("perhaps --temp", "run", "--tmep", 1),
             ("does not take --fast", "run", "-m", "x", "--fast"),
             ("needs -m", "run", "-p", "x"), ("needs one of", "run", "-m", "x"),
             ("needs one of", "run", "-m", "x", "-p", "a", "-f", "b"),
@@ -313,8 +325,8 @@ def usage_errors_exit_2():
 
 @test
 def bad_files_exit_1():
-    refuses("config.json", "check", os.path.join(TMP, "absent"))
-    refuses("config.json", "check", HERE)
+    refuses("absent: No such file", "check", os.path.join(TMP, "absent"))
+    refuses("is no model: it has no config.json", "check", HERE)
     refuses("absent.txt", "run", "-m", tiny(), "-f", os.path.join(TMP, "absent.txt"))
     refuses("is empty", "run", "-m", tiny(), "-f", write("empty", b""))
     refuses("directory", "run", "-m", tiny(), "-f", TMP)
@@ -378,6 +390,11 @@ def failures_leave_no_partial_files():
 
 @test
 def interrupt_exits_130_and_cleans_up():
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        interrupt_by(sig)
+
+
+def interrupt_by(sig):
     out = os.path.join(TMP, "cut.npy")
     args = [DSV4, "eval", "-m", tiny(), "--ids", ids_file([7] * 1000), "--logits", out,
             "--decode-from", "0", "-t", "1", "-q"]
@@ -387,7 +404,7 @@ def interrupt_exits_130_and_cleans_up():
             break
         time.sleep(0.01)
     time.sleep(0.05)
-    p.send_signal(signal.SIGINT)
+    p.send_signal(sig)
     stdout, err = p.communicate(timeout=60)
     need(p.returncode == 130, f"exit {p.returncode}: {err!r}")
     need(err == b"dsv4: interrupted\n" and stdout == b"", f"{err!r} {stdout!r}")
@@ -575,7 +592,8 @@ def chat_says_when_the_context_is_full():
 def plan_adds_up_and_names_what_binds():
     text, _ = dsv4("plan", "-m", tiny(), "--ram", "64M", "--ctx", 500)
     for part in ("--ram 64.0M holds", "KV", "500 tokens of context", "of 48 experts", "measured",
-                 "memory", "processor", "disk", "decode", "prefill", " binds ("):
+                 "memory", "processor", "disk", "decode", "prefill", " binds (",
+                 "100 tokens touches 100% of the experts: 0.0 GB"):
         need(part in text.decode(), f"{part!r} is not in {text!r}")
     p = json.loads(dsv4("plan", "-m", tiny(), "--ram", "64M", "--ctx", 500, "--json")[0])
     need(p["program"] + p["dense"] + p["kv"] + p["buffers"] + p["slots"] <= p["ram"] == 64 << 20,
@@ -659,14 +677,16 @@ def manual_and_completions_say_what_help_says():
         for name in help_flags(c):
             need("\n.B " + name.replace("-", "\\-") in made["man"].split(f".SS {c}\n")[1], name)
             need(f"'*{name}[" in made["zsh"].split(f"\n{c})")[1].split(";;")[0], f"zsh: {c} {name}")
-        script = made["bash"] + f"COMP_WORDS=(dsv4 {c} -); COMP_CWORD=2; _dsv4; echo ${{COMPREPLY[@]}}"
+        script = made["bash"] + (f"COMP_WORDS=(dsv4 {c} -); COMP_CWORD=2; _dsv4; "
+                                 "echo ${COMPREPLY[@]}")
         said = subprocess.run(["bash", "-c", script], capture_output=True).stdout.decode().split()
         need(said == (help_flags(c) if c != "help" else []), f"bash completes {c} - to {said}")
     script = made["bash"] + "COMP_WORDS=(dsv4 p); COMP_CWORD=1; _dsv4; echo ${COMPREPLY[@]}"
     said = subprocess.run(["bash", "-c", script], capture_output=True).stdout.decode().split()
     need(said == ["prompt", "plan"], str(said))
     subprocess.run(["zsh", "-n", write("_dsv4", made["zsh"])], check=True)
-    subprocess.run(["mandoc", "-T", "lint", "-W", "error", write("dsv4.1", made["man"])], check=True)
+    subprocess.run(["mandoc", "-T", "lint", "-W", "error", write("dsv4.1", made["man"])],
+                   check=True)
 
 
 @test
