@@ -1414,7 +1414,7 @@ static int put_effort(writer *w, const json_t *request, generation gen, bool *th
 
 static int put_prompt(writer *w, const json_t *request, generation gen, prompt *out) {
     const json_t *unsaid = request; /* until a system message has carried it */
-    size_t n = json_array_size(w->messages), turns_end = 0;
+    size_t n = json_array_size(w->messages), last_turn = 0;
     bool tools = json_array_size(json_object_get(request, "tools")) > 0, system = false, think;
     if (n == 0) return fail(w->err, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
@@ -1424,7 +1424,7 @@ static int put_prompt(writer *w, const json_t *request, generation gen, prompt *
             return fail(w->err, "%srole \"%s\" is not one of system, user, assistant, tool, "
                                 "developer, latest_reminder", w->where,
                         name && strlen(name) < 60 ? name : "...");
-        if (in_turn(w, i)) turns_end = i + 1;
+        if (in_turn(w, i)) last_turn = i;
         system |= role(m) == 's';
         tools |= role(m) == 's' && json_array_size(json_object_get(m, "tools")) > 0;
     }
@@ -1439,7 +1439,7 @@ static int put_prompt(writer *w, const json_t *request, generation gen, prompt *
             rc = put_system(w, m, unsaid);
             unsaid = NULL;
         } else if (role(m) == 'a') {
-            rc = put_assistant(w, m, think && (tools || i >= turns_end));
+            rc = put_assistant(w, m, think && (tools || i >= last_turn));
         } else if (role(m) == 'l') {
             emit(w, "<｜latest_reminder｜>");
             rc = put_content(w, m, "content");
