@@ -680,6 +680,8 @@ static void test_chat_malformed_calls_are_content(void) {
         {OPEN F0 "\n\n" OPEN F0 CLOSE, "T:f {} 46|T:f {} 46"},
         {OPEN F0 CLOSE "\n\n" OPEN F0 CLOSE "a" EOS, "T:f {} 46|T:f {} 46|C:a"},
         {OPEN F0 CLOSE OPEN CLOSE, "T:f {} 46|C:" OPEN CLOSE},
+        {OPEN F0 "junk" OPEN CLOSE, "T:f {} 46|C:junk" OPEN CLOSE},
+        {OPEN INV("a<b") VNI CLOSE, NULL}, {OPEN INV("a>b") VNI CLOSE, NULL},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char want[512];
