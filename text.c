@@ -1106,6 +1106,7 @@ static void put(buffer *b, const char *s, size_t n) {
 
 static void put_str(buffer *b, const char *s) { put(b, s, strlen(s)); }
 
+/* Of valid UTF-8 only what JSON wants escaped is; what stands between escapes goes in at once. */
 static void put_json_string(buffer *b, const char *s, size_t n) {
     static const char plain[] = "\"\\\n\r\t\b\f", escaped[] = "\"\\nrtbf";
     size_t done = 0;
@@ -1139,6 +1140,7 @@ static void put_json_real(buffer *b, double x) {
     put_str(b, s);
 }
 
+/* As deep as v, and jansson reads 2048 levels at most. */
 static void put_json(buffer *b, json_t *v) {
     const char *key, *sep = "";
     char word[32];                 /* 17, true, null                                            */
@@ -1244,6 +1246,7 @@ static void emit(writer *w, const char *fmt, ...) {
     put_str(&w->text, fmt);
 }
 
+/* Message i, which errors now name. */
 static const json_t *message_at(writer *w, size_t i) {
     snprintf(w->where, sizeof w->where, "messages[%zu].", i);
     return json_array_get(w->messages, i);
@@ -1267,6 +1270,7 @@ static int put_content(writer *w, const json_t *message, const char *key) {
     return 0;
 }
 
+/* Strings are written bare, so that the model need not escape what it quotes from them. */
 static void put_parameter(writer *w, const char *name, json_t *value) {
     emit(w, json_is_string(value) ? PARAMETER_OPEN "%s" PARAMETER_TRUE "%j" PARAMETER_CLOSE
                                   : PARAMETER_OPEN "%s" PARAMETER_FALSE "%j" PARAMETER_CLOSE,
@@ -1298,6 +1302,7 @@ static int put_call(writer *w, const json_t *call, size_t i) {
     return 0;
 }
 
+/* A past answer, as the model once wrote it; without `reasoning` as if it had not thought. */
 static int put_assistant(writer *w, const json_t *message, bool reasoning) {
     json_t *calls = json_object_get(message, "tool_calls"), *call;
     size_t i;
@@ -1307,7 +1312,7 @@ static int put_assistant(writer *w, const json_t *message, bool reasoning) {
     if (put_content(w, message, "content")) return -1;
     if (!is_off(calls) && !json_is_array(calls))
         return fail(w->err, "%stool_calls is not an array", w->where);
-    json_object_clear(w->order);
+    json_object_clear(w->order);   /* results belong to the calls just before them              */
     json_array_foreach(calls, i, call) {
         const char *id = json_string_value(json_object_get(call, "id"));
         if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
@@ -1339,10 +1344,10 @@ static int put_system(writer *w, const json_t *message, const json_t *request) {
     }
     emit(w, n_tools ? after_tools : "");
     if (is_off(format) || strcmp(type_of(format), "text") == 0) return 0;
-    if (strcmp(type_of(format), "json_schema") == 0 && schema) format = schema;
-    bool any = strcmp(type_of(format), "json_object") == 0;
-    if (any) emit(w, RESPONSE_FORMAT "{\"type\": \"object\"}");
-    else emit(w, RESPONSE_FORMAT "%j", format);
+    if (strcmp(type_of(format), "json_schema") != 0) schema = NULL;
+    if (strcmp(type_of(format), "json_object") == 0)
+        emit(w, RESPONSE_FORMAT "{\"type\": \"object\"}");
+    else emit(w, RESPONSE_FORMAT "%j", schema ? schema : format);
     return 0;
 }
 
@@ -1414,8 +1419,9 @@ static int put_effort(writer *w, const json_t *request, generation gen, bool *th
 
 static int put_prompt(writer *w, const json_t *request, generation gen, prompt *out) {
     const json_t *unsaid = request; /* until a system message has carried it */
-    size_t n = json_array_size(w->messages), turns_end = 0;
+    size_t n = json_array_size(w->messages), last_turn = 0;
     bool tools = json_array_size(json_object_get(request, "tools")) > 0, system = false, think;
+    /* Whether reasoning is kept depends on messages behind it, so all are looked at first. */
     if (n == 0) return fail(w->err, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
         const json_t *m = message_at(w, i);
@@ -1424,7 +1430,7 @@ static int put_prompt(writer *w, const json_t *request, generation gen, prompt *
             return fail(w->err, "%srole \"%s\" is not one of system, user, assistant, tool, "
                                 "developer, latest_reminder", w->where,
                         name && strlen(name) < 60 ? name : "...");
-        if (in_turn(w, i)) turns_end = i + 1;
+        if (in_turn(w, i)) last_turn = i;
         system |= role(m) == 's';
         tools |= role(m) == 's' && json_array_size(json_object_get(m, "tools")) > 0;
     }
@@ -1439,7 +1445,7 @@ static int put_prompt(writer *w, const json_t *request, generation gen, prompt *
             rc = put_system(w, m, unsaid);
             unsaid = NULL;
         } else if (role(m) == 'a') {
-            rc = put_assistant(w, m, think && (tools || i >= turns_end));
+            rc = put_assistant(w, m, think && (tools || i >= last_turn));
         } else if (role(m) == 'l') {
             emit(w, "<｜latest_reminder｜>");
             rc = put_content(w, m, "content");
@@ -1552,6 +1558,7 @@ void answer_close(answer *a) {
     free(a);
 }
 
+/* Call back with what is certain; before the state changes, for that decides what it is. */
 static void hand_over(answer *a) {
     answer_kind kind = a->state == REASONING ? ANSWER_REASONING : ANSWER_CONTENT;
     if (a->out.n) a->each(a->arg, &(answer_piece){.kind = kind, .text = a->out.s, .len = a->out.n});
@@ -1651,7 +1658,7 @@ static void block_byte(answer *a) {
     const char *s = a->held.s + a->tag, last = a->held.s[a->held.n - 1];
     size_t n = a->held.n - a->tag, name = strlen(open);
     bool right = false;
-    if (a->state == VALUE) {
+    if (a->state == VALUE) {       /* its closing tag is looked for only where '>' comes        */
         if (last != '>' || !ends(s, n, PARAMETER_CLOSE)) return;
         end_value(a);
         right = true;
@@ -1661,14 +1668,14 @@ static void block_byte(answer *a) {
     } else if (like(s, n, close) == WHOLE) {
         right = end_close_tag(a);
     } else if (like(s, n, open) == WHOLE && n > name) {
-        if (last != '<' && last != '>') return;
+        if (last != '<' && last != '>') return; /* in the name */
         right = last == '>' && end_open_tag(a, s + name, n - name);
     } else if (like(s, n, close) || like(s, n, open) || (like(s, n, EOS) && n <= strlen(EOS))) {
         return;
     }
     if (right) {
         a->item = a->tag = a->held.n;
-    } else {
+    } else {                       /* no block after all                                        */
         release(a, a->item);
         a->state = CONTENT;
         settle(a);
@@ -1679,6 +1686,7 @@ static int answer_check(const answer *a, dsv4_err *err) {
     return a->held.failed || a->out.failed || a->arguments.failed ? oom(err) : 0;
 }
 
+/* Once there was no memory, the answer is of no more use: indices may point to what is not held. */
 int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err) {
     for (size_t i = 0; i < len; i++) {
         put(&a->held, bytes + i, 1);

@@ -40,7 +40,7 @@ static void hear(void *arg, const answer_piece *p) {
         return;
     }
     fwrite(p->raw, 1, p->raw_len, all->f);
-    demand(p->name > p->raw && p->name + p->name_len < p->raw + p->raw_len, "a name from elsewhere");
+    demand(p->name > p->raw && p->name + p->name_len < p->raw + p->raw_len, "a foreign name");
     json_t *object = json_loadb(p->text, p->len, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, NULL);
     bool nul = memchr(p->raw, 0, p->raw_len) != NULL; /* jansson wants none in a key */
     demand(json_is_object(object) || !all->utf8 || nul, "arguments are no JSON object");
@@ -124,7 +124,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static const char *const tags[] = {
         OPEN, CLOSE, "<｜DSML｜invoke name=\"f\">", "</｜DSML｜invoke>",
         "<｜DSML｜parameter name=\"p\" string=\"true\">",
-        "<｜DSML｜parameter name=\"q\" string=\"false\">", "</｜DSML｜parameter>", EOS, "</think>"};
+        "<｜DSML｜parameter name=\"q\" string=\"false\">", "</｜DSML｜parameter>", EOS,
+        "</think>"};
     char *text = NULL;
     size_t len = 0;
     FILE *f = open_memstream(&text, &len);

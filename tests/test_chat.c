@@ -313,8 +313,8 @@ static void test_chat_message_of_any_bytes(void) {
 /* === JSON ===================================================================================== */
 
 static json_t *random_json(int depth) {
-    static const char *const strings[] = {"", "a", "\"\\/", "\b\f\n\r\t\x01\x1f\x7f", "é–😀\u2028",
-                                          "<｜User｜>", "%s%j"};
+    static const char *const strings[] = {
+        "", "a", "\"\\/", "\b\f\n\r\t\x01\x1f\x7f", "é–😀\u2028", "<｜User｜>", "%s%j"};
     double x;
     uint64_t bits = (uint64_t)rnd(1 << 22) << 42 ^ (uint64_t)rnd(1 << 22) << 21 ^ rnd(1 << 22);
     switch (rnd(depth > 4 ? 6 : 9)) {
@@ -415,7 +415,8 @@ static char *own_text(const prompt *p) {
 
 static void test_chat_no_text_passes_for_structure(void) {
     static const char *const special[] = {BOS, EOS, ASK, SAY, "<think>", "</think>", "｜DSML｜",
-                                          "<｜latest_reminder｜>", "<｜tool▁calls▁begin｜>"};
+                                          "<｜latest_reminder｜>",
+                                          "<｜tool▁calls▁begin｜>"};
     enum { N_SPECIAL = sizeof special / sizeof *special };
     char all[512] = "";
     tok *t = real_tok();
@@ -563,9 +564,9 @@ static void hear(void *arg, const answer_piece *p) {
     fwrite(p->text, 1, p->len, h->f);
     if (p->kind == ANSWER_CALL) {
         fprintf(h->f, " %zu", p->raw_len);
-        CHECK(!memcmp(p->raw, "<｜DSML｜invoke", strlen("<｜DSML｜invoke")), "raw begins wrongly");
-        CHECK(!memcmp(p->raw + p->raw_len - strlen("</｜DSML｜invoke>"), "</｜DSML｜invoke>",
-                      strlen("</｜DSML｜invoke>")), "raw ends wrongly");
+        const char *raw_end = p->raw + p->raw_len - strlen("</｜DSML｜invoke>");
+        CHECK(!strncmp(p->raw, "<｜DSML｜invoke", strlen("<｜DSML｜invoke")), "raw begins");
+        CHECK(!strncmp(raw_end, "</｜DSML｜invoke>", strlen("</｜DSML｜invoke>")), "raw ends");
     }
     h->kind = (int)p->kind;
 }
@@ -657,7 +658,8 @@ static void test_chat_malformed_calls_are_content(void) {
         {OPEN INV("f") CLOSE, NULL}, {OPEN VNI CLOSE, NULL}, {CLOSE F0, NULL}, {F0, NULL},
         {"<｜｜DSML｜｜tool_calls>" F0 CLOSE, NULL}, {"<｜DSML｜tool_calls >" F0 CLOSE, NULL},
         {"<｜DSML｜function_calls>" F0 CLOSE, NULL}, {"</think>a", NULL}, {EOS EOS "\n", NULL},
-        {"<", NULL}, {"\n\n<｜DS", NULL}, {EOS "x", NULL}, {"\n\n", NULL}, {"\n\n\n\n" EOS "\n", NULL},
+        {"<", NULL}, {"\n\n<｜DS", NULL}, {EOS "x", NULL}, {"\n\n", NULL},
+        {"\n\n\n\n" EOS "\n", NULL},
         {EOS EOS, "C:" EOS}, {"a" EOS, "C:a"}, {EOS, ""}, {"", ""},
         {"\n\n" EOS, "C:\n\n"}, {OPEN EOS, "C:" OPEN}, {OPEN "\n" EOS "x", NULL},
         {OPEN INV("f") PAR("p", "true") "v" EOS, "C:" OPEN INV("f") PAR("p", "true") "v"},
@@ -673,11 +675,14 @@ static void test_chat_malformed_calls_are_content(void) {
         {OPEN F0 "\n" INV("g") "\n", "T:f {} 46|C:\n" INV("g") "\n"},
         {OPEN F0 "\n" INV("g") "\n" EOS, "T:f {} 46|C:\n" INV("g") "\n"},
         {OPEN F0 " </｜DSML｜tool", "T:f {} 46|C: </｜DSML｜tool"},
-        {OPEN F0, "T:f {} 46"}, {OPEN F0 "\n\n \t\r\n", "T:f {} 46"}, {OPEN F0 "\n" EOS, "T:f {} 46"},
+        {OPEN F0, "T:f {} 46"}, {OPEN F0 "\n\n \t\r\n", "T:f {} 46"},
+        {OPEN F0 "\n" EOS, "T:f {} 46"},
         {OPEN F0 "\n" EOS "\n", "T:f {} 46|C:\n" EOS "\n"},
         {OPEN F0 "\n\n" OPEN F0 CLOSE, "T:f {} 46|T:f {} 46"},
         {OPEN F0 CLOSE "\n\n" OPEN F0 CLOSE "a" EOS, "T:f {} 46|T:f {} 46|C:a"},
         {OPEN F0 CLOSE OPEN CLOSE, "T:f {} 46|C:" OPEN CLOSE},
+        {OPEN F0 "junk" OPEN CLOSE, "T:f {} 46|C:junk" OPEN CLOSE},
+        {OPEN INV("a<b") VNI CLOSE, NULL}, {OPEN INV("a>b") VNI CLOSE, NULL},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char want[512];

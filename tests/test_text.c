@@ -451,7 +451,8 @@ static void test_text_prompt_of_a_user_turn(void) {
 /* Tokens of both passes, and cuts that end inside, beside and around them. */
 static void test_text_finds_added_tokens_outside_of_cuts(void) {
     static const char added[] = ADDED(300, "<｜begin▁of▁sentence｜>", false, true) ", "
-        ADDED(301, "<｜User｜>", true, false) ", " ADDED(302, "<｜Assistant｜>", true, false) ", "
+        ADDED(301, "<｜User｜>", true, false) ", "
+        ADDED(302, "<｜Assistant｜>", true, false) ", "
         ADDED(303, "<think>", true, false) ", " ADDED(304, "</think>", true, false) ", "
         ADDED(305, "ab", false, true) ", " ADDED(306, "abc", false, true) ", "
         ADDED(307, "ca", true, false);

