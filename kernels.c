@@ -7,7 +7,7 @@
  *
  * Invariants   1 the bits of an output element depend on its row and token only: an item computes
  *                whole elements, and each sum has one order (eight lanes, then sum8's tree)
- *              2 no allocation outside exec_open, no state outside dsv4_exec
+ *              2 no allocation outside exec_open and exec_measure, no state outside dsv4_exec
  *              3 the same bits with AVX2 and without: lanes are lanes of GCC vectors, and each
  *                helper of section 1 that has two bodies computes the same in both
  * Contents     1 vectors   2 thread pool   3 exp and rounding   4 cheap operations
@@ -610,18 +610,19 @@ static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n,
  *      w[3]    .     .     .
  *
  * An element is eight fma lanes, k ascending, then sum8's tree, in whatever company it stands: this
- * is what makes the bits of every product independent of n.  Rows may lie in a stored format: they
- * become F32 in registers, to the values that decode_row writes, so that is the same product.   */
+ * is what makes the bits of every product independent of n.  Rows are read as they are stored and
+ * become F32 in registers; decode_row writes the same values, so either way it is one product.  */
 
 enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
-/* TILE_ROWS rows of a matrix from some column on. */
+/* TILE_ROWS rows of a matrix from some column on, as stored. */
 typedef struct {
-    const void *data[TILE_ROWS];   /* at any byte address                                       */
-    const uint8_t *scale[TILE_ROWS]; /* of FP8, else unused                                     */
+    const void *data[TILE_ROWS];
+    const uint8_t *scale[TILE_ROWS]; /* of FP8 and FP4, else unused                             */
     size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
 } tile_rows;
 
+/* Of n numbers. */
 static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
 }
@@ -683,7 +684,7 @@ void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const
         int stop = min_int(b + block, len);
         for (int r = 0; r < TILE_ROWS; r++) {
             scale[r] = decode_scale(t, w->scale[r], b / block);
-            if (w->ahead && t != DT_F32)
+            if (w->ahead && t != DT_F32)                     /* F32 streams are wide enough */
                 prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)b) + w->ahead,
                          bytes_of(t, (size_t)block));
         }
@@ -1284,7 +1285,11 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
  *
  * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
 
-enum { GROUP = 256, GROUP_BLOCKS = 8, HALVES = 8, PIECE = 8 };
+enum {
+    GROUP = 256, GROUP_BLOCKS = 8, /* columns and blocks that are added up at once              */
+    HALVES = 8,                    /* vectors of u in a group                                   */
+    PIECE = 8,                     /* groups decoded at a time: 9 KB for four rows              */
+};
 
 typedef struct {                   /* of x                                                      */
     alignas(32) int8_t limb[HALVES][3][32];
@@ -1324,7 +1329,8 @@ static void pack_row(x_group *x, const uint8_t *code, const uint8_t *scale, int 
     }
 }
 
-/* A group of a row of weights.  u is 2*e2m1 + 12. */
+/* A group of a row of weights.  The eight unpacks turn four vectors of four dwords a block into
+ * four of one dword a block; vpshufb then looks all nibbles up: u is 2*e2m1 + 12. */
 static inline void fp4_decode(w_group *g, const uint8_t *src, const uint8_t *scale) {
     static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                              12, 11, 10, 9,  8,  6,  4,  0};
@@ -1420,7 +1426,8 @@ static inline f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int
     return lanes;
 }
 
-/* Row r of w times the only token, a group at a time, which need not leave the registers. */
+/* Row r of w times the only token: each group is used where it was decoded, and rows are read one
+ * after the other, as they lie in memory, which is what bounds this. */
 static float fp4_row(const dsv4_mat *w, int r, const x_group *x) {
     int n_groups = (int)n_groups_of(w->cols);
     size_t row_bytes = (size_t)w->cols / 2, ahead = r + 2 < w->rows ? 2 * row_bytes : 0;
