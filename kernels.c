@@ -7,7 +7,7 @@
  *
  * Invariants   1 the bits of an output element depend on its row and token only: an item computes
  *                whole elements, and each sum has one order (eight lanes, then sum8's tree)
- *              2 no allocation outside exec_open, no state outside dsv4_exec
+ *              2 no allocation outside exec_open and exec_measure, no state outside dsv4_exec
  *              3 the same bits with AVX2 and without: lanes are lanes of GCC vectors, and each
  *                helper of section 1 that has two bodies computes the same in both
  * Contents     1 vectors   2 thread pool   3 exp and rounding   4 cheap operations
@@ -255,8 +255,8 @@ static void *worker_main(void *arg) {
     }
 }
 
-/* fn(arg, i) for i < n_items, each once, handed out in blocks of `grain`; the caller takes part, and
- * alone does what is a single block.  One job at a time, never from inside one. */
+/* fn(arg, i) for i < n_items, each once, handed out in blocks of `grain`; the caller takes part,
+ * and alone does what is a single block.  One job at a time, never from inside one. */
 static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, item_fn fn, const void *arg) {
     assert(grain > 0);
     assert(atomic_load_explicit(&ex->gate, memory_order_relaxed) == 0);
@@ -610,18 +610,19 @@ static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n,
  *      w[3]    .     .     .
  *
  * An element is eight fma lanes, k ascending, then sum8's tree, in whatever company it stands: this
- * is what makes the bits of every product independent of n.  Rows may lie in a stored format: they
- * become F32 in registers, to the values that decode_row writes, so that is the same product.   */
+ * is what makes the bits of every product independent of n.  Rows are read as they are stored and
+ * become F32 in registers; decode_row writes the same values, so either way it is one product.  */
 
 enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
-/* TILE_ROWS rows of a matrix from some column on. */
+/* TILE_ROWS rows of a matrix from some column on, as stored. */
 typedef struct {
     const void *data[TILE_ROWS];
-    const uint8_t *scale[TILE_ROWS]; /* of FP8, else unused                                     */
+    const uint8_t *scale[TILE_ROWS]; /* of FP8 and FP4, else unused                             */
     size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
 } tile_rows;
 
+/* Of n numbers. */
 static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
 }
@@ -671,7 +672,7 @@ void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const void *const *row, int
     }
 }
 
-/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors (it and t constants where inlined). */
+/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors */
 static inline __attribute__((always_inline))
 void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
                 size_t ldx, int len, int n_vecs) {
@@ -683,14 +684,14 @@ void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const
         int stop = min_int(b + block, len);
         for (int r = 0; r < TILE_ROWS; r++) {
             scale[r] = decode_scale(t, w->scale[r], b / block);
-            if (w->ahead && t != DT_F32)
+            if (w->ahead && t != DT_F32)                     /* F32 streams are wide enough */
                 prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)b) + w->ahead,
                          bytes_of(t, (size_t)block));
         }
         for (; c + step <= stop; c += step)
             dot_step(acc, t, w->data, c, step, scale, x, ldx, n_vecs);
         if (c == stop) continue;
-        uint8_t last[TILE_ROWS][32] = {{0}};                 /* the rest, zeros behind it */
+        alignas(32) uint8_t last[TILE_ROWS][32] = {{0}};     /* the rest, zeros behind it */
         float last_x[TILE_VECS][16] = {{0}};
         const void *row[TILE_ROWS];
         for (int r = 0; r < TILE_ROWS; r++)
@@ -715,23 +716,11 @@ int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const fl
     }
 }
 
-/* The same for rows of F32. */
+/* The same for rows of F32: one copy of what most products come to. */
 static __attribute__((noinline))
 int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t ldx, int len,
             int n_vecs) {
     return dot_tile(out, w, DT_F32, x, ldx, len, n_vecs);
-}
-
-/* The same for rows in any format. */
-static int dot_stored(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
-                      size_t ldx, int len, int n_vecs) {
-    switch (t) {
-    case DT_F16: return dot_tile(out, w, DT_F16, x, ldx, len, n_vecs);
-    case DT_BF16: return dot_tile(out, w, DT_BF16, x, ldx, len, n_vecs);
-    case DT_F8_E4M3: return dot_tile(out, w, DT_F8_E4M3, x, ldx, len, n_vecs);
-    case DT_I8: return dot_tile(out, w, DT_I8, x, ldx, len, n_vecs);
-    default: return dot_f32(out, w, x, ldx, len, n_vecs);
-    }
 }
 
 /* === 6. linear ================================================================================
@@ -746,34 +735,23 @@ enum {
     TOKEN_BLOCK = 64,              /* tokens that use a decoded tile before it is dropped       */
 };
 
+/* Columns 0 .. len-1 of a row as F32. */
 static inline __attribute__((always_inline))
-void decode_as(dsv4_dtype t, float *dst, const void *src, const uint8_t *scale, int len) {
+void decode_row(dsv4_dtype t, float *dst, const uint8_t *src, const uint8_t *scale, int len) {
     int block = decode_block(t), step = decode_step(t);
     for (int b = 0, c = 0; b < len; b += block) {
-        int stop = min_int(b + block, len);
         f32x8 v[2], s = decode_scale(t, scale, b / block);
+        int stop = min_int(b + block, len);
         for (; c + step <= stop; c += step) {
             decode_cols(v, t, src, c, s);
             store8(dst + c, v[0]);
             if (step > 8) store8(dst + c + 8, v[1]);
         }
         if (c == stop) continue;
-        uint8_t last[32] = {0};                              /* the rest: read no further */
-        memcpy(last, (const uint8_t *)src + bytes_of(t, (size_t)c), bytes_of(t, (size_t)(stop - c)));
+        alignas(32) uint8_t last[32] = {0};                  /* the rest: read no further */
+        memcpy(last, src + bytes_of(t, (size_t)c), bytes_of(t, (size_t)(stop - c)));
         decode_cols(v, t, last, 0, s);
         memcpy(dst + c, v, (size_t)(stop - c) * sizeof *dst);
-    }
-}
-
-/* Columns 0 .. len-1 of a row in any format as F32. */
-static void decode_row(dsv4_dtype t, float *dst, const void *src, const uint8_t *scale, int len) {
-    switch (t) {
-    case DT_F32: decode_as(DT_F32, dst, src, scale, len); break;
-    case DT_F16: decode_as(DT_F16, dst, src, scale, len); break;
-    case DT_BF16: decode_as(DT_BF16, dst, src, scale, len); break;
-    case DT_F8_E4M3: decode_as(DT_F8_E4M3, dst, src, scale, len); break;
-    case DT_I8: decode_as(DT_I8, dst, src, scale, len); break;
-    default: assert(0);                                      /* no matrix has another dtype */
     }
 }
 
@@ -799,45 +777,59 @@ static tile_rows tile_at(const dsv4_mat *w, int r0, int n_rows, int c0) {
     return tile;
 }
 
-/* Rows row0 .. of group g, columns c0 .. c0+len-1, tokens t0 .. t1-1: y is set by the first columns
- * and added to by the others. */
-static void linear_tile(const linear_args *a, int g, int row0, int n_rows, int c0, int t0, int t1) {
+/* Rows row0 .. of group g, columns c0 .. c0+TILE_COLS-1 or fewer, tokens t0 .. t1-1: y is set
+ * by the first columns and added to by the others. */
+static inline __attribute__((always_inline))
+void linear_tile(const linear_args *a, dsv4_dtype type, int g, int row0, int n_rows, int c0, int t0,
+                 int t1) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     const dsv4_mat *w = a->w;
-    dsv4_dtype t = w->dtype;
     int len = min_int(TILE_COLS, w->cols - c0);
     tile_rows tile = tile_at(w, row0, n_rows, c0);
-    if (t1 - t0 > TILE_VECS) {
-        for (int r = 0; r < TILE_ROWS; r++) {
-            if (tile.ahead) prefetch((const uint8_t *)tile.data[r] + tile.ahead,
-                                     bytes_of(t, (size_t)len));
-            if (r < n_rows) decode_row(t, wbuf[r], tile.data[r], tile.scale[r], len);
-            tile.data[r] = wbuf[min_int(r, n_rows - 1)];
-        }
-        tile.ahead = 0, t = DT_F32;
+    bool buffered = t1 - t0 > TILE_VECS;
+    for (int r = 0; buffered && r < TILE_ROWS; r++) {
+        const uint8_t *row = tile.data[r];
+        if (tile.ahead) prefetch(row + tile.ahead, bytes_of(type, (size_t)len));
+        if (r < n_rows) decode_row(type, wbuf[r], row, tile.scale[r], len);
+        tile.data[r] = wbuf[min_int(r, n_rows - 1)];
     }
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
     const float *x = a->x + (size_t)g * (size_t)w->cols + c0;
-    for (int i = t0, n_vecs; i < t1; i += n_vecs) {
+    for (int t = t0, n_vecs; t < t1; t += n_vecs) {
         float out[TILE_VECS][TILE_ROWS];
-        n_vecs = dot_stored(out, &tile, t, x + (size_t)i * ldx, ldx, len, t1 - i);
+        const float *xt = x + (size_t)t * ldx;
+        n_vecs = buffered ? dot_f32(out, &tile, xt, ldx, len, t1 - t)
+                          : dot_tile(out, &tile, type, xt, ldx, len, t1 - t);
         for (int v = 0; v < n_vecs; v++) {
-            float *y = a->y + (size_t)(i + v) * (size_t)w->rows + row0;
+            float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
             for (int r = 0; r < n_rows; r++) y[r] = c0 ? y[r] + out[v][r] : out[v][r];
         }
     }
 }
 
-/* Item: a tile of rows of a block of tokens; the tiles of a block follow each other, so that its x
- * is in the cache. */
-static void linear_item(const void *arg, int64_t item) {
-    const linear_args *a = arg;
+/* A tile of rows of a block of tokens; the tiles of a block follow each other, so that its x is in
+ * the cache. */
+static inline __attribute__((always_inline))
+void linear_as(const linear_args *a, dsv4_dtype type, int64_t item) {
     int n_tiles = a->groups * a->group_tiles, t0 = (int)(item / n_tiles) * TOKEN_BLOCK;
     int tile = (int)(item % n_tiles), g = tile / a->group_tiles;
     int first = tile % a->group_tiles * TILE_ROWS;
     for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
-        linear_tile(a, g, g * a->group_rows + first, min_int(TILE_ROWS, a->group_rows - first), c0,
-                    t0, min_int(t0 + TOKEN_BLOCK, a->n));
+        linear_tile(a, type, g, g * a->group_rows + first,
+                    min_int(TILE_ROWS, a->group_rows - first), c0, t0,
+                    min_int(t0 + TOKEN_BLOCK, a->n));
+}
+
+static void linear_item(const void *arg, int64_t item) {
+    const linear_args *a = arg;
+    switch (a->w->dtype) {
+    case DT_F32: linear_as(a, DT_F32, item); break;
+    case DT_F16: linear_as(a, DT_F16, item); break;
+    case DT_BF16: linear_as(a, DT_BF16, item); break;
+    case DT_F8_E4M3: linear_as(a, DT_F8_E4M3, item); break;
+    case DT_I8: linear_as(a, DT_I8, item); break;
+    default: assert(0);                                      /* no matrix has another dtype */
+    }
 }
 
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
@@ -853,15 +845,11 @@ typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } e
 
 static void embed_row(const void *arg, int64_t t) {
     const embed_args *a = arg;
-    size_t dim = (size_t)a->w->cols, row = (size_t)a->tokens[t];
-    float *h = a->h + (size_t)t * (size_t)a->hc * dim;
-    assert(a->tokens[t] >= 0 && a->tokens[t] < a->w->rows);
-    decode_row(a->w->dtype, h, (const uint8_t *)a->w->data + bytes_of(a->w->dtype, row * dim),
-               NULL, a->w->cols);
-    for (int i = 1; i < a->hc; i++) memcpy(h + (size_t)i * dim, h, dim * sizeof *h);
+    float *h = a->h + (size_t)t * (size_t)a->hc * (size_t)a->w->cols;
+    ops_ref.embed(h, a->w, a->tokens + t, 1, a->hc, NULL);
 }
 
-/* Differs: nothing, to the bit. */
+/* Differs: the reference, token by token. */
 static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
                       dsv4_exec *ex) {
     embed_args a = {h, w, tokens, hc};
@@ -1231,9 +1219,9 @@ static void hc_mix_row(const void *arg, int64_t t) {
     }
 }
 
-/* hc_pre and, with post and comb NULL, hc_head */
-static void hc_mix(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
-                   const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
+/* With post and comb NULL it is hc_head. */
+static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
+                       const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     float mix[TOKEN_BLOCK * MAX_MIX];
     int hc = s->hc, len = hc * s->dim;
     assert(hc > 0 && hc <= MAX_HC);
@@ -1247,14 +1235,9 @@ static void hc_mix(float *x, float *post, float *comb, const float *h, const dsv
     }
 }
 
-static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
-                       const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
-    hc_mix(x, post, comb, h, w, s, n, ex);
-}
-
 static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
                         dsv4_exec *ex) {
-    hc_mix(x, NULL, NULL, h, w, s, n, ex);
+    hc_pre_cpu(x, NULL, NULL, h, w, s, n, ex);
 }
 
 typedef struct { float *h; const float *y, *post, *comb; int hc, dim, n_chunks; } hc_post_args;
@@ -1302,7 +1285,11 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
  *
  * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
 
-enum { GROUP = 256, GROUP_BLOCKS = 8, HALVES = 8, PIECE = 8 };
+enum {
+    GROUP = 256, GROUP_BLOCKS = 8, /* columns and blocks that are added up at once              */
+    HALVES = 8,                    /* vectors of u in a group                                   */
+    PIECE = 8,                     /* groups decoded at a time: 9 KB for four rows              */
+};
 
 typedef struct {                   /* of x                                                      */
     alignas(32) int8_t limb[HALVES][3][32];
@@ -1342,7 +1329,8 @@ static void pack_row(x_group *x, const uint8_t *code, const uint8_t *scale, int 
     }
 }
 
-/* A group of a row of weights.  u is 2*e2m1 + 12. */
+/* A group of a row of weights.  The eight unpacks turn four vectors of four dwords a block into
+ * four of one dword a block; vpshufb then looks all nibbles up: u is 2*e2m1 + 12. */
 static inline void fp4_decode(w_group *g, const uint8_t *src, const uint8_t *scale) {
     static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                              12, 11, 10, 9,  8,  6,  4,  0};
@@ -1438,7 +1426,8 @@ static inline f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int
     return lanes;
 }
 
-/* Row r of w times the only token, a group at a time, which need not leave the registers. */
+/* Row r of w times the only token: each group is used where it was decoded, and rows are read one
+ * after the other, as they lie in memory, which is what bounds this. */
 static float fp4_row(const dsv4_mat *w, int r, const x_group *x) {
     int n_groups = (int)n_groups_of(w->cols);
     size_t row_bytes = (size_t)w->cols / 2, ahead = r + 2 < w->rows ? 2 * row_bytes : 0;
@@ -1573,7 +1562,7 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
 }
 
 /* === 12. Measuring ============================================================================
- * One buffer, larger than any cache, is read, and then serves as the matrix, x and y of a linear. */
+ * One buffer, larger than any cache, is read, and then holds the matrix, x and y of a linear.    */
 
 enum {
     MEASURE_MB = 512,              /* at most, and an eighth of what a program may take here    */
@@ -1610,8 +1599,8 @@ static void measure_read(const void *arg, int64_t i) {
 
 /* Parts of the buffer: w [4 MB], x and y from 16 MB on, scales from 32 MB on. */
 static void measure_linear(dsv4_exec *ex, const measure_args *a) {
-    float *x = (float *)(void *)(a->base + ((size_t)16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
-    dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, a->base, a->base + ((size_t)32 << 20)};
+    float *x = (float *)(void *)(a->base + (16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
+    dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, a->base, a->base + (32 << 20)};
     linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
 }
 

@@ -5,10 +5,13 @@
  *   identity   the same bytes for any split of the tokens and any number of threads
  *
  * Inputs are read-only pools of random numbers; a case picks places in them, often odd ones.    */
+#define _GNU_SOURCE
 #include "../dsv4.h"
 #include "check.h"
 
 #include <assert.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 /* === Inputs =================================================================================== */
 
@@ -624,6 +627,78 @@ static void test_kernels_expert_extremes(void) {
     free(scratch);
 }
 
+static void test_kernels_expert_clamps(void) {
+    /* Goal: exponents are clamped, not wrapped.  Method: w2's scales 0, so that a sum of tiny terms
+     * must not vanish; then zeros times the largest scales, which must not become NaN. */
+    enum { DIM = 64, INTER = 64 };
+    static uint8_t weights[2][DIM * INTER / 2], scales[3][DIM * INTER / 32], code[DIM], x_scale[1];
+    float y[2][DIM], weight = 1;
+    int32_t row = 0;
+    void *scratch = room(expert_scratch_bytes(DIM, INTER));
+    memset(weights[1], 0x23, sizeof weights[1]);
+    memset(scales[1], 121, sizeof scales[1]);
+    memset(scales[2], 254, sizeof scales[2]);
+    memset(code, 100, sizeof code);
+    for (int high = 0; high < 2; high++) {
+        const uint8_t *up = weights[!high], *up_scale = scales[high ? 2 : 1];
+        dsv4_ffn w = {{DT_I8, INTER, DIM, up, up_scale},
+                      {DT_I8, DIM, INTER, weights[1], scales[high]},
+                      {DT_I8, INTER, DIM, up, up_scale}};
+        dsv4_acts x = {code, x_scale, NULL};
+        x_scale[0] = high ? 254 : 118;
+        memset(y, 0, sizeof y);
+        ops_ref.expert_ffn(y[0], &w, &x, &row, &weight, 1, 10, scratch, NULL);
+        ops_cpu.expert_ffn(y[1], &w, &x, &row, &weight, 1, 10, scratch, execs[1]);
+        CHECK(!memcmp(y[0], y[1], sizeof y[0]), "got %g want %g", (double)y[1][0], (double)y[0][0]);
+        CHECK(high ? y[1][0] == 0 : y[1][0] > 0, "%g", (double)y[1][0]);
+    }
+    free(scratch);
+}
+
+/* A copy behind which nothing may be read, for as long as the test runs. */
+static const void *fenced(const void *from, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
+    char *p = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert(p != MAP_FAILED);
+    CHECK(mprotect(p + whole, page, PROT_NONE) == 0, "no fence");
+    return memcpy(p + whole - bytes, from, bytes);
+}
+
+static void test_kernels_reads_within(void) {
+    /* Goal: no operation reads behind a matrix.  Method: matrices of odd sizes, each before a page
+     * that may not be read; the same results as elsewhere, for few and for many tokens. */
+    static const struct { dsv4_dtype t; int rows, cols; size_t bytes; } mats[6] = {
+        {DT_F32, 5, 13, 260}, {DT_F16, 3, 1031, 6186}, {DT_BF16, 6, 9, 108}, {DT_F8_E4M3, 1, 7, 7},
+        {DT_F8_E4M3, 131, 139, 18209}, {DT_I8, 7, 96, 336},
+    };
+    static float want[64 * 131], got[64 * 131];
+    for (int i = 0; i < 6; i++)
+        for (int n = 1; n < 6; n += 4) {
+            dsv4_mat w = make_mat((int)mats[i].t, mats[i].rows, mats[i].cols), fence = w;
+            fence.data = fenced(w.data, mats[i].bytes);
+            if (w.scale) fence.scale = fenced(w.scale, w.dtype == DT_I8 ? 21 : w.rows > 1 ? 4 : 1);
+            ops_cpu.linear(want, &w, f32_pool, n, 1, execs[0]);
+            ops_cpu.linear(got, &fence, f32_pool, n, 1, execs[0]);
+            CHECK(!memcmp(want, got, (size_t)(n * w.rows) * 4), "matrix %d, %d tokens", i, n);
+        }
+    enum { D = 288 };                                        /* nine blocks: a group and a half */
+    void *scratch = room(expert_scratch_bytes(D, D));
+    dsv4_mat w = {DT_I8, D, D, fenced(byte_pool, D * D / 2),
+                  fenced(w_scale_pool, D * D / 32)};
+    dsv4_mat plain = {DT_I8, D, D, byte_pool, w_scale_pool};
+    dsv4_ffn fence = {w, w, w}, ffn = {plain, plain, plain};
+    dsv4_acts x = {fp8_pool, x_scale_pool, NULL};
+    int32_t rows[3] = {0, 1, 2};
+    float weight[3] = {1, 2, 3};
+    for (int m = 1; m < 4; m += 2) {
+        memset(want, 0, sizeof want), memset(got, 0, sizeof got);
+        ops_cpu.expert_ffn(want, &ffn, &x, rows, weight, m, 10, scratch, execs[0]);
+        ops_cpu.expert_ffn(got, &fence, &x, rows, weight, m, 10, scratch, execs[0]);
+        CHECK(!memcmp(want, got, sizeof want), "expert, %d tokens", m);
+    }
+    free(scratch);
+}
+
 static const float *sort_scores;
 
 static int by_score(const void *a, const void *b) {
@@ -754,6 +829,8 @@ int main(void) {
     RUN(test_kernels_exp_vector);
     RUN(test_kernels_bf16_f16);
     RUN(test_kernels_expert_extremes);
+    RUN(test_kernels_expert_clamps);
+    RUN(test_kernels_reads_within);
     RUN(test_kernels_route_ties);
     RUN(test_kernels_topk_long);
     RUN(test_kernels_pool_covers);
