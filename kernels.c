@@ -382,7 +382,8 @@ static inline uint8_t e4m3_block_scale(float amax, float *inverse) {
 }
 
 /* A block's values rounded through e4m3 (y), or its codes (code); returns the scale code. */
-static uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
+static inline __attribute__((always_inline))
+uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
     round_block b;
     float inverse;
     uint8_t scale = e4m3_block_scale(block_load(&b, x, len), &inverse);
@@ -401,8 +402,9 @@ static uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
 /* x [d] in blocks: rounded (y, which may be x), or codes [d] and scales [ceil(d/block)]. */
 static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d, int block) {
     for (int b = 0; b < d; b += block) {
-        uint8_t s = e4m3_block(y ? y + b : NULL, code ? code + b : NULL, x + b,
-                               min_int(block, d - b));
+        int len = min_int(block, d - b);                     /* two copies, each without an if */
+        uint8_t s = y ? e4m3_block(y + b, NULL, x + b, len)
+                      : e4m3_block(NULL, code + b, x + b, len);
         if (scale) scale[b / block] = s;
     }
 }
@@ -553,10 +555,12 @@ static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, f
 
 static void add_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    float *y = a->y + t * a->copies * a->d;
-    const float *x = a->x + t * a->d;
-    for (int i = 0; i < a->copies; i++, y += a->d)
-        for (int c = 0; c < a->d; c++) y[c] += x[c];
+    size_t d = (size_t)a->d, copies = (size_t)a->copies;
+    const float *x = a->x + (size_t)t * d;
+    for (size_t i = 0; i < copies; i++) {
+        float *y = a->y + ((size_t)t * copies + i) * d;
+        for (size_t c = 0; c < d; c++) y[c] += x[c];
+    }
 }
 
 /* Differs: nothing, to the bit. */
