@@ -402,7 +402,7 @@ static void test_config_is_read_from_a_directory(void) {
     char slash[PATH_MAX + 8];
     dsv4_config c;
     dsv4_err err = {""};
-    CHECK(config_load(&c, dir, &err) == -1 && says(&err, "config.json: No such file"), "%s",
+    CHECK(config_load(&c, dir, &err) == -1 && says(&err, "it has no config.json"), "%s",
           err.msg);
     write_file(dir, "config.json", base_config, sizeof base_config - 1);
     snprintf(slash, sizeof slash, "%s/./", dir);

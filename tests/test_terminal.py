@@ -35,6 +35,7 @@ class Terminal:
         self.tmux("-f", "/dev/null", "new-session", "-d", "-x", str(columns), "-y", str(rows),
                   "-c", TMP, "/bin/sh", env=clean)
         self.tmux("set-option", "-g", "history-limit", "20000")
+        self.n_commands = 0
         self.wait("$ ")
 
     def __enter__(self):
@@ -78,13 +79,11 @@ class Terminal:
 
     def command(self, line, seconds=60):
         """Run a shell command to its end; what it printed, and its exit status."""
-        self.tmux("clear-history")
-        self.type(f"clear; {line}; echo END=$?.")
-        text = self.wait("END=", seconds, times=1)
-        while "END=$" in text.split("END=")[-1] or "END=" not in text.replace("END=$?", ""):
-            time.sleep(0.05)
-            text = self.screen()
-        body, _, code = text.replace("echo END=$?.", "").rpartition("END=")
+        self.n_commands += 1
+        mark = f"END{self.n_commands}"                 # split below: only echo joins it
+        self.type(f"clear; {line}; echo {mark[:3]}''{mark[3:]}=$?.")
+        text = self.wait(mark + "=", seconds)
+        body, _, code = text.rpartition(mark + "=")
         return body, int(code.split(".")[0])
 
     def chat(self, *flags):
@@ -207,6 +206,17 @@ def a_paste_of_many_lines_is_one_message():
         t.wait("[paste 1: 4 lines] and more")
         t.key("Enter")
         t.prompts(2)
+        t.type("/clear")
+        t.paste("four\nfive")
+        t.wait("[paste 2: 2 lines]")
+        t.key("Enter")
+        t.prompts(4)
+        t.type("/stats")
+        used = int(t.wait("context: ").split("context: ")[1].split()[0])
+        request = '{"messages": [{"role": "user", "content": "four\\nfive"}], "thinking": false}'
+        ids = subprocess.run([DSV4, "prompt", "-m", TINY, "--ids"], input=request.encode(),
+                             capture_output=True, check=True).stdout.split()
+        need(used == len(ids) + 2, f"{used} tokens: a prompt of {len(ids)} and two of the answer")
         t.paste("a single line")
         t.wait("> a single line")
         t.key("C-u")
@@ -234,7 +244,7 @@ def progress_is_a_bar_on_a_terminal():
     with Terminal() as t:
         with open(os.path.join(TMP, "long.txt"), "w") as f:
             f.write("The harbour was quiet. " * 50)
-        t.type(f"clear; {DSV4} eval -m {TINY} -f long.txt -t 1 --chunk 1; echo END=$?.")
+        t.type(f"clear; {DSV4} eval -m {TINY} -f long.txt -t 1 --chunk 1; echo EN''D=$?.")
         text = t.wait(" left", 60)
         need("scoring" in text and "tokens/s" in text and "GB/s" in text and "[" in text, text)
         text = t.wait("END=0")
