@@ -55,6 +55,7 @@ enum {
     MAX_RATIO = 1 << 16,           /* tokens that one compressed entry stands for               */
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
+    HUGE_PAGE = 2 << 20,
     IO_DEPTH = 128,                /* reads in flight; NVMe drives saturate far below           */
     IO_BACKGROUND = IO_DEPTH / 2,  /* of them for cache_ask(): a get finds the rest free        */
     IO_BUFS = 1024,                /* registered pieces of arenas                               */
@@ -1008,8 +1009,9 @@ struct cache {
     group_uses *uses;
     uint32_t *heat;                /* of earlier runs                                           */
     size_t n_groups;
-    uint8_t *arena;                /* [n_slots][slot_bytes]                                     */
-    size_t slot_bytes;
+    void *map;                     /* [map_bytes], the arena in it                              */
+    uint8_t *arena;                /* [n_slots][slot_bytes], on the edge of a huge page         */
+    size_t slot_bytes, map_bytes;
     cache_slot *slots;
     slot_run *runs;                /* of all slots                                              */
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
@@ -1484,7 +1486,9 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     cache *c = calloc(1, sizeof *c);
     size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
     *out = NULL;
-    if (!c || __builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes)) goto bad;
+    if (!c || __builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) ||
+        __builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes))
+        goto bad;
     *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
     o->n_caches++;
     c->slot_of = calloc(n, sizeof(cache_slot *));
@@ -1492,11 +1496,14 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     c->heat = calloc(n, sizeof *c->heat);
     c->slots = calloc((size_t)n_slots, sizeof *c->slots);
     c->runs = calloc((size_t)n_slots * (size_t)most, sizeof *c->runs);
-    void *arena = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (arena != MAP_FAILED) c->arena = arena, c->n_slots = n_slots;
-    if (!c->slot_of || !c->uses || !c->heat || !c->slots || !c->runs || !c->arena) goto bad;
-    /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost. */
-    (void)madvise(arena, bytes, MADV_HUGEPAGE);
+    c->map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (c->map != MAP_FAILED) c->map_bytes = bytes;
+    if (!c->slot_of || !c->uses || !c->heat || !c->slots || !c->runs || !c->map_bytes) goto bad;
+    /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
+     * ones from edge to edge: else a registered buffer is kept page by page. */
+    (void)madvise(c->map, bytes, MADV_HUGEPAGE);
+    c->arena = (uint8_t *)c->map + (HUGE_PAGE - (uintptr_t)c->map % HUGE_PAGE) % HUGE_PAGE;
+    c->n_slots = n_slots;
     arena_register(c, IO_BUF_BYTES);
     for (int i = 0; i < n_slots; i++) {
         c->slots[i] = (cache_slot){.c = c, .runs = c->runs + (size_t)i * (size_t)most};
@@ -1517,12 +1524,12 @@ void cache_close(cache *c) {
     if (!c) return;
     dsv4_err ignored;
     offload *o = c->o;
-    for (int i = 0; c->slots && i < c->n_slots; i++)
+    for (int i = 0; i < c->n_slots; i++)
         if (c->slots[i].list == &o->demand || c->slots[i].list == &o->background)
             list_take(&c->slots[i]);
     while (c->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
     arena_unregister(c);
-    if (c->arena && !c->in_flight) munmap(c->arena, c->slot_bytes * (size_t)c->n_slots);
+    if (c->map_bytes && !c->in_flight) munmap(c->map, c->map_bytes);
     o->n_caches--;
     io_kick(o);                    /* others may have waited behind what was queued here        */
     free(c->runs);
@@ -1614,18 +1621,14 @@ static cache_slot *slot_take(cache *c) {
 /* Fill a slot that was taken. */
 static void slot_fill(cache_slot *s, size_t id, int pins) {
     cache *c = s->c;
-    size_t bytes = lay_out(&c->groups[id], s->runs, &s->n_runs);
+    int n_runs;
+    size_t bytes = lay_out(&c->groups[id], s->runs, &n_runs);
     assert(bytes <= c->slot_bytes);
+    *s = (cache_slot){.c = c, .state = SLOT_READING, .pins = pins, .asked = pins == 0, .id = id,
+                      .n_runs = n_runs, .runs = s->runs};
     c->slot_of[id] = s;
     c->n_orphans += pins == 0;
-    s->state = SLOT_READING;
-    s->id = id;
-    s->pins = pins;
-    s->asked = pins == 0;
-    s->run = 0;
-    s->at = 0;
-    s->fault = (io_fault){0};
-    if (s->n_runs) list_put(pins ? &c->o->demand : &c->o->background, s, false);
+    if (n_runs) list_put(pins ? &c->o->demand : &c->o->background, s, false);
     else slot_settle(s);
     io_kick(c->o);
 }
@@ -1728,12 +1731,10 @@ const cache_stats *cache_get_stats(const cache *c) { return &c->stats; }
 
 const group_uses *cache_uses(const cache *c) { return c->uses; }
 
-typedef struct { uint32_t heat; size_t id; } group_heat;
-
+/* Heat above, the complement of the id below: descending, ties go to the lower id. */
 static int by_heat(const void *a, const void *b) {
-    const group_heat *x = a, *y = b;
-    if (x->heat != y->heat) return x->heat < y->heat ? 1 : -1;
-    return (x->id > y->id) - (x->id < y->id);
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x < y) - (x > y);
 }
 
 /* {"groups": n, "heat": [n]}.  Groups that were never used are not asked for. */
@@ -1742,17 +1743,18 @@ void cache_load_heat(cache *c, const char *path) {
     size_t n = c->n_groups;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, &ignored);
     const json_t *count = json_object_get(root, "groups"), *heat = json_object_get(root, "heat");
-    group_heat *order = calloc(n, sizeof *order);
-    bool good = order && whole(count) && (uint64_t)json_integer_value(count) == n &&
-                json_array_size(heat) == n;
+    uint64_t *order = calloc(n, sizeof *order);
+    bool good = order && n <= UINT32_MAX && whole(count) && json_array_size(heat) == n &&
+                (uint64_t)json_integer_value(count) == n;
     for (size_t i = 0; good && i < n; i++) {
         const json_t *v = json_array_get(heat, i);
         good = whole(v) && json_integer_value(v) <= UINT32_MAX;
-        order[i] = (group_heat){(uint32_t)json_integer_value(v), i};
+        order[i] = (uint64_t)json_integer_value(v) << 32 | (UINT32_MAX - i);
     }
-    for (size_t i = 0; good && i < n; i++) c->heat[i] = order[i].heat;
+    for (size_t i = 0; good && i < n; i++) c->heat[i] = (uint32_t)(order[i] >> 32);
     if (good) qsort(order, n, sizeof *order, by_heat);
-    for (size_t i = 0; good && i < n && order[i].heat; i++) cache_ask(c, order[i].id);
+    for (size_t i = 0; good && i < n && order[i] >> 32; i++)
+        cache_ask(c, UINT32_MAX - (uint32_t)order[i]);
     free(order);
     json_decref(root);
 }
