@@ -1491,14 +1491,15 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
         goto bad;
     *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
     o->n_caches++;
+    c->map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (c->map == MAP_FAILED) goto bad;
+    c->map_bytes = bytes;
     c->slot_of = calloc(n, sizeof(cache_slot *));
     c->uses = calloc(n, sizeof *c->uses);
     c->heat = calloc(n, sizeof *c->heat);
     c->slots = calloc((size_t)n_slots, sizeof *c->slots);
     c->runs = calloc((size_t)n_slots * (size_t)most, sizeof *c->runs);
-    c->map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (c->map != MAP_FAILED) c->map_bytes = bytes;
-    if (!c->slot_of || !c->uses || !c->heat || !c->slots || !c->runs || !c->map_bytes) goto bad;
+    if (!c->slot_of || !c->uses || !c->heat || !c->slots || !c->runs) goto bad;
     /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
      * ones from edge to edge: else a registered buffer is kept page by page. */
     (void)madvise(c->map, bytes, MADV_HUGEPAGE);

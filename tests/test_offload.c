@@ -1063,7 +1063,8 @@ static bool group_right(const cache *k, int id, int slot) {
     const read_group *g = &k->groups[id];
     for (int p = 0; p < g->n_parts; p++) {
         const ckpt_tensor *t = g->part[p];
-        const uint8_t *at = cache_part(k, slot, p), *begin = k->arena + k->slot_bytes * (size_t)slot;
+        const uint8_t *begin = k->arena + k->slot_bytes * (size_t)slot;
+        const uint8_t *at = cache_part(k, slot, p);
         if (at < begin || at + t->bytes > begin + k->slot_bytes) return false;
         if (!bytes_right(at, t->shard, t->offset, t->bytes)) return false;
     }
@@ -1803,7 +1804,8 @@ static void test_busy_is_the_time_in_flight(void) {
 }
 
 static json_t *heat_of(const char *path) {
-    json_t *root = json_load_file(path, 0, NULL), *heat = json_incref(json_object_get(root, "heat"));
+    json_t *root = json_load_file(path, 0, NULL);
+    json_t *heat = json_incref(json_object_get(root, "heat"));
     CHECK(json_integer_value(json_object_get(root, "groups")) == 12, "groups");
     json_decref(root);
     return heat;
