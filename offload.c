@@ -1407,8 +1407,9 @@ static void list_put(slot_list *l, cache_slot *s, bool first) {
     *(s->next ? &s->next->prev : &l->last) = s;
 }
 
-static bool lies_before(const ckpt_tensor *a, const ckpt_tensor *b) {
-    return a->shard != b->shard ? a->shard < b->shard : a->offset < b->offset;
+static int by_place(const void *a, const void *b) {
+    const ckpt_tensor *x = *(const ckpt_tensor *const *)a, *y = *(const ckpt_tensor *const *)b;
+    return x->shard != y->shard ? x->shard - y->shard : by_offset(x, y);
 }
 
 /* Lay out one group: sort its parts as they lie in the files, merge those that touch, give each
@@ -1418,13 +1419,9 @@ static size_t lay_out(const read_group *g, slot_run *runs, int *n_runs) {
     int n_parts = 0, n = 0;
     size_t used = 0;
     assert(g->n_parts <= GROUP_PARTS);
-    for (int i = 0; i < g->n_parts; i++) {
-        int k = n_parts;
-        if (g->part[i]->bytes == 0) continue;
-        for (; k > 0 && lies_before(g->part[i], part[k - 1]); k--) part[k] = part[k - 1];
-        part[k] = g->part[i];
-        n_parts++;
-    }
+    for (int i = 0; i < g->n_parts; i++)
+        if (g->part[i]->bytes > 0) part[n_parts++] = g->part[i];
+    if (n_parts) qsort(part, (size_t)n_parts, sizeof *part, by_place);
     for (int i = 0; i < n_parts; n++) {
         const ckpt_tensor *first = part[i];
         uint64_t begin = first->offset, end = begin;
@@ -1448,6 +1445,11 @@ size_t cache_slot_bytes(const read_group *g, size_t n) {
     return most;
 }
 
+static int buf_set(offload *o, int at, void *piece, size_t bytes) {
+    return io_uring_register_buffers_update_tag(&o->ring, (unsigned)at,
+                                                &(struct iovec){piece, bytes}, &(__u64){0}, 1);
+}
+
 /* Have the kernel hold the arena's pages, so that no read has to look them up; in pieces that end
  * on slot edges.  Best effort: slots without that are read as well. */
 static void arena_register(cache *c, size_t most_bytes) {
@@ -1458,9 +1460,8 @@ static void arena_register(cache *c, size_t most_bytes) {
     int rc = o->fixed_bufs ? 1 : -EINVAL;
     for (int at = 0; rc == 1 && at < c->n_slots && o->n_bufs < IO_BUFS; at += c->buf_slots) {
         int n = c->n_slots - at < c->buf_slots ? c->n_slots - at : c->buf_slots;
-        struct iovec piece = {c->arena + (size_t)at * c->slot_bytes, (size_t)n * c->slot_bytes};
-        rc = io_uring_register_buffers_update_tag(&o->ring, (unsigned)o->n_bufs, &piece,
-                                                  &(__u64){0}, 1);
+        rc = buf_set(o, o->n_bufs, c->arena + (size_t)at * c->slot_bytes,
+                     (size_t)n * c->slot_bytes);
         if (rc == 1) c->n_bufs++, o->n_bufs++;
     }
     if (rc != 1 && !o->note)
@@ -1471,9 +1472,7 @@ static void arena_register(cache *c, size_t most_bytes) {
 
 static void arena_unregister(cache *c) {
     offload *o = c->o;
-    for (int i = c->first_buf; i < c->first_buf + c->n_bufs; i++)
-        (void)io_uring_register_buffers_update_tag(&o->ring, (unsigned)i, &(struct iovec){0},
-                                                   &(__u64){0}, 1);
+    for (int i = c->first_buf; i < c->first_buf + c->n_bufs; i++) (void)buf_set(o, i, NULL, 0);
     if (c->first_buf + c->n_bufs == o->n_bufs) o->n_bufs = c->first_buf; /* else a hole stays   */
 }
 
