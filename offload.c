@@ -1531,7 +1531,6 @@ void cache_close(cache *c) {
     arena_unregister(c);
     if (c->map_bytes && !c->in_flight) munmap(c->map, c->map_bytes);
     o->n_caches--;
-    io_kick(o);                    /* others may have waited behind what was queued here        */
     free(c->runs);
     free(c->slots);
     free(c->heat);

@@ -1622,6 +1622,35 @@ static void test_background_gives_slots_back(void) {
     remove_tree(dir);
 }
 
+/* Closing waits for what is on its way, asks for nothing more, and leaves the other cache alone. */
+static void test_cache_close_waits(void) {
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 12, 1056, 2080, CONTIGUOUS);
+    for (int way = 0; way < 4; way++) {
+        bank b;
+        cache *k;
+        dsv4_err err = {""};
+        hook.refuse_ring = way & 1;
+        if (!bank_open(&b, dir, 12, 6)) return;
+        CHECK(!cache_open(&k, b.o, b.group, 12, 6, &err), "%s", err.msg);
+        if (way & 2) narrow(b.o, 1);
+        for (int i = 0; i < 3; i++) cache_get(k, (size_t)i, &err);
+        for (int i = 3; i < 6; i++) cache_ask(k, (size_t)i);
+        cache_ask(b.k, 7);         /* waits behind all of these                                 */
+        CHECK(b.o->in_flight == k->in_flight + b.k->in_flight && k->in_flight, "in flight");
+        set_mood(CALM, 0, 0);
+        cache_close(k);
+        CHECK(b.o->in_flight == b.k->in_flight && !b.o->demand.first, "%d", b.o->in_flight);
+        CHECK(!(way & 2) || hook.seen <= 3, "%d reads", hook.seen);
+        drain(b.o);
+        CHECK(cache_holds(b.k, 7) && cache_sound(b.k) && use_group(b.k, 7, &err), "%s", err.msg);
+        bank_close(&b);
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
 /* Gets, asks and a load of two caches.  Each comes out right, or as an error that names its file;
  * the number of errors, or -1 for anything else. */
 static int fixed_script(const bank *b, cache *layers) {
@@ -2487,6 +2516,7 @@ int main(int argc, char **argv) {
     RUN(test_caches_share_an_offload);
     RUN(test_background_never_delays);
     RUN(test_background_gives_slots_back);
+    RUN(test_cache_close_waits);
     RUN(test_every_read_may_fail);
     RUN(test_buffers_are_registered);
     RUN(test_busy_is_the_time_in_flight);
