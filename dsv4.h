@@ -293,8 +293,7 @@ int disk_measure(const ckpt *c, double seconds, double *bytes_s, dsv4_err *err);
 
 typedef struct {                   /* counters since open; seconds are of the calling thread    */
     uint64_t read_bytes, reads, retries;
-    uint64_t hits, misses, evictions;
-    double wait_s;
+    double busy_s;                 /* with at least one read in flight                          */
 } offload_stats;
 
 typedef struct offload offload;
@@ -303,30 +302,51 @@ typedef struct offload offload;
 int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err);
 void offload_close(offload *o);
 const offload_stats *offload_get_stats(const offload *o);
+/* The note of offload_open(), or one on what cache_open() was refused since, or NULL. */
+const char *offload_note(const offload *o);
 
 typedef struct { const ckpt_tensor *t; void *dst; } load_item;
 /* Read whole tensors into dst (t->bytes each), many at once; returns when all are in. */
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err);
 
-/* Where one routed expert lies.  Any of the six may be in any shard; adjacent ones are read
- * as one. */
-enum { W1, W2, W3, S1, S2, S3, EXPERT_PARTS };
-typedef struct { const ckpt_tensor *part[EXPERT_PARTS]; } expert_source;
+/* What is read, kept and dropped together: one routed expert (six parts), or the matrices of one
+ * layer.  Parts may lie in any shard; adjacent ones are read as one.  A part may be a piece of a
+ * tensor: then its ckpt_tensor is the caller's. */
+enum { GROUP_PARTS = 48 };
+typedef struct { const ckpt_tensor *const *part; int n_parts; } read_group;
 
-/* Bytes of one slot that can hold any of these n experts, alignment included. */
-size_t expert_slot_bytes(const expert_source *src, size_t n);
-/* Allocate n_slots slots (one arena, all of it now); src [n_experts_total] is copied.
- * dim and inter shape the matrices handed out.  Needs n_slots >= 1. */
-int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
-                 int inter, int n_slots, dsv4_err *err);
-/* Ask for expert `id` (its index in src): returns its slot, pinned, its read on the way or done.
- * -1 with an empty err->msg: every slot is pinned, unpin one first; -1 with text: an error.
- * Waits only where all that is in the way are reads that nobody has pinned any more. */
-int experts_get(offload *o, size_t id, dsv4_err *err);
-/* Wait until a pinned slot's bytes are in, and describe them.  After -1 the pin is still there. */
-int experts_wait(offload *o, int slot, dsv4_ffn *w, dsv4_err *err);
+/* Equal slots in one arena, each large enough for any of the groups; least recently used goes
+ * first.  Several caches share one offload and its bounded depth of reads. */
+typedef struct cache cache;
+typedef struct { uint64_t hits, misses, evictions; double wait_s; } cache_stats;
+size_t cache_slot_bytes(const read_group *g, size_t n);        /* alignment included */
+/* Allocate all of it now; groups [n] and what they point to are borrowed.  n_slots >= 1. */
+int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int n_slots,
+               dsv4_err *err);
+void cache_close(cache *c);
+/* Ask for group `id`: returns its slot, pinned, its read on the way or done.  -1 with an empty
+ * err->msg: every slot is pinned, unpin one first; -1 with text: an error.  Waits only where all
+ * that is in the way are reads that nobody has pinned any more. */
+int cache_get(cache *c, size_t id, dsv4_err *err);
+/* Is `id` in, so that cache_get need not read? */
+bool cache_holds(const cache *c, size_t id);
+/* Read `id` into a free slot when nothing that was asked for by cache_get waits for the disk;
+ * nothing happens where there is no free slot. */
+void cache_ask(cache *c, size_t id);
+/* Wait until a pinned slot's bytes are in.  After -1 the pin is still there. */
+int cache_wait(cache *c, int slot, dsv4_err *err);
+const void *cache_part(const cache *c, int slot, int part);    /* of a slot that is in */
 /* Give a pin back.  A slot whose read is still on its way may be unpinned too. */
-void experts_unpin(offload *o, int slot);
+void cache_unpin(cache *c, int slot);
+const cache_stats *cache_get_stats(const cache *c);
+/* Hits and misses of each group since open [n]. */
+typedef struct { uint32_t hits, misses; } group_uses;
+const group_uses *cache_uses(const cache *c);
+/* How often each group was used, kept in a file from run to run (halved each time, so that it
+ * forgets).  Loading asks for the hottest groups, as many as there are slots, and is never an
+ * error: what is absent or damaged is not used.  Saving writes a temporary file and renames. */
+void cache_load_heat(cache *c, const char *path);
+int cache_save_heat(const cache *c, const char *path, dsv4_err *err);
 
 /* === 6. Text ================================================================================== */
 

@@ -1,23 +1,25 @@
-/* offload.c -- from files to memory: config.json, shards, reads, the expert cache, the disk.
+/* offload.c -- from files to memory: config.json, shards, reads, caches, the disk.
  *
  *   config.json, generation_config.json --> config_*()      sizes and constants, all checked
  *   *.safetensors headers ----------------> ckpt_open()     table of tensors, in order of name
  *   *.safetensors bytes
  *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
  *        |-- bounce buffer --copy--> dst    offload_load()  dense weights, once, at start
- *        +-- slot of the arena, in place    experts_*()     one routed expert a slot
+ *        +-- slot of an arena, in place     cache_*()       one group a slot: a routed expert, or
+ *                                                           the matrices of one layer
  *                                           stream_*()      any range a slot, in order asked
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
  *              off  ^head           want ^   ^len  what is read around the payload is ignored
  *
- * Invariants  1 a slot with pins, or with a read on its way, is never given to another expert
- *             2 at most IO_DEPTH reads in flight; what waits beyond them keeps its order
- *             3 no allocation after experts_open()
+ * Invariants  1 a slot with pins, or with a read on its way, is never given to another group
+ *             2 at most IO_DEPTH reads in flight; what waits beyond them keeps its order, and
+ *               cache_ask() waits for all that cache_get() and offload_load() asked for
+ *             3 no allocation after cache_open(), but for files written and the load's buffers
  *             4 every completion goes through io_on_read(), whoever did the reading
  *             5 what lies in a file is an error of theirs, never an assert of ours
  * Contents    1 text, files, JSON   2 config   3 headers   4 checkpoint   5 requests
- *             6 ring and threads    7 open and load        8 expert cache
+ *             6 ring and threads    7 open and load        8 caches
  *             9 streams: hashes, the disk's speed         10 this machine: memory, disks
  * Not here    which tensors the model needs and their shapes (dsv4.c), what experts compute     */
 #define _GNU_SOURCE 1              /* O_DIRECT */
@@ -53,7 +55,11 @@ enum {
     MAX_RATIO = 1 << 16,           /* tokens that one compressed entry stands for               */
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
+    HUGE_PAGE = 2 << 20,
     IO_DEPTH = 128,                /* reads in flight; NVMe drives saturate far below           */
+    IO_BACKGROUND = IO_DEPTH / 2,  /* of them for cache_ask(): a get finds the rest free        */
+    IO_BUFS = 1024,                /* registered pieces of arenas                               */
+    IO_BUF_BYTES = 1 << 30,        /* the kernel accepts no larger one                          */
     IO_TRIES_MAX = 64,             /* tries of one read that bring nothing new                  */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
     LOAD_DEPTH = 32,               /* bounce buffers                                            */
@@ -157,6 +163,24 @@ static json_t *parse_file(const char *path, size_t max, dsv4_err *err) {
     json_t *root = parse_object(text, len, path, err);
     free(text);
     return root;
+}
+
+/* Under its name there is always a whole file, the old one or the new one. */
+static int write_json(const json_t *root, const char *file, dsv4_err *err) {
+    char path[PATH_MAX];
+    int n = snprintf(path, sizeof path, "%s.%ld", file, (long)getpid());
+    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", file);
+    for (char *p = path; (p = strchr(p + 1, '/')); *p = '/') {
+        *p = 0;
+        if (mkdir(path, 0777) && errno != EEXIST)
+            return fail(err, "make directory %s: %s", path, strerror(errno));
+    }
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
+    int rc = good && !rename(path, file) ? 0 : fail(err, "write %s: %s", file, strerror(errno));
+    if (fd >= 0) close(fd);
+    if (rc) unlink(path);
+    return rc;
 }
 
 /* === 2. Config ================================================================================
@@ -870,15 +894,13 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
  * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
  * open; the ring and the threads know nothing else, and io_on_read() decides for both.
  *
- *   load_feed, slot_feed --cut_piece--> io_start --> ring or threads --> io_reap
+ *   load_feed, slot_feed --cut_piece--> io_begin --> ring or threads --> io_reap
  *           ^                              ^                                |
  *           |                              +---- IO_AGAIN ---- io_complete <+
  *     free requests <-- load_piece_in, slot_piece_in <-- IO_DONE, IO_FAILED +
  *
  * All of it runs in the thread that calls us, whenever it calls; only the read itself does not.
  * So there is no lock but the one around the threads' two queues.                                */
-
-enum { LOAD = -1 };                /* owner of a request that is not an expert's slot           */
 
 enum { CAUSE_EOF = -1, CAUSE_STUCK = -2 };
 
@@ -896,8 +918,10 @@ typedef struct io_req {
     uint32_t want;                 /* bytes to the end of the payload: these must come          */
     uint32_t done;                 /* bytes in, whole blocks unless all came                    */
     const ckpt_tensor *t;          /* what this is a piece of; of a run, the first one          */
-    int owner;                     /* slot, or LOAD                                             */
-    uint8_t *dst;                  /* LOAD: of the whole tensor                                 */
+    struct cache_slot *slot;       /* who asked; NULL: offload_load()                           */
+    uint8_t *dst;                  /* then: of the whole tensor                                 */
+    bool background;               /* counts in n_background                                    */
+    int fixed;                     /* the registered buffer it lies in, or -1                   */
     int tries, io_errors;          /* in a row without progress; EIO so far                     */
     int res;                       /* a thread's answer: bytes or -errno, as io_uring gives it  */
     int cause;                     /* set by IO_FAILED                                          */
@@ -938,7 +962,7 @@ static uint64_t cut_piece(io_req *r, const ckpt_tensor *t, uint64_t bytes, uint6
     assert(begin < end);
     uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
     uint32_t len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
-    *r = (io_req){.off = begin, .len = len, .want = want, .t = t};
+    *r = (io_req){.off = begin, .len = len, .want = want, .t = t, .fixed = -1};
     return at + len;
 }
 
@@ -951,28 +975,53 @@ typedef struct {                   /* one offload_load() at work                
     io_fault fault;                /* the first one                                             */
 } load_job;
 
-typedef struct {                   /* parts of an expert that touch in their file               */
+typedef struct {                   /* parts of a group that touch in their file                 */
     const ckpt_tensor *first;
     uint64_t bytes;                /* of all of them                                            */
     size_t region;                 /* in the slot; payload from region + first->offset % 4096   */
 } slot_run;
 
-/* FREE --get--> READING --all pieces in--> READY --coldest, no pins--> READING of another expert
- *                  +--one failed, the others in--> FAILED --last pin given back--> FREE          */
+/* FREE --get, ask--> READING --all pieces in--> READY --coldest, no pins--> FREE again
+ *          ^             +--one failed, the others in--> FAILED --last pin given back--> FREE
+ *          +--ask only, and none of its reads has begun: another one needs the slot            */
 typedef enum { SLOT_FREE, SLOT_READING, SLOT_READY, SLOT_FAILED } slot_state;
 
-typedef struct {
+typedef struct { struct cache_slot *first, *last; } slot_list;
+
+typedef struct cache_slot {
+    cache *c;
+    slot_list *list;               /* the one it is in, or NULL                                 */
+    struct cache_slot *prev, *next;
     slot_state state;
     int pins;
-    size_t id;                     /* expert; not of a FREE slot                                */
-    int colder, warmer;            /* neighbours in the idle list                               */
-    int next_queued;               /* in the queue of slots with pieces to ask for              */
+    bool asked;                    /* by cache_ask(), and nobody came for it yet                */
+    size_t id;                     /* group; not of a FREE slot                                 */
     int n_runs, run;               /* the cursor: run, and bytes of it asked for                */
     uint64_t at;
     int in_flight;                 /* pieces                                                    */
-    slot_run runs[EXPERT_PARTS];
+    slot_run *runs;                /* room for those of any group                               */
     io_fault fault;
-} expert_slot;
+} cache_slot;
+
+struct cache {
+    offload *o;
+    const read_group *groups;      /* [n_groups], as the next three                             */
+    cache_slot **slot_of;          /* NULL: none                                                */
+    group_uses *uses;
+    uint32_t *heat;                /* of earlier runs                                           */
+    size_t n_groups;
+    void *map;                     /* [map_bytes], the arena in it                              */
+    uint8_t *arena;                /* [n_slots][slot_bytes], on the edge of a huge page         */
+    size_t slot_bytes, map_bytes;
+    cache_slot *slots;
+    slot_run *runs;                /* of all slots                                              */
+    int n_slots, n_orphans;        /* orphans: READING without a pin                            */
+    int in_flight;                 /* pieces                                                    */
+    int first_buf, n_bufs;         /* registered, buf_slots in each; maybe not the last slots   */
+    int buf_slots;
+    slot_list free, idle;          /* idle: READY without a pin, coldest first                  */
+    cache_stats stats;
+};
 
 typedef struct { int fd; bool direct; } io_file;
 
@@ -980,12 +1029,17 @@ struct offload {
     const ckpt *c;
     io_file *files;                /* one a shard                                               */
     offload_stats stats;
+    const char *note;
     io_req *free_reqs;
-    int in_flight;
+    int in_flight, n_background;   /* the second are of the first                               */
+    double busy_since;             /* while there are any                                       */
     uint64_t landed;               /* bytes of payloads that are in                             */
     load_job load;                 /* items are set while offload_load() runs                   */
+    slot_list demand, background;  /* slots with pieces to ask for, in order of get and of ask  */
+    int n_caches;
 
-    bool has_ring, fixed_files;
+    bool has_ring, fixed_files, fixed_bufs;
+    int n_bufs;                    /* first free entry of the table of buffers                  */
     int ring_error;                /* errno: it broke, and every call from then on says so      */
     struct io_uring ring;
     pthread_t threads[IO_THREADS]; /* else                                                      */
@@ -995,22 +1049,17 @@ struct offload {
     io_req *todo, **todo_end, *answered;
     bool stop;
 
-    expert_source *src;            /* [n_experts]                                               */
-    size_t n_experts;
-    int32_t *slot_of;              /* [n_experts], -1: none                                     */
-    int dim, inter;
-    uint8_t *arena;                /* [n_slots][slot_bytes]                                     */
-    size_t slot_bytes;
-    expert_slot *slots;
-    int n_slots, n_orphans;        /* orphans: READING without a pin                            */
-    int coldest, warmest;          /* the idle list: FREE, then READY by last use; no pins      */
-    int queue, queue_end;          /* slots in order of get                                     */
-
     io_req reqs[IO_DEPTH];
 };
 
-static void slot_piece_in(offload *o, io_req *r, bool failed);
+static void slot_piece_in(cache_slot *s, const io_req *r, bool failed);
 static void slot_feed(offload *o);
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 /* === 6. Ring and threads ====================================================================== */
 
@@ -1023,7 +1072,8 @@ static void io_start(offload *o, io_req *r) {
         struct io_uring_sqe *sqe = io_uring_get_sqe(&o->ring);
         assert(sqe);               /* as many entries as requests                               */
         int fd = o->fixed_files ? r->t->shard : o->files[r->t->shard].fd;
-        io_uring_prep_read(sqe, fd, r->buf + r->done, n, r->off + r->done);
+        if (r->fixed < 0) io_uring_prep_read(sqe, fd, r->buf + r->done, n, r->off + r->done);
+        else io_uring_prep_read_fixed(sqe, fd, r->buf + r->done, n, r->off + r->done, r->fixed);
         if (o->fixed_files) io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
         io_uring_sqe_set_data(sqe, r);
         return;
@@ -1034,6 +1084,12 @@ static void io_start(offload *o, io_req *r) {
     o->todo_end = &r->next;
     pthread_cond_signal(&o->work);
     pthread_mutex_unlock(&o->lock);
+}
+
+static void io_begin(offload *o, io_req *r) {
+    if (o->in_flight++ == 0) o->busy_since = seconds();
+    o->n_background += r->background;
+    io_start(o, r);
 }
 
 static io_req *take_req(offload *o) {
@@ -1050,7 +1106,6 @@ static void give_req(offload *o, io_req *r) {
 /* A piece is in its bounce buffer, or will not come: copy, and free the buffer. */
 static void load_piece_in(offload *o, io_req *r, bool failed) {
     load_job *job = &o->load;
-    if (!job->items) return;       /* the ring broke, and who asked for this has left           */
     if (failed && !job->fault.cause) job->fault = (io_fault){r->cause, r->off + r->done, r->t};
     if (!failed) {                 /* from the tensor's begin, or from the piece's              */
         uint64_t from = r->off > r->t->offset ? r->off : r->t->offset;
@@ -1068,13 +1123,14 @@ static void io_complete(offload *o, io_req *r, int res) {
         io_start(o, r);
         return;
     }
-    o->in_flight--;
+    if (--o->in_flight == 0) o->stats.busy_s += seconds() - o->busy_since;
+    o->n_background -= r->background;
     if (next == IO_DONE) o->landed += r->want;
     const io_file *f = &o->files[r->t->shard];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
-    if (r->owner == LOAD) load_piece_in(o, r, next == IO_FAILED);
-    else slot_piece_in(o, r, next == IO_FAILED);
+    if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
+    else load_piece_in(o, r, next == IO_FAILED);
     give_req(o, r);
 }
 
@@ -1113,15 +1169,22 @@ static void threads_reap(offload *o, bool wait) {
     }
 }
 
+/* Ask for what there is room for.  What the ring leaves is submitted next time. */
+static void io_kick(offload *o) {
+    slot_feed(o);
+    if (o->has_ring) (void)io_uring_submit(&o->ring);
+}
+
 /* Handle the completions that are there (with `wait`: at least one, or a signal), and ask for
- * what they made room for.  A failed submission shows here, when somebody waits for it. */
+ * what they made room for.  A failed submission shows here, when somebody waits for it; a ring
+ * that broke is not looked at again, so that no late answer finds its asker gone. */
 static int io_reap(offload *o, bool wait, dsv4_err *err) {
     assert(!wait || o->in_flight > 0);
-    if (o->has_ring) ring_reap(o, wait);
-    else threads_reap(o, wait);
-    slot_feed(o);
-    if (o->has_ring) (void)io_uring_submit(&o->ring); /* what it leaves is submitted next time  */
-    return o->ring_error ? fail(err, "io_uring: %s", strerror(o->ring_error)) : 0;
+    if (o->has_ring && !o->ring_error) ring_reap(o, wait);
+    else if (!o->has_ring) threads_reap(o, wait);
+    if (o->ring_error) return fail(err, "io_uring: %s", strerror(o->ring_error));
+    io_kick(o);
+    return 0;
 }
 
 /* One of the threads: takes the oldest request, makes one attempt, answers as the ring would. */
@@ -1191,6 +1254,7 @@ static bool ring_open(offload *o) {
     int fds[MAX_SHARDS];
     for (int i = 0; i < o->c->n_shards; i++) fds[i] = o->files[i].fd;
     o->fixed_files = !io_uring_register_files(&o->ring, fds, (unsigned)o->c->n_shards);
+    o->fixed_bufs = !io_uring_register_buffers_sparse(&o->ring, IO_BUFS); /* Linux 5.19         */
     return true;
 }
 
@@ -1212,7 +1276,6 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
     pthread_cond_init(&o->answer, NULL);
     o->c = c;
     o->todo_end = &o->todo;
-    o->coldest = o->warmest = o->queue = o->queue_end = -1;
     for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
     o->files = calloc((size_t)c->n_shards + 1, sizeof *o->files);
     int rc = o->files ? 0 : fail(err, "out of memory");
@@ -1228,23 +1291,16 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
         offload_close(o);
         return -1;
     }
-    *note = notes[o->has_ring][direct];
+    o->note = *note = notes[o->has_ring][direct];
     *out = o;
     return 0;
-}
-
-static void experts_close(offload *o) {
-    if (o->arena) munmap(o->arena, o->slot_bytes * (size_t)o->n_slots);
-    free(o->slots);
-    free(o->slot_of);
-    free(o->src);
 }
 
 void offload_close(offload *o) {
     if (!o) return;
     dsv4_err ignored;
-    o->queue = o->queue_end = -1;  /* ask for nothing more; what is on its way must land        */
-    while (o->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
+    assert(o->n_caches == 0);
+    while (o->in_flight > 0 && !io_reap(o, true, &ignored)) continue; /* of a broken-off load   */
     pthread_mutex_lock(&o->lock);
     o->stop = true;
     pthread_cond_broadcast(&o->work);
@@ -1253,7 +1309,6 @@ void offload_close(offload *o) {
     if (o->has_ring) io_uring_queue_exit(&o->ring);
     for (int i = 0; o->files && i < o->c->n_shards; i++)
         if (o->files[i].fd >= 0) close(o->files[i].fd);
-    experts_close(o);
     pthread_cond_destroy(&o->answer);
     pthread_cond_destroy(&o->work);
     pthread_mutex_destroy(&o->lock);
@@ -1262,6 +1317,8 @@ void offload_close(offload *o) {
 }
 
 const offload_stats *offload_get_stats(const offload *o) { return &o->stats; }
+
+const char *offload_note(const offload *o) { return o->note; }
 
 /* One failure as one line.  Which tensor of a run was hit is not known, only its first one. */
 static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
@@ -1282,11 +1339,9 @@ static void load_feed(offload *o) {
         if (t->bytes > 0) {
             io_req *r = take_req(o);
             job->at = cut_piece(r, t, t->bytes, job->at);
-            r->owner = LOAD;
             r->dst = job->items[job->next_item].dst;
             r->buf = job->free[--job->n_free];
-            o->in_flight++;
-            io_start(o, r);
+            io_begin(o, r);
         }
         if (t->bytes == 0 || job->at >= t->offset % IO_ALIGN + t->bytes) {
             job->next_item++;
@@ -1326,275 +1381,408 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     return job->fault.cause ? fault_message(o, &job->fault, err) : 0;
 }
 
-/* === 8. Expert cache ==========================================================================
- * One arena of equal slots, each large enough for any expert.  Reads land in place, so a run lies
+/* === 8. Caches ================================================================================
+ * One arena of equal slots, each large enough for any group.  Reads land in place, so a run lies
  * in its slot as in its file, whole blocks, its payload off the edge by as much:
  *
  *   slot   |..[w1 w2 w3 .................].|..[s1 s2 s3 ...].|   two runs in the official shards,
  *          region 0                        region 1              six where nothing touches
  *
- * slot_of[] finds an expert's slot.  The idle list holds every slot that may be given away,
- * coldest first: FREE ones lie before all READY ones, these in the order in which their last pin
- * was given back.  The queue holds slots whose pieces are not all asked for yet.  Both are chains
- * of indices inside the slots, so that each step costs the same and none allocates.              */
+ * slot_of[] finds a group's slot.  A slot is in one list at most: its cache's free or idle ones,
+ * or a queue of those whose pieces are not all asked for yet, which all caches share.  Each step
+ * costs the same and none allocates.                                                             */
 
-static void idle_unlink(offload *o, int at) {
-    expert_slot *s = &o->slots[at];
-    *(s->colder < 0 ? &o->coldest : &o->slots[s->colder].warmer) = s->warmer;
-    *(s->warmer < 0 ? &o->warmest : &o->slots[s->warmer].colder) = s->colder;
-    s->colder = s->warmer = -1;
+static void list_take(cache_slot *s) {
+    assert(s->list);
+    *(s->prev ? &s->prev->next : &s->list->first) = s->next;
+    *(s->next ? &s->next->prev : &s->list->last) = s->prev;
+    s->list = NULL;
 }
 
-/* Put a slot at the cold end (FREE) or at the warm end (READY, just used). */
-static void idle_link(offload *o, int at, bool cold) {
-    expert_slot *s = &o->slots[at];
-    assert(s->pins == 0);
-    assert(s->state == SLOT_FREE || s->state == SLOT_READY);
-    s->colder = cold ? -1 : o->warmest;
-    s->warmer = cold ? o->coldest : -1;
-    *(s->colder < 0 ? &o->coldest : &o->slots[s->colder].warmer) = at;
-    *(s->warmer < 0 ? &o->warmest : &o->slots[s->warmer].colder) = at;
+static void list_put(slot_list *l, cache_slot *s, bool first) {
+    assert(!s->list);
+    s->list = l;
+    s->prev = first ? NULL : l->last;
+    s->next = first ? l->first : NULL;
+    *(s->prev ? &s->prev->next : &l->first) = s;
+    *(s->next ? &s->next->prev : &l->last) = s;
 }
 
-/* Lay out one expert: sort its parts as they lie in the files, merge those that touch, give each
- * run whole blocks of the slot.  Returns the bytes of all. */
-static size_t lay_out(const expert_source *src, slot_run runs[EXPERT_PARTS], int *n_runs) {
-    const ckpt_tensor *part[EXPERT_PARTS];
-    for (int i = 0; i < EXPERT_PARTS; i++) {
-        const ckpt_tensor *t = src->part[i];
-        int k = i;
-        for (; k > 0 && (part[k - 1]->shard > t->shard || (part[k - 1]->shard == t->shard &&
-                                                          part[k - 1]->offset > t->offset)); k--)
-            part[k] = part[k - 1];
-        part[k] = t;
-    }
-    int n = 0;
+static int by_place(const void *a, const void *b) {
+    const ckpt_tensor *x = *(const ckpt_tensor *const *)a, *y = *(const ckpt_tensor *const *)b;
+    return x->shard != y->shard ? x->shard - y->shard : by_offset(x, y);
+}
+
+/* Lay out one group: sort its parts as they lie in the files, merge those that touch, give each
+ * run whole blocks of the slot.  Empty parts lie nowhere.  Returns the bytes of all. */
+static size_t lay_out(const read_group *g, slot_run *runs, int *n_runs) {
+    const ckpt_tensor *part[GROUP_PARTS];
+    int n_parts = 0, n = 0;
     size_t used = 0;
-    for (int i = 0; i < EXPERT_PARTS; n++) {
-        slot_run *run = &runs[n];
-        *run = (slot_run){part[i], 0, used};
-        while (i < EXPERT_PARTS && part[i]->shard == run->first->shard &&
-               part[i]->offset == run->first->offset + run->bytes)
-            run->bytes += part[i++]->bytes;
-        used += (size_t)((run->first->offset % IO_ALIGN + run->bytes + IO_ALIGN - 1) / IO_ALIGN *
-                         IO_ALIGN);
+    assert(g->n_parts <= GROUP_PARTS);
+    for (int i = 0; i < g->n_parts; i++)
+        if (g->part[i]->bytes > 0) part[n_parts++] = g->part[i];
+    if (n_parts) qsort(part, (size_t)n_parts, sizeof *part, by_place);
+    for (int i = 0; i < n_parts; n++) {
+        const ckpt_tensor *first = part[i];
+        uint64_t begin = first->offset, end = begin;
+        for (; i < n_parts && part[i]->shard == first->shard && part[i]->offset <= end; i++)
+            if (end < part[i]->offset + part[i]->bytes) end = part[i]->offset + part[i]->bytes;
+        runs[n] = (slot_run){first, end - begin, used};
+        used += (size_t)((begin % IO_ALIGN + (end - begin) + IO_ALIGN - 1) / IO_ALIGN * IO_ALIGN);
     }
     *n_runs = n;
     return used;
 }
 
-size_t expert_slot_bytes(const expert_source *src, size_t n) {
-    size_t most = 0;
+size_t cache_slot_bytes(const read_group *g, size_t n) {
+    size_t most = IO_ALIGN;        /* also where all that there is are empty parts              */
     for (size_t i = 0; i < n; i++) {
-        slot_run runs[EXPERT_PARTS];
+        slot_run runs[GROUP_PARTS];
         int n_runs;
-        size_t bytes = lay_out(&src[i], runs, &n_runs);
+        size_t bytes = lay_out(&g[i], runs, &n_runs);
         if (most < bytes) most = bytes;
     }
     return most;
 }
 
-/* The slots, for anything that has sources. */
-static int slots_open(offload *o, const expert_source *src, size_t n, int n_slots, dsv4_err *err) {
-    assert(!o->arena);             /* once                                                      */
+static int buf_set(offload *o, int at, void *piece, size_t bytes) {
+    return io_uring_register_buffers_update_tag(&o->ring, (unsigned)at,
+                                                &(struct iovec){piece, bytes}, &(__u64){0}, 1);
+}
+
+/* Have the kernel hold the arena's pages, so that no read has to look them up; in pieces that end
+ * on slot edges.  Best effort: slots without that are read as well. */
+static void arena_register(cache *c, size_t most_bytes) {
+    offload *o = c->o;
+    c->buf_slots = (int)(most_bytes / c->slot_bytes);
+    c->first_buf = o->n_bufs;
+    if (!o->has_ring || !c->buf_slots) return;
+    int rc = o->fixed_bufs ? 1 : -EINVAL;
+    for (int at = 0; rc == 1 && at < c->n_slots && o->n_bufs < IO_BUFS; at += c->buf_slots) {
+        int n = c->n_slots - at < c->buf_slots ? c->n_slots - at : c->buf_slots;
+        rc = buf_set(o, o->n_bufs, c->arena + (size_t)at * c->slot_bytes,
+                     (size_t)n * c->slot_bytes);
+        if (rc == 1) c->n_bufs++, o->n_bufs++;
+    }
+    if (rc != 1 && !o->note)
+        o->note = rc == -EINVAL ? "this kernel registers no buffers (Linux before 5.19): reads "
+                  "cost more CPU" : "the kernel refuses to register buffers (RLIMIT_MEMLOCK): "
+                  "reads cost more CPU; raise `ulimit -l`";
+}
+
+static void arena_unregister(cache *c) {
+    offload *o = c->o;
+    for (int i = c->first_buf; i < c->first_buf + c->n_bufs; i++) (void)buf_set(o, i, NULL, 0);
+    if (c->first_buf + c->n_bufs == o->n_bufs) o->n_bufs = c->first_buf; /* else a hole stays   */
+}
+
+int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int n_slots,
+               dsv4_err *err) {
     assert(n >= 1);
     assert(n_slots >= 1);
-    o->n_experts = n;
-    o->n_slots = n_slots;
-    o->slot_bytes = expert_slot_bytes(src, n);
-    o->src = calloc(n, sizeof *src);
-    o->slot_of = calloc(n, sizeof *o->slot_of);
-    o->slots = calloc((size_t)n_slots, sizeof *o->slots);
-    size_t bytes;
-    bool fits = !__builtin_mul_overflow(o->slot_bytes, (size_t)n_slots, &bytes);
-    void *arena = fits ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                              -1, 0) : MAP_FAILED;
-    if (arena != MAP_FAILED) o->arena = arena;
-    if (!o->src || !o->slot_of || !o->slots || !o->arena) {
-        experts_close(o);
-        o->src = NULL, o->slot_of = NULL, o->slots = NULL, o->arena = NULL;
-        return fail(err, "no memory for %d expert slots of %zu bytes; lower the memory budget",
-                    n_slots, o->slot_bytes);
+    int most = 1;
+    for (size_t i = 0; i < n; i++) if (most < groups[i].n_parts) most = groups[i].n_parts;
+    cache *c = calloc(1, sizeof *c);
+    size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
+    *out = NULL;
+    if (!c || __builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) ||
+        __builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes))
+        goto bad;
+    *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
+    o->n_caches++;
+    c->map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (c->map == MAP_FAILED) goto bad;
+    c->map_bytes = bytes;
+    c->slot_of = calloc(n, sizeof(cache_slot *));
+    c->uses = calloc(n, sizeof *c->uses);
+    c->heat = calloc(n, sizeof *c->heat);
+    c->slots = calloc((size_t)n_slots, sizeof *c->slots);
+    c->runs = calloc((size_t)n_slots * (size_t)most, sizeof *c->runs);
+    if (!c->slot_of || !c->uses || !c->heat || !c->slots || !c->runs) goto bad;
+    /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
+     * ones from edge to edge: else a registered buffer is kept page by page. */
+    (void)madvise(c->map, bytes, MADV_HUGEPAGE);
+    c->arena = (uint8_t *)c->map + (HUGE_PAGE - (uintptr_t)c->map % HUGE_PAGE) % HUGE_PAGE;
+    c->n_slots = n_slots;
+    arena_register(c, IO_BUF_BYTES);
+    for (int i = 0; i < n_slots; i++) {
+        c->slots[i] = (cache_slot){.c = c, .runs = c->runs + (size_t)i * (size_t)most};
+        list_put(&c->free, &c->slots[i], false);
     }
-    /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost. */
-    (void)madvise(arena, bytes, MADV_HUGEPAGE);
-    memcpy(o->src, src, n * sizeof *src);
-    for (size_t i = 0; i < n; i++) o->slot_of[i] = -1;
-    for (int i = 0; i < n_slots; i++) idle_link(o, i, false);
+    *out = c;
     return 0;
+bad:
+    if (c && c->o) cache_close(c);
+    else free(c);
+    return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
+                slot_bytes);
 }
 
-int experts_open(offload *o, const expert_source *src, size_t n_experts_total, int dim,
-                 int inter, int n_slots, dsv4_err *err) {
-    uint64_t weights = (uint64_t)dim * (uint64_t)inter;
-    for (size_t i = 0; i < n_experts_total * EXPERT_PARTS; i++) /* weights_bind() saw to it     */
-        assert(src[i / EXPERT_PARTS].part[i % EXPERT_PARTS]->bytes ==
-               weights / (i % EXPERT_PARTS <= W3 ? 2 : 32));
-    o->dim = dim;
-    o->inter = inter;
-    return slots_open(o, src, n_experts_total, n_slots, err);
+/* What is on its way must land first.  Where the ring broke, the arena is left to reads that may
+ * still come. */
+void cache_close(cache *c) {
+    if (!c) return;
+    dsv4_err ignored;
+    offload *o = c->o;
+    for (int i = 0; i < c->n_slots; i++)
+        if (c->slots[i].list == &o->demand || c->slots[i].list == &o->background)
+            list_take(&c->slots[i]);
+    while (c->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
+    arena_unregister(c);
+    if (c->map_bytes && !c->in_flight) munmap(c->map, c->map_bytes);
+    o->n_caches--;
+    free(c->runs);
+    free(c->slots);
+    free(c->heat);
+    free(c->uses);
+    free(c->slot_of);
+    free(c);
 }
 
-/* Ask for pieces of queued slots, in order, while there are free requests. */
+/* Ask for pieces of queued slots, in order, while there are free requests.  The background has its
+ * turn when nothing else is left to ask for. */
 static void slot_feed(offload *o) {
-    while (o->queue >= 0 && o->free_reqs) {
-        expert_slot *s = &o->slots[o->queue];
+    while (o->free_reqs && !o->ring_error) {
+        cache_slot *s = o->demand.first;
+        if (!s && o->load.next_item == o->load.n_items && o->n_background < IO_BACKGROUND)
+            s = o->background.first;
+        if (!s) return;
+        cache *c = s->c;
         const slot_run *run = &s->runs[s->run];
+        size_t which = (size_t)(s - c->slots);
         assert(s->state == SLOT_READING);
         io_req *r = take_req(o);
         uint64_t at = s->at;
         s->at = cut_piece(r, run->first, run->bytes, at);
-        r->owner = o->queue;
-        r->buf = o->arena + o->slot_bytes * (size_t)o->queue + run->region + at;
+        r->slot = s;
+        r->buf = c->arena + c->slot_bytes * which + run->region + at;
+        r->background = s->list == &o->background;
+        if (c->n_bufs && (int)which / c->buf_slots < c->n_bufs)
+            r->fixed = c->first_buf + (int)which / c->buf_slots;
         s->in_flight++;
-        o->in_flight++;
-        io_start(o, r);
+        c->in_flight++;
+        io_begin(o, r);
         if (s->at < run->first->offset % IO_ALIGN + run->bytes) continue;
         s->at = 0;
-        if (++s->run == s->n_runs) o->queue = s->next_queued;
+        if (++s->run == s->n_runs) list_take(s);
     }
+}
+
+/* All that was asked for has come or failed.  What nobody came for yet is the first to go. */
+static void slot_settle(cache_slot *s) {
+    cache *c = s->c;
+    bool orphan = s->pins == 0;
+    s->state = SLOT_READY;
+    if (s->fault.cause) {          /* forget the group: the next get reads it anew              */
+        c->slot_of[s->id] = NULL;
+        s->state = orphan ? SLOT_FREE : SLOT_FAILED;
+    }
+    if (!orphan) return;
+    c->n_orphans--;
+    list_put(s->state == SLOT_FREE ? &c->free : &c->idle, s, s->asked);
 }
 
 /* A piece has come or failed.  The last one settles the slot; until then even a failed slot
  * stays READING, since the others still land in it. */
-static void slot_piece_in(offload *o, io_req *r, bool failed) {
-    expert_slot *s = &o->slots[r->owner];
+static void slot_piece_in(cache_slot *s, const io_req *r, bool failed) {
     assert(s->state == SLOT_READING);
     assert(s->in_flight > 0);
     s->in_flight--;
+    s->c->in_flight--;
     if (failed && !s->fault.cause) {
         s->fault = (io_fault){r->cause, r->off + r->done, r->t};
-        /* Of a slot with pieces both asked for and not yet, the queue's head is the only one. */
-        if (s->run < s->n_runs && o->queue >= 0) {
-            assert(o->queue == r->owner);
-            o->queue = s->next_queued;
-        }
-        s->run = s->n_runs;
+        if (s->list) list_take(s);
+        s->run = s->n_runs;        /* ask for nothing more                                      */
     }
-    if (s->in_flight > 0 || s->run < s->n_runs) return;
-
-    bool orphan = s->pins == 0;
-    s->state = SLOT_READY;
-    if (s->fault.cause) {          /* forget the expert: the next get reads it anew             */
-        o->slot_of[s->id] = -1;
-        s->state = orphan ? SLOT_FREE : SLOT_FAILED;
-    }
-    if (!orphan) return;
-    o->n_orphans--;
-    idle_link(o, r->owner, s->state == SLOT_FREE);
+    if (s->in_flight == 0 && s->run == s->n_runs) slot_settle(s);
 }
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Take the coldest idle slot away from its expert, if it has one. */
-static int slot_take(offload *o) {
-    int at = o->coldest;
-    expert_slot *s = &o->slots[at];
-    idle_unlink(o, at);
-    assert(s->pins == 0);              /* never while a kernel may still read it                */
+/* A slot to fill: a free one; else the last one that was asked for in the background, if none of
+ * its reads has begun; else the coldest idle one; else NULL. */
+static cache_slot *slot_take(cache *c) {
+    offload *o = c->o;
+    cache_slot *s = c->free.first ? c->free.first : o->background.last;
+    while (s && s->list == &o->background && (s->c != c || s->run || s->at)) s = s->prev;
+    if (s) c->n_orphans -= s->state == SLOT_READING;
+    else if ((s = c->idle.first)) c->stats.evictions++;
+    else return NULL;
+    list_take(s);
+    assert(s->pins == 0);              /* never while somebody may still read it                */
     assert(s->in_flight == 0);         /* never while a read is landing in it                   */
-    if (s->state == SLOT_READY) {
-        assert(o->slot_of[s->id] == at);
-        o->slot_of[s->id] = -1;
-        o->stats.evictions++;
+    if (s->state != SLOT_FREE) {
+        assert(c->slot_of[s->id] == s);
+        c->slot_of[s->id] = NULL;
     }
     s->state = SLOT_FREE;
-    return at;
+    return s;
 }
 
-/* The whole policy, in this order: a hit, a free slot, an eviction, a wait, a refusal. */
-int experts_get(offload *o, size_t id, dsv4_err *err) {
-    assert(id < o->n_experts);
+/* Fill a slot that was taken. */
+static void slot_fill(cache_slot *s, size_t id, int pins) {
+    cache *c = s->c;
+    int n_runs;
+    size_t bytes = lay_out(&c->groups[id], s->runs, &n_runs);
+    assert(bytes <= c->slot_bytes);
+    *s = (cache_slot){.c = c, .state = SLOT_READING, .pins = pins, .asked = pins == 0, .id = id,
+                      .n_runs = n_runs, .runs = s->runs};
+    c->slot_of[id] = s;
+    c->n_orphans += pins == 0;
+    if (n_runs) list_put(pins ? &c->o->demand : &c->o->background, s, false);
+    else slot_settle(s);
+    io_kick(c->o);
+}
+
+/* The whole policy, in this order: a hit, a slot to fill, a wait, a refusal.  What the background
+ * has read, or has begun to, is a hit too: this get need not ask for it. */
+int cache_get(cache *c, size_t id, dsv4_err *err) {
+    offload *o = c->o;
+    assert(id < c->n_groups);
     err->msg[0] = 0;
     if (io_reap(o, false, err)) return -1;
-    int at = o->slot_of[id];
-    if (at >= 0) {
-        expert_slot *s = &o->slots[at];
-        o->stats.hits++;
-        if (s->pins++ > 0) return at;
-        if (s->state == SLOT_READY) idle_unlink(o, at);
-        else o->n_orphans--;
-        return at;
+    cache_slot *s = c->slot_of[id];
+    if (s) {
+        c->stats.hits++;
+        c->uses[id].hits++;
+        s->asked = false;
+        if (s->list == &o->background) { /* what is left of it, behind all that came before     */
+            list_take(s);
+            list_put(&o->demand, s, false);
+            io_kick(o);
+        }
+        if (s->pins++ == 0 && s->state == SLOT_READY) list_take(s);
+        else if (s->pins == 1) c->n_orphans--;
+        return (int)(s - c->slots);
     }
     /* Slots without a pin but with a read on its way: the caller has nothing to give back, so
      * waiting for the first of them is the only way on. */
     double begin = seconds();
-    while (o->coldest < 0 && o->n_orphans > 0)
+    while (!(s = slot_take(c)) && c->n_orphans > 0)
         if (io_reap(o, true, err)) return -1;
-    o->stats.wait_s += seconds() - begin;
-    if (o->coldest < 0) return -1;
-
-    at = slot_take(o);
-    expert_slot *s = &o->slots[at];
-    *s = (expert_slot){.state = SLOT_READING, .pins = 1, .id = id, .next_queued = -1};
-    size_t bytes = lay_out(&o->src[id], s->runs, &s->n_runs);
-    assert(bytes <= o->slot_bytes);
-    o->slot_of[id] = at;
-    o->stats.misses++;
-    *(o->queue < 0 ? &o->queue : &o->slots[o->queue_end].next_queued) = at;
-    o->queue_end = at;
-    slot_feed(o);
-    if (o->has_ring) (void)io_uring_submit(&o->ring);
-    return at;
+    c->stats.wait_s += seconds() - begin;
+    if (!s) return -1;
+    c->stats.misses++;
+    c->uses[id].misses++;
+    slot_fill(s, id, 1);
+    return (int)(s - c->slots);
 }
 
-/* Where part p of the slot's expert lies in memory. */
-static const uint8_t *part_at(const offload *o, int at, int p) {
-    const expert_slot *s = &o->slots[at];
-    const ckpt_tensor *t = o->src[s->id].part[p];
+bool cache_holds(const cache *c, size_t id) {
+    assert(id < c->n_groups);
+    return c->slot_of[id] && c->slot_of[id]->state == SLOT_READY;
+}
+
+void cache_ask(cache *c, size_t id) {
+    assert(id < c->n_groups);
+    cache_slot *s = c->free.first;
+    if (c->slot_of[id] || !s || c->o->ring_error) return;
+    list_take(s);
+    slot_fill(s, id, 0);
+}
+
+static cache_slot *pinned(const cache *c, int slot) {
+    assert(slot >= 0 && slot < c->n_slots);
+    assert(c->slots[slot].pins > 0);
+    return &c->slots[slot];
+}
+
+int cache_wait(cache *c, int slot, dsv4_err *err) {
+    cache_slot *s = pinned(c, slot);
+    if (s->state == SLOT_READING) {
+        double begin = seconds();
+        int rc = 0;
+        while (s->state == SLOT_READING && !rc) rc = io_reap(c->o, true, err);
+        c->stats.wait_s += seconds() - begin;
+        if (rc) return -1;
+    }
+    if (s->state == SLOT_FAILED) return fault_message(c->o, &s->fault, err);
+    assert(s->state == SLOT_READY);
+    return 0;
+}
+
+const void *cache_part(const cache *c, int slot, int part) {
+    const cache_slot *s = pinned(c, slot);
+    const read_group *g = &c->groups[s->id];
+    assert(s->state == SLOT_READY);
+    assert(part >= 0 && part < g->n_parts);
+    const ckpt_tensor *t = g->part[part];
     const slot_run *run = s->runs, *end = s->runs + s->n_runs;
+    const uint8_t *at = c->arena + c->slot_bytes * (size_t)slot;
+    if (t->bytes == 0) return at;
     while (run < end && (run->first->shard != t->shard || t->offset < run->first->offset ||
                          t->offset >= run->first->offset + run->bytes))
         run++;
     assert(run < end);
-    return o->arena + o->slot_bytes * (size_t)at + run->region +
-           run->first->offset % IO_ALIGN + (t->offset - run->first->offset);
+    return at + run->region + run->first->offset % IO_ALIGN + (t->offset - run->first->offset);
 }
 
-int experts_wait(offload *o, int slot, dsv4_ffn *w, dsv4_err *err) {
-    assert(slot >= 0 && slot < o->n_slots);
-    expert_slot *s = &o->slots[slot];
-    assert(s->pins > 0);
-    if (s->state == SLOT_READING) {
-        double begin = seconds();
-        int rc = 0;
-        while (s->state == SLOT_READING && !rc) rc = io_reap(o, true, err);
-        o->stats.wait_s += seconds() - begin;
-        if (rc) return -1;
-    }
-    if (s->state == SLOT_FAILED) return fault_message(o, &s->fault, err);
-    assert(s->state == SLOT_READY);
-    w->w1 = (dsv4_mat){DT_I8, o->inter, o->dim, part_at(o, slot, W1), part_at(o, slot, S1)};
-    w->w2 = (dsv4_mat){DT_I8, o->dim, o->inter, part_at(o, slot, W2), part_at(o, slot, S2)};
-    w->w3 = (dsv4_mat){DT_I8, o->inter, o->dim, part_at(o, slot, W3), part_at(o, slot, S3)};
-    return 0;
-}
-
-void experts_unpin(offload *o, int slot) {
-    assert(slot >= 0 && slot < o->n_slots);
-    expert_slot *s = &o->slots[slot];
-    assert(s->pins > 0);
+void cache_unpin(cache *c, int slot) {
+    cache_slot *s = pinned(c, slot);
     if (--s->pins > 0) return;
     if (s->state == SLOT_READING) {
-        o->n_orphans++;
+        c->n_orphans++;
         return;
     }
     if (s->state == SLOT_FAILED) s->state = SLOT_FREE;
-    idle_link(o, slot, s->state == SLOT_FREE);
+    list_put(s->state == SLOT_FREE ? &c->free : &c->idle, s, false);
+}
+
+const cache_stats *cache_get_stats(const cache *c) { return &c->stats; }
+
+const group_uses *cache_uses(const cache *c) { return c->uses; }
+
+/* Heat above, the complement of the id below: descending, ties go to the lower id. */
+static int by_heat(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x < y) - (x > y);
+}
+
+/* {"groups": n, "heat": [n]}.  Groups that were never used are not asked for. */
+void cache_load_heat(cache *c, const char *path) {
+    dsv4_err ignored;
+    size_t n = c->n_groups;
+    json_t *root = parse_file(path, MAX_CONFIG_BYTES, &ignored);
+    const json_t *count = json_object_get(root, "groups"), *heat = json_object_get(root, "heat");
+    uint64_t *order = calloc(n, sizeof *order);
+    bool good = order && n <= UINT32_MAX && whole(count) && json_array_size(heat) == n &&
+                (uint64_t)json_integer_value(count) == n;
+    for (size_t i = 0; good && i < n; i++) {
+        const json_t *v = json_array_get(heat, i);
+        good = whole(v) && json_integer_value(v) <= UINT32_MAX;
+        order[i] = (uint64_t)json_integer_value(v) << 32 | (UINT32_MAX - i);
+    }
+    for (size_t i = 0; good && i < n; i++) c->heat[i] = (uint32_t)(order[i] >> 32);
+    if (good) qsort(order, n, sizeof *order, by_heat);
+    for (size_t i = 0; good && i < n && order[i] >> 32; i++)
+        cache_ask(c, UINT32_MAX - (uint32_t)order[i]);
+    free(order);
+    json_decref(root);
+}
+
+int cache_save_heat(const cache *c, const char *path, dsv4_err *err) {
+    json_t *heat = json_array(), *root = json_pack("{s:I,s:o}", "groups", (json_int_t)c->n_groups,
+                                                   "heat", heat);
+    int bad = root ? 0 : -1;
+    for (size_t i = 0; i < c->n_groups; i++) {
+        uint64_t sum = (uint64_t)c->heat[i] / 2 + c->uses[i].hits + c->uses[i].misses;
+        bad |= json_array_append_new(heat, json_integer(sum < UINT32_MAX ? (json_int_t)sum
+                                                        : UINT32_MAX));
+    }
+    int rc = bad ? fail(err, "write %s: out of memory", path) : write_json(root, path, err);
+    json_decref(root);
+    return rc;
 }
 
 /* === 9. Streams ===============================================================================
- * A stream reads ranges of shards through the expert cache's slots: what is asked for is read in
- * the order of asking and taken in that order.  A range goes as an "expert" of one part; its other
- * five are empty and lie at its end.                                                             */
+ * A stream reads ranges of shards through a cache of its own: what is asked for is read in the
+ * order of asking and taken in that order.  A range goes as a group of one part.                 */
 
 typedef struct {
     offload *o;
-    ckpt_tensor range[STREAM_IDS], end[STREAM_IDS];
+    cache *slots;
+    ckpt_tensor range[STREAM_IDS];
+    const ckpt_tensor *part[STREAM_IDS];
+    read_group group[STREAM_IDS];
     int slot[STREAM_IDS];
     size_t asked, taken;           /* ranges so far                                             */
     int shard;                     /* the cursor of stream_feed()                               */
@@ -1603,25 +1791,28 @@ typedef struct {
 
 static int stream_open(stream *s, const ckpt *c, dsv4_err *err) {
     const char *note;              /* a slower way of reading was told when the model opened    */
-    expert_source src[STREAM_IDS];
     *s = (stream){.o = NULL};
     for (int i = 0; i < STREAM_IDS; i++) {
-        s->range[i].bytes = s->end[i].offset = STREAM_BYTES;
-        src[i].part[0] = &s->range[i];
-        for (int p = 1; p < EXPERT_PARTS; p++) src[i].part[p] = &s->end[i];
+        s->range[i].bytes = STREAM_BYTES;
+        s->part[i] = &s->range[i];
+        s->group[i] = (read_group){&s->part[i], 1};
     }
     if (offload_open(&s->o, c, &note, err)) return -1;
-    return slots_open(s->o, src, STREAM_IDS, STREAM_SLOTS, err);
+    return cache_open(&s->slots, s->o, s->group, STREAM_IDS, STREAM_SLOTS, err);
+}
+
+static void stream_close(stream *s) {
+    cache_close(s->slots);
+    offload_close(s->o);
 }
 
 /* Ask for bytes [off, off + bytes) of a shard; off lies on a block edge. */
 static int stream_ask(stream *s, int shard, uint64_t off, uint64_t bytes, dsv4_err *err) {
     size_t id = s->asked % STREAM_IDS;
     assert(s->asked - s->taken < STREAM_SLOTS);
-    assert(s->o->slot_of[id] < 0);
+    assert(!s->slots->slot_of[id]);    /* else it would be a hit on other bytes                 */
     s->range[id] = (ckpt_tensor){.shard = shard, .offset = off, .bytes = bytes};
-    s->end[id] = (ckpt_tensor){.shard = shard, .offset = off + bytes};
-    s->slot[id] = experts_get(s->o, id, err);
+    s->slot[id] = cache_get(s->slots, id, err);
     s->asked += s->slot[id] >= 0;
     return s->slot[id] < 0 ? -1 : 0;
 }
@@ -1641,15 +1832,15 @@ static int stream_feed(stream *s, dsv4_err *err) {
  * millisecond at most, whatever the drive does: there is enough in flight to keep that busy. */
 static int stream_look(stream *s, bool wait, const uint8_t **data, dsv4_err *err) {
     int at = s->slot[s->taken % STREAM_IDS];
-    const expert_slot *slot = &s->o->slots[at];
+    const cache_slot *slot = &s->slots->slots[at];
     if (io_reap(s->o, wait && s->o->in_flight > 0, err)) return -1;
     if (slot->state == SLOT_FAILED) return fault_message(s->o, &slot->fault, err);
-    if (slot->state == SLOT_READY) *data = part_at(s->o, at, 0);
+    if (slot->state == SLOT_READY) *data = cache_part(s->slots, at, 0);
     else if (!wait) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     return slot->state == SLOT_READY;
 }
 
-static void stream_give(stream *s) { experts_unpin(s->o, s->slot[s->taken++ % STREAM_IDS]); }
+static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
 
 /* What an earlier ckpt_hash() found: {"shards": {NAME: {"hash", "bytes", "date"}}}. */
 static json_t *record_read(const char *record, line_fn each, void *arg) {
@@ -1671,24 +1862,6 @@ static json_t *record_read(const char *record, line_fn each, void *arg) {
     }
     json_decref(root);
     return json_pack("{s:{}}", "shards");
-}
-
-/* Under its name there is always a whole record, the old one or the new one. */
-static int record_write(const json_t *root, const char *record, dsv4_err *err) {
-    char path[PATH_MAX];
-    int n = snprintf(path, sizeof path, "%s.%ld", record, (long)getpid());
-    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", record);
-    for (char *p = path; (p = strchr(p + 1, '/')); *p = '/') {
-        *p = 0;
-        if (mkdir(path, 0777) && errno != EEXIST)
-            return fail(err, "make directory %s: %s", path, strerror(errno));
-    }
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
-    int rc = good && !rename(path, record) ? 0 : fail(err, "write %s: %s", record, strerror(errno));
-    if (fd >= 0) close(fd);
-    if (rc) unlink(path);
-    return rc;
 }
 
 /* One shard's hash is known: compare, tell, and put it into the record's shards.  The date is the
@@ -1759,12 +1932,12 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
         done += t->bytes;
         if (t->offset + t->bytes == shard->size) {
             record_shard(shards, shard, XXH3_128bits_digest(hash), width, each, arg, n_changed);
-            rc = record_write(root, record, err);
+            rc = write_json(root, record, err);
         }
         stream_give(&s);
     }
     if (!rc) (void)progress(arg, 1);
-    if (hash && root) offload_close(s.o);
+    if (hash && root) stream_close(&s);
     XXH3_freeState(hash);
     json_decref(root);
     return rc;
@@ -1800,7 +1973,7 @@ int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
         if (in < 0) rc = -1;
     }
     if (!rc) *bytes_s = (double)s.o->landed / now;
-    offload_close(s.o);
+    stream_close(&s);
     return rc;
 }
 

@@ -1,4 +1,4 @@
-/* test_offload.c -- config, headers, checkpoint, reads and the expert cache, through the public
+/* test_offload.c -- config, headers, checkpoint, reads and caches, through the public
  * calls, on files it writes itself; then the same with reads that fail in every way we know.
  *
  * Faults   offload.c is included with pread, io_uring_queue_init and io_uring_cqe_get_data bent
@@ -11,48 +11,64 @@
 #include <malloc.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static ssize_t hook_pread(int fd, void *buf, size_t n, off_t off);
 static int hook_ring(unsigned entries, struct io_uring *ring, unsigned flags);
 static int hook_wait(struct io_uring *ring, unsigned n);
 static void *hook_cqe(struct io_uring_cqe *cqe);
+static void hook_sqe(struct io_uring_sqe *sqe, void *req);
 #define pread hook_pread
 #define io_uring_queue_init hook_ring
 #define io_uring_submit_and_wait hook_wait
 #define io_uring_cqe_get_data hook_cqe
+#define io_uring_sqe_set_data hook_sqe
 #include "../offload.c"
 #undef pread
 #undef io_uring_queue_init
 #undef io_uring_submit_and_wait
 #undef io_uring_cqe_get_data
+#undef io_uring_sqe_set_data
 
 #include "check.h"
 
 /* === 1. Hooks ================================================================================= */
 
-typedef enum { CALM, NTH, AT, SHORT, INTR, AGAIN } mood;
+typedef enum { CALM, NTH, AT, SHORT, INTR, AGAIN, PLACE } mood;
+
+typedef struct { uint64_t off; const cache_slot *slot; bool background, fixed; } logged;
 
 static struct {
+    pthread_mutex_t lock;          /* of the moods: reading threads are asked for theirs        */
     bool refuse_ring, refuse_direct;
     int ring_waits;                /* -errno that the next waits give, or 0                     */
     int n_ring_waits;              /* how many of them                                          */
     mood mood;
-    int answer;                    /* NTH, AT: what the read gives, as the kernel would         */
-    int nth;                       /* NTH: which read, from 1                                   */
+    int answer;                    /* NTH, AT, PLACE: what the read gives, as the kernel would  */
+    int nth;                       /* NTH, PLACE: which read, from 1                            */
+    int times;                     /* PLACE: it and the next ones of the same place             */
     int shard, fd;                 /* AT: every read of this file that touches byte `at`        */
     uint64_t at;
+    int place;                     /* PLACE: the file that was hit                              */
     atomic_int seen;               /* reads since the mood was set                              */
     atomic_uint rng;
-} hook;
+    logged log[4096];              /* what the ring was asked for, in order                     */
+    int n_log;
+} hook = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static void set_mood(mood m, int gives, int nth) {
+    pthread_mutex_lock(&hook.lock);
     hook.mood = m;
     hook.answer = gives;
     hook.nth = nth;
+    hook.times = INT_MAX;
+    hook.place = -1;
     hook.seen = 0;
     hook.rng = 1;
+    pthread_mutex_unlock(&hook.lock);
 }
 
 static uint32_t hook_random(void) {
@@ -62,8 +78,21 @@ static uint32_t hook_random(void) {
     return x ^ x >> 16;
 }
 
+/* The n-th read, and its place in this file `times` times in all. */
+static int bend_place(int file, uint64_t off, size_t n, int seen, int res) {
+    if (seen == hook.nth) {
+        hook.place = file;
+        hook.at = off;
+    } else if (file != hook.place || off > hook.at || off + n <= hook.at) {
+        return res;
+    }
+    if (hook.times <= 0) return res;
+    hook.times--;
+    return hook.answer > 0 && res > 0 ? (int)(hook_random() % (uint32_t)res) + 1 : hook.answer;
+}
+
 /* What a read of n bytes that would give `res` gives in this mood. */
-static int bend(bool this_file, uint64_t off, size_t n, int res) {
+static int bend(int file, bool this_file, uint64_t off, size_t n, int res) {
     int seen = ++hook.seen;
     switch (hook.mood) {
     case NTH: return seen == hook.nth ? hook.answer : res;
@@ -72,6 +101,7 @@ static int bend(bool this_file, uint64_t off, size_t n, int res) {
         return res > 0 && hook_random() % 4 ? 1 + (int)(hook_random() % (uint32_t)res) : res;
     case INTR: return hook_random() % 2 ? -EINTR : res;
     case AGAIN: return -EAGAIN;
+    case PLACE: return bend_place(file, off, n, seen, res);
     default: return res;
     }
 }
@@ -81,7 +111,10 @@ static ssize_t hook_pread(int fd, void *buf, size_t n, off_t off) {
         errno = EINVAL;
         return -1;
     }
-    int res = (int)pread(fd, buf, n, off), bent = bend(fd == hook.fd, (uint64_t)off, n, res);
+    int res = (int)pread(fd, buf, n, off);
+    pthread_mutex_lock(&hook.lock);
+    int bent = bend(fd, fd == hook.fd, (uint64_t)off, n, res);
+    pthread_mutex_unlock(&hook.lock);
     if (bent < res) memset((char *)buf + (bent > 0 ? bent : 0), 0xee,
                            (size_t)(res - (bent > 0 ? bent : 0)));
     if (bent >= 0 || res < 0) return res < 0 ? res : bent;
@@ -103,10 +136,19 @@ static int hook_wait(struct io_uring *ring, unsigned n) {
 
 static void *hook_cqe(struct io_uring_cqe *cqe) {
     io_req *r = io_uring_cqe_get_data(cqe);
-    int bent = bend(r->t->shard == hook.shard, r->off + r->done, r->len - r->done, cqe->res);
+    int bent = bend(r->t->shard, r->t->shard == hook.shard, r->off + r->done, r->len - r->done,
+                    cqe->res);
     for (int i = bent > 0 ? bent : 0; i < cqe->res; i++) r->buf[r->done + (uint32_t)i] = 0xee;
     cqe->res = bent;
     return r;
+}
+
+static void hook_sqe(struct io_uring_sqe *sqe, void *req) {
+    const io_req *r = req;
+    if (hook.n_log < (int)(sizeof hook.log / sizeof *hook.log))
+        hook.log[hook.n_log++] = (logged){r->off + r->done, r->slot, r->background,
+                                          sqe->opcode == IORING_OP_READ_FIXED};
+    io_uring_sqe_set_data(sqe, req);
 }
 
 /* === 2. Files ================================================================================= */
@@ -927,7 +969,9 @@ static void test_load_of_a_shrunken_file(void) {
     loader_close(&l);
 }
 
-/* === 6. Experts =============================================================================== */
+/* === 6. Caches ================================================================================ */
+
+enum { W1, W2, W3, S1, S2, S3, EXPERT_PARTS };
 
 typedef enum { CONTIGUOUS, SPLIT, SHUFFLED } layout;
 
@@ -966,132 +1010,214 @@ static void write_experts(const char *dir, int n, int dim, int inter, layout how
     free(order);
 }
 
-typedef struct {
+typedef struct {                   /* a checkpoint of experts, and one cache of them            */
     ckpt *c;
     offload *o;
-    expert_source *src;
-    int n, dim, inter;
-} cache;
+    cache *k;
+    read_group *group;
+    const ckpt_tensor **part;
+    int n;
+} bank;
 
-static bool cache_open(cache *k, const char *dir, int n, int dim, int inter, int n_slots) {
+static bool bank_open(bank *b, const char *dir, int n, int n_slots) {
     dsv4_err err = {""};
     const char *note;
-    *k = (cache){.n = n, .dim = dim, .inter = inter};
-    int rc = ckpt_open(&k->c, dir, &err) || offload_open(&k->o, k->c, &note, &err);
-    k->src = calloc((size_t)n, sizeof *k->src);
-    for (int e = 0; e < n && !rc; e++)
-        for (int p = 0; p < EXPERT_PARTS; p++) {
-            char name[32];
-            snprintf(name, sizeof name, "e%d.%s%d", e, p < S1 ? "w" : "s", p % 3 + 1);
-            k->src[e].part[p] = ckpt_find(k->c, name);
-            if (!k->src[e].part[p]) rc = fail(&err, "no %s", name);
-        }
-    if (!rc) rc = experts_open(k->o, k->src, (size_t)n, dim, inter, n_slots, &err);
+    *b = (bank){.n = n};
+    int rc = ckpt_open(&b->c, dir, &err) || offload_open(&b->o, b->c, &note, &err);
+    b->group = calloc((size_t)n, sizeof *b->group);
+    b->part = calloc((size_t)n * EXPERT_PARTS, sizeof *b->part);
+    for (int i = 0; i < n * EXPERT_PARTS && !rc; i++) {
+        char name[32];
+        int p = i % EXPERT_PARTS;
+        snprintf(name, sizeof name, "e%d.%s%d", i / EXPERT_PARTS, p < S1 ? "w" : "s", p % 3 + 1);
+        b->part[i] = ckpt_find(b->c, name);
+        if (!b->part[i]) rc = fail(&err, "no %s", name);
+        b->group[i / EXPERT_PARTS] = (read_group){b->part + i - p, EXPERT_PARTS};
+    }
+    if (!rc) rc = cache_open(&b->k, b->o, b->group, (size_t)n, n_slots, &err);
     CHECK(rc == 0, "%s", err.msg);
     return rc == 0;
 }
 
-static void cache_close(cache *k) {
-    offload_close(k->o);
-    ckpt_close(k->c);
-    free(k->src);
+static void bank_close(bank *b) {
+    cache_close(b->k);
+    offload_close(b->o);
+    ckpt_close(b->c);
+    free(b->group);
+    free(b->part);
 }
 
-static bool expert_right(const cache *k, int e, const dsv4_ffn *w) {
-    const dsv4_mat *m[] = {&w->w1, &w->w2, &w->w3};
-    for (int p = 0; p < EXPERT_PARTS; p++) {
-        const ckpt_tensor *t = k->src[e].part[p];
-        const void *at = p < S1 ? m[p]->data : m[p - S1]->scale;
+/* Leave n of the offload's free requests: a ring of that depth. */
+static void narrow(offload *o, int n) {
+    io_req *last = o->free_reqs;
+    while (--n) last = last->next;
+    last->next = NULL;
+}
+
+static void drain(offload *o) {
+    dsv4_err err = {""};
+    while (o->in_flight) CHECK(!io_reap(o, true, &err), "%s", err.msg);
+}
+
+static bool group_right(const cache *k, int id, int slot) {
+    const read_group *g = &k->groups[id];
+    for (int p = 0; p < g->n_parts; p++) {
+        const ckpt_tensor *t = g->part[p];
+        const uint8_t *begin = k->arena + k->slot_bytes * (size_t)slot;
+        const uint8_t *at = cache_part(k, slot, p);
+        if (at < begin || at + t->bytes > begin + k->slot_bytes) return false;
         if (!bytes_right(at, t->shard, t->offset, t->bytes)) return false;
     }
-    return w->w1.dtype == DT_I8 && w->w1.rows == k->inter && w->w1.cols == k->dim &&
-           w->w2.rows == k->dim && w->w2.cols == k->inter && w->w3.rows == k->inter;
+    return true;
 }
 
-/* The cache's own bookkeeping: every slot is in exactly one place. */
-static bool cache_sound(const offload *o) {
-    int idle = 0, pinned = 0, orphans = 0, seen_ready = 0, last = -1;
-    for (int i = o->coldest; i >= 0; last = i, i = o->slots[i].warmer) {
-        const expert_slot *s = &o->slots[i];
-        if (s->pins || s->in_flight || s->colder != last || ++idle > o->n_slots) return false;
-        if (s->state != SLOT_FREE && s->state != SLOT_READY) return false;
-        if (s->state == SLOT_FREE && seen_ready) return false;
-        seen_ready |= s->state == SLOT_READY;
+/* A cache's own bookkeeping: every slot is in exactly one place. */
+static bool cache_sound(const cache *k) {
+    const offload *o = k->o;
+    int idle = 0, pinned_ones = 0, orphans = 0, in_flight = 0;
+    for (int way = 0; way < 2; way++) {
+        const slot_list *l = way ? &k->idle : &k->free;
+        const cache_slot *last = NULL;
+        for (const cache_slot *s = l->first; s; last = s, s = s->next) {
+            if (s->pins || s->in_flight || s->list != l || s->prev != last) return false;
+            if (s->state != (way ? SLOT_READY : SLOT_FREE) || ++idle > k->n_slots) return false;
+        }
+        if (l->last != last) return false;
     }
-    if (o->warmest != last) return false;
-    for (int i = 0; i < o->n_slots; i++) {
-        const expert_slot *s = &o->slots[i];
-        pinned += s->pins > 0;
+    for (int i = 0; i < k->n_slots; i++) {
+        const cache_slot *s = &k->slots[i];
+        bool queued = s->list == &o->demand || s->list == &o->background;
+        pinned_ones += s->pins > 0;
+        in_flight += s->in_flight;
         orphans += s->pins == 0 && s->state == SLOT_READING;
+        if (queued != (s->state == SLOT_READING && s->run < s->n_runs)) return false;
+        if ((s->pins || s->in_flight) && s->list && !queued) return false;
+        if (s->pins && s->list == &o->background) return false;
         bool mapped = s->state == SLOT_READING || s->state == SLOT_READY;
-        if (mapped != (s->state != SLOT_FREE && s->state != SLOT_FAILED)) return false;
-        if (mapped && !s->fault.cause && o->slot_of[s->id] != i) return false;
+        if (mapped && k->slot_of[s->id] != s) return false;
     }
-    for (size_t e = 0; e < o->n_experts; e++)
-        if (o->slot_of[e] >= 0 && o->slots[o->slot_of[e]].id != e) return false;
-    return orphans == o->n_orphans && idle + pinned + orphans == o->n_slots;
+    for (size_t e = 0; e < k->n_groups; e++)
+        if (k->slot_of[e] && k->slot_of[e]->id != e) return false;
+    return orphans == k->n_orphans && in_flight == k->in_flight &&
+           idle + pinned_ones + orphans == k->n_slots;
 }
 
 /* Get, wait, compare, give back; true if right. */
-static bool use_expert(cache *k, int e, dsv4_err *err) {
-    dsv4_ffn w;
-    int slot = experts_get(k->o, (size_t)e, err);
+static bool use_group(cache *k, int id, dsv4_err *err) {
+    int slot = cache_get(k, (size_t)id, err);
     if (slot < 0) return false;
-    int rc = experts_wait(k->o, slot, &w, err);
-    bool right = rc == 0 && expert_right(k, e, &w);
-    experts_unpin(k->o, slot);
+    bool right = !cache_wait(k, slot, err) && group_right(k, id, slot);
+    cache_unpin(k, slot);
     return right;
 }
 
-static void test_experts_of_every_layout(void) {
+static void test_cache_of_every_layout(void) {
     set_mood(CALM, 0, 0);
     for (int how = CONTIGUOUS; how <= SHUFFLED; how++) {
         for (int large = 0; large < 2; large++) {
             int n = large ? 5 : 24, dim = large ? 1056 : 64, inter = large ? 2080 : 96;
             const char *dir = fresh_dir();
             write_experts(dir, n, dim, inter, (layout)how);
-            for (int threads = 0; threads < 2; threads++) {
-                cache k;
+            for (int way = 0; way < 4; way++) {
+                bank b;
                 dsv4_err err = {""};
-                hook.refuse_ring = threads;
-                if (cache_open(&k, dir, n, dim, inter, 3)) {
+                hook.refuse_ring = way & 1;
+                hook.refuse_direct = way & 2;
+                if (bank_open(&b, dir, n, 3)) {
                     for (int e = 0; e < n; e++)
-                        CHECK(use_expert(&k, e, &err), "layout %d expert %d: %s", how, e, err.msg);
+                        CHECK(use_group(b.k, e, &err), "layout %d expert %d: %s", how, e, err.msg);
                     for (int e = n - 1; e >= 0; e--)
-                        CHECK(use_expert(&k, e, &err), "layout %d expert %d: %s", how, e, err.msg);
-                    CHECK(k.o->stats.hits == 3 && k.o->stats.misses == (uint64_t)(2 * n - 3),
-                          "%d hits", (int)k.o->stats.hits);
-                    slot_run runs[EXPERT_PARTS];
+                        CHECK(use_group(b.k, e, &err), "layout %d expert %d: %s", how, e, err.msg);
+                    const cache_stats *s = cache_get_stats(b.k);
+                    CHECK(s->hits == 3 && s->misses == (uint64_t)(2 * n - 3), "%d", (int)s->hits);
+                    for (int e = 0; e < n; e++)
+                        CHECK(cache_uses(b.k)[e].hits == (e >= n - 3) &&
+                              cache_uses(b.k)[e].misses == (e >= n - 3 ? 1 : 2), "uses of %d", e);
+                    slot_run runs[GROUP_PARTS];
                     int n_runs;
-                    size_t bytes = lay_out(&k.src[0], runs, &n_runs);
+                    size_t bytes = lay_out(&b.group[0], runs, &n_runs);
                     CHECK(how == CONTIGUOUS ? n_runs == 2 : n_runs > 2, "%d runs", n_runs);
-                    CHECK(bytes <= expert_slot_bytes(k.src, (size_t)n), "slot");
+                    CHECK(bytes <= cache_slot_bytes(b.group, (size_t)n), "slot");
                 }
-                cache_close(&k);
+                bank_close(&b);
             }
             remove_tree(dir);
         }
     }
-    hook.refuse_ring = false;
+    hook.refuse_ring = hook.refuse_direct = false;
+}
+
+/* Empty parts, pieces of tensors that touch, overlap or lie twice, many parts, none at all. */
+static void test_cache_of_odd_groups(void) {
+    enum { N = 64, SIZE = 3000000, ROUNDS = 10 };
+    const char *dir = fresh_dir();
+    ckpt *c;
+    offload *o;
+    dsv4_err err = {""};
+    const char *note;
+    set_mood(CALM, 0, 0);
+    for (int s = 0; s < 2; s++)
+        write_shard(dir, s ? "b.safetensors" : "a.safetensors", s, s ? "{}     " : "{}", SIZE);
+    if (ckpt_open(&c, dir, &err) || offload_open(&o, c, &note, &err)) {
+        CHECK(false, "%s", err.msg);
+        return;
+    }
+    static ckpt_tensor tensor[N][GROUP_PARTS];
+    static const ckpt_tensor *part[N][GROUP_PARTS];
+    read_group group[N];
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int g = 0; g < N; g++) {
+            int n = g == 0 ? 0 : g == 1 ? GROUP_PARTS : (int)(hook_random() % (GROUP_PARTS + 1));
+            uint64_t at = 16 + hook_random() % (SIZE / 2);
+            for (int p = 0; p < n; p++) {
+                uint32_t dice = hook_random() % 8, most = dice == 7 ? SIZE / 2 : 9000;
+                ckpt_tensor *t = &tensor[g][p];
+                uint64_t bytes = dice == 0 || g == 2 ? 0 : 1 + hook_random() % most;
+                if (dice == 1) at -= hook_random() % at;
+                if (dice == 2) at += hook_random() % 5000;
+                if (at < 16 || at >= SIZE - 16) at = 16; /* not the header         */
+                if (bytes > SIZE - at) bytes = SIZE - at;
+                *t = (ckpt_tensor){.shard = dice == 3, .offset = at, .bytes = bytes};
+                if (dice != 4) at += bytes;    /* else the next one overlaps                    */
+                part[g][p] = t;
+            }
+            group[g] = (read_group){part[g], n};
+        }
+        cache *k;
+        CHECK(!cache_open(&k, o, group, N, 5, &err), "%s", err.msg);
+        for (int g = 0; g < N; g++) CHECK(use_group(k, g, &err), "%d.%d: %s", round, g, err.msg);
+        cache_ask(k, 0);           /* not in: all slots are taken, nothing happens              */
+        CHECK(!cache_holds(k, 0) && cache_holds(k, N - 1) && cache_sound(k), "%d", round);
+        cache_close(k);
+        CHECK(!cache_open(&k, o, group, N, 5, &err), "%s", err.msg);
+        cache_ask(k, 0);
+        CHECK(cache_holds(k, 0) && cache_sound(k), "nothing to read");
+        cache_close(k);
+    }
+    CHECK(cache_open(&(cache *){NULL}, o, group, N, INT_MAX, &err) == -1 &&
+          says(&err, "lower the memory budget"), "%s", err.msg);
+    CHECK(o->n_caches == 0 && o->n_bufs == 0, "%d caches", o->n_caches);
+    offload_close(o);
+    ckpt_close(c);
 }
 
 /* One trace against a model that fits a page: stamp[e] is when e was last given back. */
-static void test_experts_evict_the_least_recently_used(void) {
+static void test_cache_evicts_the_least_recently_used(void) {
     enum { N = 40, SLOTS = 7, STEPS = 3000 };
     const char *dir = fresh_dir();
-    cache k;
+    bank b;
     dsv4_err err = {""};
     uint64_t stamp[N] = {0}, now = 0, hits = 0, misses = 0, evictions = 0;
     int pins[N] = {0}, slot_of[N], cached = 0;
     set_mood(CALM, 0, 0);
     write_experts(dir, N, 64, 96, CONTIGUOUS);
-    if (!cache_open(&k, dir, N, 64, 96, SLOTS)) return;
+    if (!bank_open(&b, dir, N, SLOTS)) return;
     size_t heap = mallinfo2().uordblks;
     for (int e = 0; e < N; e++) slot_of[e] = -1;
     for (int step = 0; step < STEPS; step++) {
         int e = (int)(hook_random() % N * (hook_random() % N) / N); /* small ones more often     */
         if (pins[e] > 0 && hook_random() % 3) {
-            experts_unpin(k.o, slot_of[e]);
+            cache_unpin(b.k, slot_of[e]);
             if (--pins[e] == 0) stamp[e] = ++now;
             continue;
         }
@@ -1100,7 +1226,8 @@ static void test_experts_evict_the_least_recently_used(void) {
             if (slot_of[i] >= 0 && !pins[i] && (coldest < 0 || stamp[i] < stamp[coldest]))
                 coldest = i;
         bool hit = slot_of[e] >= 0, full = !hit && cached == SLOTS && coldest < 0;
-        int slot = experts_get(k.o, (size_t)e, &err);
+        CHECK(cache_holds(b.k, (size_t)e) == hit, "step %d", step);
+        int slot = cache_get(b.k, (size_t)e, &err);
         CHECK(full ? slot == -1 && !err.msg[0] : slot >= 0, "step %d: %s", step, err.msg);
         if (slot < 0) continue;
         hits += hit;
@@ -1114,126 +1241,679 @@ static void test_experts_evict_the_least_recently_used(void) {
         }
         slot_of[e] = slot;
         pins[e]++;
-        dsv4_ffn w;
-        CHECK(!experts_wait(k.o, slot, &w, &err) && expert_right(&k, e, &w), "step %d", step);
-        CHECK(cache_sound(k.o), "step %d", step);
+        CHECK(!cache_wait(b.k, slot, &err) && group_right(b.k, e, slot), "step %d", step);
+        CHECK(cache_sound(b.k), "step %d", step);
     }
-    const offload_stats *s = offload_get_stats(k.o);
+    const cache_stats *s = cache_get_stats(b.k);
     CHECK(s->hits == hits && s->misses == misses && s->evictions == evictions, "counters");
     CHECK(mallinfo2().uordblks == heap, "allocated after start");
     NOTE("%d hits, %d misses", (int)hits, (int)misses);
-    cache_close(&k);
+    bank_close(&b);
 }
 
 /* Many asked for and given back in any order, waited for or not: bytes stay right. */
-static void test_experts_random_pins(void) {
+static void test_cache_random_pins(void) {
     enum { N = 30, SLOTS = 9, HELD = 12 };
     const char *dir = fresh_dir();
     set_mood(CALM, 0, 0);
     write_experts(dir, N, 512, 544, SHUFFLED);
     for (int way = 0; way < 4; way++) {
-        cache k;
+        bank b;
         dsv4_err err = {""};
         int held[HELD], of[HELD], n = 0;
         hook.refuse_ring = way & 1;
-        if (!cache_open(&k, dir, N, 512, 544, SLOTS)) break;
-        if (way & 2) while (k.o->free_reqs->next) take_req(k.o); /* a ring of depth 1           */
+        if (!bank_open(&b, dir, N, SLOTS)) break;
+        if (way & 2) narrow(b.o, 1);
         for (int step = 0; step < 600; step++) {
             uint32_t dice = hook_random();
             if (n < HELD && dice % 2) {
-                int e = (int)(hook_random() % N), slot = experts_get(k.o, (size_t)e, &err);
+                int e = (int)(hook_random() % N), slot = cache_get(b.k, (size_t)e, &err);
                 CHECK(slot >= 0 || !err.msg[0], "%s", err.msg);
                 if (slot >= 0) held[n] = slot, of[n++] = e;
             } else if (n > 0) {
                 int i = (int)(hook_random() % (uint32_t)n);
-                dsv4_ffn w;
                 if (dice % 3)
-                    CHECK(!experts_wait(k.o, held[i], &w, &err) && expert_right(&k, of[i], &w),
+                    CHECK(!cache_wait(b.k, held[i], &err) && group_right(b.k, of[i], held[i]),
                           "way %d step %d: %s", way, step, err.msg);
-                experts_unpin(k.o, held[i]);
+                cache_unpin(b.k, held[i]);
                 held[i] = held[--n], of[i] = of[n];
             }
-            CHECK(cache_sound(k.o), "way %d step %d", way, step);
+            CHECK(cache_sound(b.k), "way %d step %d", way, step);
         }
-        cache_close(&k);           /* with reads on their way and pins held                     */
+        bank_close(&b);            /* with reads on their way and pins held                     */
     }
     hook.refuse_ring = false;
     remove_tree(dir);
 }
 
-static void test_experts_all_pinned(void) {
+static void test_cache_all_pinned(void) {
     const char *dir = fresh_dir();
-    cache k;
+    bank b;
     dsv4_err err = {"old"};
     set_mood(CALM, 0, 0);
     write_experts(dir, 4, 64, 64, CONTIGUOUS);
     for (int n_slots = 1; n_slots <= 2; n_slots++) {
-        if (!cache_open(&k, dir, 4, 64, 64, n_slots)) return;
+        if (!bank_open(&b, dir, 4, n_slots)) return;
         int slot = -1;
-        for (int i = 0; i < n_slots; i++) slot = experts_get(k.o, (size_t)i, &err);
-        CHECK(experts_get(k.o, 3, &err) == -1 && !err.msg[0], "%s", err.msg);
-        CHECK(experts_get(k.o, (size_t)n_slots - 1, &err) == slot, "a second pin");
-        experts_unpin(k.o, slot);
-        CHECK(experts_get(k.o, 3, &err) == -1 && !err.msg[0], "%s", err.msg);
-        experts_unpin(k.o, slot);  /* perhaps still on its way: then get waits for it           */
-        CHECK(experts_get(k.o, 3, &err) == slot, "%s", err.msg);
-        dsv4_ffn w;
-        CHECK(!experts_wait(k.o, slot, &w, &err) && expert_right(&k, 3, &w), "%s", err.msg);
-        cache_close(&k);
+        for (int i = 0; i < n_slots; i++) slot = cache_get(b.k, (size_t)i, &err);
+        CHECK(cache_get(b.k, 3, &err) == -1 && !err.msg[0], "%s", err.msg);
+        CHECK(cache_get(b.k, (size_t)n_slots - 1, &err) == slot, "a second pin");
+        cache_unpin(b.k, slot);
+        CHECK(cache_get(b.k, 3, &err) == -1 && !err.msg[0], "%s", err.msg);
+        cache_unpin(b.k, slot);    /* perhaps still on its way: then get waits for it           */
+        CHECK(cache_get(b.k, 3, &err) == slot, "%s", err.msg);
+        CHECK(!cache_wait(b.k, slot, &err) && group_right(b.k, 3, slot), "%s", err.msg);
+        bank_close(&b);
     }
-    CHECK(cache_open(&k, dir, 4, 64, 64, 9) && use_expert(&k, 0, &err), "more slots than experts");
-    cache_close(&k);
+    CHECK(bank_open(&b, dir, 4, 9) && use_group(b.k, 0, &err), "more slots than experts");
+    bank_close(&b);
 }
 
 /* Reads of one part fail for ever: that expert fails by name, the others do not, and once the
  * drive is well again everything is. */
-static void test_experts_survive_bad_reads(void) {
+static void test_cache_survives_bad_reads(void) {
     enum { N = 12, DIM = 1056, INTER = 2080 }; /* 7 is evicted by the last four */
     const char *dir = fresh_dir();
     set_mood(CALM, 0, 0);
     write_experts(dir, N, DIM, INTER, CONTIGUOUS);
     for (int way = 0; way < 4; way++) {
-        cache k;
+        bank b;
         dsv4_err err = {""};
         hook.refuse_ring = way & 1;
-        if (!cache_open(&k, dir, N, DIM, INTER, 4)) break;
-        if (way & 2) while (k.o->free_reqs->next) take_req(k.o);
+        if (!bank_open(&b, dir, N, 4)) break;
+        if (way & 2) narrow(b.o, 1);
         for (int p = W1; p < EXPERT_PARTS; p += 2) {
-            const ckpt_tensor *t = k.src[7].part[p];
+            const ckpt_tensor *t = b.group[7].part[p];
             int slot[3];
-            dsv4_ffn w;
-            hook.shard = t->shard, hook.fd = k.o->files[t->shard].fd;
+            hook.shard = t->shard, hook.fd = b.o->files[t->shard].fd;
             hook.at = t->offset + t->bytes / 2;
             set_mood(AT, -EIO, 0);
-            for (int i = 0; i < 3; i++) slot[i] = experts_get(k.o, (size_t)(6 + i), &err);
-            CHECK(!experts_wait(k.o, slot[2], &w, &err) && expert_right(&k, 8, &w), "%s", err.msg);
-            CHECK(!experts_wait(k.o, slot[0], &w, &err) && expert_right(&k, 6, &w), "%s", err.msg);
+            for (int i = 0; i < 3; i++) slot[i] = cache_get(b.k, (size_t)(6 + i), &err);
+            for (int i = 2; i >= 0; i -= 2)
+                CHECK(!cache_wait(b.k, slot[i], &err) && group_right(b.k, 6 + i, slot[i]), "%s",
+                      err.msg);
             for (int i = 0; i < 2; i++) {          /* it says so each time                      */
                 err.msg[0] = 0;
-                CHECK(experts_wait(k.o, slot[1], &w, &err) == -1 &&
+                CHECK(cache_wait(b.k, slot[1], &err) == -1 &&
                       says(&err, "(from tensor e7.") && says(&err, ".safetensors at byte ") &&
                       says(&err, "Input/output error"), "%s", err.msg);
             }
-            for (int i = 0; i < 3; i++) experts_unpin(k.o, slot[i]);
-            int s = experts_get(k.o, 7, &err);     /* fails with nobody waiting                 */
+            for (int i = 0; i < 3; i++) cache_unpin(b.k, slot[i]);
+            int s = cache_get(b.k, 7, &err);       /* fails with nobody waiting                 */
             CHECK(s >= 0, "%s", err.msg);
-            experts_unpin(k.o, s);
-            while (k.o->in_flight) io_reap(k.o, true, &err);
-            CHECK(cache_sound(k.o) && k.o->slots[s].state == SLOT_FREE, "part %d", p);
+            cache_unpin(b.k, s);
+            drain(b.o);
+            CHECK(cache_sound(b.k) && b.k->slots[s].state == SLOT_FREE, "part %d", p);
+            cache_ask(b.k, 7);                     /* and so it does in the background          */
+            drain(b.o);
+            CHECK(cache_sound(b.k) && !cache_holds(b.k, 7) && b.k->free.first, "part %d", p);
             set_mood(CALM, 0, 0);
-            for (int e = 0; e < N; e++) CHECK(use_expert(&k, e, &err), "%d: %s", e, err.msg);
-            CHECK(cache_sound(k.o), "part %d", p);
+            for (int e = 0; e < N; e++) CHECK(use_group(b.k, e, &err), "%d: %s", e, err.msg);
+            CHECK(cache_sound(b.k), "part %d", p);
         }
         static const mood moods[] = {NTH, SHORT, INTR};
         for (size_t m = 0; m < sizeof moods / sizeof *moods; m++)
             for (int e = 0; e < N; e++) {
                 set_mood(moods[m], -EIO, 1 + e % 3);
-                CHECK(use_expert(&k, e, &err), "mood %d expert %d: %s", moods[m], e, err.msg);
+                CHECK(use_group(b.k, e, &err), "mood %d expert %d: %s", moods[m], e, err.msg);
             }
-        cache_close(&k);
+        bank_close(&b);
     }
     hook.refuse_ring = false;
     set_mood(CALM, 0, 0);
+    remove_tree(dir);
+}
+
+/* A ring that breaks with reads on their way: every call says so from then on, and closing in
+ * this state neither hangs nor touches what is gone. */
+static void test_cache_when_the_ring_breaks(void) {
+    const char *dir = fresh_dir();
+    bank b;
+    dsv4_err err = {""};
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 12, 1056, 2080, CONTIGUOUS);
+    if (!bank_open(&b, dir, 12, 8)) return;
+    for (int i = 6; i < 12 && b.o->has_ring; i++) cache_ask(b.k, (size_t)i);
+    int slot = cache_get(b.k, 0, &err);
+    if (b.o->has_ring) {
+        hook.ring_waits = -EBADF, hook.n_ring_waits = 1000;
+        CHECK(cache_wait(b.k, slot, &err) == -1 && says(&err, "io_uring: Bad file"), "%s", err.msg);
+        hook.n_ring_waits = 0;
+        CHECK(cache_wait(b.k, slot, &err) == -1 && says(&err, "io_uring: Bad"), "%s", err.msg);
+        CHECK(cache_get(b.k, 1, &err) == -1 && says(&err, "io_uring: Bad"), "%s", err.msg);
+        cache_ask(b.k, 2);
+        CHECK(cache_sound(b.k), "sound");
+    }
+    cache_unpin(b.k, slot);
+    bank_close(&b);
+}
+
+/* What a cache must do, in one page: which groups are in, how often pinned, which goes next. */
+typedef struct {
+    cache *k;
+    int n, n_used, n_idle;
+    int pins[64], slot[64], idle[64];          /* idle: coldest first                           */
+    bool in[64];
+} model;
+
+static void model_drop(model *m, int at) {
+    memmove(m->idle + at, m->idle + at + 1, (size_t)(--m->n_idle - at) * sizeof(int));
+}
+
+/* With nothing in flight the model knows everything; else it knows what is pinned. */
+static void model_get(model *m, int id, bool exact) {
+    dsv4_err err = {"old"};
+    int n_pinned = 0, i = 0;
+    uint64_t evictions = m->k->stats.evictions, hits = m->k->stats.hits;
+    bool held = cache_holds(m->k, (size_t)id), was = m->in[id];
+    for (int g = 0; g < m->n; g++) n_pinned += m->pins[g] > 0;
+    int slot = cache_get(m->k, (size_t)id, &err);
+    bool refused = !m->pins[id] && n_pinned == m->k->n_slots;
+    CHECK(refused ? slot == -1 && !err.msg[0] : slot >= 0, "slot %d: %s", slot, err.msg);
+    CHECK(!m->pins[id] || slot == m->slot[id], "a pinned group moved");
+    if (slot < 0) return;
+    CHECK(!held || m->k->stats.hits == hits + 1, "held, but no hit");
+    for (int g = 0; g < m->n; g++)
+        CHECK(g == id || !m->pins[g] || m->slot[g] != slot, "a pinned slot was given away");
+    if (exact) {
+        int out = -1;
+        while (i < m->n_idle && m->idle[i] != id) i++;
+        if (was && !m->pins[id]) model_drop(m, i);
+        else if (!was && m->n_used < m->k->n_slots) m->n_used++;
+        else if (!was) out = m->idle[0], model_drop(m, 0);
+        CHECK((m->k->stats.hits == hits + 1) == was, "hit");
+        CHECK(m->k->stats.evictions == evictions + (out >= 0), "evictions");
+        if (out >= 0) m->in[out] = false;
+        m->in[id] = true;
+    }
+    m->pins[id]++;
+    m->slot[id] = slot;
+}
+
+static void model_step(model *m, bool exact) {
+    uint32_t dice = hook_random() % 8;
+    int id = (int)(hook_random() % (uint32_t)m->n);
+    dsv4_err err = {""};
+    if (dice < 3) {
+        model_get(m, id, exact);
+    } else if (dice < 5) {
+        bool room = m->n_used < m->k->n_slots && !m->in[id];
+        cache_ask(m->k, (size_t)id);
+        if (exact && room) {
+            memmove(m->idle + 1, m->idle, (size_t)m->n_idle++ * sizeof(int));
+            m->idle[0] = id;
+            m->in[id] = true;
+            m->n_used++;
+        }
+    } else {
+        for (int tries = 0; tries < m->n && !m->pins[id]; tries++) id = (id + 1) % m->n;
+        if (!m->pins[id]) return;
+        if (dice < 7)
+            CHECK(!cache_wait(m->k, m->slot[id], &err) && group_right(m->k, id, m->slot[id]),
+                  "group %d: %s", id, err.msg);
+        cache_unpin(m->k, m->slot[id]);
+        if (--m->pins[id] == 0) m->idle[m->n_idle++] = id;
+    }
+}
+
+/* Two caches of other shapes and a loader over one offload, in any order.  `exact`: after each
+ * step everything lands, and then the model tells what is in, and what goes. */
+static void share(const char *dir, uint32_t seed, int depth, bool exact) {
+    enum { N = 24, LAYERS = 7, EACH = 20 };
+    bank b;
+    model m[2];
+    dsv4_err err = {""};
+    read_group layer[LAYERS];
+    const ckpt_tensor *part[LAYERS * EACH];
+    if (!bank_open(&b, dir, N, 6)) return;
+    for (int i = 0; i < LAYERS * EACH; i++) part[i] = b.part[i];
+    for (int l = 0; l < LAYERS; l++) layer[l] = (read_group){part + l * EACH, EACH};
+    m[0] = (model){.k = b.k, .n = N};
+    m[1] = (model){.n = LAYERS};
+    CHECK(!cache_open(&m[1].k, b.o, layer, LAYERS, 3, &err), "%s", err.msg);
+    if (depth) narrow(b.o, depth);
+    hook.rng = seed;
+    for (int step = 0; step < 500; step++) {
+        model *one = &m[hook_random() % 2];
+        model_step(one, exact);
+        if (!exact) m[0].n_idle = m[1].n_idle = 0;
+        if (exact) drain(b.o);
+        if (step % 50 == 49) {     /* a load between                                            */
+            const ckpt_tensor *t = b.part[hook_random() % (N * EXPERT_PARTS)];
+            uint8_t *dst = malloc(t->bytes);
+            CHECK(!offload_load(b.o, &(load_item){t, dst}, 1, &err) &&
+                  bytes_right(dst, t->shard, t->offset, t->bytes), "%s", err.msg);
+            free(dst);
+        }
+        for (int i = 0; i < 2; i++) {
+            CHECK(cache_sound(m[i].k), "seed %u depth %d step %d", seed, depth, step);
+            CHECK(b.o->n_background <= IO_BACKGROUND, "%d", b.o->n_background);
+            for (int g = 0; g < m[i].n && exact; g++)
+                CHECK(cache_holds(m[i].k, (size_t)g) == m[i].in[g], "step %d group %d", step, g);
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        uint64_t hits = 0, misses = 0;
+        for (int g = 0; g < m[i].n; g++) {
+            hits += cache_uses(m[i].k)[g].hits, misses += cache_uses(m[i].k)[g].misses;
+            if (m[i].pins[g])
+                CHECK(!cache_wait(m[i].k, m[i].slot[g], &err) &&
+                      group_right(m[i].k, g, m[i].slot[g]), "at the end: %s", err.msg);
+        }
+        CHECK(hits == m[i].k->stats.hits && misses == m[i].k->stats.misses, "uses");
+    }
+    if (seed % 2) bank_close(&(bank){.k = m[1].k});
+    else cache_close(b.k), b.k = m[1].k;
+    bank_close(&b);                /* with reads on their way and pins held                     */
+}
+
+static void test_caches_share_an_offload(void) {
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 24, 512, 544, SHUFFLED);
+    for (uint32_t seed = 1; seed <= 12; seed++) {
+        hook.refuse_ring = seed % 3 == 0;
+        share(dir, seed, seed % 4 == 1 ? 1 : seed % 4 == 2 ? 5 : 0, seed > 6);
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+/* The order in which groups are asked for, as a text: "a" a piece of group 0, "A" the same in the
+ * background. */
+static const char *order_of(const cache *k, int from) {
+    static char text[sizeof hook.log / sizeof *hook.log + 1];
+    int n = 0;
+    for (int i = from; i < hook.n_log; i++) {
+        const logged *l = &hook.log[i];
+        text[n++] = !l->slot ? '.' : l->slot->c != k ? '?'
+                    : (char)((l->background ? 'A' : 'a') + (char)l->slot->id);
+    }
+    text[n] = 0;
+    return text;
+}
+
+/* Groups of four pieces (3 and 1).  What a get asks for goes before all that the background has
+ * not asked for yet; the background never has more than its half. */
+static void test_background_never_delays(void) {
+    enum { N = 26, DIM = 1536, INTER = 3072 };
+    const char *dir = fresh_dir();
+    bank b;
+    dsv4_err err = {""};
+    set_mood(CALM, 0, 0);
+    write_experts(dir, N, DIM, INTER, CONTIGUOUS);
+    if (!bank_open(&b, dir, N, N)) return;
+    if (!b.o->has_ring) {          /* the order is the same, but threads do not tell it         */
+        bank_close(&b);
+        return;
+    }
+    CHECK(cache_slot_bytes(b.group, 1) > 7 * IO_PIECE, "8 pieces of weights or more");
+    hook.n_log = 0;
+    for (int i = 0; i < 20; i++) cache_ask(b.k, (size_t)i);
+    CHECK(hook.n_log == IO_BACKGROUND && b.o->n_background == IO_BACKGROUND, "%d", hook.n_log);
+    int slot = cache_get(b.k, 25, &err);       /* nothing has been reaped but by this call      */
+    const char *order = order_of(b.k, IO_BACKGROUND);
+    size_t pieces = strspn(order + strcspn(order, "z"), "z");
+    CHECK(pieces > 7, "%s", order);
+    CHECK(!cache_wait(b.k, slot, &err) && group_right(b.k, 25, slot), "%s", err.msg);
+    cache_unpin(b.k, slot);
+    for (int i = 0; i < 20; i++) CHECK(use_group(b.k, i, &err), "%s", err.msg);
+    CHECK(b.k->stats.hits == 20 && b.k->stats.misses == 1, "the background's are hits");
+    bank_close(&b);
+
+    if (!bank_open(&b, dir, N, 8)) return;
+    narrow(b.o, 1);
+    hook.n_log = 0;
+    for (int i = 0; i < 3; i++) cache_ask(b.k, (size_t)i);     /* a, b, c                       */
+    CHECK(!strcmp(order_of(b.k, 0), "A"), "%s", order_of(b.k, 0));
+    int d = cache_get(b.k, 3, &err), c = cache_get(b.k, 2, &err), e = cache_get(b.k, 4, &err);
+    uint8_t *dst = malloc(b.group[9].part[0]->bytes);
+    CHECK(!offload_load(b.o, &(load_item){b.group[9].part[0], dst}, 1, &err), "%s", err.msg);
+    CHECK(!cache_wait(b.k, e, &err) && !cache_wait(b.k, c, &err) && !cache_wait(b.k, d, &err),
+          "%s", err.msg);
+    CHECK(!cache_get(b.k, 0, &err), "what is left of a");
+    drain(b.o);
+    CHECK(cache_holds(b.k, 0) && cache_holds(b.k, 1), "in");
+    order = order_of(b.k, 0);      /* A.. d, c, e; the load fits in where it comes; a, B        */
+    char seen[N + 2] = "";
+    for (size_t i = 0, n = 0; order[i] && n <= N; i++)
+        if (order[i] != '.' && (!n || seen[n - 1] != order[i])) seen[n++] = order[i], seen[n] = 0;
+    CHECK(!strcmp(seen, "AdceAaB") || !strcmp(seen, "AdceaB"), "%s: %s", seen, order);
+    free(dst);
+    for (int i = 0; i < 5; i++) CHECK(use_group(b.k, i, &err), "%s", err.msg);
+    bank_close(&b);
+    remove_tree(dir);
+}
+
+/* A get takes the slot of what was asked for last and not begun, before it evicts or waits. */
+static void test_background_gives_slots_back(void) {
+    const char *dir = fresh_dir();
+    bank b;
+    dsv4_err err = {""};
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 12, 1056, 2080, CONTIGUOUS);
+    for (int way = 0; way < 2; way++) {
+        hook.refuse_ring = way;
+        if (!bank_open(&b, dir, 12, 4)) return;
+        narrow(b.o, 1);
+        CHECK(use_group(b.k, 11, &err), "%s", err.msg);
+        for (int i = 0; i < 5; i++) cache_ask(b.k, (size_t)i); /* 3 and 4 find no free slot     */
+        for (int i = 0; i < 5; i++) CHECK(!b.k->slot_of[i] == (i > 2), "group %d", i);
+        cache_ask(b.k, 0);                     /* a second time: nothing                        */
+        CHECK(b.k->n_orphans == 3 && cache_sound(b.k), "%d", b.k->n_orphans);
+        int x = cache_get(b.k, 9, &err);
+        CHECK(x >= 0 && !b.k->slot_of[2] && b.k->slot_of[1] && cache_holds(b.k, 11), "2 goes");
+        int y = cache_get(b.k, 10, &err);
+        CHECK(y >= 0 && !b.k->slot_of[1] && b.k->slot_of[0] && cache_holds(b.k, 11), "1 goes");
+        CHECK(b.k->stats.evictions == 0 && cache_sound(b.k), "no evictions");
+        int z = cache_get(b.k, 8, &err);       /* 0 has begun: 11 goes                          */
+        CHECK(z >= 0 && !cache_holds(b.k, 11) && b.k->slot_of[0], "11 goes");
+        CHECK(b.k->stats.evictions == 1 && cache_sound(b.k), "an eviction");
+        int w = cache_get(b.k, 7, &err);       /* and now 0, when it is in                      */
+        CHECK(w >= 0 && !b.k->slot_of[0] && cache_sound(b.k), "0 goes: %s", err.msg);
+        CHECK(cache_get(b.k, 6, &err) == -1 && !err.msg[0], "all pinned: %s", err.msg);
+        CHECK(!cache_wait(b.k, x, &err) && group_right(b.k, 9, x), "%s", err.msg);
+        CHECK(!cache_wait(b.k, y, &err) && group_right(b.k, 10, y), "%s", err.msg);
+        CHECK(!cache_wait(b.k, z, &err) && group_right(b.k, 8, z), "%s", err.msg);
+        CHECK(!cache_wait(b.k, w, &err) && group_right(b.k, 7, w), "%s", err.msg);
+        bank_close(&b);
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+/* Closing waits for what is on its way, asks for nothing more, and leaves the other cache alone. */
+static void test_cache_close_waits(void) {
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 12, 1056, 2080, CONTIGUOUS);
+    for (int way = 0; way < 4; way++) {
+        bank b;
+        cache *k;
+        dsv4_err err = {""};
+        hook.refuse_ring = way & 1;
+        if (!bank_open(&b, dir, 12, 6)) return;
+        CHECK(!cache_open(&k, b.o, b.group, 12, 6, &err), "%s", err.msg);
+        if (way & 2) narrow(b.o, 1);
+        for (int i = 0; i < 3; i++) cache_get(k, (size_t)i, &err);
+        for (int i = 3; i < 6; i++) cache_ask(k, (size_t)i);
+        cache_ask(b.k, 7);         /* waits behind all of these                                 */
+        CHECK(b.o->in_flight == k->in_flight + b.k->in_flight && k->in_flight, "in flight");
+        set_mood(CALM, 0, 0);
+        cache_close(k);
+        CHECK(b.o->in_flight == b.k->in_flight && !b.o->demand.first, "%d", b.o->in_flight);
+        CHECK(!(way & 2) || hook.seen <= 3, "%d reads", hook.seen);
+        drain(b.o);
+        CHECK(cache_holds(b.k, 7) && cache_sound(b.k) && use_group(b.k, 7, &err), "%s", err.msg);
+        bank_close(&b);
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+/* Gets, asks and a load of two caches.  Each comes out right, or as an error that names its file;
+ * the number of errors, or -1 for anything else. */
+static int fixed_script(const bank *b, cache *layers) {
+    int slot[4], errors = 0;
+    dsv4_err err = {""};
+    const ckpt_tensor *t = b->group[5].part[1];
+    uint8_t *dst = malloc(t->bytes);
+    cache_ask(b->k, 4);
+    for (int i = 0; i < 3; i++) slot[i] = cache_get(b->k, (size_t)i, &err);
+    slot[3] = cache_get(layers, 0, &err);
+    cache_ask(layers, 1);
+    for (int i = 0; i < 4; i++) {
+        cache *k = i < 3 ? b->k : layers;
+        err.msg[0] = 0;
+        if (slot[i] < 0) return -1;
+        if (cache_wait(k, slot[i], &err)) errors++;
+        else if (!group_right(k, i % 3, slot[i])) return -1;
+        if (err.msg[0] && (!says(&err, ".safetensors at byte ") || !says(&err, "tensor e")))
+            return -1;
+        cache_unpin(k, slot[i]);
+    }
+    err.msg[0] = 0;
+    if (offload_load(b->o, &(load_item){t, dst}, 1, &err)) errors++;
+    else if (!bytes_right(dst, t->shard, t->offset, t->bytes)) errors = -1;
+    if (err.msg[0] && !says(&err, ".safetensors at byte ")) errors = -1;
+    free(dst);
+    drain(b->o);
+    for (int i = 0; i < 6 && errors >= 0; i++) { /* what the background says it has is right    */
+        if (!cache_holds(b->k, (size_t)i)) continue;
+        int s = cache_get(b->k, (size_t)i, &err);
+        if (s < 0 || cache_wait(b->k, s, &err) || !group_right(b->k, i, s)) errors = -1;
+        cache_unpin(b->k, s);
+    }
+    return cache_sound(b->k) && cache_sound(layers) ? errors : -1;
+}
+
+/* For every read of a run, and every way in which it can go wrong. */
+static void test_every_read_may_fail(void) {
+    static const struct { int answer, times; bool right; } faults[] = {
+        {-EIO, INT_MAX, false}, {-EIO, 1, true}, {-EIO, 2, false}, {1, 1, true}, {1, 4, true},
+        {-EINTR, 1, true}, {-EAGAIN, 3, true}, {0, INT_MAX, false}, {0, 1, false},
+    };
+    const char *dir = fresh_dir();
+    int n_reads[2] = {0}, failed = 0;
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 12, 768, 1024, CONTIGUOUS);
+    alarm(300);                    /* a hang ends the test                                      */
+    for (int way = 0; way < 2; way++) {
+        for (size_t f = 0; f < sizeof faults / sizeof *faults; f++) {
+            for (int nth = 1; nth == 1 || nth <= n_reads[way]; nth++) {
+                bank b;
+                cache *layers;
+                dsv4_err err = {""};
+                const ckpt_tensor *part[12];
+                read_group layer[2] = {{part, 6}, {part + 6, 6}};
+                hook.refuse_ring = way;
+                if (!bank_open(&b, dir, 12, 4)) return;
+                for (int i = 0; i < 12; i++) part[i] = b.part[i + 50];
+                CHECK(!cache_open(&layers, b.o, layer, 2, 2, &err), "%s", err.msg);
+                set_mood(PLACE, faults[f].answer, nth);
+                hook.times = faults[f].times;
+                int errors = fixed_script(&b, layers), reads = hook.seen;
+                if (faults[f].times == 1 && faults[f].answer == -EIO) n_reads[way] = reads - 1;
+                if (!n_reads[way]) n_reads[way] = reads;
+                CHECK(faults[f].right ? errors == 0 : errors >= 0, "way %d fault %zu read %d: %d",
+                      way, f, nth, errors);
+                failed += errors > 0;
+                set_mood(CALM, 0, 0);
+                CHECK(!fixed_script(&b, layers), "afterwards: way %d fault %zu read %d", way, f,
+                      nth);
+                cache_close(layers);
+                bank_close(&b);
+            }
+        }
+    }
+    alarm(0);
+    CHECK(failed > n_reads[0] && n_reads[0] > 15, "%d failed of %d reads", failed, n_reads[0]);
+    NOTE("%d reads, %d runs failed", n_reads[0], failed);
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+/* Exit status of a process of nobody's that may lock 64 KB: 0 when it reads and says so. */
+static int read_as_nobody(const char *dir) {
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        struct rlimit few = {65536, 65536};
+        bank b;
+        dsv4_err err = {""};
+        int bad = setrlimit(RLIMIT_MEMLOCK, &few) || (getuid() == 0 && setuid(65534)) ||
+                  !bank_open(&b, dir, 12, 5);
+        if (bad) _exit(9);
+        const char *note = offload_note(b.o);
+        if (b.o->has_ring && b.k->n_bufs == 0) bad = !note || !strstr(note, "ulimit -l") ||
+                                                     strchr(note, '\n');
+        else bad = b.o->has_ring ? 8 : !note || strstr(note, "ulimit");
+        for (int e = 0; e < 12; e++) if (!use_group(b.k, e, &err)) bad |= 2;
+        bank_close(&b);
+        _exit(bad);
+    }
+    int status = -1;
+    return child < 0 || waitpid(child, &status, 0) < 0 ? -1 : status;
+}
+
+static void test_buffers_are_registered(void) {
+    const char *dir = fresh_dir();
+    bank b;
+    dsv4_err err = {""};
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 12, 1056, 2080, SHUFFLED);
+    if (!bank_open(&b, dir, 12, 5)) return;
+    if (b.k->n_bufs) {
+        CHECK(b.k->n_bufs == 1 && !offload_note(b.o), "%s", offload_note(b.o));
+        for (int few = 0; few < 2; few++) {    /* in pieces of two slots; not all of the slots  */
+            arena_unregister(b.k);
+            b.k->n_bufs = 0;
+            arena_register(b.k, few ? 2 * b.k->slot_bytes : 3 * b.k->slot_bytes - 1);
+            CHECK(b.k->n_bufs == 3 && b.k->buf_slots == 2, "%d", b.k->n_bufs);
+            if (few) b.k->n_bufs = 2;
+            hook.n_log = 0;
+            for (int e = 0; e < 12; e++) CHECK(use_group(b.k, e, &err), "%d: %s", e, err.msg);
+            for (int i = 0; i < hook.n_log; i++)
+                CHECK(hook.log[i].fixed == (!few || hook.log[i].slot - b.k->slots < 4), "%d", i);
+            b.k->n_bufs = 3;
+        }
+        cache *more[3];
+        for (int i = 0; i < 3; i++)
+            CHECK(!cache_open(&more[i], b.o, b.group, 12, 2, &err), "%s", err.msg);
+        CHECK(more[2]->n_bufs == 1 && more[2]->first_buf == 5, "%d", more[2]->first_buf);
+        cache_close(more[1]);
+        CHECK(use_group(more[2], 3, &err) && use_group(more[0], 3, &err), "%s", err.msg);
+        cache_close(more[2]);
+        CHECK(b.o->n_bufs == 5, "%d", b.o->n_bufs);
+        cache_close(more[0]);
+        bool fixed = b.o->fixed_bufs;
+        b.o->fixed_bufs = false;               /* an older kernel                               */
+        CHECK(!cache_open(&more[0], b.o, b.group, 12, 2, &err) && use_group(more[0], 3, &err) &&
+              strstr(offload_note(b.o), "Linux before 5.19"), "%s", err.msg);
+        cache_close(more[0]);
+        b.o->fixed_bufs = fixed;
+    }
+    bank_close(&b);
+    CHECK(!chmod(top, 0755) && !chmod(dir, 0755), "chmod");
+    int status = read_as_nobody(dir);
+    CHECK(status == 0, "status %x", (unsigned)status);
+    remove_tree(dir);
+}
+
+static void test_busy_is_the_time_in_flight(void) {
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_experts(dir, 12, 1056, 2080, CONTIGUOUS);
+    for (int way = 0; way < 2; way++) {
+        bank b;
+        dsv4_err err = {""};
+        const struct timespec nap = {.tv_nsec = 40000000};
+        hook.refuse_ring = way;
+        if (!bank_open(&b, dir, 12, 5)) return;
+        const offload_stats *s = offload_get_stats(b.o);
+        CHECK(s->busy_s == 0, "%g", s->busy_s);
+        double begin = seconds();
+        CHECK(use_group(b.k, 0, &err) && use_group(b.k, 1, &err), "%s", err.msg);
+        double busy = s->busy_s, took = seconds() - begin;
+        CHECK(busy > 0 && busy <= took, "%g of %g s", busy, took);
+        nanosleep(&nap, NULL);     /* nothing in flight                                         */
+        CHECK(use_group(b.k, 0, &err), "%s", err.msg);
+        CHECK(s->busy_s == busy, "a hit is not busy");
+        begin = seconds();
+        cache_ask(b.k, 5);
+        nanosleep(&nap, NULL);     /* in flight, as far as we have looked                       */
+        drain(b.o);
+        took = seconds() - begin;
+        CHECK(s->busy_s - busy >= 0.04 && s->busy_s - busy <= took, "%g", s->busy_s - busy);
+        CHECK(s->read_bytes >= 3 * 3 * 1056 * 2080 / 2, "%g MB", (double)s->read_bytes * 1e-6);
+        bank_close(&b);
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+static json_t *heat_of(const char *path) {
+    json_t *root = json_load_file(path, 0, NULL);
+    json_t *heat = json_incref(json_object_get(root, "heat"));
+    CHECK(json_integer_value(json_object_get(root, "groups")) == 12, "groups");
+    json_decref(root);
+    return heat;
+}
+
+/* Which groups are in or on their way, as a bit each. */
+static unsigned known(const cache *k) {
+    unsigned set = 0;
+    for (size_t i = 0; i < k->n_groups; i++) set |= (unsigned)!!k->slot_of[i] << i;
+    return set;
+}
+
+static unsigned load_text(const char *dir, const char *model_dir, const char *text, int n_slots,
+                          bank *b) {
+    char path[PATH_MAX + 64];
+    snprintf(path, sizeof path, "%s/heat.json", dir);
+    if (text) write_file(dir, "heat.json", text, strlen(text));
+    if (!bank_open(b, model_dir, 12, n_slots)) return 0;
+    cache_load_heat(b->k, path);
+    return known(b->k);
+}
+
+static void test_heat_is_kept(void) {
+    static const char *const bad[] = {
+        "", "[]", "{", "{}", "{\"groups\": 12}", "{\"groups\": 12, \"heat\": 5}",
+        "{\"groups\": 13, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1,1]}",
+        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1]}",
+        "{\"groups\": 13, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1]}",
+        "{\"groups\": \"12\", \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1]}",
+        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,-1]}",
+        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1.0]}",
+        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,4294967296]}",
+        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,null]}",
+        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1,1]}",
+    };
+    static const char good[] = "{\"groups\": 12, \"heat\": [5,0,9,4294967295,9,0,1,2,9,0,0,7]}";
+    char dir[PATH_MAX], path[PATH_MAX + 64];
+    bank b;
+    dsv4_err err = {""};
+    set_mood(CALM, 0, 0);
+    snprintf(dir, sizeof dir, "%s", fresh_dir());
+    const char *model_dir = fresh_dir();
+    write_experts(model_dir, 12, 64, 96, CONTIGUOUS);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        CHECK(load_text(dir, model_dir, bad[i], 6, &b) == 0, "%s", bad[i]);
+        for (int g = 0; g < 12; g++) CHECK(b.k->heat[g] == 0, "%s", bad[i]);
+        bank_close(&b);
+    }
+    static const unsigned hottest[] = {0, 8, 0xc, 0x1c, 0x11c, 0x91c, 0x91d, 0x99d, 0x9dd, 0x9dd};
+    for (int n = 1; n < 10; n++) { /* 3; 2 4 8; 11; 0; 7; 6: never the ones without heat        */
+        unsigned set = load_text(dir, model_dir, good, n, &b);
+        CHECK(set == hottest[n], "%d slots: %x", n, set);
+        drain(b.o);
+        CHECK(cache_sound(b.k), "sound");
+        bank_close(&b);
+    }
+    CHECK(load_text(dir, model_dir, good, 4, &b) == 0x11c, "asked for");
+    drain(b.o);                    /* the least hot goes first                                  */
+    if (b.o->has_ring)
+        CHECK(use_group(b.k, 0, &err) && cache_holds(b.k, 3) && cache_holds(b.k, 0), "%s", err.msg);
+    else CHECK(use_group(b.k, 0, &err), "%s", err.msg);
+    CHECK(use_group(b.k, 3, &err) && use_group(b.k, 3, &err) && use_group(b.k, 1, &err), "3 and 1");
+    snprintf(path, sizeof path, "%s/new/dir/heat", dir);
+    for (int twice = 0; twice < 2; twice++) {
+        static const json_int_t want[] = {3, 1, 4, 2147483649, 4, 0, 0, 1, 4, 0, 0, 3};
+        CHECK(!cache_save_heat(b.k, path, &err), "%s", err.msg);
+        json_t *heat = heat_of(path);
+        for (size_t g = 0; g < 12; g++)
+            CHECK(json_integer_value(json_array_get(heat, g)) == want[g], "group %zu", g);
+        json_decref(heat);
+    }
+    b.k->uses[0].hits = b.k->uses[0].misses = UINT32_MAX;
+    CHECK(!cache_save_heat(b.k, path, &err), "%s", err.msg);
+    json_t *heat = heat_of(path);
+    CHECK(json_integer_value(json_array_get(heat, 0)) == UINT32_MAX, "it stays loadable");
+    json_decref(heat);
+    CHECK(cache_save_heat(b.k, "/proc/no/such", &err) == -1 && says(&err, "/proc/no"), "%s",
+          err.msg);
+    bank_close(&b);
     remove_tree(dir);
 }
 
@@ -1826,11 +2506,21 @@ int main(int argc, char **argv) {
     RUN(test_load_survives_bad_reads);
     RUN(test_load_when_the_ring_breaks);
     RUN(test_load_of_a_shrunken_file);
-    RUN(test_experts_of_every_layout);
-    RUN(test_experts_evict_the_least_recently_used);
-    RUN(test_experts_random_pins);
-    RUN(test_experts_all_pinned);
-    RUN(test_experts_survive_bad_reads);
+    RUN(test_cache_of_every_layout);
+    RUN(test_cache_of_odd_groups);
+    RUN(test_cache_evicts_the_least_recently_used);
+    RUN(test_cache_random_pins);
+    RUN(test_cache_all_pinned);
+    RUN(test_cache_survives_bad_reads);
+    RUN(test_cache_when_the_ring_breaks);
+    RUN(test_caches_share_an_offload);
+    RUN(test_background_never_delays);
+    RUN(test_background_gives_slots_back);
+    RUN(test_cache_close_waits);
+    RUN(test_every_read_may_fail);
+    RUN(test_buffers_are_registered);
+    RUN(test_busy_is_the_time_in_flight);
+    RUN(test_heat_is_kept);
     RUN(test_sampling_is_what_the_makers_say);
     RUN(test_generation_of_a_checkpoint);
     RUN(test_survey_names_what_is_not_there);
