@@ -318,7 +318,7 @@ typedef struct { const ckpt_tensor *const *part; int n_parts; } read_group;
 /* Equal slots in one arena, each large enough for any of the groups; least recently used goes
  * first.  Several caches share one offload and its bounded depth of reads. */
 typedef struct cache cache;
-typedef struct { uint64_t hits, misses, evictions; double wait_s; } cache_stats;
+typedef struct { uint64_t hits, misses, evictions, read_bytes; double wait_s; } cache_stats;
 size_t cache_slot_bytes(const read_group *g, size_t n);        /* alignment included */
 /* Allocate all of it now; groups [n] and what they point to are borrowed.  n_slots >= 1. */
 int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int n_slots,

@@ -59,7 +59,7 @@ enum {
     IO_DEPTH = 128,                /* reads in flight; NVMe drives saturate far below           */
     IO_BACKGROUND = IO_DEPTH / 2,  /* of them for cache_ask(): a get finds the rest free        */
     IO_BUFS = 1024,                /* registered pieces of arenas                               */
-    IO_BUF_BYTES = 1 << 30,        /* the kernel accepts no larger one                          */
+    IO_BUF_BYTES = 256 << 20,      /* registered at once; the kernel accepts 1 GiB              */
     IO_TRIES_MAX = 64,             /* tries of one read that bring nothing new                  */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
     LOAD_DEPTH = 32,               /* bounce buffers                                            */
@@ -1017,8 +1017,9 @@ struct cache {
     slot_run *runs;                /* of all slots                                              */
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
     int in_flight;                 /* pieces                                                    */
-    int first_buf, n_bufs;         /* registered, buf_slots in each; maybe not the last slots   */
-    int buf_slots;
+    int first_buf, end_buf;        /* ours in the table of buffers, buf_slots in each           */
+    int buf_slots, n_bufs;         /* registered so far                                         */
+    bool refused;
     slot_list free, idle;          /* idle: READY without a pin, coldest first                  */
     cache_stats stats;
 };
@@ -1451,30 +1452,45 @@ static int buf_set(offload *o, int at, void *piece, size_t bytes) {
                                                 &(struct iovec){piece, bytes}, &(__u64){0}, 1);
 }
 
-/* Have the kernel hold the arena's pages, so that no read has to look them up; in pieces that end
- * on slot edges.  Best effort: slots without that are read as well. */
-static void arena_register(cache *c, size_t most_bytes) {
+/* Room in the table of buffers for the arena, in pieces of at most most_bytes that end on slot
+ * edges.  Slots without that are read as well. */
+static void arena_reserve(cache *c, size_t most_bytes) {
     offload *o = c->o;
     c->buf_slots = (int)(most_bytes / c->slot_bytes);
-    c->first_buf = o->n_bufs;
+    c->first_buf = c->end_buf = o->n_bufs;
     if (!o->has_ring || !c->buf_slots) return;
-    int rc = o->fixed_bufs ? 1 : -EINVAL;
-    for (int at = 0; rc == 1 && at < c->n_slots && o->n_bufs < IO_BUFS; at += c->buf_slots) {
+    o->n_bufs += (c->n_slots + c->buf_slots - 1) / c->buf_slots;
+    if (o->n_bufs > IO_BUFS) o->n_bufs = IO_BUFS;
+    c->end_buf = o->n_bufs;
+}
+
+/* Have the kernel hold the arena's pages up to this slot, so that no read has to look them up.
+ * Best effort, and only when a slot is first used: it makes the pages, which takes its time. */
+static void arena_register(cache *c, int slot) {
+    offload *o = c->o;
+    while (!c->refused && c->first_buf + c->n_bufs < c->end_buf &&
+           c->n_bufs <= slot / c->buf_slots) {
+        int at = c->n_bufs * c->buf_slots;
         int n = c->n_slots - at < c->buf_slots ? c->n_slots - at : c->buf_slots;
-        rc = buf_set(o, o->n_bufs, c->arena + (size_t)at * c->slot_bytes,
-                     (size_t)n * c->slot_bytes);
-        if (rc == 1) c->n_bufs++, o->n_bufs++;
+        int rc = o->fixed_bufs ? buf_set(o, c->first_buf + c->n_bufs,
+                                         c->arena + (size_t)at * c->slot_bytes,
+                                         (size_t)n * c->slot_bytes) : -EINVAL;
+        if (rc == 1) {
+            c->n_bufs++;
+            continue;
+        }
+        c->refused = true;
+        if (!o->note)
+            o->note = rc == -EINVAL ? "this kernel registers no buffers (Linux before 5.19): reads "
+                      "cost more CPU" : "the kernel refuses to register buffers (RLIMIT_MEMLOCK): "
+                      "reads cost more CPU; raise `ulimit -l`";
     }
-    if (rc != 1 && !o->note)
-        o->note = rc == -EINVAL ? "this kernel registers no buffers (Linux before 5.19): reads "
-                  "cost more CPU" : "the kernel refuses to register buffers (RLIMIT_MEMLOCK): "
-                  "reads cost more CPU; raise `ulimit -l`";
 }
 
 static void arena_unregister(cache *c) {
     offload *o = c->o;
     for (int i = c->first_buf; i < c->first_buf + c->n_bufs; i++) (void)buf_set(o, i, NULL, 0);
-    if (c->first_buf + c->n_bufs == o->n_bufs) o->n_bufs = c->first_buf; /* else a hole stays   */
+    if (c->end_buf == o->n_bufs) o->n_bufs = c->first_buf;     /* else a hole stays */
 }
 
 int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int n_slots,
@@ -1505,7 +1521,7 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     (void)madvise(c->map, bytes, MADV_HUGEPAGE);
     c->arena = (uint8_t *)c->map + (HUGE_PAGE - (uintptr_t)c->map % HUGE_PAGE) % HUGE_PAGE;
     c->n_slots = n_slots;
-    arena_register(c, IO_BUF_BYTES);
+    arena_reserve(c, IO_BUF_BYTES);
     for (int i = 0; i < n_slots; i++) {
         c->slots[i] = (cache_slot){.c = c, .runs = c->runs + (size_t)i * (size_t)most};
         list_put(&c->free, &c->slots[i], false);
@@ -1624,9 +1640,11 @@ static void slot_fill(cache_slot *s, size_t id, int pins) {
     int n_runs;
     size_t bytes = lay_out(&c->groups[id], s->runs, &n_runs);
     assert(bytes <= c->slot_bytes);
+    c->stats.read_bytes += bytes;
     *s = (cache_slot){.c = c, .state = SLOT_READING, .pins = pins, .asked = pins == 0, .id = id,
                       .n_runs = n_runs, .runs = s->runs};
     c->slot_of[id] = s;
+    arena_register(c, (int)(s - c->slots));
     c->n_orphans += pins == 0;
     if (n_runs) list_put(pins ? &c->o->demand : &c->o->background, s, false);
     else slot_settle(s);

@@ -1744,11 +1744,11 @@ static int read_as_nobody(const char *dir) {
         int bad = setrlimit(RLIMIT_MEMLOCK, &few) || (getuid() == 0 && setuid(65534)) ||
                   !bank_open(&b, dir, 12, 5);
         if (bad) _exit(9);
+        for (int e = 0; e < 12; e++) if (!use_group(b.k, e, &err)) _exit(2);
         const char *note = offload_note(b.o);
         if (b.o->has_ring && b.k->n_bufs == 0) bad = !note || !strstr(note, "ulimit -l") ||
                                                      strchr(note, '\n');
         else bad = b.o->has_ring ? 8 : !note || strstr(note, "ulimit");
-        for (int e = 0; e < 12; e++) if (!use_group(b.k, e, &err)) bad |= 2;
         bank_close(&b);
         _exit(bad);
     }
@@ -1763,26 +1763,32 @@ static void test_buffers_are_registered(void) {
     set_mood(CALM, 0, 0);
     write_experts(dir, 12, 1056, 2080, SHUFFLED);
     if (!bank_open(&b, dir, 12, 5)) return;
+    CHECK(b.k->n_bufs == 0 && use_group(b.k, 0, &err), "%s", err.msg);
     if (b.k->n_bufs) {
         CHECK(b.k->n_bufs == 1 && !offload_note(b.o), "%s", offload_note(b.o));
         for (int few = 0; few < 2; few++) {    /* in pieces of two slots; not all of the slots  */
             arena_unregister(b.k);
             b.k->n_bufs = 0;
-            arena_register(b.k, few ? 2 * b.k->slot_bytes : 3 * b.k->slot_bytes - 1);
-            CHECK(b.k->n_bufs == 3 && b.k->buf_slots == 2, "%d", b.k->n_bufs);
+            arena_reserve(b.k, few ? 2 * b.k->slot_bytes : 3 * b.k->slot_bytes - 1);
+            arena_register(b.k, 2);
+            CHECK(b.k->n_bufs == 2 && b.k->buf_slots == 2, "%d", b.k->n_bufs);
+            arena_register(b.k, 4);
+            CHECK(b.k->n_bufs == 3, "%d", b.k->n_bufs);
             if (few) b.k->n_bufs = 2;
+            b.k->refused = few;
             hook.n_log = 0;
             for (int e = 0; e < 12; e++) CHECK(use_group(b.k, e, &err), "%d: %s", e, err.msg);
             for (int i = 0; i < hook.n_log; i++)
                 CHECK(hook.log[i].fixed == (!few || hook.log[i].slot - b.k->slots < 4), "%d", i);
             b.k->n_bufs = 3;
+            b.k->refused = false;
         }
         cache *more[3];
         for (int i = 0; i < 3; i++)
             CHECK(!cache_open(&more[i], b.o, b.group, 12, 2, &err), "%s", err.msg);
-        CHECK(more[2]->n_bufs == 1 && more[2]->first_buf == 5, "%d", more[2]->first_buf);
         cache_close(more[1]);
         CHECK(use_group(more[2], 3, &err) && use_group(more[0], 3, &err), "%s", err.msg);
+        CHECK(more[2]->n_bufs == 1 && more[2]->first_buf == 5, "%d", more[2]->first_buf);
         cache_close(more[2]);
         CHECK(b.o->n_bufs == 5, "%d", b.o->n_bufs);
         cache_close(more[0]);
