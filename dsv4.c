@@ -125,10 +125,14 @@ typedef struct {                   /* the MTP block's own tensors around its lay
 
 /* One tensor to load, and which pointer shall point to it. */
 typedef enum { NEED_RAW, NEED_SCALE, NEED_F32, NEED_IDS } need_kind;
+enum { RESIDENT = -1, UNIT_TABLE = -2 };               /* the tables are embed and head */
+enum { W1, W2, W3, S1, S2, S3, EXPERT_PARTS };
+typedef struct { const ckpt_tensor *part[EXPERT_PARTS]; } expert_source;
 typedef struct {
     const ckpt_tensor *t;
     need_kind kind;
     bool mtp;
+    int unit;                      /* layer that it can be streamed with, UNIT_TABLE, or RESIDENT */
     union {
         const void **raw;          /* a matrix as stored                                        */
         const uint8_t **scale;
@@ -145,9 +149,15 @@ struct dsv4_weights {
     mtp_w mtp;
     layer_w *layer;                /* [num_hidden_layers + has_mtp]                             */
     expert_source *expert;         /* [num_hidden_layers + has_mtp][n_routed_experts]           */
-    need *needs;
+    need *needs;                   /* in the order of the files                                 */
     size_t n_needs, cap_needs;
     weights_bytes bytes;
+    read_group *expert_group;      /* as expert                                                 */
+    read_group *unit;              /* [n_units]: each layer's matrices, then blocks of head     */
+    const ckpt_tensor **unit_part; /* what these point to                                       */
+    ckpt_tensor *head_block;
+    const ckpt_tensor *embed_tensor;
+    int n_units, head_rows;        /* rows of a block of head                                   */
 };
 
 /* Binding keeps the first error and then does nothing, so that the list below reads as M1's. */
@@ -155,6 +165,7 @@ typedef struct {
     dsv4_weights *w;
     const ckpt *ck;
     const char *prefix;
+    int unit;
     bool mtp, failed;
     dsv4_err *err;
 } binder;
@@ -216,7 +227,9 @@ static need *bind_need(binder *b, const ckpt_tensor *t, need_kind kind) {
         w->cap_needs = cap;
     }
     need *n = &w->needs[w->n_needs++];
-    *n = (need){.t = t, .kind = kind, .mtp = b->mtp};
+    bool whole = t->offset % (t->dtype == DT_F32 ? 4 : is_float(t->dtype) ? 2 : 1) == 0;
+    bool matrix = (kind == NEED_RAW || kind == NEED_SCALE) && whole;   /* used where it lands */
+    *n = (need){.t = t, .kind = kind, .mtp = b->mtp, .unit = matrix ? b->unit : RESIDENT};
     *(b->mtp ? &w->bytes.mtp : &w->bytes.dense) += t->bytes;
     return n;
 }
@@ -343,6 +356,7 @@ static void bind_layers(binder *b) {
     for (int l = 0; l < n_layers && !b->failed; l++) {
         char prefix[32];
         b->mtp = l == c->num_hidden_layers;
+        b->unit = l;
         if (b->mtp) snprintf(prefix, sizeof prefix, "mtp.0.");
         else snprintf(prefix, sizeof prefix, "layers.%d.", l);
         b->prefix = prefix;
@@ -352,6 +366,7 @@ static void bind_layers(binder *b) {
         bind_experts(b, w->expert + (size_t)l * (size_t)c->n_routed_experts);
     }
     b->mtp = false;
+    b->unit = UNIT_TABLE;
     b->prefix = "";
 }
 
@@ -359,6 +374,7 @@ static void bind_mtp(binder *b) {
     int dim = b->w->cfg->hidden_size;
     mtp_w *m = &b->w->mtp;
     b->mtp = true;
+    b->unit = RESIDENT;            /* used outside of its layer */
     b->prefix = "mtp.0.";
     bind_fp8(b, &m->e_proj, "e_proj", dim, dim);
     bind_fp8(b, &m->h_proj, "h_proj", dim, dim);
@@ -368,6 +384,63 @@ static void bind_mtp(binder *b) {
     bind_hc(b, &m->hc_head, "hc_head", true);
     b->mtp = false;
     b->prefix = "";
+}
+
+static int need_by_place(const void *a, const void *b) {
+    const ckpt_tensor *x = ((const need *)a)->t, *y = ((const need *)b)->t;
+    if (x->shard != y->shard) return x->shard < y->shard ? -1 : 1;
+    return (x->offset > y->offset) - (x->offset < y->offset);
+}
+
+/* What is read together: an expert, the matrices of a layer, a block of head.weight's rows as
+ * large as the largest layer. */
+static void units_make(binder *b) {
+    dsv4_weights *w = b->w;
+    const dsv4_config *c = w->cfg;
+    int n_layers = c->num_hidden_layers + w->bytes.has_mtp;
+    size_t n_experts = (size_t)n_layers * (size_t)c->n_routed_experts, n = 0;
+    const ckpt_tensor *head = ckpt_find(b->ck, "head.weight");
+    uint64_t row = head->bytes / (uint64_t)c->vocab_size, most = row;
+    w->embed_tensor = ckpt_find(b->ck, "embed.weight");
+    qsort(w->needs, w->n_needs, sizeof *w->needs, need_by_place);
+    for (int l = 0; l < n_layers; l++) {
+        uint64_t bytes = 0;
+        for (size_t i = 0; i < w->n_needs; i++)
+            if (w->needs[i].unit == l) bytes += w->needs[i].t->bytes;
+        if (bytes > most) most = bytes;
+    }
+    w->head_rows = (int)(most / row);
+    int n_blocks = (c->vocab_size + w->head_rows - 1) / w->head_rows;
+    w->n_units = n_layers + n_blocks;
+    w->unit = calloc((size_t)w->n_units, sizeof *w->unit);
+    w->unit_part = calloc(w->n_needs + (size_t)n_blocks, sizeof *w->unit_part);
+    w->head_block = calloc((size_t)n_blocks, sizeof *w->head_block);
+    w->expert_group = calloc(n_experts, sizeof *w->expert_group);
+    b->failed = !w->unit || !w->unit_part || !w->head_block || !w->expert_group;
+    if (b->failed) {
+        fail(b->err, "out of memory for the table of weights");
+        return;
+    }
+    for (size_t i = 0; i < n_experts; i++)
+        w->expert_group[i] = (read_group){w->expert[i].part, EXPERT_PARTS};
+    for (int l = 0; l < n_layers; l++) {
+        w->unit[l].part = w->unit_part + n;
+        for (size_t i = 0; i < w->n_needs; i++) {
+            if (w->needs[i].unit != l) continue;
+            w->unit_part[n++] = w->needs[i].t;
+            w->unit[l].n_parts++;
+        }
+        assert(w->unit[l].n_parts <= GROUP_PARTS);
+    }
+    for (int k = 0; k < n_blocks; k++) {
+        uint64_t first = (uint64_t)k * (uint64_t)w->head_rows * row, bytes = head->bytes - first;
+        uint64_t block = (uint64_t)w->head_rows * row;
+        w->head_block[k] = *head;
+        w->head_block[k].offset += first;
+        w->head_block[k].bytes = bytes < block ? bytes : block;
+        w->unit_part[n] = &w->head_block[k];
+        w->unit[n_layers + k] = (read_group){w->unit_part + n++, 1};
+    }
 }
 
 int weights_bind(dsv4_weights **out, const ckpt *c, const dsv4_config *cfg, dsv4_err *err) {
@@ -381,7 +454,7 @@ int weights_bind(dsv4_weights **out, const ckpt *c, const dsv4_config *cfg, dsv4
     size_t n_layers = (size_t)cfg->num_hidden_layers + w->bytes.has_mtp;
     w->layer = calloc(n_layers, sizeof *w->layer);
     w->expert = calloc(n_layers * (size_t)cfg->n_routed_experts, sizeof *w->expert);
-    binder b = {.w = w, .ck = c, .prefix = "", .err = err};
+    binder b = {.w = w, .ck = c, .prefix = "", .unit = UNIT_TABLE, .err = err};
     if (!w->layer || !w->expert) {
         b.failed = true;
         fail(err, "out of memory for the table of weights");
@@ -393,6 +466,7 @@ int weights_bind(dsv4_weights **out, const ckpt *c, const dsv4_config *cfg, dsv4
     bind_hc(&b, &w->hc_head, "hc_head", true);
     bind_float(&b, &w->head, "head.weight", cfg->vocab_size, dim);
     if (w->bytes.has_mtp) bind_mtp(&b);
+    if (!b.failed) units_make(&b);
     if (b.failed) {
         weights_close(w);
         return -1;
@@ -406,6 +480,10 @@ int weights_bind(dsv4_weights **out, const ckpt *c, const dsv4_config *cfg, dsv4
 
 void weights_close(dsv4_weights *w) {
     if (!w) return;
+    free(w->unit);
+    free(w->unit_part);
+    free(w->head_block);
+    free(w->expert_group);
     free(w->layer);
     free(w->expert);
     free(w->needs);
@@ -452,29 +530,28 @@ static int need_finish(const need *n, void *place, const dsv4_config *cfg, dsv4_
     return 0;
 }
 
-static int need_by_place(const void *a, const void *b) {
-    const ckpt_tensor *x = ((const need *)a)->t, *y = ((const need *)b)->t;
-    if (x->shard != y->shard) return x->shard < y->shard ? -1 : 1;
-    return (x->offset > y->offset) - (x->offset < y->offset);
+typedef struct { bool mtp, streamed; } dense_mode;
+
+/* Is this one read at start and kept? */
+static bool is_kept(const need *n, dense_mode mode) {
+    return (mode.mtp || !n->mtp) && (!mode.streamed || n->unit == RESIDENT);
 }
 
-/* Lay out and, when the arena is real, read all dense weights. */
-static uint64_t weights_size(const dsv4_weights *w, bool mtp) {
+static uint64_t weights_size(const dsv4_weights *w, dense_mode mode) {
     arena a = {0};
     for (size_t i = 0; i < w->n_needs; i++)
-        if (mtp || !w->needs[i].mtp) arena_take(&a, need_bytes(&w->needs[i]));
+        if (is_kept(&w->needs[i], mode)) arena_take(&a, need_bytes(&w->needs[i]));
     return a.used;
 }
 
-static int weights_load(dsv4_weights *w, offload *o, arena *a, bool mtp, progress_fn progress,
-                        void *arg, dsv4_err *err) {
-    qsort(w->needs, w->n_needs, sizeof *w->needs, need_by_place);   /* read in file order */
+static int weights_load(dsv4_weights *w, offload *o, arena *a, dense_mode mode,
+                        progress_fn progress, void *arg, dsv4_err *err) {
     load_item *items = calloc(w->n_needs + 1, sizeof *items);
     if (!items) return fail(err, "out of memory for the list of dense weights");
     size_t n = 0;
     for (size_t i = 0; i < w->n_needs; i++) {
         const need *d = &w->needs[i];
-        if (d->mtp && !mtp) continue;
+        if (!is_kept(d, mode)) continue;
         uint8_t *place = arena_take(a, need_bytes(d));
         items[n++] = (load_item){d->t, place + (need_bytes(d) > d->t->bytes ? d->t->bytes : 0)};
     }
@@ -488,7 +565,7 @@ static int weights_load(dsv4_weights *w, offload *o, arena *a, bool mtp, progres
     n = 0;
     for (size_t i = 0; i < w->n_needs && rc == 0; i++) {
         const need *d = &w->needs[i];
-        if (d->mtp && !mtp) continue;
+        if (!is_kept(d, mode)) continue;
         uint8_t *place = items[n++].dst;
         rc = need_finish(d, place - (need_bytes(d) > d->t->bytes ? d->t->bytes : 0), w->cfg, err);
     }
@@ -535,6 +612,11 @@ typedef struct {                   /* what a span carries from gate to experts t
     int32_t *rows, *start;         /* tokens sorted by expert [span*topk]; [n_experts+1]        */
     float *row_weight;             /* [span*topk] in the order of rows                          */
     void *expert_scratch;
+    float *expert_y;               /* [topk][dim] of one token                                  */
+    void *embed_rows;              /* [span] rows of embed.weight, where that is not resident   */
+    ckpt_tensor *embed_tensors;
+    load_item *embed_items;
+    int32_t *embed_ids;            /* 0, 1, ...                                                 */
 } span_work;
 
 struct dsv4_engine {
@@ -547,7 +629,12 @@ struct dsv4_engine {
     dsv4_plan plan;
     dsv4_stats stats;
     arena dense;
+    cache *experts;
+    cache *units;                  /* dense weights that do not fit: two slots; else NULL       */
+    int unit_now, slot_now;        /* in use, or -1                                             */
+    int unit_next, slot_next;      /* on its way, or -1                                         */
     float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
+    uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
     const char *note;
 };
@@ -621,7 +708,8 @@ static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, i
     if (mtp) w->mtp_norm = take_f32(a, n * dim * c->hc_mult);
 }
 
-static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n, bool rounding) {
+static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n, bool rounding,
+                        bool streamed) {
     int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok;
     *w = (span_work){.h = take_f32(a, n * hc * dim)};
     w->y = take_f32(a, n * dim);
@@ -640,15 +728,22 @@ static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n,
     w->start = take_i32(a, c->n_routed_experts + 1);
     w->expert_scratch = arena_take(a, expert_scratch_bytes(c->hidden_size,
                                                            c->moe_intermediate_size));
+    w->expert_y = take_f32(a, topk * dim);
+    if (!streamed) return;
+    w->embed_rows = take_f32(a, n * dim);      /* F32 is the widest that they may be */
+    w->embed_tensors = arena_take(a, (uint64_t)n * sizeof *w->embed_tensors);
+    w->embed_items = arena_take(a, (uint64_t)n * sizeof *w->embed_items);
+    w->embed_ids = take_i32(a, n);
 }
 
 /* Bytes of work memory for this span and chunk. */
-static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, int span, int chunk) {
+static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, bool streamed, int span,
+                           int chunk) {
     arena a = {0};
     chunk_work cw;
     span_work sw;
     chunk_layout(&cw, &a, c, chunk, o->ctx, o->mtp);
-    span_layout(&sw, &a, c, span, !o->no_rounding);
+    span_layout(&sw, &a, c, span, !o->no_rounding, streamed);
     take_f32(&a, (int64_t)c->hc_mult * c->hidden_size);      /* mtp_pending */
     return a.used;
 }
@@ -687,29 +782,36 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
     kv_layout(NULL, &count, c, e->n_blocks, o->ctx);
     *p = (dsv4_plan){.budget = o->ram_bytes, .kv = count.used, .chunk = 1, .span = 1};
     machine_rss(&p->base, NULL);
-    p->dense = weights_size(e->w, o->mtp);
-    p->slot_bytes = expert_slot_bytes(e->w->expert, n_experts);
+    p->slot_bytes = cache_slot_bytes(e->w->expert_group, n_experts);
     plan_token(e, p);
     p->n_experts_total = (int)n_experts;
+    p->n_layers = e->n_blocks;
     int min_slots = 2 * c->num_experts_per_tok;
-    uint64_t fixed = p->base + p->dense + p->kv, min_slot_bytes = (uint64_t)min_slots *
-                                                                  p->slot_bytes;
-    uint64_t least = fixed + min_slot_bytes + work_bytes(c, o, 1, 1);
+    uint64_t min_slot_bytes = (uint64_t)min_slots * p->slot_bytes, fixed, least;
+    for (int streamed = 0; streamed < 2; streamed++) {   /* resident if that fits */
+        p->streamed = streamed;
+        p->dense = weights_size(e->w, (dense_mode){o->mtp, streamed});
+        if (streamed) p->dense += 2 * cache_slot_bytes(e->w->unit, (size_t)e->w->n_units);
+        fixed = p->base + p->dense + p->kv;
+        least = fixed + min_slot_bytes + work_bytes(c, o, streamed, 1, 1);
+        if (least <= p->budget) break;
+    }
     if (least > p->budget) return plan_refuse(p, least, err);
 
     uint64_t rest = p->budget - fixed - min_slot_bytes, room = rest / 4;
     int hint = (int)min64(o->span_hint > 0 ? o->span_hint : o->ctx, SPAN_MAX);
     int want = (int)min64(o->chunk > 0 ? o->chunk : CHUNK_DEFAULT, hint);
     for (p->chunk = want; p->chunk > 1; p->chunk = (p->chunk + 1) / 2)
-        if (work_bytes(c, o, p->chunk, p->chunk) <= room) break;
+        if (work_bytes(c, o, p->streamed, p->chunk, p->chunk) <= room) break;
     if (o->chunk > 0 && p->chunk < want)
         return fail(err, "--chunk %d does not fit --ram %.2fG: %d would", want,
                     (double)p->budget / (1 << 30), p->chunk);
     p->span = p->chunk;
     for (int step = SPAN_MAX; step > 0; step /= 2)           /* the longest span that fits */
-        if (p->span + step <= hint && work_bytes(c, o, p->span + step, p->chunk) <= room)
+        if (p->span + step <= hint &&
+            work_bytes(c, o, p->streamed, p->span + step, p->chunk) <= room)
             p->span += step;
-    p->work = work_bytes(c, o, p->span, p->chunk);
+    p->work = work_bytes(c, o, p->streamed, p->span, p->chunk);
     uint64_t slots = (p->budget - fixed - p->work) / p->slot_bytes;
     p->n_slots = slots > n_experts ? (int)n_experts : (int)slots;
     p->slots = (uint64_t)p->n_slots * p->slot_bytes;
@@ -756,11 +858,17 @@ static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
 int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
     double t0 = now_s();
     if (arena_open(&e->dense, e->plan.dense, "the dense weights", err)) return -1;
-    if (weights_load(e->w, e->off, &e->dense, e->opts.mtp, progress, arg, err)) return -1;
+    dense_mode mode = {e->opts.mtp, e->plan.streamed};
+    if (weights_load(e->w, e->off, &e->dense, mode, progress, arg, err)) return -1;
     e->stats.dense_bytes = offload_get_stats(e->off)->read_bytes;
     e->stats.load_s = now_s() - t0;
-    return experts_open(e->off, e->w->expert, (size_t)e->plan.n_experts_total,
-                        e->cfg->hidden_size, e->cfg->moe_intermediate_size, e->plan.n_slots, err);
+    size_t n_units = (size_t)e->w->n_units;
+    if (e->plan.streamed && cache_open(&e->units, e->off, e->w->unit, n_units, 2, err)) return -1;
+    if (cache_open(&e->experts, e->off, e->w->expert_group, (size_t)e->plan.n_experts_total,
+                   e->plan.n_slots, err))
+        return -1;
+    if (e->opts.heat) cache_load_heat(e->experts, e->opts.heat);
+    return 0;
 }
 
 int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
@@ -771,6 +879,7 @@ int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const 
     e->cfg = cfg;
     e->op = &ops_cpu;
     e->opts = *opts;
+    e->unit_now = e->unit_next = -1;
     if (!e->opts.ram_bytes) e->opts.ram_bytes = machine_ram_budget();
     if (engine_start(e, c, err)) {
         engine_close(e);
@@ -788,6 +897,10 @@ int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *
 
 void engine_close(dsv4_engine *e) {
     if (!e) return;
+    dsv4_err ignored;
+    if (e->experts && e->opts.heat) (void)cache_save_heat(e->experts, e->opts.heat, &ignored);
+    cache_close(e->experts);
+    cache_close(e->units);
     offload_close(e->off);
     arena_close(&e->dense);
     weights_close(e->w);
@@ -801,6 +914,18 @@ const dsv4_stats *engine_stats(const dsv4_engine *e) { return &e->stats; }
 const char *engine_note(const dsv4_engine *e) { return e->note; }
 const offload_stats *engine_offload_stats(const dsv4_engine *e) {
     return offload_get_stats(e->off);
+}
+
+const cache_stats *engine_expert_stats(const dsv4_engine *e) {
+    return cache_get_stats(e->experts);
+}
+
+group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
+    const group_uses *u = cache_uses(e->experts) + (size_t)layer *
+                          (size_t)e->cfg->n_routed_experts;
+    uint32_t misses = 0;           /* hits are the rest: some are asked for twice, see below */
+    for (int i = 0; i < e->cfg->n_routed_experts; i++) misses += u[i].misses;
+    return (group_uses){(uint32_t)e->layer_uses[layer] - misses, misses};
 }
 
 /* === 4. Session =============================================================================== */
@@ -823,7 +948,7 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
     }
     kv_layout(s->kv, &s->kv_mem, c, e->n_blocks, e->opts.ctx);
     chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, e->opts.mtp);
-    span_layout(&s->s, &s->work_mem, c, e->plan.span, !e->opts.no_rounding);
+    span_layout(&s->s, &s->work_mem, c, e->plan.span, !e->opts.no_rounding, e->plan.streamed);
     s->mtp_pending = take_f32(&s->work_mem, (int64_t)c->hc_mult * c->hidden_size);
     session_reset(s);
     *out = s;
@@ -1019,7 +1144,95 @@ static void attention_sublayer(dsv4_session *s, const layer_w *l, layer_kv *kv, 
     tick(s, OPC_HC);
 }
 
-/* === 6. Mixture of experts (M3) =============================================================== */
+/* === 6. Dense weights that do not fit =========================================================
+ * Two slots: the layer (or block of head) in use, and the next one on its way.                   */
+
+static void unit_drop(dsv4_engine *e, int *unit, const int *slot) {
+    if (*unit >= 0) cache_unpin(e->units, *slot);
+    *unit = -1;
+}
+
+/* Have unit's matrices in place, and ask for `next` (-1: nothing is known to follow). */
+static int unit_use(dsv4_engine *e, int unit, int next, dsv4_err *err) {
+    if (!e->units) return 0;
+    dsv4_weights *w = e->w;
+    double t = now_s();
+    unit_drop(e, &e->unit_now, &e->slot_now);
+    if (e->unit_next != unit) {
+        unit_drop(e, &e->unit_next, &e->slot_next);
+        e->slot_next = cache_get(e->units, (size_t)unit, err);
+        if (e->slot_next < 0) return -1;
+    }
+    e->unit_now = unit;
+    e->slot_now = e->slot_next;
+    e->unit_next = -1;
+    if (next >= 0 && next != unit) {
+        e->slot_next = cache_get(e->units, (size_t)next, err);
+        if (e->slot_next < 0) return -1;
+        e->unit_next = next;
+    }
+    if (cache_wait(e->units, e->slot_now, err)) return -1;
+    e->stats.dense_wait_s += now_s() - t;
+    int part = 0;
+    for (size_t i = 0; i < w->n_needs; i++) {
+        const need *n = &w->needs[i];
+        if (n->unit != unit) continue;
+        const void *data = cache_part(e->units, e->slot_now, part++);
+        if (n->kind == NEED_RAW) *n->dst.raw = data;
+        else *n->dst.scale = data;
+    }
+    return 0;
+}
+
+/* h [n][copies][dim] = the tokens' rows of embed.weight. */
+static int embed_tokens(dsv4_session *s, float *h, const int32_t *tokens, int n, int copies,
+                        dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    dsv4_mat m = e->w->embed;
+    const span_work *w = &s->s;
+    if (!e->units) {
+        e->op->embed(h, &m, tokens, n, copies, e->ex);
+        return 0;
+    }
+    uint64_t row = e->w->embed_tensor->bytes / (uint64_t)m.rows;
+    for (int i = 0; i < n; i++) {
+        w->embed_tensors[i] = *e->w->embed_tensor;
+        w->embed_tensors[i].offset += (uint64_t)tokens[i] * row;
+        w->embed_tensors[i].bytes = row;
+        w->embed_items[i] = (load_item){&w->embed_tensors[i],
+                                        (uint8_t *)w->embed_rows + (uint64_t)i * row};
+        w->embed_ids[i] = i;
+    }
+    if (offload_load(e->off, w->embed_items, (size_t)n, err)) return -1;
+    m.data = w->embed_rows;
+    m.rows = n;
+    e->op->embed(h, &m, w->embed_ids, n, copies, e->ex);
+    return 0;
+}
+
+/* logits [n][vocab] = x [n][dim] by head.weight. */
+static int head_linear(dsv4_session *s, float *logits, const float *x, int n, dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const dsv4_weights *w = e->w;
+    if (!e->units) {
+        e->op->linear(logits, &w->head, x, n, 1, e->ex);
+        return 0;
+    }
+    int n_layers = e->cfg->num_hidden_layers + w->bytes.has_mtp;
+    for (int u = n_layers; u < w->n_units; u++) {
+        if (unit_use(e, u, u + 1 < w->n_units ? u + 1 : 0, err)) return -1;
+        dsv4_mat m = w->head;
+        int first = (u - n_layers) * w->head_rows;
+        m.rows = (int)min64(w->head_rows, w->head.rows - first);
+        m.data = cache_part(e->units, e->slot_now, 0);
+        for (int i = 0; i < n; i++)
+            e->op->linear(logits + (size_t)i * (size_t)w->head.rows + first, &m,
+                          x + (size_t)i * (size_t)m.cols, 1, 1, e->ex);
+    }
+    return 0;
+}
+
+/* === 7. Mixture of experts (M3) =============================================================== */
 
 /* Tokens i..i+n-1 of the span: the MoE input, rounded, and which experts take it. */
 static void moe_choose(dsv4_session *s, const layer_w *l, const float *h, const int32_t *tokens,
@@ -1067,19 +1280,79 @@ static int moe_next(const span_work *m, int e, int n_experts) {
     return e;
 }
 
+static int expert_get(dsv4_engine *e, int layer, int expert, dsv4_err *err) {
+    size_t id = (size_t)layer * (size_t)e->cfg->n_routed_experts + (size_t)expert;
+    return cache_get(e->experts, id, err);
+}
+
+/* Wait for an expert's bytes, and say where they lie. */
+static int expert_wait(dsv4_engine *e, int slot, dsv4_ffn *w, dsv4_err *err) {
+    int dim = e->cfg->hidden_size, inter = e->cfg->moe_intermediate_size;
+    double t = now_s();
+    if (cache_wait(e->experts, slot, err)) return -1;
+    e->stats.expert_wait_s += now_s() - t;
+    const void *part[EXPERT_PARTS];
+    for (int p = 0; p < EXPERT_PARTS; p++) part[p] = cache_part(e->experts, slot, p);
+    *w = (dsv4_ffn){.w1 = {DT_I8, inter, dim, part[W1], part[S1]},
+                    .w2 = {DT_I8, dim, inter, part[W2], part[S2]},
+                    .w3 = {DT_I8, inter, dim, part[W3], part[S3]}};
+    return 0;
+}
+
+/* One token: all its experts are asked for at once, those that are in are computed while the others
+ * are read, each into its own y; these are added in ascending id, so that the order in which they
+ * came cannot show. */
+static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    const span_work *m = &s->s;
+    int slot[MAX_TOPK], expert[MAX_TOPK], n = 0, asked = 0, rc = 0;
+    bool held[MAX_TOPK];
+    size_t dim = (size_t)c->hidden_size;
+    dsv4_acts x = {m->code, m->scale, m->x};
+    for (int i = moe_next(m, 0, c->n_routed_experts); i < c->n_routed_experts;
+         i = moe_next(m, i + 1, c->n_routed_experts)) {
+        held[n] = cache_holds(e->experts, (size_t)layer * (size_t)c->n_routed_experts + (size_t)i);
+        expert[n++] = i;
+    }
+    for (; asked < n && rc == 0; asked += rc == 0) {
+        slot[asked] = expert_get(e, layer, expert[asked], err);
+        if (slot[asked] < 0) rc = -1;
+    }
+    memset(m->expert_y, 0, (size_t)n * dim * sizeof(float));
+    for (int pass = 0; pass < 2; pass++)               /* the hits, then the others */
+        for (int i = 0; i < n && rc == 0; i++) {
+            dsv4_ffn w;
+            if (held[i] != (pass == 0)) continue;
+            rc = expert_wait(e, slot[i], &w, err);
+            const int32_t *row = m->rows + m->start[expert[i]];
+            const float *weight = m->row_weight + m->start[expert[i]];
+            if (rc == 0)
+                e->op->expert_ffn(m->expert_y + (size_t)i * dim, &w, &x, row, weight, 1,
+                                  c->swiglu_limit, m->expert_scratch, e->ex);
+        }
+    for (int i = 0; i < asked; i++) cache_unpin(e->experts, slot[i]);
+    for (int i = 0; i < n && rc == 0; i++)
+        e->op->add(m->y, m->expert_y + (size_t)i * dim, 1, 1, c->hidden_size, e->ex);
+    e->stats.expert_uses += (uint64_t)n;
+    e->layer_uses[layer] += (uint64_t)n;
+    e->stats.expert_rows += (uint64_t)n;
+    return rc;
+}
+
 /* y += every chosen expert in ascending id, each asked for once, the next ones on their way. */
 static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
     int n_experts = c->n_routed_experts, slot_of[LOOKAHEAD], rc = 0;
-    size_t base = (size_t)layer * (size_t)n_experts, asked = 0, done = 0;
+    size_t asked = 0, done = 0;
     int ask = moe_next(m, 0, n_experts);
     dsv4_acts x = {m->code, m->scale, m->x};
     for (int cur = ask; cur < n_experts && rc == 0; cur = moe_next(m, cur + 1, n_experts)) {
         while (ask < n_experts && asked - done < LOOKAHEAD) {
             err->msg[0] = 0;
-            int slot = experts_get(e->off, base + (size_t)ask, err);
+            int slot = expert_get(e, layer, ask, err);
             if (slot < 0 && err->msg[0]) rc = -1;
             if (slot < 0) break;
             slot_of[asked++ % LOOKAHEAD] = slot;
@@ -1089,21 +1362,20 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
         assert(asked > done);                          /* the plan gave at least 2 x topk slots */
         int slot = slot_of[done % LOOKAHEAD];
         dsv4_ffn w;
-        double t = now_s();
-        rc = experts_wait(e->off, slot, &w, err);
-        e->stats.expert_wait_s += now_s() - t;
+        rc = expert_wait(e, slot, &w, err);
         for (int i = m->start[cur]; i < m->start[cur + 1] && rc == 0; i += EXPERT_ROWS)
             e->op->expert_ffn(m->y, &w, &x, m->rows + i, m->row_weight + i,
                               (int)min64(EXPERT_ROWS, m->start[cur + 1] - i), c->swiglu_limit,
                               m->expert_scratch, e->ex);
-        experts_unpin(e->off, slot);
+        cache_unpin(e->experts, slot);
         done++;
         e->stats.expert_uses++;
+        e->layer_uses[layer]++;
         e->stats.expert_rows += (uint64_t)(m->start[cur + 1] - m->start[cur]);
         if (rc == 0)
             rc = report(s, layer, 0.5 + 0.5 * m->start[cur + 1] / m->start[n_experts], err);
     }
-    for (; done < asked; done++) experts_unpin(e->off, slot_of[done % LOOKAHEAD]);
+    for (; done < asked; done++) cache_unpin(e->experts, slot_of[done % LOOKAHEAD]);
     return rc;
 }
 
@@ -1130,7 +1402,7 @@ static void moe_finish(dsv4_session *s, const layer_w *l, float *h, int i, int n
     tick(s, OPC_HC);
 }
 
-/* === 7. Forward and MTP ======================================================================= */
+/* === 8. Forward and MTP ======================================================================= */
 
 int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, int n, int64_t t0,
                   dsv4_err *err) {
@@ -1141,6 +1413,9 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     int chunk = e->plan.chunk;
     assert(layer < e->n_blocks && n <= e->plan.span);
     s->tick = now_s();
+    bool last = layer + 1 >= c->num_hidden_layers;     /* then head, if it is one token's turn */
+    int after = !last ? layer + 1 : n == 1 ? c->num_hidden_layers + e->w->bytes.has_mtp : -1;
+    if (unit_use(e, layer, after, err)) return -1;
     for (int i = 0; i < n; i += chunk) {
         attention_sublayer(s, l, &s->kv[layer], h + (size_t)i * row, (int)min64(chunk, n - i),
                            t0 + i);
@@ -1150,7 +1425,7 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
         moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
     moe_sort(&s->s, n, c->num_experts_per_tok, c->n_routed_experts);
     memset(s->s.y, 0, (size_t)n * (size_t)c->hidden_size * sizeof(float));
-    int rc = moe_experts(s, layer, err);
+    int rc = n == 1 ? moe_decode(s, layer, err) : moe_experts(s, layer, err);
     tick(s, OPC_EXPERTS);
     for (int i = 0; i < n && rc == 0; i += chunk)
         moe_finish(s, l, h, i, (int)min64(chunk, n - i));
@@ -1166,7 +1441,7 @@ static int mtp_forward(dsv4_session *s, const float *h, const int32_t *next, int
     const mtp_w *m = &e->w->mtp;
     chunk_work *w = &s->c;
     int dim = c->hidden_size, hc = c->hc_mult;
-    e->op->embed(w->x, &e->w->embed, next, n, 1, e->ex);
+    if (embed_tokens(s, w->x, next, n, 1, err)) return -1;
     e->op->rmsnorm(w->x, w->x, m->enorm, n, dim, c->rms_norm_eps, e->ex);
     linear_rounded(s, w->xq, &m->e_proj, w->x, w->x, n);
     e->op->rmsnorm(w->mtp_norm, h, m->hnorm, n * hc, dim, c->rms_norm_eps, e->ex);
@@ -1193,6 +1468,20 @@ static int mtp_follow(dsv4_session *s, const int32_t *tokens, int n, int64_t t0,
     return 0;
 }
 
+/* Before a token starts, its experts in hash layers are known: have them read, as long as they do
+ * not push each other out. */
+static void ask_hash_experts(dsv4_engine *e, int32_t token) {
+    const dsv4_config *c = e->cfg;
+    int topk = c->num_experts_per_tok;
+    for (int l = 0; l < c->num_hash_layers && (l + 2) * topk <= e->plan.n_slots; l++)
+        for (int k = 0; k < topk; k++) {
+            dsv4_err err;                              /* shows when they are waited for */
+            int slot = expert_get(e, l, e->w->layer[l].tid2eid[(size_t)token * (size_t)topk +
+                                                               (size_t)k], &err);
+            if (slot >= 0) cache_unpin(e->experts, slot);
+        }
+}
+
 int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
@@ -1207,7 +1496,8 @@ int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err
                         tokens[i], (long long)s->pos + i, c->vocab_size);
     s->broken = true;                      /* until all layers are through */
     s->tick = begin;
-    e->op->embed(s->s.h, &e->w->embed, tokens, n, c->hc_mult, e->ex);
+    if (embed_tokens(s, s->s.h, tokens, n, c->hc_mult, err)) return -1;
+    if (n == 1) ask_hash_experts(e, tokens[0]);
     tick(s, OPC_EMBED);
     for (int l = 0; l < c->num_hidden_layers; l++)
         if (layer_forward(s, l, s->s.h, tokens, n, s->pos, err)) return -1;
@@ -1223,8 +1513,8 @@ int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err
 }
 
 /* logits = head rmsnorm(hc_head(h)) for n rows of streams. */
-static void head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const float *norm,
-                        int n, float *logits) {
+static int head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const float *norm,
+                       int n, float *logits, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     dsv4_hc_shape shape = hc_shape(c);
@@ -1234,17 +1524,17 @@ static void head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, cons
         e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &shape,
                        m, e->ex);
         e->op->rmsnorm(s->c.x, s->c.x, norm, m, c->hidden_size, c->rms_norm_eps, e->ex);
-        e->op->linear(logits + (size_t)i * (size_t)c->vocab_size, &e->w->head, s->c.x, m, 1,
-                      e->ex);
+        if (head_linear(s, logits + (size_t)i * (size_t)c->vocab_size, s->c.x, m, err)) return -1;
     }
     tick(s, OPC_HEAD);
+    return 0;
 }
 
-void session_logits(dsv4_session *s, int i0, int n, float *logits) {
+int session_logits(dsv4_session *s, int i0, int n, float *logits, dsv4_err *err) {
     const dsv4_config *c = s->e->cfg;
     assert(i0 >= 0 && n >= 0 && i0 + n <= s->n_last && !s->broken);
-    head_logits(s, s->s.h + (size_t)i0 * (size_t)(c->hc_mult * c->hidden_size),
-                &s->e->w->hc_head, s->e->w->norm, n, logits);
+    return head_logits(s, s->s.h + (size_t)i0 * (size_t)(c->hc_mult * c->hidden_size),
+                       &s->e->w->hc_head, s->e->w->norm, n, logits, err);
 }
 
 int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *err) {
@@ -1257,11 +1547,10 @@ int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *
         return -1;
     }
     s->mtp_drafted = next_token;
-    head_logits(s, s->c.mtp_h, &e->w->mtp.hc_head, e->w->mtp.norm, 1, logits);
-    return 0;
+    return head_logits(s, s->c.mtp_h, &e->w->mtp.hc_head, e->w->mtp.norm, 1, logits, err);
 }
 
-/* === 8. Sampling ============================================================================== */
+/* === 9. Sampling ============================================================================== */
 
 struct sampler {
     sample_opts o;

@@ -447,7 +447,7 @@ extern const char *const op_class_name[OPC_N];
 
 typedef struct {
     uint64_t prefill_tokens, decode_tokens;
-    double load_s, prefill_s, decode_s, op_s[OPC_N], expert_wait_s;
+    double load_s, prefill_s, decode_s, op_s[OPC_N], expert_wait_s, dense_wait_s;
     uint64_t dense_bytes;          /* read at start                                             */
     uint64_t expert_uses;          /* (layer, expert) pairs computed                            */
     uint64_t expert_rows;          /* tokens times experts                                      */
@@ -465,7 +465,8 @@ void machine_rss(uint64_t *now, uint64_t *peak);
 typedef struct {                   /* what will live where, in bytes; told before work          */
     uint64_t budget, base, dense, kv, work, slots, slot_bytes;
     uint64_t token_dense, token_experts, token_macs;   /* read and multiplied by one decode step */
-    int n_slots, n_experts_total, span, chunk;
+    int n_slots, n_experts_total, n_layers, span, chunk;
+    bool streamed;                 /* dense weights do not fit and are read layer by layer      */
 } dsv4_plan;
 
 typedef struct {
@@ -475,6 +476,7 @@ typedef struct {
     int64_t ctx;                   /* tokens of context to make room for                        */
     int span_hint;                 /* tokens the caller means to prefill at once; 0: ctx        */
     int chunk;                     /* tokens through attention at once; 0: chosen               */
+    const char *heat;              /* file that remembers which experts are used, or NULL       */
     bool no_rounding;              /* M2's roundings off, KV in F32                             */
     bool mtp;                      /* load the MTP block and keep its KV                        */
 } dsv4_opts;
@@ -490,6 +492,8 @@ void engine_close(dsv4_engine *e);
 const dsv4_plan *engine_plan(const dsv4_engine *e);
 const dsv4_stats *engine_stats(const dsv4_engine *e);
 const offload_stats *engine_offload_stats(const dsv4_engine *e);
+const cache_stats *engine_expert_stats(const dsv4_engine *e);
+group_uses engine_layer_uses(const dsv4_engine *e, int layer);     /* of its routed experts */
 /* What this machine reaches, measured now for about `seconds`. */
 typedef struct { exec_rates exec; double disk_bytes_s; } engine_rates;
 int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *out,
@@ -508,7 +512,7 @@ int64_t session_pos(const dsv4_session *s);    /* tokens in so far */
  * after a prompt is decode; there is one path for both.  After -1 the session must be reset. */
 int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err);
 /* logits [n][vocab_size] of tokens i0..i0+n-1 of the last session_forward. */
-void session_logits(dsv4_session *s, int i0, int n, float *logits);
+int session_logits(dsv4_session *s, int i0, int n, float *logits, dsv4_err *err);
 /* MTP (M3): given the token that follows the last one, the logits of the one after it.
  * Needs opts.mtp; next_token must then be the first one of the next session_forward. */
 int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *err);

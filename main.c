@@ -446,6 +446,17 @@ static bool user_path(char *out, size_t size, const char *var, const char *fallb
     return true;
 }
 
+/* The file in the user's cache that remembers `what` of a model's directory: its name is made of
+ * the directory's path (FNV-1a).  False where there is no such place. */
+static bool model_path(char *out, size_t size, const char *what, const char *dir) {
+    char real[4096], name[64];
+    uint64_t h = 0xcbf29ce484222325u;
+    if (!realpath(dir, real)) return false;
+    for (const char *c = real; *c; c++) h = (h ^ (uint8_t)*c) * 0x100000001b3u;
+    snprintf(name, sizeof name, "%s-%016llx.json", what, (unsigned long long)h);
+    return user_path(out, size, "XDG_CACHE_HOME", ".cache", name);
+}
+
 /* === 3. Progress and tables =================================================================== */
 
 static double now_s(void) {
@@ -540,9 +551,10 @@ static size_text size_of(uint64_t bytes) {
 
 static void print_plan(const dsv4_engine *e) {
     const dsv4_plan *p = engine_plan(e);
-    fprintf(stderr, "plan: RAM %s = program %s + dense weights %s + KV %s + buffers %s + "
+    fprintf(stderr, "plan: RAM %s = program %s + dense weights %s%s + KV %s + buffers %s + "
             "%d of %d experts %s; %d tokens a span\n", size_of(p->budget).text,
-            size_of(p->base).text, size_of(p->dense).text, size_of(p->kv).text,
+            size_of(p->base).text, size_of(p->dense).text,
+            p->streamed ? " (read layer by layer)" : "", size_of(p->kv).text,
             size_of(p->work).text, p->n_slots, p->n_experts_total, size_of(p->slots).text,
             p->span);
     if (engine_note(e)) fprintf(stderr, "note: %s\n", engine_note(e));
@@ -551,17 +563,21 @@ static void print_plan(const dsv4_engine *e) {
 /* Where the bytes came from, and how fast. */
 static void print_tiers(const dsv4_engine *e) {
     const dsv4_stats *s = engine_stats(e);
-    const offload_stats *o = engine_offload_stats(e);
+    const cache_stats *x = engine_expert_stats(e);
     const dsv4_plan *p = engine_plan(e);
-    uint64_t peak, asked = o->hits + o->misses, streamed = o->read_bytes - s->dense_bytes;
-    double expert = rate((double)streamed, (double)o->misses), busy = s->prefill_s + s->decode_s;
+    uint64_t peak, hits = s->expert_uses - x->misses;
+    uint64_t dense = engine_offload_stats(e)->read_bytes - s->dense_bytes - x->read_bytes;
+    double busy = s->prefill_s + s->decode_s, asked = (double)s->expert_uses;
     machine_rss(NULL, &peak);
     fprintf(stderr, "\n%-10s %12s %8s %12s %10s\n", "tier", "experts", "share", "GB", "GB/s");
-    fprintf(stderr, "%-10s %12llu %7.1f%% %12.3f %10s\n", "RAM", (unsigned long long)o->hits,
-            100 * rate((double)o->hits, (double)asked), (double)o->hits * expert / 1e9, "-");
+    fprintf(stderr, "%-10s %12llu %7.1f%% %12.3f %10s\n", "RAM", (unsigned long long)hits,
+            100 * rate((double)hits, asked), (double)hits * (double)p->slot_bytes / 1e9, "-");
     fprintf(stderr, "%-10s %12llu %7.1f%% %12.3f %10.2f\n", "disk",
-            (unsigned long long)o->misses, 100 * rate((double)o->misses, (double)asked),
-            (double)streamed / 1e9, rate((double)streamed / 1e9, busy));
+            (unsigned long long)x->misses, 100 * rate((double)x->misses, asked),
+            (double)x->read_bytes / 1e9, rate((double)x->read_bytes / 1e9, busy));
+    if (p->streamed)
+        fprintf(stderr, "%-10s %12s %8s %12.3f %10.2f\n", "disk", "dense", "",
+                (double)dense / 1e9, rate((double)dense / 1e9, busy));
     fprintf(stderr, "%-10s %12s %8s %12.3f %10.2f\n\n", "at start", "dense", "",
             (double)s->dense_bytes / 1e9, rate((double)s->dense_bytes / 1e9, s->load_s));
     fprintf(stderr, "%-10s %12s %8s %12s\n", "phase", "tokens", "s", "tokens/s");
@@ -571,7 +587,8 @@ static void print_tiers(const dsv4_engine *e) {
     fprintf(stderr, "%-10s %12llu %8.2f %12.2f\n", "decode",
             (unsigned long long)s->decode_tokens, s->decode_s,
             rate((double)s->decode_tokens, s->decode_s));
-    fprintf(stderr, "waited %.2f s for the disk; peak memory %s of %s\n", s->expert_wait_s,
+    fprintf(stderr, "waited %.2f s for the disk; peak memory %s of %s\n",
+            s->expert_wait_s + s->dense_wait_s,
             size_of(peak).text, size_of(p->budget).text);
 }
 
@@ -579,7 +596,9 @@ static void print_tiers(const dsv4_engine *e) {
 static int write_stats(FILE *f, const dsv4_engine *e, dsv4_err *err) {
     const dsv4_stats *s = engine_stats(e);
     const offload_stats *o = engine_offload_stats(e);
+    const cache_stats *x = engine_expert_stats(e);
     const dsv4_plan *p = engine_plan(e);
+    json_t *layers = json_array();
     double op_total = 0;
     uint64_t peak;
     machine_rss(NULL, &peak);
@@ -588,24 +607,33 @@ static int write_stats(FILE *f, const dsv4_engine *e, dsv4_err *err) {
         json_object_set_new(ops, op_class_name[i], json_real(s->op_s[i]));
         op_total += s->op_s[i];
     }
+    for (int l = 0; l < p->n_layers; l++) {
+        group_uses u = engine_layer_uses(e, l);
+        json_array_append_new(layers, json_real(rate(u.hits, (double)u.hits + u.misses)));
+    }
     json_t *root = json_pack(
-        "{s:{s:I,s:I}, s:{s:f,s:f,s:f}, s:o, s:{s:I,s:I,s:I}, s:{s:I,s:I,s:I,s:I,s:I},"
-        " s:I, s:{s:I}, s:I, s:{s:I,s:I,s:I,s:I,s:I,s:I}, s:{s:f,s:f}}",
+        "{s:{s:I,s:I}, s:{s:f,s:f,s:f}, s:o, s:{s:I,s:I,s:I,s:I}, s:{s:I,s:I,s:I,s:I,s:I,s:o},"
+        " s:I, s:{s:I}, s:I, s:{s:I,s:I,s:b,s:I,s:I,s:I,s:I}, s:{s:f,s:f,s:f,s:f}}",
         "tokens", "prefill", (json_int_t)s->prefill_tokens, "decode",
         (json_int_t)s->decode_tokens,
         "seconds", "load", s->load_s, "prefill", s->prefill_s, "decode", s->decode_s,
         "op_seconds", ops,
-        "bytes_read", "dense_from_disk", (json_int_t)s->dense_bytes, "experts_from_disk",
-        (json_int_t)(o->read_bytes - s->dense_bytes), "reads", (json_int_t)o->reads,
-        "experts", "ram_hits", (json_int_t)o->hits, "disk_reads", (json_int_t)o->misses,
-        "evictions", (json_int_t)o->evictions, "uses", (json_int_t)s->expert_uses, "rows",
-        (json_int_t)s->expert_rows,
+        "bytes_read", "dense_from_disk", (json_int_t)s->dense_bytes, "dense_streamed",
+        (json_int_t)(o->read_bytes - s->dense_bytes - x->read_bytes), "experts_from_disk",
+        (json_int_t)x->read_bytes, "reads", (json_int_t)o->reads,
+        "experts", "ram_hits", (json_int_t)(s->expert_uses - x->misses), "disk_reads",
+        (json_int_t)x->misses, "evictions", (json_int_t)x->evictions, "uses",
+        (json_int_t)s->expert_uses, "rows", (json_int_t)s->expert_rows, "hit_rate_by_layer",
+        layers,
         "passes", (json_int_t)s->passes, "kv_bytes", "ram", (json_int_t)p->kv,
         "peak_rss", (json_int_t)peak,
-        "plan", "budget", (json_int_t)p->budget, "dense", (json_int_t)p->dense, "buffers",
-        (json_int_t)p->work, "slots", (json_int_t)p->n_slots, "slot_bytes",
+        "plan", "budget", (json_int_t)p->budget, "dense", (json_int_t)p->dense,
+        "dense_streamed", p->streamed, "buffers", (json_int_t)p->work, "slots",
+        (json_int_t)p->n_slots, "slot_bytes",
         (json_int_t)p->slot_bytes, "span", (json_int_t)p->span,
-        "io", "wait_seconds", s->expert_wait_s, "compute_seconds", op_total - s->expert_wait_s);
+        "io", "wait_seconds", s->expert_wait_s + s->dense_wait_s, "expert_wait_seconds",
+        s->expert_wait_s, "busy_seconds", o->busy_s, "compute_seconds",
+        op_total - s->expert_wait_s - s->dense_wait_s);
     if (!root) return fail(err, "out of memory for the statistics");
     json_dumpf(root, f, JSON_INDENT(2));       /* out_close sees what could not be written */
     fputc('\n', f);
@@ -624,6 +652,7 @@ typedef struct {
     dsv4_session *s;
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
     int last;                      /* the row of the last token in the last forward             */
+    char heat[4096];               /* remembers which experts are used                          */
     status_line status;
     out_file stats;                /* opened before the work, so that a bad name costs nothing  */
 } model;
@@ -647,6 +676,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
                    .no_rounding = a->no_rounding};
     o.span_hint = (int)(a->chunk && a->chunk < n_prompt ? a->chunk : n_prompt);
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
+    if (model_path(m->heat, sizeof m->heat, "heat", a->model)) o.heat = m->heat;
     m->status.on = !a->quiet;
     m->status.bar = on_terminal();
     if (n_prompt > o.ctx)
@@ -833,7 +863,8 @@ static int generate(model *m, speaker *sp, sampler *draw, int64_t n, id_list *fe
     *end = END_LENGTH;
     m->status.on = false;          /* the answer itself shows how far it is */
     for (int64_t i = 0; i < n && rc == 0; i++) {
-        session_logits(m->s, m->last, 1, m->logits);
+        rc = session_logits(m->s, m->last, 1, m->logits, sp->err);
+        if (rc) break;
         int32_t id = sampler_next(draw, m->logits);
         if (id == m->cfg.eos_token_id) {
             *end = END_EOS;
@@ -1195,7 +1226,7 @@ static void announce(const chat *c, int64_t n) {
     int64_t passes = (n + p->span - 1) / p->span, span = n < p->span ? n : p->span;
     double touched = share_touched(&c->m.cfg, span);
     double cold = 1 - (double)p->n_slots / p->n_experts_total;
-    if (engine_offload_stats(c->m.e)->misses == 0) cold = 1;
+    if (engine_expert_stats(c->m.e)->misses == 0) cold = 1;
     double bytes = (double)passes * touched * cold * p->n_experts_total * (double)p->slot_bytes;
     double per_s = rate((double)s->dense_bytes, s->load_s);
     if (c->a->quiet || rate(bytes, per_s) < MUCH_SECONDS) return;
@@ -1335,17 +1366,18 @@ static void npy_header(FILE *f, int64_t n, int vocab) {
 typedef struct { const id_list *ids; FILE *out; double nll; int64_t at; } scores;
 
 /* Score and write the rows of the forward just done. */
-static void score_rows(model *m, scores *sc, int n) {
+static int score_rows(model *m, scores *sc, int n, dsv4_err *err) {
     int vocab = m->cfg.vocab_size;
     for (int i = 0; i < n; i += EVAL_ROWS) {
         int rows = n - i < EVAL_ROWS ? n - i : EVAL_ROWS;
-        session_logits(m->s, i, rows, m->logits);
+        if (session_logits(m->s, i, rows, m->logits, err)) return -1;
         if (sc->out) fwrite(m->logits, sizeof(float), (size_t)rows * (size_t)vocab, sc->out);
         for (int r = 0; r < rows; r++, sc->at++)
             if (sc->at + 1 < (int64_t)sc->ids->n)
                 sc->nll += token_nll(m->logits + (size_t)r * (size_t)vocab, vocab,
                                      sc->ids->id[sc->at + 1]);
     }
+    return 0;
 }
 
 static int eval_all(model *m, const args *a, scores *sc, dsv4_err *err) {
@@ -1356,7 +1388,7 @@ static int eval_all(model *m, const args *a, scores *sc, dsv4_err *err) {
         m->status.n_now = step;
         m->status.n_done = i;
         if (session_forward(m->s, sc->ids->id + i, (int)step, err)) return -1;
-        score_rows(m, sc, (int)step);
+        if (score_rows(m, sc, (int)step, err)) return -1;
     }
     return 0;
 }
@@ -1488,16 +1520,18 @@ static bound decode_bound(const dsv4_plan *p, const engine_rates *r) {
     return (bound){
         .memory = (double)(p->token_dense + p->token_experts) / r->exec.read_bytes_s,
         .compute = (double)p->token_macs / r->exec.macs_s,
-        .disk = miss * (double)p->token_experts / r->disk_bytes_s, .tokens = 1};
+        .disk = (miss * (double)p->token_experts + (p->streamed ? (double)p->token_dense : 0)) /
+                r->disk_bytes_s, .tokens = 1};
 }
 
 /* Every expert is read once a span. */
 static bound prefill_bound(const dsv4_plan *p, const engine_rates *r, int64_t n) {
     double spans = ceil((double)n / p->span);
     double experts = spans * p->n_experts_total * (double)p->slot_bytes;
+    double dense = p->streamed ? spans * (double)p->token_dense : 0;
     return (bound){.memory = (experts + spans * (double)p->token_dense) / r->exec.read_bytes_s,
                    .compute = (double)n * (double)p->token_macs / r->exec.macs_s,
-                   .disk = experts / r->disk_bytes_s, .tokens = (double)n};
+                   .disk = (experts + dense) / r->disk_bytes_s, .tokens = (double)n};
 }
 
 static void print_bound(const char *name, const bound *b) {
@@ -1515,7 +1549,7 @@ static void print_plan_table(const dsv4_config *c, const dsv4_plan *p, const wei
     char more[96];
     printf("--ram %s holds\n", size_of(p->budget).text);
     print_place("program", p->base, "RAM", "");
-    print_place("dense weights", p->dense, "RAM", "");
+    print_place("dense weights", p->dense, "RAM", p->streamed ? "read layer by layer" : "");
     snprintf(more, sizeof more, "%lld tokens of context, %.0f bytes each", (long long)ctx,
              (double)p->kv / (double)ctx);
     print_place("KV", p->kv, "RAM", more);
@@ -1660,17 +1694,6 @@ static json_t *check_json(const dsv4_config *c, const ckpt *ck, const weights_by
         (json_int_t)b->mtp, "unused_bytes", (json_int_t)b->unused);
 }
 
-/* Where the hashes of this directory are remembered: a name made of its path (FNV-1a). */
-static int hash_record(char *out, size_t size, const char *dir, dsv4_err *err) {
-    char real[4096], name[64];
-    uint64_t h = 0xcbf29ce484222325u;
-    if (!realpath(dir, real)) return fail(err, "%s: %s", dir, strerror(errno));
-    for (const char *c = real; *c; c++) h = (h ^ (uint8_t)*c) * 0x100000001b3u;
-    snprintf(name, sizeof name, "hash-%016llx.json", (unsigned long long)h);
-    if (user_path(out, size, "XDG_CACHE_HOME", ".cache", name)) return 0;
-    return fail(err, "nowhere to remember hashes: set HOME or XDG_CACHE_HOME");
-}
-
 /* What both callbacks of ckpt_hash get; on_progress takes it for the status it begins with. */
 typedef struct { status_line status; json_t *lines; } hash_report;
 
@@ -1686,7 +1709,8 @@ static int check_hash(const args *a, const ckpt *ck, json_t *lines, dsv4_err *er
     char record[4096];
     hash_report h = {.status = {.on = !a->quiet, .bar = on_terminal()}, .lines = lines};
     int n_changed = 0;
-    if (hash_record(record, sizeof record, a->operand, err)) return -1;
+    if (!model_path(record, sizeof record, "hash", a->operand))
+        return fail(err, "nowhere to remember hashes: set HOME or XDG_CACHE_HOME");
     status_begin(&h.status, "hashing", 0);
     int rc = ckpt_hash(ck, record, on_hash_line, on_progress, &h, &n_changed, err);
     status_clear(&h.status);

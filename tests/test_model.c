@@ -55,6 +55,11 @@ static void forward(rig *r, const int32_t *tokens, int n) {
     if (session_forward(r->s, tokens, n, &err)) die(&err);
 }
 
+static void logits_of(rig *r, int i0, int n, float *logits) {
+    dsv4_err err;
+    if (session_logits(r->s, i0, n, logits, &err)) die(&err);
+}
+
 static st_file golden(const char *name) {
     char path[512];
     st_file f;
@@ -165,7 +170,7 @@ static void nq_layers(const dsv4_ops *op) {
     check_rows(&g, "nq.layer3.compressed", r.s->kv[3].comp, &worst);
     float *logits = malloc(N * VOCAB * sizeof *logits);
     r.s->n_last = N;
-    session_logits(r.s, 0, N, logits);
+    logits_of(&r, 0, N, logits);
     check_rows(&g, "nq.logits", logits, &worst);
     NOTE("worst row %.1e", worst);
     free(logits);
@@ -187,12 +192,12 @@ static void nq_decode(const char *file, int n, int n_decode) {
     float *want = st_f32(&g, "nq.decode.logits"), got[VOCAB];
     double worst = 0;
     forward(&r, tokens, n);
-    session_logits(r.s, n - 1, 1, got);
+    logits_of(&r, n - 1, 1, got);
     for (int i = 0; i < n_decode; i++) {
         CHECK(argmax(got, VOCAB) == next[i], "token %d: %d and not %d", i, argmax(got, VOCAB),
               next[i]);
         forward(&r, next + i, 1);
-        session_logits(r.s, 0, 1, got);
+        logits_of(&r, 0, 1, got);
         double e = rel_rms(got, want + i * VOCAB, VOCAB);
         if (!(e <= worst)) worst = e;
         CHECK(e <= 1e-4, "decode %d off by %g", i, e);
@@ -255,7 +260,7 @@ static void test_model_short_prompts_match_golden(void) {
     for (int i = 0; i < 10; i++) {
         session_reset(r.s);
         forward(&r, tokens + 6 * i, 6);
-        session_logits(r.s, 3, 3, got);
+        logits_of(&r, 3, 3, got);
         good += rel_rms(got, want + 3 * VOCAB * i, 3 * VOCAB) <= 1e-4;
     }
     CHECK(good >= 8, "%d of 10 prompts within 1e-4", good);
@@ -345,13 +350,15 @@ static void test_model_heads_match_layer_file(void) {
     int good = 0;
     dsv4_err err;
     logits = malloc(L_TOKENS * VOCAB * sizeof *logits);
-    head_logits(r.s, input, &r.e->w->hc_head, r.e->w->norm, L_TOKENS, logits);
+    if (head_logits(r.s, input, &r.e->w->hc_head, r.e->w->norm, L_TOKENS, logits, &err)) die(&err);
     for (int i = 0; i < 10; i++) {
         double e = rel_rms(logits + positions[4 * i] * VOCAB, want + i * VOCAB, VOCAB);
         CHECK(e <= 2e-4, "head row %d off by %g", i, e);
     }
     if (mtp_forward(r.s, input, next, L_TOKENS, 0, &err)) die(&err);
-    head_logits(r.s, r.s->c.mtp_h, &r.e->w->mtp.hc_head, r.e->w->mtp.norm, L_TOKENS, logits);
+    if (head_logits(r.s, r.s->c.mtp_h, &r.e->w->mtp.hc_head, r.e->w->mtp.norm, L_TOKENS, logits,
+                    &err))
+        die(&err);
     for (int i = 0; i < 10; i++) {
         double e = rel_rms(logits + positions[4 * i] * VOCAB, want_mtp + i * VOCAB, VOCAB);
         good += e <= 2e-4;
@@ -383,10 +390,10 @@ static void test_model_q_logits_within_bounds(void) {
     double e[N + 40];
     int same = 0;
     forward(&r, tokens, N);
-    session_logits(r.s, 0, N, got);
+    logits_of(&r, 0, N, got);
     for (int i = 0; i < 40; i++) {
         forward(&r, next + i, 1);
-        session_logits(r.s, 0, 1, got + (N + i) * VOCAB);
+        logits_of(&r, 0, 1, got + (N + i) * VOCAB);
     }
     for (int i = 0; i < N + 40; i++) {
         const float *w = i < N ? want + i * VOCAB : want_decode + (i - N) * VOCAB;
@@ -425,7 +432,7 @@ static outcome run_all(dsv4_opts o, const int32_t *tokens, int n_prefill, int st
     for (int i = 0, n; i < N; i += n) {
         n = i < n_prefill ? (int)min64(step, n_prefill - i) : 1;
         forward(&r, tokens + i, n);
-        session_logits(r.s, 0, n, out.logits + i * VOCAB);
+        logits_of(&r, 0, n, out.logits + i * VOCAB);
     }
     out.kv = malloc(out.kv_bytes);
     memcpy(out.kv, r.s->kv_mem.base, out.kv_bytes);
@@ -504,7 +511,7 @@ static void same_for_slots(dsv4_opts base, const int32_t *tokens, const outcome 
     rig r;
     rig_open(&r, base);
     dsv4_plan p = r.e->plan;
-    uint64_t least_work = work_bytes(&r.cfg, &r.e->opts, 1, 1);
+    uint64_t least_work = work_bytes(&r.cfg, &r.e->opts, false, 1, 1);
     rig_close(&r);
     for (int i = 0; i < 4; i++) {
         dsv4_opts o = base;
@@ -518,9 +525,34 @@ static void same_for_slots(dsv4_opts base, const int32_t *tokens, const outcome 
 }
 static void test_model_same_bits_for_any_cache_size(void) { for_both_roundings(same_for_slots); }
 
+/* Dense weights that do not fit are read layer by layer: one token at a time, and whole. */
+static void same_for_streaming(dsv4_opts base, const int32_t *tokens, const outcome *whole) {
+    static const int step[] = {1, 8};
+    rig r;
+    rig_open(&r, base);
+    uint64_t fixed = r.e->plan.base + r.e->plan.kv + 4 * r.e->plan.slot_bytes +
+                     weights_size(r.e->w, (dense_mode){base.mtp, true}) +
+                     2 * cache_slot_bytes(r.e->w->unit, (size_t)r.e->w->n_units);
+    for (int i = 0; i < 2; i++) {
+        dsv4_opts o = base;
+        o.chunk = o.span_hint = step[i];
+        o.ram_bytes = fixed + (1 << 20) + 4 * work_bytes(&r.cfg, &o, true, step[i], step[i]);
+        rig q;
+        rig_open(&q, o);
+        CHECK(q.e->plan.streamed, "%d: the dense weights fit", step[i]);
+        rig_close(&q);
+        check_same(whole, run_all(o, tokens, N, step[i]), "streamed, step", step[i]);
+    }
+    rig_close(&r);
+}
+static void test_model_same_bits_when_dense_weights_stream(void) {
+    for_both_roundings(same_for_streaming);
+}
+
 /* === Refusals ================================================================================= */
 
-/* Goal: the plan refuses one byte too little with the numbers, and takes the least. */
+/* Goal: the plan refuses one byte too little with the numbers, and takes the least; one byte less
+ * than what keeps the dense weights resident has them streamed. */
 static void test_model_plan_refuses_too_little(void) {
     rig r;
     rig_open(&r, (dsv4_opts){0});
@@ -529,15 +561,24 @@ static void test_model_plan_refuses_too_little(void) {
     dsv4_engine *e;
     dsv4_err err;
     o.chunk = 0;
-    o.ram_bytes = p.base + p.dense + p.kv + work_bytes(&r.cfg, &o, 1, 1) + 4 * p.slot_bytes;
-    CHECK(!engine_open(&e, &r.cfg, r.ck, &o, &err) && !engine_load(e, NULL, NULL, &err), "%s",
-          err.msg);
-    CHECK(e->plan.base + e->plan.dense + e->plan.kv + e->plan.work + e->plan.slots <=
-          o.ram_bytes, "the plan breaks its budget");
-    engine_close(e);
-    o.ram_bytes--;
-    CHECK(engine_open(&e, &r.cfg, r.ck, &o, &err) == -1, "took too little");
-    CHECK(strstr(err.msg, "too small") && strstr(err.msg, "--ram"), "%s", err.msg);
+    for (int streamed = 1; streamed >= 0; streamed--) {
+        uint64_t dense = streamed ? weights_size(r.e->w, (dense_mode){false, true}) + 2 *
+                         cache_slot_bytes(r.e->w->unit, (size_t)r.e->w->n_units) : p.dense;
+        o.ram_bytes = p.base + dense + p.kv + work_bytes(&r.cfg, &o, streamed, 1, 1) +
+                      4 * p.slot_bytes;
+        CHECK(!engine_open(&e, &r.cfg, r.ck, &o, &err) && !engine_load(e, NULL, NULL, &err),
+              "%s", err.msg);
+        CHECK(e->plan.streamed == streamed, "%d", streamed);
+        CHECK(e->plan.base + e->plan.dense + e->plan.kv + e->plan.work + e->plan.slots <=
+              o.ram_bytes, "the plan breaks its budget");
+        engine_close(e);
+        o.ram_bytes--;
+        int rc = engine_open(&e, &r.cfg, r.ck, &o, &err);
+        CHECK(streamed ? rc == -1 : rc == 0 && e->plan.streamed, "took too little");
+        engine_close(e);
+        if (streamed)
+            CHECK(strstr(err.msg, "too small") && strstr(err.msg, "--ram"), "%s", err.msg);
+    }
     o.ctx = r.cfg.max_position_embeddings + 1;
     CHECK(engine_open(&e, &r.cfg, r.ck, &o, &err) == -1 && strstr(err.msg, "context"), "%s",
           err.msg);
@@ -731,6 +772,7 @@ int main(int argc, char **argv) {
     RUN(test_model_same_bits_for_any_threads);
     RUN(test_model_same_bits_for_any_split);
     RUN(test_model_same_bits_for_any_cache_size);
+    RUN(test_model_same_bits_when_dense_weights_stream);
     RUN(test_model_plan_refuses_too_little);
     RUN(test_model_weights_bind_names_what_is_wrong);
     RUN(test_model_forward_refuses_bad_tokens);
