@@ -263,6 +263,8 @@ def stats_hold_every_counter():
     need(s["tokens"]["prefill"] > 4 and s["tokens"]["decode"] <= 5, str(s["tokens"]))
     need(s["experts"]["ram_hits"] + s["experts"]["disk_reads"] == s["experts"]["uses"],
          str(s["experts"]))
+    rates = s["experts"]["hit_rate_by_layer"]
+    need(len(rates) == 6 and all(0 <= r <= 1 for r in rates), str(rates))
     need(not os.path.exists(path + ".part"), "a .part file is left")
 
 
@@ -336,6 +338,42 @@ def bad_files_exit_1():
     refuses("holds no ids", "eval", "-m", tiny(), "--ids", write("bad.txt", " \n"))
     refuses("outside of the vocabulary", "eval", "-m", tiny(), "--ids", ids_file([1, 512]))
     refuses("outside of the vocabulary", "run", "-m", tiny(), "--ids", ids_file([1, 512]))
+
+
+@test
+def dense_weights_stream_where_they_do_not_fit():
+    """Between the least that works and what holds them: the same answer, and it says so."""
+    flags = ["run", "-m", tiny(), "-p", "Hello there", "-n", 12, "--temp", 0, "--print-ids"]
+    whole, err = dsv4(*flags, "--ram", "200M")
+    need("layer by layer" not in err, err)
+    for ram in ("9.5M", "10M"):
+        stats = os.path.join(TMP, "stats.json")
+        out, err = dsv4(*flags, "--ram", ram, "--stats", stats)
+        s = json.load(open(stats))
+        need("read layer by layer" in err and s["plan"]["dense_streamed"] is True, err)
+        need(out == whole, f"--ram {ram} changes the answer")
+        need(s["bytes_read"]["dense_streamed"] > 10 * s["bytes_read"]["dense_from_disk"], str(s))
+
+
+@test
+def heat_is_kept_from_run_to_run_and_changes_nothing():
+    path = os.path.join(TMP, "hot")
+    shutil.copytree(tiny(), path)
+    outs, misses = [], []
+    stats = os.path.join(TMP, "stats.json")
+    for _ in range(3):
+        outs.append(dsv4("run", "-m", path, "-p", "Hello", "-n", 30, "--temp", 0, "--print-ids",
+                         "--stats", stats)[0])
+        misses.append(json.load(open(stats))["experts"]["disk_reads"])
+    need(outs[0] == outs[1] == outs[2], "heat changes the answer")
+    need(misses[1] < misses[0] and misses[2] < misses[0], f"misses {misses}")
+    heat = [f for f in os.listdir(os.environ["XDG_CACHE_HOME"] + "/dsv4") if f.startswith("heat")]
+    for name in heat:                                  # damaged ones are not used
+        write(os.path.join(os.environ["XDG_CACHE_HOME"], "dsv4", name), b'{"groups": 3, "heat"')
+    out = dsv4("run", "-m", path, "-p", "Hello", "-n", 30, "--temp", 0, "--print-ids", "--stats",
+               stats)[0]
+    need(out == outs[0] and json.load(open(stats))["experts"]["disk_reads"] == misses[0], "damaged")
+    shutil.rmtree(path)
 
 
 @test
@@ -637,10 +675,9 @@ def check_json_says_what_the_table_says():
 
 @test
 def check_hash_remembers_and_says_what_changed():
-    path, cache = os.path.join(TMP, "hashed"), os.path.join(TMP, "cache")
+    path = os.path.join(TMP, "hashed")
     shutil.copytree(tiny(), path)
     shards = sorted(f for f in os.listdir(path) if f.startswith("model-"))
-    os.environ["XDG_CACHE_HOME"] = cache
 
     def lines():
         p = subprocess.run([DSV4, "check", path, "--hash", "-q"], capture_output=True, timeout=60)
@@ -661,7 +698,6 @@ def check_hash_remembers_and_says_what_changed():
     need(code == 1 and ["CHANGED" in s for s in now] == [s == shards[1] for s in shards], str(now))
     hashes = json.loads(dsv4("check", path, "--hash", "--json", "-q")[0])["hashes"]
     need(len(hashes) == len(shards) and "as on" in hashes[1], str(hashes))
-    del os.environ["XDG_CACHE_HOME"]
     shutil.rmtree(path)
 
 
@@ -707,6 +743,7 @@ def main():
     global TMP
     failed = 0
     with tempfile.TemporaryDirectory(prefix="dsv4-cli-") as TMP:
+        os.environ["XDG_CACHE_HOME"] = os.path.join(TMP, "cache")
         for fn in TESTS:
             try:
                 figure = fn()
