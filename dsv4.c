@@ -1306,7 +1306,8 @@ static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
-    int slot[MAX_TOPK], expert[MAX_TOPK], n = 0, asked = 0, rc = 0;
+    int slot[MAX_TOPK], n = 0, asked = 0, rc = 0;
+    int32_t expert[MAX_TOPK];
     bool held[MAX_TOPK];
     size_t dim = (size_t)c->hidden_size;
     dsv4_acts x = {m->code, m->scale, m->x};
@@ -1315,6 +1316,7 @@ static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
         held[n] = cache_holds(e->experts, (size_t)layer * (size_t)c->n_routed_experts + (size_t)i);
         expert[n++] = i;
     }
+    if (e->opts.trace) e->opts.trace(e->opts.trace_arg, s->pos, layer, expert, n);
     for (; asked < n && rc == 0; asked += rc == 0) {
         slot[asked] = expert_get(e, layer, expert[asked], err);
         if (slot[asked] < 0) rc = -1;

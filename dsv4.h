@@ -469,6 +469,9 @@ typedef struct {                   /* what will live where, in bytes; told befor
     bool streamed;                 /* dense weights do not fit and are read layer by layer      */
 } dsv4_plan;
 
+/* Which experts a decoded token takes in a layer, ascending. */
+typedef void (*trace_fn)(void *arg, int64_t pos, int layer, const int32_t *experts, int n);
+
 typedef struct {
     const char *dir;
     int n_threads;                 /* 0: every processor this process may use                   */
@@ -477,6 +480,8 @@ typedef struct {
     int span_hint;                 /* tokens the caller means to prefill at once; 0: ctx        */
     int chunk;                     /* tokens through attention at once; 0: chosen               */
     const char *heat;              /* file that remembers which experts are used, or NULL       */
+    trace_fn trace;                /* or NULL                                                   */
+    void *trace_arg;
     bool no_rounding;              /* M2's roundings off, KV in F32                             */
     bool mtp;                      /* load the MTP block and keep its KV                        */
 } dsv4_opts;

@@ -9,7 +9,7 @@
  * Exit codes  0 done, 1 failed, 2 usage, 130 interrupted.
  * Contents    1 flags   2 files and output   3 progress and tables   4 the model behind a
  *             command   5 the answer   6 run   7 chat   8 eval   9 prompt, tokenize
- *             10 plan, check   11 help
+ *             10 plan, check   11 bench   12 help
  * Not here    anything that could be tested without a terminal                                 */
 #define _GNU_SOURCE
 #include "dsv4.h"
@@ -38,6 +38,7 @@ enum {
     ANSWER_DEFAULT = 4096,         /* tokens of one answer, thinking included                   */
     CHAT_CTX = 32768,              /* tokens of a conversation where nobody said                */
     EVAL_ROWS = 16,
+    BENCH_PROMPT = 64, BENCH_TOKENS = 64,
     HISTORY_LINES = 1000,
     PLAIN_SECONDS = 10,            /* at most, between two progress lines without a terminal    */
     TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
@@ -62,9 +63,9 @@ static void on_signal(int sig) {
 
 enum {
     CMD_RUN = 1, CMD_CHAT = 2, CMD_EVAL = 4, CMD_PROMPT = 8, CMD_TOKENIZE = 16, CMD_PLAN = 32,
-    CMD_CHECK = 64, CMD_VERSION = 128, CMD_HELP = 256,
+    CMD_CHECK = 64, CMD_VERSION = 128, CMD_HELP = 256, CMD_BENCH = 512,
     CMD_ANSWER = CMD_RUN | CMD_CHAT,
-    CMD_ENGINE = CMD_ANSWER | CMD_EVAL,
+    CMD_ENGINE = CMD_ANSWER | CMD_EVAL | CMD_BENCH,
     CMD_BUDGET = CMD_ENGINE | CMD_PLAN,
 };
 
@@ -72,8 +73,9 @@ typedef struct { const char *word[MAX_STOPS]; int n; } word_list;
 
 typedef struct {                   /* everything a command line can say                         */
     const char *model, *prompt, *file, *ids, *logits, *stats, *operand, *system, *effort, *gen;
+    const char *trace;
     word_list stop;
-    int64_t n_answer, ctx, decode_from, chunk, threads, top_k;
+    int64_t n_answer, n_bench, ctx, decode_from, chunk, threads, top_k;
     uint64_t ram, seed;
     double temp, top_p, min_p, penalty;                /* -1: as the model's makers say         */
     bool raw, print_ids, no_think, no_rounding, no_loop_guard, quiet, decode, as_ids, json, hash;
@@ -127,6 +129,9 @@ static const flag flags[] = {
      AT(no_loop_guard), 0, 0},
     {"--print-ids", NULL, "print token ids instead of text", CMD_RUN, ARG_BOOL, AT(print_ids), 0,
      0},
+    {"--tokens", "N", "tokens to decode (64)", CMD_BENCH, ARG_COUNT, AT(n_bench), 1, 1e6},
+    {"--trace", "FILE", "write token, layer and experts of each step", CMD_BENCH, ARG_TEXT,
+     AT(trace), 0, 0},
     {"--logits", "OUT.npy", "write the logits, float32 [n, vocab]", CMD_EVAL, ARG_TEXT,
      AT(logits), 0, 0},
     {"--decode-from", "K", "ids from K on go one at a time", CMD_EVAL, ARG_COUNT,
@@ -160,6 +165,7 @@ static int cmd_prompt(const args *a, dsv4_err *err);
 static int cmd_tokenize(const args *a, dsv4_err *err);
 static int cmd_plan(const args *a, dsv4_err *err);
 static int cmd_check(const args *a, dsv4_err *err);
+static int cmd_bench(const args *a, dsv4_err *err);
 static int cmd_version(const args *a, dsv4_err *err);
 static int cmd_help(const args *a, dsv4_err *err);
 
@@ -184,6 +190,8 @@ static const command commands[] = {
      "say what would live where, and how fast that can be here", CMD_PLAN, cmd_plan},
     {"check", "DIR [--hash] [--json]", "say what a model is and whether it is whole", CMD_CHECK,
      cmd_check},
+    {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
+     "measure decode against memory, processor and disk", CMD_BENCH, cmd_bench},
     {"version", "", "print the version", CMD_VERSION, cmd_version},
     {"help", "[COMMAND]", "print this, or a command's flags", CMD_HELP, cmd_help},
 };
@@ -315,8 +323,8 @@ static int args_check(const args *a, const command *c, dsv4_err *err) {
 
 /* Fill *a from the words behind the command; -1 is a usage error. */
 static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err *err) {
-    *a = (args){.n_answer = ANSWER_DEFAULT, .temp = -1, .top_p = -1, .min_p = -1, .penalty = -1,
-                .top_k = -1, .decode_from = -1};
+    *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
+                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1};
     bool takes_operand = c->bit & (CMD_CHECK | CMD_HELP);
     for (int i = 0; i < argc; i++) {
         if (argv[i][0] != '-' && takes_operand && !a->operand) {
@@ -652,6 +660,7 @@ typedef struct {
     dsv4_session *s;
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
     int last;                      /* the row of the last token in the last forward             */
+    FILE *trace;                   /* of bench, or NULL                                         */
     char heat[4096];               /* remembers which experts are used                          */
     status_line status;
     out_file stats;                /* opened before the work, so that a bad name costs nothing  */
@@ -669,6 +678,12 @@ static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err 
     return m->logits ? 0 : fail(err, "out of memory for logits");
 }
 
+static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, int n) {
+    fprintf(arg, "%lld %d", (long long)pos, layer);
+    for (int i = 0; i < n; i++) fprintf(arg, " %d", experts[i]);
+    fputc('\n', arg);
+}
+
 /* Plan, load, and open a session with room for `ctx` tokens, `n_prompt` of them at once. */
 static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, dsv4_err *err) {
     dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
@@ -676,6 +691,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
                    .no_rounding = a->no_rounding};
     o.span_hint = (int)(a->chunk && a->chunk < n_prompt ? a->chunk : n_prompt);
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
+    if (m->trace) o.trace = on_trace, o.trace_arg = m->trace;
     if (model_path(m->heat, sizeof m->heat, "heat", a->model)) o.heat = m->heat;
     m->status.on = !a->quiet;
     m->status.bar = on_terminal();
@@ -1742,7 +1758,65 @@ static int cmd_check(const args *a, dsv4_err *err) {
     return rc ? rc : check_stdout(err);
 }
 
-/* === 11. help ================================================================================= */
+/* === 11. bench ================================================================================ */
+
+static void print_ratio(const char *what, double got, const char *unit, const char *of,
+                        double most) {
+    printf("%-24s %9.2f %-8s %-24s %9.2f %6.1f%%\n", what, got, unit, of, most,
+           100 * rate(got, most));
+}
+
+/* Decode n tokens drawn evenly, one by one, and compare with what the machine reaches. */
+static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err *err) {
+    const dsv4_plan *p = engine_plan(m->e);
+    const dsv4_stats *s = engine_stats(m->e), before = *s;
+    const offload_stats *o = engine_offload_stats(m->e), read = *o;
+    double n = (double)a->n_bench;
+    uint64_t draw = a->seed;
+    for (int64_t i = 0; i < a->n_bench; i++) {
+        draw = draw * 6364136223846793005u + 1442695040888963407u;
+        int32_t id = (int32_t)((draw >> 33) % (uint64_t)m->cfg.vocab_size);
+        if (session_forward(m->s, &id, 1, err) || session_logits(m->s, 0, 1, m->logits, err))
+            return -1;
+    }
+    double op[OPC_N], all = 0, wait = s->expert_wait_s - before.expert_wait_s;
+    double idle = s->dense_wait_s - before.dense_wait_s, busy = o->busy_s - read.busy_s;
+    for (int i = 0; i < OPC_N; i++) all += op[i] = s->op_s[i] - before.op_s[i];
+    double experts = op[OPC_EXPERTS] - wait, matrices = op[OPC_PROJ] + op[OPC_COMPRESS] +
+                     op[OPC_GATE] + op[OPC_SHARED] + op[OPC_HEAD] - idle;
+    double memory = r->exec.read_bytes_s / 1e9, disk = r->disk_bytes_s / 1e9;
+    double got = (double)(o->read_bytes - read.read_bytes) / 1e9;
+    double rest = all - op[OPC_EXPERTS] - idle, most = rest + (experts > busy ? experts : busy);
+    printf("%-24s %9s %-8s %-24s %9s %7s\n", "what", "measured", "", "bound", "", "ratio");
+    print_ratio("experts, computed", n * (double)p->token_experts / 1e9 / experts, "GB/s",
+                "memory read, GB/s", memory);
+    print_ratio("dense weights, computed", n * (double)p->token_dense / 1e9 / matrices, "GB/s",
+                "memory read, GB/s", memory);
+    print_ratio("reads, while any is on", rate(got, busy), "GB/s", "disk alone, GB/s", disk);
+    print_ratio("decode", n / all, "tokens/s", "dense + max(experts, disk)", n / most);
+    return check_stdout(err);
+}
+
+static int cmd_bench(const args *a, dsv4_err *err) {
+    model m;
+    engine_rates r;
+    out_file trace = {0};
+    int32_t prompt_ids[BENCH_PROMPT];
+    int64_t ctx = BENCH_PROMPT + a->n_bench;
+    int rc = model_open_files(&m, a->model, false, err);
+    for (int i = 0; i < BENCH_PROMPT; i++)
+        prompt_ids[i] = rc ? 0 : (int32_t)((uint64_t)i * 7919 % (uint64_t)m.cfg.vocab_size);
+    if (rc == 0 && a->trace) rc = out_open(&trace, a->trace, err);
+    m.trace = trace.f;
+    if (rc == 0) rc = model_start(&m, a, BENCH_PROMPT, ctx, err);
+    if (rc == 0) rc = engine_measure(m.e, m.ck, 4, &r, err);
+    if (rc == 0) rc = feed(&m, prompt_ids, BENCH_PROMPT, err);
+    if (rc == 0) rc = bench_decode(&m, a, &r, err);
+    rc = out_close(&trace, rc, err);
+    return model_finish(&m, a, rc, err);
+}
+
+/* === 12. help ================================================================================= */
 
 static int cmd_version(const args *a, dsv4_err *err) {
     (void)a;

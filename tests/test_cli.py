@@ -22,7 +22,8 @@ DSV4, MKMODEL = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY_A = os.path.join(HERE, "goldens", "tiny-a")
 SHADOW = 2**30 if "/san/" in DSV4 else 0               # ASan keeps its own books in memory
-COMMANDS = ("run", "chat", "eval", "prompt", "tokenize", "plan", "check", "version", "help")
+COMMANDS = ("run", "chat", "eval", "prompt", "tokenize", "plan", "check", "bench", "version",
+            "help")
 VECTORS = json.load(open(os.path.join(HERE, "..", "..", "shared", "chat", "vectors.json")))
 TESTS = []
 
@@ -647,6 +648,19 @@ def plan_adds_up_and_names_what_binds():
         need(b[binds[b["binds"]]] == longest, str(b))
     need(all(v > 0 for v in p["measured"].values()), str(p["measured"]))
     refuses("too small: at least", "plan", "-m", tiny(), "--ram", "3M")
+
+
+@test
+def bench_compares_with_the_machine_and_traces():
+    trace = os.path.join(TMP, "trace.txt")
+    text, _ = dsv4("bench", "-m", tiny(), "--tokens", 20, "--trace", trace)
+    for part in ("experts, computed", "dense weights, computed", "reads, while any", "decode"):
+        need(part in text.decode(), text)
+    lines = [list(map(int, s.split())) for s in open(trace)]
+    need(len(lines) == 20 * 6, f"{len(lines)} lines")
+    for i, (pos, layer, *experts) in enumerate(lines):
+        need((pos, layer) == (64 + i // 6, i % 6), f"line {i}: {lines[i]}")
+        need(len(experts) == 2 and 0 <= experts[0] < experts[1] < 8, f"line {i}: {lines[i]}")
 
 
 @test
