@@ -1811,6 +1811,7 @@ static int cmd_bench(const args *a, dsv4_err *err) {
     if (rc == 0) rc = model_start(&m, a, BENCH_PROMPT, ctx, err);
     if (rc == 0) rc = engine_measure(m.e, m.ck, 4, &r, err);
     if (rc == 0) rc = feed(&m, prompt_ids, BENCH_PROMPT, err);
+    m.status.on = false;
     if (rc == 0) rc = bench_decode(&m, a, &r, err);
     rc = out_close(&trace, rc, err);
     return model_finish(&m, a, rc, err);
