@@ -537,7 +537,7 @@ static void status_draw(status_line *s, double share, double t) {
 /* A progress_fn: how far, at which rate; and whether to stop. */
 static int on_progress(void *arg, double done) {
     status_line *s = arg;
-    double t = now_s(), pause = 1 + s->shown - s->began;      /* lines come after 1, 3, 7 s ... */
+    double t = now_s(), pause = 0.25 + s->shown - s->began;    /* first after 0.25, 0.75, 1.75 s */
     if (pause > PLAIN_SECONDS) pause = PLAIN_SECONDS;
     if (s->on && t - s->shown > (s->bar ? 0.2 : pause)) {
         if (s->n_total) done = ((double)s->n_done + (double)s->n_now * done) / (double)s->n_total;
