@@ -209,6 +209,10 @@ def pro_shape_runs_within_its_budget():
         answers.append(out)
         peak = json.load(open(stats))["peak_rss"]
         need(peak <= ram * 2**30 + (64 << 20) + SHADOW, f"--ram {ram}G: peak {peak >> 20} MiB")
+    # six experts a token: their sum has an order, in prefill and in decode the same
+    whole, _ = eval_logits(path, [5, 6, 7, 8], "--ram", "8G")
+    steps, _ = eval_logits(path, [5, 6, 7, 8], "--ram", "8G", "--decode-from", 1)
+    need(whole.tobytes() == steps.tobytes(), "decode gives other bits than prefill")
     shutil.rmtree(path)
     need(answers[0] == answers[1], "--ram changes the answer")
 
