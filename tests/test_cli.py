@@ -209,6 +209,10 @@ def pro_shape_runs_within_its_budget():
         answers.append(out)
         peak = json.load(open(stats))["peak_rss"]
         need(peak <= ram * 2**30 + (64 << 20) + SHADOW, f"--ram {ram}G: peak {peak >> 20} MiB")
+    # embed, head and layers do not fit: read layer by layer, head in blocks
+    out, err = dsv4("run", "-m", path, "-f", text, "-n", 2, "--ram", "2.5G", "--print-ids")
+    need("read layer by layer" in err, err)
+    need(out.split() == answers[0].split()[:2], f"{out} is not the start of {answers[0]}")
     # six experts a token: their sum has an order, in prefill and in decode the same
     whole, _ = eval_logits(path, [5, 6, 7, 8], "--ram", "8G")
     steps, _ = eval_logits(path, [5, 6, 7, 8], "--ram", "8G", "--decode-from", 1)
