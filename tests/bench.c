@@ -15,7 +15,6 @@
 #include <immintrin.h>
 #include <liburing.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
