@@ -240,7 +240,7 @@ def table_rows(r):
     rows += [
         row(r, "expert reads, 12 pinned", "cache", "raw", 0.9, "GB/s", scale="raw io_uring"),
         row(r, "all reads of a run, 4G", "run.read", "run.raw", 0.9, "GB/s",
-            scale="raw io_uring"),
+            scale="raw io_uring (**)"),
         row(r, f"{DECODE} tokens decoded, 4G", "decode.wall", "decode.least", 1.1, "s",
             below=True, scale="dense + max(*)"),
         limit(r, "peak RSS over --ram", "over_budget", 64, "MB", "64 MB, worst", worst=True),
@@ -270,7 +270,16 @@ def show(rows):
         print(f"{x['what']:32}{measured:>10} {x['unit']:7}{x['n']:2d}{spread:>8}  "
               f"{x['bound']:18}{value:>9}{r:>7}{target:>8}  {verdict}".rstrip())
     print("(*) all but experts, plus the longer of computing experts and reading theirs at the "
-          "raw rate;\n    from op_seconds and bytes_read of one run of one token and its answer")
+          "raw rate;\n    from op_seconds and bytes_read of one run of one token and its answer\n"
+          "(**) busy_seconds ends when somebody looks: computing while reads land counts as well")
+
+
+def show_cores(results):
+    """Whether there were as many cores as threads: else no row of all threads means much."""
+    cores = ratio(results, "fma.n", "fma.1")
+    print(f"{os.cpu_count()} threads did {cores:.2f} times one thread's FMA"
+          + ("" if cores >= 0.8 * os.cpu_count() else
+             ": others use these processors, and rows of all threads are no verdict"))
 
 
 def main():
@@ -289,6 +298,7 @@ def main():
         step(results, reps)
     rows = table_rows(results)
     show(rows)
+    show_cores(results)
     with open("build/bench.json", "w") as f:
         json.dump({"seconds": time.monotonic() - START, "threads": os.cpu_count(),
                    "rows": rows, "repetitions": results}, f, indent=1)
