@@ -3,6 +3,7 @@
 # make deps      install what is missing         make fuzz    each fuzzer for 60 s
 # make goldens   regenerate our own goldens      make flash    Flash's widths, 4 layers, 16 GB
 # make install PREFIX=/usr/local                 make clean
+# make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
 
 CC      ?= gcc
 PREFIX  ?= /usr/local
@@ -53,6 +54,9 @@ $(B)/mkmodel: tests/mkmodel.c Makefile | $(B)
 	$(CC) $(ALL_C) -o $@ $< -lm
 $(B)/tokenize: tests/tokenize.c $(OBJ) | $(B)
 	$(CC) $(ALL_C) -o $@ $< $(OBJ) $(LIBS)
+# a bench needs the vectors that it measures with
+$(B)/bench: tests/bench.c dsv4.h $(OBJ) Makefile | $(B)
+	$(CC) $(ALL_C) -std=gnu11 $(SIMD) -o $@ $< $(OBJ) $(LIBS)
 
 $(B):
 	mkdir -p $@
@@ -91,6 +95,12 @@ flash: deps
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel
 	@tests/flash.sh ./$(BIN) $(B)/mkmodel
 
+# the same model
+bench:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/bench
+	@$(VENV) tests/bench.py $(B)/bench ./$(BIN) $(B)/mkmodel
+
 install: $(BIN)
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dsv4
@@ -102,5 +112,5 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps demo test fuzz goldens flash install clean
+.PHONY: all deps demo test fuzz goldens flash bench install clean
 .DELETE_ON_ERROR:

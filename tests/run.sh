@@ -28,6 +28,7 @@ try $venv tests/test_ref.py
 try $venv tests/test_tokenizer.py "$build/tokenize"
 try $venv tests/test_cli.py "$dsv4" "$build/mkmodel"
 try $venv tests/test_terminal.py "$dsv4" "$build/mkmodel"
+try $venv tests/cachesim.py --selftest
 passed=$(grep -c '^ok ' "$log")
 failed=$(grep -c '^FAIL ' "$log")
 echo "$passed passed, $failed failed"
