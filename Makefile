@@ -8,7 +8,7 @@
 CC      ?= gcc
 PREFIX  ?= /usr/local
 SHARE    = $(DESTDIR)$(PREFIX)/share
-PKGS     = liburing libpcre2-8 jansson libxxhash libedit
+PKGS     = liburing libpcre2-8 jansson libxxhash libzstd libedit
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
 CFLAGS  ?= -O3 -g
 # fused multiply-add only where the code says so: the same bits on every machine
@@ -26,8 +26,8 @@ B        = build
 BIN      = dsv4
 endif
 
-OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o text.o)
-SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c text.c main.c
+OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o kv.o text.o)
+SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c kv.c text.c main.c
 C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_text test_chat test_model)
 FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer)
 VENV     = build/venv/bin/python3
@@ -78,7 +78,7 @@ test:
 build/fuzz/%: tests/%.c $(SRC)
 	@mkdir -p build/fuzz
 	clang -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined $(SIMD) $(PKG_C) -o $@ $< \
-	  dsv4.c kernels.c offload.c text.c -x c kernels.cu -x none $(LIBS)
+	  dsv4.c kernels.c offload.c kv.c text.c -x c kernels.cu -x none $(LIBS)
 
 fuzz:
 	@tests/deps.sh fuzz

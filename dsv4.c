@@ -636,7 +636,6 @@ struct dsv4_engine {
     float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
-    const char *note;
 };
 
 struct dsv4_session {
@@ -840,11 +839,12 @@ static int default_threads(void) {
 
 static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
     const dsv4_config *cfg = e->cfg;
+    const char *note;              /* engine_note() tells it, and what comes up later */
     if (weights_bind(&e->w, c, cfg, err)) return -1;
     if (engine_check_opts(cfg, &e->opts, e->w->bytes.has_mtp, err)) return -1;
     e->n_blocks = cfg->num_hidden_layers + e->opts.mtp;
     int threads = e->opts.n_threads ? e->opts.n_threads : default_threads();
-    if (exec_open(&e->ex, threads, err) || offload_open(&e->off, c, &e->note, err)) return -1;
+    if (exec_open(&e->ex, threads, err) || offload_open(&e->off, c, &note, err)) return -1;
     int half = cfg->qk_rope_head_dim / 2;
     e->freq_window = calloc(2 * (size_t)half, sizeof(float));
     if (!e->freq_window) return fail(err, "out of memory for rope frequencies");
@@ -911,7 +911,7 @@ void engine_close(dsv4_engine *e) {
 
 const dsv4_plan *engine_plan(const dsv4_engine *e) { return &e->plan; }
 const dsv4_stats *engine_stats(const dsv4_engine *e) { return &e->stats; }
-const char *engine_note(const dsv4_engine *e) { return e->note; }
+const char *engine_note(const dsv4_engine *e) { return offload_note(e->off); }
 const offload_stats *engine_offload_stats(const dsv4_engine *e) {
     return offload_get_stats(e->off);
 }

@@ -11,6 +11,8 @@
  *        |     kernels.cu   the book of ops: contract and plain-C reference (_ref)
  *        |     kernels.c    the fast CPU twins (_cpu) and the thread pool
  *        |
+ *      kv.c       rows of KV in RAM and in a file; parked context
+ *        |
  *      offload.c  config.json, shards, io_uring, the expert cache
  *
  * Conventions
@@ -22,7 +24,7 @@
  *   - Names follow the checkpoint and config.json; MODEL.md sections are cited as M1..M4.
  *
  * Contents  1 errors and limits   2 number formats and matrices   3 config
- *           4 operations   5 offload: shards, reads, experts   6 text   7 model
+ *           4 operations   5 offload: shards, reads, experts   6 KV   7 text   8 model
  */
 #ifndef DSV4_H
 #define DSV4_H
@@ -309,6 +311,22 @@ typedef struct { const ckpt_tensor *t; void *dst; } load_item;
 /* Read whole tensors into dst (t->bytes each), many at once; returns when all are in. */
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err);
 
+/* A raw file of ours beside the shards: made in `dir` with room for `bytes` (a multiple of 4096) and
+ * unlinked at once, so that nothing is left behind however we end.  Reads and writes go through the
+ * same bounded depth, retries and fallbacks as those of shards, as demand.  Returns the file's
+ * number, or -1 (ENOSPC: names dir, the bytes wanted and those free). */
+int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err);
+
+/* Many transfers that are waited for together.  Zeroed at first. */
+typedef struct { int in_flight, cause; uint64_t off; bool write; } io_batch;
+/* Read or write `bytes` at `off` of raw file `file`; off, bytes and buf are multiples of 4096.  It is
+ * begun now (waits only while all of the depth is in use); buf is the file's until batch_wait(). */
+int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
+              dsv4_err *err);
+/* Wait for all of them.  On -1 the first fault is told (file, offset, cause) and none is on its way;
+ * the batch is as good as new either way. */
+int batch_wait(offload *o, io_batch *b, dsv4_err *err);
+
 /* What is read, kept and dropped together: one routed expert (six parts), or the matrices of one
  * layer.  Parts may lie in any shard; adjacent ones are read as one.  A part may be a piece of a
  * tensor: then its ckpt_tensor is the caller's. */
@@ -348,7 +366,67 @@ const group_uses *cache_uses(const cache *c);
 void cache_load_heat(cache *c, const char *path);
 int cache_save_heat(const cache *c, const char *path, dsv4_err *err);
 
-/* === 6. Text ================================================================================== */
+/* === 6. KV ====================================================================================
+ * kv.c: where rows lie and how they move.  What a row holds is M2's and kernels.cu's.            */
+
+typedef struct {
+    int64_t ctx;                   /* tokens of context to make room for                        */
+    int n_blocks;                  /* layers, and one more with the MTP block                   */
+    bool packed;                   /* rows as M2 rounds them, else F32                          */
+    uint64_t ram;                  /* bytes that may be taken; 0: all that it needs             */
+    const char *dir;               /* for what does not fit; NULL: all must fit                 */
+} kv_opts;
+
+/* What goes where, in this order of precedence.  States are windows and what compressors carry.  */
+typedef struct {
+    uint64_t states, index, entries; /* bytes: index keys and HCA entries; CSA entries          */
+    uint64_t stage;                /* of one layer that is in the file: in RAM while in use      */
+    uint64_t ram, file, least;     /* taken of each, and the least that ram may be               */
+    double token_bytes;            /* of index and entries, a token of a long context            */
+    bool index_in_file, entries_in_file;
+} kv_plan;
+/* -1: opts.ram is less than plan->least, or something must go to a file and dir is NULL. */
+int kv_plan_make(kv_plan *p, const dsv4_config *cfg, const kv_opts *o, dsv4_err *err);
+
+/* Parked context: a directory of files that any number of processes may use at once.  A file holds
+ * the KV of SEGMENT_TOKENS tokens and what a session needs to go on behind them ("segment"), or the
+ * rest of a conversation that was saved under a name ("session").  Files appear whole or not at all
+ * and every byte of them is checked: what is torn, truncated, foreign or flipped is never used. */
+enum { SEGMENT_TOKENS = 4096, PARK_FRAMES = 2 * (MAX_LAYERS + 1) + 2 };
+typedef struct { uint8_t byte[16]; } park_key;
+typedef struct {                   /* what a file says of itself                                */
+    park_key key, before;          /* of this one, and of the one whose tokens come before      */
+    char model[MAX_NAME];          /* for people                                                */
+    int64_t pos;                   /* tokens before this file's                                 */
+    int32_t n_tokens;
+    int n_frames;
+} park_info;
+typedef struct { void *data; size_t bytes; } park_frame;
+typedef struct park park;
+
+/* `dir` is made where it is missing.  budget: bytes that park_put() keeps it under by removing the
+ * segments that were used least recently (sessions stay); 0: no limit. */
+int park_open(park **out, const char *dir, uint64_t budget, dsv4_err *err);
+void park_close(park *p);
+/* XXH3-128 of `before` and the ids: the key of what comes behind `before`.  The first `before` is
+ * the fingerprint of model and numerics. */
+park_key park_next(park_key before, const int32_t *tokens, int n);
+bool park_has(const park *p, park_key key);
+/* Write a file: name NULL is the segment info->key, else session `name`.  frames [info->n_frames].
+ * Writes a temporary file, fsyncs it, renames it.  A segment that is there already is left. */
+int park_put(park *p, const char *name, const park_info *info, const int32_t *tokens,
+             const park_frame *frames, dsv4_err *err);
+/* Read frames into frames[i].data (NULL: skip it); frames[i].bytes must be the file's, and key,
+ * tokens and n_tokens those of info, else it is foreign.  1: all are in; 0: there is none, or it
+ * was damaged and is removed (a line in err->msg; data is garbage then).  Marks it as used. */
+int park_get(park *p, const park_info *info, const int32_t *tokens, park_frame *frames,
+             dsv4_err *err);
+/* A session by name: info, then its tokens [info->n_tokens] and frames, each allocated: on 1 the
+ * caller frees *tokens and every frames[i].data.  0: there is none; -1: damaged, says how. */
+int park_load(park *p, const char *name, park_info *info, int32_t **tokens, park_frame *frames,
+              dsv4_err *err);
+
+/* === 7. Text ================================================================================== */
 
 typedef struct tok tok;
 /* Read DIR/tokenizer.json: byte-level BPE (M4). */
@@ -427,7 +505,7 @@ int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err);
 int answer_end(answer *a, dsv4_err *err);      /* no more comes: what was held back goes out */
 void answer_close(answer *a);
 
-/* === 7. Model ================================================================================= */
+/* === 8. Model ================================================================================= */
 
 typedef struct dsv4_weights dsv4_weights;
 /* Find every tensor the graph needs in the checkpoint and check its dtype and shape; reads

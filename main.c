@@ -661,6 +661,7 @@ typedef struct {
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
     int last;                      /* the row of the last token in the last forward             */
     FILE *trace;                   /* of bench, or NULL                                         */
+    const char *note;              /* told with the plan                                        */
     char heat[4096];               /* remembers which experts are used                          */
     status_line status;
     out_file stats;                /* opened before the work, so that a bad name costs nothing  */
@@ -701,6 +702,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     if (a->stats && out_open(&m->stats, a->stats, err)) return -1;
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
     if (!a->quiet) print_plan(m->e);
+    m->note = engine_note(m->e);
     m->status.e = m->e;
     status_begin(&m->status, "loading", 0);
     int rc = engine_load(m->e, on_progress, &m->status, err);
@@ -721,6 +723,8 @@ static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
     if (rc == 0 && a->stats) rc = write_stats(m->stats.f, m->e, err);
     rc = out_close(&m->stats, rc, err);
     if (rc == 0 && !a->quiet) print_tiers(m->e);
+    if (rc == 0 && !a->quiet && engine_note(m->e) && engine_note(m->e) != m->note)
+        fprintf(stderr, "note: %s\n", engine_note(m->e));     /* it came up during the work */
     model_close(m);
     return rc;
 }

@@ -1047,7 +1047,7 @@ struct offload {
     int n_threads;
     pthread_mutex_t lock;          /* of the next four                                          */
     pthread_cond_t work, answer;
-    io_req *todo, **todo_end, *answered;
+    io_req *pending, **pending_end, *answered;
     bool stop;
 
     io_req reqs[IO_DEPTH];
@@ -1081,8 +1081,8 @@ static void io_start(offload *o, io_req *r) {
     }
     r->next = NULL;
     pthread_mutex_lock(&o->lock);
-    *o->todo_end = r;
-    o->todo_end = &r->next;
+    *o->pending_end = r;
+    o->pending_end = &r->next;
     pthread_cond_signal(&o->work);
     pthread_mutex_unlock(&o->lock);
 }
@@ -1193,11 +1193,11 @@ static void *read_thread(void *arg) {
     offload *o = arg;
     pthread_mutex_lock(&o->lock);
     for (;;) {
-        while (!o->todo && !o->stop) pthread_cond_wait(&o->work, &o->lock);
-        io_req *r = o->todo;
+        while (!o->pending && !o->stop) pthread_cond_wait(&o->work, &o->lock);
+        io_req *r = o->pending;
         if (!r) break;
-        o->todo = r->next;
-        if (!o->todo) o->todo_end = &o->todo;
+        o->pending = r->next;
+        if (!o->pending) o->pending_end = &o->pending;
         pthread_mutex_unlock(&o->lock);
         ssize_t n = pread(o->files[r->t->shard].fd, r->buf + r->done, r->len - r->done,
                           (off_t)(r->off + r->done));
@@ -1276,7 +1276,7 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
     pthread_cond_init(&o->work, NULL);
     pthread_cond_init(&o->answer, NULL);
     o->c = c;
-    o->todo_end = &o->todo;
+    o->pending_end = &o->pending;
     for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
     o->files = calloc((size_t)c->n_shards + 1, sizeof *o->files);
     int rc = o->files ? 0 : fail(err, "out of memory");

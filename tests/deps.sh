@@ -15,6 +15,7 @@ want liburing-dev header liburing.h
 want libpcre2-dev pcre2
 want libjansson-dev header jansson.h
 want libxxhash-dev header xxhash.h
+want libzstd-dev header zstd.h
 want libedit-dev header histedit.h
 want libc6-dev header stdio.h
 case $1 in
