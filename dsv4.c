@@ -576,10 +576,10 @@ static int weights_load(dsv4_weights *w, offload *o, arena *a, dense_mode mode,
 /* === 3. Memory plan and engine ================================================================ */
 
 typedef struct {                   /* one layer's KV (M2, M3); rings hold position p at p % len */
-    float *ring;                   /* [window][head_dim]                                        */
-    float *comp;                   /* [ctx/ratio][head_dim] compressed entries                  */
+    uint8_t *ring;                 /* [window] rows                                             */
+    uint8_t *comp;                 /* [ctx/ratio] rows: compressed entries                      */
     float *ring_kv, *ring_score;   /* [coff*ratio][coff*head_dim] the compressor's last tokens  */
-    float *keys;                   /* CSA: [ctx/ratio][index_head_dim]                          */
+    uint8_t *keys;                 /* CSA: [ctx/ratio] index rows                               */
     float *index_ring_kv, *index_ring_score; /* [2*ratio][2*index_head_dim]                     */
 } layer_kv;
 
@@ -588,7 +588,9 @@ typedef struct {                   /* scratch of one chunk of attention or share
     float *qr, *qrq;               /* [chunk][q_lora]                                           */
     float *q, *o;                  /* [chunk][n_heads][head_dim]                                */
     float *oa;                     /* [chunk][o_groups*o_lora]                                  */
-    float *kv;                     /* [chunk][head_dim]                                         */
+    float *kv;                     /* [chunk][head_dim or index_head_dim] window or compressed
+                                      entries, or index keys, before they become rows           */
+    uint8_t *kv_rows, *iq_rows;    /* [chunk], [chunk][index_n_heads]                           */
     float *ckv, *cscore;           /* [chunk][2*head_dim] compressor projections                */
     float *ikv, *iscore;           /* [chunk][2*index_head_dim]                                 */
     float *iq, *iw;                /* [chunk][index_n_heads][index_head_dim], [chunk][n_heads]  */
@@ -657,18 +659,20 @@ struct dsv4_session {
 static int coff_of(int ratio) { return ratio == 4 ? 2 : 1; }
 
 /* Hand out one session's KV for ctx tokens; a counting arena gives its size. */
-static void kv_layout(layer_kv *kv, arena *a, const dsv4_config *c, int n_blocks, int64_t ctx) {
+static void kv_layout(layer_kv *kv, arena *a, const dsv4_config *c, int n_blocks, int64_t ctx,
+                      bool packed) {
     for (int l = 0; l < n_blocks; l++) {
         int ratio = c->compress_ratios[l], hd = c->head_dim, ihd = c->index_head_dim;
-        layer_kv k = {.ring = take_f32(a, (int64_t)c->sliding_window * hd)};
+        uint64_t row = kv_row_bytes(hd, c->qk_rope_head_dim, packed);
+        layer_kv k = {.ring = arena_take(a, (uint64_t)c->sliding_window * row)};
         if (ratio) {
             int64_t carry = (int64_t)coff_of(ratio) * ratio * coff_of(ratio) * hd;
-            k.comp = take_f32(a, ctx / ratio * hd);
+            k.comp = arena_take(a, (uint64_t)(ctx / ratio) * row);
             k.ring_kv = take_f32(a, carry);
             k.ring_score = take_f32(a, carry);
         }
         if (ratio == 4) {
-            k.keys = take_f32(a, ctx / ratio * ihd);
+            k.keys = arena_take(a, (uint64_t)(ctx / ratio) * index_row_bytes(ihd, packed));
             k.index_ring_kv = take_f32(a, 2 * ratio * 2 * ihd);
             k.index_ring_score = take_f32(a, 2 * ratio * 2 * ihd);
         }
@@ -677,7 +681,7 @@ static void kv_layout(layer_kv *kv, arena *a, const dsv4_config *c, int n_blocks
 }
 
 static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, int64_t ctx,
-                         bool mtp) {
+                         bool packed, bool mtp) {
     int64_t dim = c->hidden_size, heads = (int64_t)c->num_attention_heads * c->head_dim;
     int64_t entries = ctx / 4 + 1, block = INDEX_SCORES_MAX / entries;
     *w = (chunk_work){.index_block = (int)(block < 1 ? 1 : min64(block, n))};
@@ -688,12 +692,17 @@ static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, i
     w->q = take_f32(a, n * heads);
     w->o = take_f32(a, n * heads);
     w->oa = take_f32(a, (int64_t)n * c->o_groups * c->o_lora_rank);
-    w->kv = take_f32(a, (int64_t)n * c->head_dim);
+    int d_max = c->head_dim > c->index_head_dim ? c->head_dim : c->index_head_dim;
+    w->kv = take_f32(a, (int64_t)n * d_max);
+    w->kv_rows = arena_take(a, (uint64_t)n * kv_row_bytes(c->head_dim, c->qk_rope_head_dim,
+                                                          packed));
     w->ckv = take_f32(a, (int64_t)n * 2 * c->head_dim);
     w->cscore = take_f32(a, (int64_t)n * 2 * c->head_dim);
     w->ikv = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
     w->iscore = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
     w->iq = take_f32(a, (int64_t)n * c->index_n_heads * c->index_head_dim);
+    w->iq_rows = arena_take(a, (uint64_t)n * (uint64_t)c->index_n_heads *
+                               index_row_bytes(c->index_head_dim, packed));
     w->iw = take_f32(a, (int64_t)n * c->index_n_heads);
     w->scores = take_f32(a, w->index_block * entries);
     w->idx = take_i32(a, (int64_t)n * c->index_topk);
@@ -741,7 +750,7 @@ static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, bool stream
     arena a = {0};
     chunk_work cw;
     span_work sw;
-    chunk_layout(&cw, &a, c, chunk, o->ctx, o->mtp);
+    chunk_layout(&cw, &a, c, chunk, o->ctx, !o->no_rounding, o->mtp);
     span_layout(&sw, &a, c, span, !o->no_rounding, streamed);
     take_f32(&a, (int64_t)c->hc_mult * c->hidden_size);      /* mtp_pending */
     return a.used;
@@ -778,7 +787,7 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
     dsv4_plan *p = &e->plan;
     arena count = {0};
     size_t n_experts = (size_t)e->n_blocks * (size_t)c->n_routed_experts;
-    kv_layout(NULL, &count, c, e->n_blocks, o->ctx);
+    kv_layout(NULL, &count, c, e->n_blocks, o->ctx, !o->no_rounding);
     *p = (dsv4_plan){.budget = o->ram_bytes, .kv = count.used, .chunk = 1, .span = 1};
     machine_rss(&p->base, NULL);
     p->slot_bytes = cache_slot_bytes(e->w->expert_group, n_experts);
@@ -946,9 +955,10 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
         session_close(s);
         return -1;
     }
-    kv_layout(s->kv, &s->kv_mem, c, e->n_blocks, e->opts.ctx);
-    chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, e->opts.mtp);
-    span_layout(&s->s, &s->work_mem, c, e->plan.span, !e->opts.no_rounding, e->plan.streamed);
+    bool packed = !e->opts.no_rounding;
+    kv_layout(s->kv, &s->kv_mem, c, e->n_blocks, e->opts.ctx, packed);
+    chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, packed, e->opts.mtp);
+    span_layout(&s->s, &s->work_mem, c, e->plan.span, packed, e->plan.streamed);
     s->mtp_pending = take_f32(&s->work_mem, (int64_t)c->hc_mult * c->hidden_size);
     session_reset(s);
     *out = s;
@@ -982,10 +992,10 @@ static void tick(dsv4_session *s, op_class c) {
 /* === 5. Attention (M3) ======================================================================== */
 
 /* Keep the last `len` tokens' rows in a ring: token t0+i at row (t0+i) % len. */
-static void ring_put(float *ring, int len, const float *rows, int n, int width, int64_t t0) {
+static void ring_put(void *ring, int len, const void *rows, int n, size_t row, int64_t t0) {
     for (int i = n > len ? n - len : 0; i < n; i++)
-        memcpy(ring + (t0 + i) % len * width, rows + (size_t)i * (size_t)width,
-               (size_t)width * sizeof(float));
+        memcpy((uint8_t *)ring + (size_t)((t0 + i) % len) * row,
+               (const uint8_t *)rows + (size_t)i * row, row);
 }
 
 /* The rope frequencies of a layer (M3: plain where there is no compression). */
@@ -1004,49 +1014,46 @@ static void linear_rounded(dsv4_session *s, float *y, const dsv4_mat *w, const f
     e->op->linear(y, w, x, n, 1, e->ex);
 }
 
-/* Compressor of width d on the chunk's normalized input: finished entries go to `entries` at
- * their number; the last tokens' projections stay in the rings.  Unrounded, unrotated. */
-typedef struct { float *entries, *ring_kv, *ring_score, *kv, *score; int d; } compress_bufs;
+/* Compressor of width d on the chunk's normalized input: finished entries, unrounded, go to w->kv;
+ * returns how many.  The last tokens' projections stay in the rings. */
+typedef struct { float *ring_kv, *ring_score, *kv, *score; int d; } compress_bufs;
 
-static void compress_chunk(dsv4_session *s, const layer_w *l, const compressor_w *w,
-                           const compress_bufs *b, int n, int64_t t0) {
+static int compress_chunk(dsv4_session *s, const layer_w *l, const compressor_w *w,
+                          const compress_bufs *b, int n, int64_t t0) {
     const dsv4_engine *e = s->e;
-    int coff = coff_of(l->ratio), width = coff * b->d;
+    int coff = coff_of(l->ratio);
+    size_t row = (size_t)(coff * b->d) * sizeof(float);
     int64_t g0 = t0 / l->ratio;
     int n_groups = (int)((t0 + n) / l->ratio - g0);
+    float *x = s->c.kv;
     e->op->linear(b->kv, &w->wkv, s->c.x, n, 1, e->ex);
     e->op->linear(b->score, &w->wgate, s->c.x, n, 1, e->ex);
     dsv4_compress in = {b->kv, b->score, b->ring_kv, b->ring_score, w->ape, l->ratio, b->d, t0};
-    if (n_groups) {
-        float *new_entries = b->entries + g0 * b->d;
-        e->op->compress(new_entries, &in, g0, n_groups, e->ex);
-        e->op->rmsnorm(new_entries, new_entries, w->norm, n_groups, b->d, e->cfg->rms_norm_eps,
-                       e->ex);
-        e->op->rope(new_entries, layer_freq(e, l), n_groups, 1, b->d, e->cfg->qk_rope_head_dim,
-                    g0 * l->ratio, l->ratio, false, e->ex);
-    }
-    ring_put(b->ring_kv, coff * l->ratio, b->kv, n, width, t0);
-    ring_put(b->ring_score, coff * l->ratio, b->score, n, width, t0);
+    e->op->compress(x, &in, g0, n_groups, e->ex);
+    e->op->rmsnorm(x, x, w->norm, n_groups, b->d, e->cfg->rms_norm_eps, e->ex);
+    e->op->rope(x, layer_freq(e, l), n_groups, 1, b->d, e->cfg->qk_rope_head_dim, g0 * l->ratio,
+                l->ratio, false, e->ex);
+    ring_put(b->ring_kv, coff * l->ratio, b->kv, n, row, t0);
+    ring_put(b->ring_score, coff * l->ratio, b->score, n, row, t0);
+    return n_groups;
 }
 
 static void attn_compress(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, int64_t t0) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     chunk_work *w = &s->c;
-    int64_t g0 = t0 / l->ratio;
-    int n_groups = (int)((t0 + n) / l->ratio - g0);
-    compress_bufs main = {kv->comp, kv->ring_kv, kv->ring_score, w->ckv, w->cscore, c->head_dim};
-    compress_chunk(s, l, &l->comp, &main, n, t0);
-    if (!e->opts.no_rounding && n_groups)
-        e->op->kv_round(kv->comp + g0 * c->head_dim, n_groups, c->head_dim, c->qk_rope_head_dim,
-                        e->ex);
+    bool packed = !e->opts.no_rounding;
+    int hd = c->head_dim, rope = c->qk_rope_head_dim, ihd = c->index_head_dim;
+    size_t g0 = (size_t)(t0 / l->ratio);
+    compress_bufs main = {kv->ring_kv, kv->ring_score, w->ckv, w->cscore, hd};
+    int n_groups = compress_chunk(s, l, &l->comp, &main, n, t0);
+    e->op->kv_round(kv->comp + g0 * kv_row_bytes(hd, rope, packed), w->kv, n_groups, hd, rope,
+                    packed, e->ex);
     if (l->ratio != 4) return;
-    compress_bufs index = {kv->keys, kv->index_ring_kv, kv->index_ring_score, w->ikv, w->iscore,
-                           c->index_head_dim};
+    compress_bufs index = {kv->index_ring_kv, kv->index_ring_score, w->ikv, w->iscore, ihd};
     compress_chunk(s, l, &l->index_comp, &index, n, t0);
-    if (n_groups)
-        e->op->index_round(kv->keys + g0 * c->index_head_dim, n_groups, c->index_head_dim,
-                           !e->opts.no_rounding, e->ex);
+    e->op->index_round(kv->keys + g0 * index_row_bytes(ihd, packed), w->kv, n_groups, ihd, packed,
+                       e->ex);
 }
 
 /* Choose the entries of each token of a CSA layer; qrq is the rounded low-rank query. */
@@ -1058,21 +1065,23 @@ static void attn_index(dsv4_session *s, const layer_w *l, const layer_kv *kv, co
     int heads = c->index_n_heads, d = c->index_head_dim;
     e->op->linear(w->iq, &l->index_wq_b, qrq, n, 1, e->ex);
     e->op->rope(w->iq, layer_freq(e, l), n, heads, d, c->qk_rope_head_dim, t0, 1, false, e->ex);
-    e->op->index_round(w->iq, n * heads, d, !e->opts.no_rounding, e->ex);
+    bool packed = !e->opts.no_rounding;
+    size_t q_bytes = (size_t)heads * index_row_bytes(d, packed);
+    e->op->index_round(w->iq_rows, w->iq, n * heads, d, packed, e->ex);
     e->op->linear(w->iw, &l->index_weights_proj, w->x, n, 1, e->ex);
     float w_scale = (float)(1 / sqrt((double)d) / sqrt((double)heads));
     size_t stride = (size_t)((t0 + n) / l->ratio);
     for (int i = 0; i < n; i += w->index_block) {
         int m = (int)min64(w->index_block, n - i);
-        dsv4_index in = {w->iq + (size_t)i * (size_t)(heads * d), w->iw + (size_t)i *
-                         (size_t)heads, w_scale, kv->keys, heads, d, l->ratio, t0 + i, stride};
+        dsv4_index in = {w->iq_rows + (size_t)i * q_bytes, w->iw + (size_t)i * (size_t)heads,
+                         w_scale, kv->keys, heads, d, l->ratio, packed, t0 + i, stride};
         e->op->index_scores(w->scores, &in, m, e->ex);
         e->op->topk(w->idx + (size_t)i * (size_t)c->index_topk, w->count + i, w->scores, stride,
                     m, c->index_topk, l->ratio, t0 + i, e->ex);
     }
 }
 
-/* q and kv of the chunk; returns the low-rank query as wq_b and the indexer see it. */
+/* q and kv_rows of the chunk; returns the low-rank query as wq_b and the indexer see it. */
 static const float *attn_project(dsv4_session *s, const layer_w *l, int n, int64_t t0) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
@@ -1088,7 +1097,7 @@ static const float *attn_project(dsv4_session *s, const layer_w *l, int n, int64
     e->op->linear(w->kv, &l->wkv, e->opts.no_rounding ? w->x : w->xq, n, 1, e->ex);
     e->op->rmsnorm(w->kv, w->kv, l->kv_norm, n, hd, c->rms_norm_eps, e->ex);
     e->op->rope(w->kv, freq, n, 1, hd, rope, t0, 1, false, e->ex);
-    if (!e->opts.no_rounding) e->op->kv_round(w->kv, n, hd, rope, e->ex);
+    e->op->kv_round(w->kv_rows, w->kv, n, hd, rope, !e->opts.no_rounding, e->ex);
     return e->opts.no_rounding ? w->qr : w->qrq;
 }
 
@@ -1097,7 +1106,8 @@ static void attention(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, in
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     chunk_work *w = &s->c;
-    int hd = c->head_dim, heads = c->num_attention_heads;
+    int hd = c->head_dim, heads = c->num_attention_heads, rope = c->qk_rope_head_dim;
+    bool packed = !e->opts.no_rounding;
     const float *qrq = attn_project(s, l, n, t0);
     tick(s, OPC_PROJ);
     /* with few entries all are visible, and the indexer has nothing to choose */
@@ -1106,13 +1116,13 @@ static void attention(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, in
     tick(s, OPC_COMPRESS);
     if (choose) attn_index(s, l, kv, qrq, n, t0);
     tick(s, OPC_INDEX);
-    dsv4_attend in = {w->q, w->kv, kv->ring, kv->comp, choose ? w->idx : NULL,
-                      choose ? w->count : NULL, l->attn_sink, heads, hd, c->sliding_window,
-                      l->ratio, c->index_topk, t0};
+    dsv4_attend in = {w->q, w->kv_rows, kv->ring, kv->comp, choose ? w->idx : NULL,
+                      choose ? w->count : NULL, l->attn_sink, heads, hd, rope, c->sliding_window,
+                      l->ratio, c->index_topk, packed, t0};
     e->op->attend(w->o, &in, n, e->ex);
-    ring_put(kv->ring, c->sliding_window, w->kv, n, hd, t0);
+    ring_put(kv->ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
     tick(s, OPC_ATTEND);
-    e->op->rope(w->o, layer_freq(e, l), n, heads, hd, c->qk_rope_head_dim, t0, 1, true, e->ex);
+    e->op->rope(w->o, layer_freq(e, l), n, heads, hd, rope, t0, 1, true, e->ex);
     e->op->linear(w->oa, &l->wo_a, w->o, n, c->o_groups, e->ex);
     linear_rounded(s, w->x, &l->wo_b, w->oa, w->oa, n);
     tick(s, OPC_PROJ);

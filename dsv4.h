@@ -51,6 +51,7 @@ enum {
     MAX_EXPERTS = 4096,            /* a layer; V4-Pro has 384                                   */
     MAX_TOPK = 64,                 /* experts a token; V4 has 6                                 */
     MAX_HC = 8,                    /* hyper-connection streams; V4 has 4                        */
+    MAX_HEAD_DIM = 1024,           /* of the indexer too; V4 has 512 and 128                    */
     MAX_SHARDS = 4096,
     MAX_THREADS = 256,
     MAX_NAME = 256,                /* a tensor's or a file's name, with its end                 */
@@ -146,6 +147,17 @@ typedef struct {
 
 typedef struct { dsv4_mat w1, w2, w3; } dsv4_ffn; /* w1, w3 [inter][dim]; w2 [dim][inter]       */
 
+/* Rows of KV (M2).  packed: as the model rounds them; else plain F32 (--no-rounding).
+ *   window or compressed entry   rope dims as BF16 [rope_dim], then e4m3 [head_dim-rope_dim], then
+ *                                e8m0 scales, one for 64 of these; padded to 8 bytes: 584 for Flash
+ *   index key or query           e2m1 pairs [d/2], the even dim in the low nibble, then e8m0
+ *                                scales, one for 32 dims; padded to 4 bytes: 68 for Flash
+ * Padding is zero, so that rows can be compared and hashed.  Arrays of rows are aligned to 8.   */
+size_t kv_row_bytes(int head_dim, int rope_dim, bool packed);
+size_t index_row_bytes(int d, bool packed);
+void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool packed);
+void index_row_read(float *x, const void *row, int d, bool packed);
+
 typedef struct {                   /* one sublayer's hyper-connection, or the head's (M3)       */
     const float *fn;               /* [(2+hc)*hc][hc*dim]; head: [hc][hc*dim]                   */
     const float *scale;            /* [3]; head: [1]                                            */
@@ -168,23 +180,25 @@ typedef struct {                   /* the compressor's input: projections of tok
 
 typedef struct {                   /* attention of n tokens t0.. over all they may see (M3)     */
     const float *q;                /* [n][n_heads][head_dim]                                    */
-    const float *kv;               /* [n][head_dim] window entries of tokens t0..t0+n-1         */
-    const float *ring;             /* [window][head_dim] of earlier ones, position p in row
+    const void *kv;                /* [n] rows: window entries of tokens t0..t0+n-1             */
+    const void *ring;              /* [window] rows of earlier ones, position p in row
                                       p % window                                                */
-    const float *comp;             /* [..][head_dim] compressed entries; NULL when ratio is 0   */
-    const int32_t *idx;            /* [n][topk] chosen entries, ascending; NULL: all visible    */
-    const int32_t *count;          /* [n] how many of idx[t] are set                            */
+    const void *comp;              /* [..] rows: compressed entries; NULL when ratio is 0       */
+    const int32_t *idx;            /* [n][topk] chosen entries, ascending; NULL: the first ones */
+    const int32_t *count;          /* [n] entries that each token sees; NULL: all visible       */
     const float *sink;             /* [n_heads]                                                 */
-    int n_heads, head_dim, window, ratio, topk;
+    int n_heads, head_dim, rope_dim, window, ratio, topk;
+    bool packed;                   /* the rows                                                  */
     int64_t t0;
 } dsv4_attend;
 
 typedef struct {                   /* index scores of n tokens t0.. (M3, indexer)               */
-    const float *q;                /* [n][n_heads][d] rotated and rounded                       */
+    const void *q;                 /* [n][n_heads] rows                                         */
     const float *w;                /* [n][n_heads] weights_proj x                               */
     float w_scale;                 /* times each w: index_head_dim^-0.5 * index_n_heads^-0.5    */
-    const float *keys;             /* [..][d]                                                   */
+    const void *keys;              /* [..] rows                                                 */
     int n_heads, d, ratio;
+    bool packed;                   /* the rows                                                  */
     int64_t t0;
     size_t stride;                 /* floats between the score rows of two tokens               */
 } dsv4_index;
@@ -213,8 +227,9 @@ typedef struct dsv4_ops {
                    dsv4_exec *ex);
     void (*rope)(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
                  int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex);
-    void (*kv_round)(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex);
-    void (*index_round)(float *x, int n, int d, bool rounding, dsv4_exec *ex);
+    void (*kv_round)(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
+                     dsv4_exec *ex);
+    void (*index_round)(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex);
     void (*compress)(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                      dsv4_exec *ex);
     void (*index_scores)(float *scores, const dsv4_index *in, int n, dsv4_exec *ex);

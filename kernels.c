@@ -418,10 +418,10 @@ typedef struct {                   /* arguments of these operations; each sets w
     const float *x, *w;
     uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
     const uint8_t *from, *from_scale; /* the same, read                                         */
-    int d, block, copies;
-    int cut;                       /* where the dims begin that go through BF16                 */
+    uint8_t *rows;                 /* [n] rows of KV                                            */
+    int d, block, copies, rope_dim;
     float eps, limit;
-    bool rounding;
+    bool packed;
 } row_args;
 
 static void for_rows(dsv4_exec *ex, int n, item_fn fn, row_args a) {
@@ -453,34 +453,49 @@ static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, 
     for_rows(ex, n, rmsnorm_row, (row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
 
-/* What act_quant, act_codes and kv_round have in common. */
+/* What act_quant and act_codes have in common. */
 static void round_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    float *y = a->y ? a->y + t * a->d : NULL;
-    e4m3_row(y, a->code ? a->code + t * a->d : NULL,
-             a->scale ? a->scale + (size_t)t * scales_of(a->d) : NULL, a->x + t * a->d, a->cut,
+    e4m3_row(a->y ? a->y + t * a->d : NULL, a->code ? a->code + t * a->d : NULL,
+             a->scale ? a->scale + (size_t)t * scales_of(a->d) : NULL, a->x + t * a->d, a->d,
              a->block);
-    for (int c = a->cut; c < a->d; c++) y[c] = bf16_to_f32(f32_to_bf16(y[c]));
 }
 
 /* Differs: nothing, to the bit. */
 static void act_quant_cpu(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
     assert(block == 128 || block == 64);
-    for_rows(ex, n, round_row, (row_args){.y = y, .x = x, .d = d, .cut = d, .block = block});
+    for_rows(ex, n, round_row, (row_args){.y = y, .x = x, .d = d, .block = block});
 }
 
 /* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    for_rows(ex, n, round_row, (row_args){.code = code, .scale = scale, .x = x, .d = d, .cut = d,
+    for_rows(ex, n, round_row, (row_args){.code = code, .scale = scale, .x = x, .d = d,
                                           .block = 128});
 }
 
+static void kv_round_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    size_t bytes = kv_row_bytes(a->d, a->rope_dim, a->packed);
+    const float *x = a->x + t * a->d;
+    uint16_t *rope = (uint16_t *)(void *)(a->rows + (size_t)t * bytes);
+    uint8_t *code = (uint8_t *)(rope + a->rope_dim);
+    int n_codes = a->d - a->rope_dim;
+    if (!a->packed) {
+        memcpy(rope, x, bytes);
+        return;
+    }
+    memset((uint8_t *)rope + bytes - 8, 0, 8);               /* what pads lies in these */
+    for (int c = 0; c < a->rope_dim; c++) rope[c] = f32_to_bf16(x[n_codes + c]);
+    e4m3_row(NULL, code, code + n_codes, x, n_codes, 64);
+}
+
 /* Differs: nothing, to the bit. */
-static void kv_round_cpu(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
+static void kv_round_cpu(void *rows, const float *x, int n, int head_dim, int rope_dim,
+                         bool packed, dsv4_exec *ex) {
     assert(rope_dim <= head_dim);
-    for_rows(ex, n, round_row, (row_args){.y = kv, .x = kv, .d = head_dim,
-                                          .cut = head_dim - rope_dim, .block = 64});
+    for_rows(ex, n, kv_round_row, (row_args){.rows = rows, .x = x, .d = head_dim,
+                                             .rope_dim = rope_dim, .packed = packed});
 }
 
 static void act_values_row(const void *arg, int64_t t) {
@@ -495,26 +510,30 @@ static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, 
     for_rows(ex, n, act_values_row, (row_args){.y = y, .from = code, .from_scale = scale, .d = d});
 }
 
-/* x [d] rounded to e2m1 in blocks of 32. */
-static void e2m1_row(float *x, int d) {
+/* x [d] as an index row. */
+static void e2m1_row(uint8_t *pairs, const float *x, int d) {
+    uint8_t *scale = pairs + (d + 1) / 2;
+    memset(pairs, 0, index_row_bytes(d, true));
     for (int at = 0; at < d; at += 32) {
         round_block b;
         int len = min_int(32, d - at);
         float amax = block_load(&b, x + at, len);
-        uint8_t code = ceil_pow2_code((amax > 6 * 0x1p-126f ? amax : 6 * 0x1p-126f) / 6);
-        float scale = e8m0_to_f32(code), inverse = 1 / scale;
+        scale[at / 32] = ceil_pow2_code((amax > 6 * 0x1p-126f ? amax : 6 * 0x1p-126f) / 6);
+        float inverse = 1 / e8m0_to_f32(scale[at / 32]);
         for (int i = 0; i < len; i += 8) {
             f32x8 v = load8(b.x + i) * splat8(inverse);
-            u32x8 sign = (u32x8)v & 0x80000000u, exponent, steps;
-            f32x8 r = small_round8(min8(splat8(6), abs8(v)), 1, 1, &exponent, &steps);
-            store8(b.x + i, (f32x8)((u32x8)r | sign) * splat8(scale));
+            u32x8 exponent, steps;
+            (void)small_round8(min8(splat8(6), abs8(v)), 1, 1, &exponent, &steps);
+            u32x8 code = ((exponent - 127) << 1) + steps + ((u32x8)v >> 31 << 3);
+            for (int j = 0; j < min_int(8, len - i); j++)
+                pairs[(at + i + j) / 2] |= (uint8_t)(code[j] << (4 * (j & 1)));
         }
-        memcpy(x + at, b.x, (size_t)len * sizeof *x);
     }
 }
 
 static void index_round_row(const void *arg, int64_t t) {
     const row_args *a = arg;
+    size_t bytes = index_row_bytes(a->d, a->packed);
     float *x = a->y + t * a->d, norm = (float)(1 / sqrt((double)a->d));
     for (int dist = 1; dist < a->d; dist *= 2)               /* butterflies, as the contract */
         for (int i = 0; i < a->d; i += 2 * dist)
@@ -524,13 +543,14 @@ static void index_round_row(const void *arg, int64_t t) {
                 x[j + dist] = p - q;
             }
     for (int i = 0; i < a->d; i++) x[i] *= norm;
-    if (a->rounding) e2m1_row(x, a->d);
+    if (a->packed) e2m1_row(a->rows + (size_t)t * bytes, x, a->d);
+    else memcpy(a->rows + (size_t)t * bytes, x, bytes);
 }
 
 /* Differs: nothing, to the bit. */
-static void index_round_cpu(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
+static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
     assert(d > 0 && (d & (d - 1)) == 0);
-    for_rows(ex, n, index_round_row, (row_args){.y = x, .d = d, .rounding = rounding});
+    for_rows(ex, n, index_round_row, (row_args){.rows = rows, .y = x, .d = d, .packed = packed});
 }
 
 /* a [d] = swiglu(g, u); a may be g or u. */
@@ -921,16 +941,20 @@ static void score_tile(float *scores, const dsv4_index *in, int t, int64_t e0, i
     const float *w = in->w + (size_t)t * (size_t)in->n_heads;
     tile_rows k = {.ahead = 0};
     float sum[TILE_ROWS] = {0};
-    size_t d = (size_t)in->d;
-    const float *q = in->q + (size_t)t * (size_t)in->n_heads * d;
-    for (int r = 0; r < TILE_ROWS; r++)
-        k.data[r] = in->keys + (size_t)(e0 + min_int(r, n - 1)) * d;
-    for (int h = 0, n_heads; h < in->n_heads; h += n_heads) {
-        float dot[TILE_VECS][TILE_ROWS];
-        n_heads = dot_f32(dot, &k, q + (size_t)h * d, d, in->d, in->n_heads - h);
-        for (int v = 0; v < n_heads; v++)
-            for (int r = 0; r < TILE_ROWS; r++)
-                sum[r] += w[h + v] * in->w_scale * (dot[v][r] > 0 ? dot[v][r] : 0);
+    float key[TILE_ROWS][MAX_HEAD_DIM], q[MAX_HEAD_DIM];
+    size_t bytes = index_row_bytes(in->d, in->packed);
+    const uint8_t *head = (const uint8_t *)in->q + (size_t)t * (size_t)in->n_heads * bytes;
+    for (int r = 0; r < TILE_ROWS; r++) {
+        const uint8_t *row = (const uint8_t *)in->keys + (size_t)(e0 + min_int(r, n - 1)) * bytes;
+        index_row_read(key[r], row, in->d, in->packed);
+        k.data[r] = key[r];
+    }
+    for (int h = 0; h < in->n_heads; h++) {
+        float dot[TILE_VECS][TILE_ROWS] = {{0}};
+        index_row_read(q, head + (size_t)h * bytes, in->d, in->packed);
+        dot_f32(dot, &k, q, 0, in->d, 1);
+        for (int r = 0; r < TILE_ROWS; r++)
+            sum[r] += w[h] * in->w_scale * (dot[0][r] > 0 ? dot[0][r] : 0);
     }
     memcpy(scores + e0, sum, (size_t)n * sizeof *sum);
 }
@@ -950,7 +974,7 @@ static void score_item(const void *arg, int64_t i) {
 static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
     index_args a = {scores, in, n};
     int64_t most = (in->t0 + n) / in->ratio;
-    assert((size_t)most <= in->stride || n == 1);
+    assert(((size_t)most <= in->stride || n == 1) && in->d <= MAX_HEAD_DIM);
     exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK * n, 1, score_item, &a);
 }
 
@@ -1015,8 +1039,9 @@ static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t s
 
 /* === 9. attend ================================================================================
  * Differs: F32, in one pass.  An item is HEAD_GROUP heads of a token.  The list is taken in
- * blocks of ATTEND_BLOCK items; with m the largest score so far, o and the denominator l are
- * kept relative to exp(m) and scaled down when m grows.  The sink is where m and l begin.       */
+ * blocks of ATTEND_BLOCK items, whose rows become F32 once for all these heads; with m the largest
+ * score so far, o and the denominator l are kept relative to exp(m) and scaled down when m grows.
+ * The sink is where m and l begin.                                                              */
 
 enum {
     HEAD_GROUP = 8,                /* heads that share each KV row while it is in the cache     */
@@ -1029,28 +1054,57 @@ typedef struct { float *o; const dsv4_attend *in; int n_groups; } attend_args;
  * head's scores, then probabilities. */
 typedef struct {
     int n, padded;
-    const void *item[ATTEND_BLOCK]; /* rows of F32                                              */
+    const void *item[ATTEND_BLOCK]; /* rows of F32: the caller's, or in x                       */
     alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
+    float x[ATTEND_BLOCK * MAX_HEAD_DIM];
 } attend_block;
+
+/* kv_row_read for packed rows; what is rare, NaN and scales near F32's end, is left to it. */
+static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) {
+    const uint16_t *rope = (const uint16_t *)(const void *)row;
+    const uint8_t *code = row + 2 * rope_dim, *scale = code + head_dim - rope_dim;
+    int n_codes = head_dim - rope_dim;
+    bool rare = false;
+    for (int c = 0; c < n_codes; c++) rare |= (code[c] & 127) == 127;
+    for (int b = 0; b < n_codes; b += 64) rare |= scale[b / 64] > 254 - 8;
+    if (rare) {
+        kv_row_read(x, row, head_dim, rope_dim, true);
+        return;
+    }
+    for (int c = 0; c < n_codes; c += 16) {
+        f32x8 v[2], s = (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23);
+        int len = min_int(16, n_codes - c);
+        uint8_t last[16] = {0};
+        if (len < 16) memcpy(last, code + c, (size_t)len);
+        e4m3_load16(v, len < 16 ? last : code + c);
+        store_upto8(x + c, v[0] * s, len);
+        if (len > 8) store_upto8(x + c + 8, v[1] * s, len - 8);
+    }
+    for (int c = 0; c < rope_dim; c++) x[n_codes + c] = bf16_to_f32(rope[c]);
+}
 
 /* Items j0 .. of the list of token t0 + row, which has n_items. */
 static void attend_gather(attend_block *b, const dsv4_attend *in, int row, int64_t j0,
                           int64_t n_items) {
     int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
-    size_t dim = (size_t)in->head_dim;
+    size_t bytes = kv_row_bytes(in->head_dim, in->rope_dim, in->packed);
     b->n = (int)min_i64(ATTEND_BLOCK, n_items - j0);
     b->padded = (b->n + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    for (int i = 0; i < b->padded; i++) {
-        int64_t p = first + j0 + min_int(i, b->n - 1), e = p - t - 1;
-        if (p >= in->t0 && p <= t) {
-            b->item[i] = in->kv + (size_t)(p - in->t0) * dim;
-        } else if (p <= t) {
-            b->item[i] = in->ring + (size_t)(p % in->window) * dim;
-        } else {
-            if (in->idx) e = in->idx[(size_t)row * (size_t)in->topk + (size_t)e];
-            b->item[i] = in->comp + (size_t)e * dim;
+    for (int i = 0; i < b->n; i++) {
+        int64_t p = first + j0 + i, at = p - t - 1;
+        const uint8_t *rows = in->comp;
+        if (p <= t) {
+            rows = p >= in->t0 ? in->kv : in->ring;
+            at = p >= in->t0 ? p - in->t0 : p % in->window;
+        } else if (in->idx) {
+            at = in->idx[(size_t)row * (size_t)in->topk + (size_t)at];
         }
+        b->item[i] = rows + (size_t)at * bytes;
+        if (!in->packed) continue;
+        kv_decode(b->x + i * in->head_dim, b->item[i], in->head_dim, in->rope_dim);
+        b->item[i] = b->x + i * in->head_dim;
     }
+    for (int i = b->n; i < b->padded; i++) b->item[i] = b->item[b->n - 1];
 }
 
 /* b->p = scores of n_heads heads q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
@@ -1133,7 +1187,7 @@ static void attend_item(const void *arg, int64_t item) {
     int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * HEAD_GROUP;
     int d = in->head_dim, n_heads = min_int(HEAD_GROUP, in->n_heads - h0);
     int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
-    if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
+    if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
     size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
     float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];      /* sums, maximum, denominator */
     memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
@@ -1150,7 +1204,7 @@ static void attend_item(const void *arg, int64_t item) {
 }
 
 static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
-    assert(in->window > 0);
+    assert(in->window > 0 && in->head_dim <= MAX_HEAD_DIM);
     attend_args a = {o, in, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
     exec_for(ex, (int64_t)n * a.n_groups, 1, attend_item, &a);
 }

@@ -10,7 +10,7 @@
  * Invariants   1 nothing is allocated, nothing is kept between calls
  *              2 an output may alias an input only where its contract says so
  *              3 an assert means a caller's bug; the numbers in weights never trip one
- * Contents     1 number formats   2 exp and rotation frequencies   3 rounding blocks
+ * Contents     1 number formats   2 exp and rotation frequencies   3 rounding blocks, rows of KV
  *              4..23 the operations of dsv4_ops, in its order   24 the table
  * Not here     SIMD and threads (kernels.c), the graph (dsv4.c)
  *
@@ -171,7 +171,7 @@ void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
     }
 }
 
-/* === 3. Rounding blocks (M2): shared by act_quant, act_codes, kv_round, index_round =========== */
+/* === 3. Rounding blocks and rows of KV (M2) =================================================== */
 
 /* The e8m0 code of the least power of two >= s, where s is a positive normal F32. */
 static uint8_t ceil_pow2_code(float s) {
@@ -196,6 +196,46 @@ static void e4m3_round_blocks(float *y, const float *x, int d, int block) {
         float s = e8m0_to_f32(e4m3_block_scale(x + b, len));
         for (int i = b; i < b + len; i++) y[i] = e4m3_to_f32(f32_to_e4m3(x[i] / s)) * s;
     }
+}
+
+/* The codes [d] of x and their scales, one for `block` of them. */
+static void e4m3_code_blocks(uint8_t *code, uint8_t *scale, const float *x, int d, int block) {
+    for (int b = 0; b < d; b += block) {
+        int len = d - b < block ? d - b : block;
+        *scale = e4m3_block_scale(x + b, len);
+        for (int i = b; i < b + len; i++) code[i] = f32_to_e4m3(x[i] / e8m0_to_f32(*scale));
+        scale++;
+    }
+}
+
+/* See dsv4.h, section 4. */
+size_t kv_row_bytes(int head_dim, int rope_dim, bool packed) {
+    size_t d = (size_t)head_dim, n_codes = (size_t)(head_dim - rope_dim);
+    if (!packed) return d * sizeof(float);
+    return (d + (size_t)rope_dim + (n_codes + 63) / 64 + 7) / 8 * 8;
+}
+
+size_t index_row_bytes(int d, bool packed) {
+    size_t dims = (size_t)d;
+    if (!packed) return dims * sizeof(float);
+    return ((dims + 1) / 2 + (dims + 31) / 32 + 3) / 4 * 4;
+}
+
+void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool packed) {
+    int n_codes = head_dim - rope_dim;
+    const uint16_t *rope = (const uint16_t *)row;
+    const uint8_t *code = (const uint8_t *)(rope + rope_dim), *scale = code + n_codes;
+    for (int c = 0; c < head_dim; c++)
+        x[c] = !packed ? ((const float *)row)[c]
+             : c < n_codes ? e4m3_to_f32(code[c]) * e8m0_to_f32(scale[c / 64])
+                           : bf16_to_f32(rope[c - n_codes]);
+}
+
+void index_row_read(float *x, const void *row, int d, bool packed) {
+    const uint8_t *pairs = (const uint8_t *)row, *scale = pairs + (d + 1) / 2;
+    for (int c = 0; c < d; c++)
+        x[c] = !packed ? ((const float *)row)[c]
+             : e2m1_to_f32((uint8_t)(pairs[c / 2] >> (4 * (c & 1)))) * e8m0_to_f32(scale[c / 32]);
 }
 
 /* === 4. embed: every stream starts as the token's row ============================ M3, first line
@@ -241,13 +281,8 @@ static void act_quant_ref(float *y, const float *x, int n, int d, int block, dsv
  *      BIT-DEFINED.  A NaN gets a NaN code; an infinity gives its whole block NaN codes.        */
 static void act_codes_ref(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    for (int t = 0; t < n; t++, x += d, code += d)
-        for (int b = 0; b < d; b += 128) {
-            int len = d - b < 128 ? d - b : 128;
-            uint8_t s = e4m3_block_scale(x + b, len);
-            for (int i = b; i < b + len; i++) code[i] = f32_to_e4m3(x[i] / e8m0_to_f32(s));
-            *scale++ = s;
-        }
+    for (int t = 0; t < n; t++, x += d, code += d, scale += (d + 127) / 128)
+        e4m3_code_blocks(code, scale, x, d, 128);
 }
 
 /* === 8. act_values: the values of codes and scales ================================= M2, aq128 ==
@@ -310,28 +345,41 @@ static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int he
 }
 
 /* === 11. kv_round: KV entries as the cache holds them =============================== M2 ========
- *   the first head_dim - rope_dim dims as act_quant in blocks of 64, the others through BF16
- * i/o  kv [n][head_dim]
- *      BIT-DEFINED                                                                              */
-static void kv_round_ref(float *kv, int n, int head_dim, int rope_dim, dsv4_exec *ex) {
+ *   packed: the first head_dim - rope_dim dims as act_quant in blocks of 64, the others to BF16
+ * out  rows [n], see dsv4.h; must not alias x
+ * in   x [n][head_dim]
+ *      BIT-DEFINED.  NaN and infinity as in act_codes.                                          */
+static void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim,
+                         bool packed, dsv4_exec *ex) {
     assert(rope_dim <= head_dim);
-    for (int t = 0; t < n; t++, kv += head_dim) {
-        e4m3_round_blocks(kv, kv, head_dim - rope_dim, 64);
-        for (int c = head_dim - rope_dim; c < head_dim; c++)
-            kv[c] = bf16_to_f32(f32_to_bf16(kv[c]));
+    size_t bytes = kv_row_bytes(head_dim, rope_dim, packed);
+    int n_codes = head_dim - rope_dim;
+    for (int t = 0; t < n; t++, x += head_dim) {
+        uint16_t *rope = (uint16_t *)((uint8_t *)rows + (size_t)t * bytes);
+        uint8_t *code = (uint8_t *)(rope + rope_dim);
+        memset(rope, 0, bytes);
+        if (!packed) {
+            memcpy(rope, x, bytes);
+            continue;
+        }
+        for (int c = 0; c < rope_dim; c++) rope[c] = f32_to_bf16(x[n_codes + c]);
+        e4m3_code_blocks(code, code + n_codes, x, n_codes, 64);
     }
 }
 
 /* === 12. index_round: indexer queries and keys ====================================== M2 ========
  *   Walsh-Hadamard (Sylvester order) in F32: butterflies of distance 1, 2, 4 .. d/2, then times
- *   F32(d^-0.5); if rounding, per block of 32 (a shorter last one is a block):
- *   s = 2^ceil(log2(max(amax, 6*2^-126) / 6)), x = e2m1(x / s) * s
- * i/o  x [n][d] finite, d a power of two
+ *   F32(d^-0.5); packed: per block of 32 (a shorter last one is a block):
+ *   s = 2^ceil(log2(max(amax, 6*2^-126) / 6)), e2m1(x / s)
+ * out  rows [n], see dsv4.h; must not alias x
+ * i/o  x [n][d] finite, d a power of two; garbage afterwards
  *      BIT-DEFINED                                                                              */
-static void index_round_ref(float *x, int n, int d, bool rounding, dsv4_exec *ex) {
+static void index_round_ref(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
     assert(d > 0 && (d & (d - 1)) == 0);
     float norm = (float)(1 / sqrt((double)d));
+    size_t bytes = index_row_bytes(d, packed);
     for (int t = 0; t < n; t++, x += d) {
+        uint8_t *pairs = (uint8_t *)rows + (size_t)t * bytes, *scale = pairs + (d + 1) / 2;
         for (int dist = 1; dist < d; dist *= 2)
             for (int i = 0; i < d; i++) {
                 if (i & dist) continue;
@@ -340,11 +388,15 @@ static void index_round_ref(float *x, int n, int d, bool rounding, dsv4_exec *ex
                 x[i + dist] = a - b;
             }
         for (int i = 0; i < d; i++) x[i] *= norm;
-        for (int b = 0; rounding && b < d; b += 32) {
+        memset(pairs, 0, bytes);
+        if (!packed) memcpy(pairs, x, bytes);
+        for (int b = 0; packed && b < d; b += 32) {
             int len = d - b < 32 ? d - b : 32;
-            float s = fmaxf(max_abs(x + b, len), 6 * 0x1p-126f) / 6;
-            s = e8m0_to_f32(ceil_pow2_code(s));
-            for (int i = b; i < b + len; i++) x[i] = e2m1_to_f32(f32_to_e2m1(x[i] / s)) * s;
+            scale[b / 32] = ceil_pow2_code(fmaxf(max_abs(x + b, len), 6 * 0x1p-126f) / 6);
+            for (int i = b; i < b + len; i++) {
+                uint8_t nibble = f32_to_e2m1(x[i] / e8m0_to_f32(scale[b / 32]));
+                pairs[i / 2] = (uint8_t)(pairs[i / 2] | nibble << (4 * (i & 1)));
+            }
         }
     }
 }
@@ -392,16 +444,19 @@ static void compress_ref(float *entries, const dsv4_compress *in, int64_t g0, in
  * out  scores rows `stride` floats apart; entries that are not visible are left alone
  * in   see dsv4_index                                                                           */
 static void index_scores_ref(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
+    float q[MAX_HEAD_DIM], k[MAX_HEAD_DIM];
+    size_t bytes = index_row_bytes(in->d, in->packed);
+    assert(in->d <= MAX_HEAD_DIM);
     for (int t = 0; t < n; t++) {
         int64_t visible = (in->t0 + t + 1) / in->ratio;
         assert((size_t)visible <= in->stride || n == 1);
         for (int64_t e = 0; e < visible; e++) {
             double sum = 0;
+            index_row_read(k, (const uint8_t *)in->keys + (size_t)e * bytes, in->d, in->packed);
             for (int h = 0; h < in->n_heads; h++) {
                 size_t head = (size_t)t * (size_t)in->n_heads + (size_t)h;
-                const float *q = in->q + head * (size_t)in->d;
-                const float *k = in->keys + (size_t)e * (size_t)in->d;
                 double dot = 0;
+                index_row_read(q, (const uint8_t *)in->q + head * bytes, in->d, in->packed);
                 for (int c = 0; c < in->d; c++) dot += (double)q[c] * k[c];
                 sum += (double)in->w[head] * in->w_scale * fmax(dot, 0);
             }
@@ -440,34 +495,36 @@ static void topk_ref(int32_t *idx, int32_t *count, const float *scores, size_t s
 }
 
 /* === 16. attend: softmax attention over what each token sees ======================== M3 ========
- *   Token t = t0 + row sees a list: window positions max(0, t-window+1)..t ascending, then
- *   compressed entries ascending: none if ratio is 0, idx[row][0..count[row]) if idx is set,
- *   else all (t+1)/ratio.  A list item k is key and value of all heads:
+ *   Token t = t0 + row sees a list: window positions max(0, t-window+1)..t ascending, then, if
+ *   ratio is not 0, count[row] compressed entries, or (t+1)/ratio if count is NULL: idx[row][0..]
+ *   if idx is set, else 0, 1, ...  A list item k is key and value of all heads:
  *   score = q.k * head_dim^-0.5; p = exp(score) / (sum exp(score) + exp(sink)); o = sum p k
  * out  o [n][n_heads][head_dim], before the inverse rope; must not alias q
  * in   see dsv4_attend: position p's row is kv[p - t0] if p >= t0, else ring[p % window]        */
-enum { REF_MAX_HEAD_DIM = 4096 };                            /* bounds the sums on the stack     */
-
-static const float *attend_ref_item(const dsv4_attend *in, int row, int64_t j) {
+static void attend_ref_item(float *k, const dsv4_attend *in, int row, int64_t j) {
     int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
-    size_t dim = (size_t)in->head_dim;
-    int64_t p = first + j, e = j - (t - first + 1);
+    int64_t p = first + j, at = p - t - 1;
+    const void *rows = in->comp;
     if (p <= t) {
-        return p >= in->t0 ? in->kv + (size_t)(p - in->t0) * dim
-                           : in->ring + (size_t)(p % in->window) * dim;
+        rows = p >= in->t0 ? in->kv : in->ring;
+        at = p >= in->t0 ? p - in->t0 : p % in->window;
+    } else if (in->idx) {
+        at = in->idx[(size_t)row * (size_t)in->topk + (size_t)at];
     }
-    if (in->idx) e = in->idx[(size_t)row * (size_t)in->topk + (size_t)e];
-    return in->comp + (size_t)e * dim;
+    size_t bytes = kv_row_bytes(in->head_dim, in->rope_dim, in->packed);
+    kv_row_read(k, (const uint8_t *)rows + (size_t)at * bytes, in->head_dim, in->rope_dim,
+                in->packed);
 }
 
 static void attend_ref_head(float *o, const dsv4_attend *in, int row, const float *q, double sink,
                             int64_t n_items) {
-    double sum[REF_MAX_HEAD_DIM], top = sink, denominator = 0;
+    double sum[MAX_HEAD_DIM], top = sink, denominator = 0;
+    float k[MAX_HEAD_DIM];
     memset(sum, 0, sizeof sum);
     for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
         for (int64_t j = 0; j < n_items; j++) {
-            const float *k = attend_ref_item(in, row, j);
             double score = 0;
+            attend_ref_item(k, in, row, j);
             for (int c = 0; c < in->head_dim; c++) score += (double)q[c] * k[c];
             score /= sqrt((double)in->head_dim);
             if (pass == 0) {
@@ -483,11 +540,11 @@ static void attend_ref_head(float *o, const dsv4_attend *in, int row, const floa
 }
 
 static void attend_ref(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
-    assert(in->head_dim <= REF_MAX_HEAD_DIM && in->window > 0);
+    assert(in->head_dim <= MAX_HEAD_DIM && in->window > 0);
     for (int row = 0; row < n; row++) {
         int64_t t = in->t0 + row;
         int64_t n_items = t + 1 < in->window ? t + 1 : in->window;
-        if (in->ratio) n_items += in->idx ? in->count[row] : (t + 1) / in->ratio;
+        if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
         for (int h = 0; h < in->n_heads; h++) {
             size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h) * (size_t)in->head_dim;
             attend_ref_head(o + at, in, row, in->q + at, in->sink[h], n_items);

@@ -281,10 +281,10 @@ static const field config_fields[] = {
 #define REAL(key, name, type, lo, hi) {key, offsetof(dsv4_config, name), type, 0, lo, hi}
     INT(hidden_size, 32, MAX_DIM, 32), INT(moe_intermediate_size, 32, MAX_DIM, 32), /* FP4 scales */
     INT(num_hidden_layers, 1, MAX_LAYERS, 1), INT(num_attention_heads, 1, MAX_DIM, 1),
-    INT(head_dim, 2, MAX_DIM, 1), INT(qk_rope_head_dim, 2, MAX_DIM, 2), /* rotation is on pairs  */
+    INT(head_dim, 2, MAX_HEAD_DIM, 1), INT(qk_rope_head_dim, 2, MAX_DIM, 2), /* turns pairs      */
     INT(q_lora_rank, 1, MAX_DIM, 1), INT(o_lora_rank, 1, MAX_DIM, 1), INT(o_groups, 1, MAX_DIM, 1),
     INT(sliding_window, 1, MAX_DIM, 1), INT(index_n_heads, 1, MAX_DIM, 1),
-    INT(index_head_dim, 1, MAX_DIM, 1), INT(index_topk, 1, MAX_DIM, 1),
+    INT(index_head_dim, 1, MAX_HEAD_DIM, 1), INT(index_topk, 1, MAX_DIM, 1),
     INT(n_routed_experts, 1, MAX_EXPERTS, 1), INT(num_experts_per_tok, 1, MAX_TOPK, 1),
     INT(n_shared_experts, 1, 1, 1),                /* the graph has exactly one                 */
     INT(num_hash_layers, 0, MAX_LAYERS, 1), INT(num_nextn_predict_layers, 0, MAX_LAYERS, 1),

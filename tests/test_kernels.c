@@ -79,7 +79,7 @@ struct op_case {
     const char *name;
     run_fn run;
     int n;                         /* tokens                                                    */
-    int size[6];                   /* as the run function says                                  */
+    int size[8];                   /* as the run function says                                  */
     int sum;                       /* length of the longest sum; 0: the twins are equal         */
     size_t stride;                 /* bytes of a token's results                                */
 };
@@ -176,20 +176,26 @@ static void run_rope(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t,
     ops->rope(x, inv_freq, n, s[0], s[1], s[2], s[3] + t * s[4], s[4], s[5], ex);
 }
 
-/* size: head_dim rope_dim */
+/* size: head_dim rope_dim packed */
 static void run_kv_round(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, int n,
                          dsv4_exec *ex) {
     size_t d = (size_t)c->size[0];
-    rounding_inputs(floats_at(c, out, t), (size_t)t * d, (size_t)n * d);
-    ops->kv_round(floats_at(c, out, t), n, c->size[0], c->size[1], ex);
+    float *x = room((size_t)n * d * sizeof *x);
+    broken_inputs(x, (size_t)t * d, (size_t)n * d);
+    CHECK(c->stride == kv_row_bytes(c->size[0], c->size[1], c->size[2]), "size of a row");
+    ops->kv_round(out + (size_t)t * c->stride, x, n, c->size[0], c->size[1], c->size[2], ex);
+    free(x);
 }
 
-/* size: d rounding */
+/* size: d packed */
 static void run_index_round(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, int n,
                             dsv4_exec *ex) {
     size_t d = (size_t)c->size[0];
-    rounding_inputs(floats_at(c, out, t), (size_t)t * d, (size_t)n * d);
-    ops->index_round(floats_at(c, out, t), n, c->size[0], c->size[1], ex);
+    float *x = room((size_t)n * d * sizeof *x);
+    rounding_inputs(x, (size_t)t * d, (size_t)n * d);
+    CHECK(c->stride == index_row_bytes(c->size[0], c->size[1]), "size of a row");
+    ops->index_round(out + (size_t)t * c->stride, x, n, c->size[0], c->size[1], ex);
+    free(x);
 }
 
 /* size: ratio d.  Tokens are groups; those in the ring end in the middle of group t. */
@@ -211,15 +217,29 @@ static void run_compress(const op_case *c, const dsv4_ops *ops, uint8_t *out, in
     free(ring_kv), free(ring_score);
 }
 
-/* size: n_heads d ratio t0.  A token's row has room for all entries; unseen ones are 0. */
+/* n rows of random index queries or keys. */
+static void *index_rows(size_t at, size_t n, int d, bool packed) {
+    size_t count = n * (size_t)d;
+    float *x = room(count * sizeof *x);
+    void *rows = room(n * index_row_bytes(d, packed));
+    assert(at + count <= POOL);
+    memcpy(x, f32_pool + at, count * sizeof *x);
+    ops_ref.index_round(rows, x, (int)n, d, packed, NULL);
+    free(x);
+    return rows;
+}
+
+/* size: n_heads d ratio t0 packed.  A token's row has room for all entries; unseen ones are 0. */
 static void run_index_scores(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, int n,
                              dsv4_exec *ex) {
     const int *s = c->size;
-    size_t stride = c->stride / sizeof(float);
+    size_t stride = c->stride / sizeof(float), heads = (size_t)s[0], d = (size_t)s[1];
+    void *q = index_rows(100 + (size_t)t * heads * d, (size_t)n * heads, s[1], s[4]);
+    void *keys = index_rows(200001, (size_t)((s[3] + t + n) / s[2]), s[1], s[4]);
     memset(out + (size_t)t * c->stride, 0, (size_t)n * c->stride);
-    dsv4_index in = {f32_pool + 100 + t * s[0] * s[1], f32_pool + t * s[0], 0.3f,
-                     f32_pool + 200001, s[0], s[1], s[2], s[3] + t, stride};
+    dsv4_index in = {q, f32_pool + t * s[0], 0.3f, keys, s[0], s[1], s[2], s[4], s[3] + t, stride};
     ops->index_scores(floats_at(c, out, t), &in, n, ex);
+    free(q), free(keys);
 }
 
 /* size: k ratio t0 distinct scores (0: all) */
@@ -243,28 +263,41 @@ static void run_topk(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t,
     free(scores), free(idx), free(count);
 }
 
-/* size: n_heads head_dim window ratio topk (0: all) t0 */
+/* n random KV rows; rope_dim < 0: F32 */
+static void *kv_rows(size_t at, int64_t n, int d, int rope_dim) {
+    bool packed = rope_dim >= 0;
+    void *rows = room((size_t)n * kv_row_bytes(d, rope_dim, packed));
+    assert(at + (size_t)n * (size_t)d <= POOL);
+    ops_ref.kv_round(rows, f32_pool + at, (int)n, d, packed ? rope_dim : 0, packed, NULL);
+    return rows;
+}
+
+/* size: n_heads head_dim window ratio topk t0 rope_dim (< 0: rows of F32) gathered.
+ * topk 0: all are visible; gathered: the first topk of comp are what was chosen */
 static void run_attend(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, int n,
                        dsv4_exec *ex) {
     const int *s = c->size;
     size_t d = (size_t)s[1], window = (size_t)s[2], k = (size_t)s[4];
-    int64_t t0 = s[5] + t;
-    const float *kv = f32_pool + 1;                          /* of every position */
-    float *ring = room(window * d * sizeof *ring);
+    int64_t t0 = s[5] + t, first = t0 < s[2] ? 0 : t0 - s[2];
+    bool packed = s[6] >= 0;
+    size_t bytes = kv_row_bytes(s[1], s[6], packed);
+    uint8_t *kv = kv_rows(1 + (size_t)first * d, t0 + n - first, s[1], s[6]);
+    uint8_t *comp = s[3] ? kv_rows(400009, (t0 + n) / s[3], s[1], s[6]) : NULL;
+    uint8_t *ring = room(window * bytes), *now = kv + (size_t)(t0 - first) * bytes;
     int32_t *idx = room((size_t)(n + 1) * (k + 1) * 4), *count = room((size_t)(n + 1) * 4);
-    for (int64_t p = t0 < s[2] ? 0 : t0 - s[2]; p < t0; p++)
-        memcpy(ring + (size_t)p % window * d, kv + (size_t)p * d, d * sizeof *ring);
+    for (int64_t p = first; p < t0; p++)
+        memcpy(ring + (size_t)p % window * bytes, kv + (size_t)(p - first) * bytes, bytes);
     for (int i = 0; s[4] && i < n; i++) {
         int visible = (int)(t0 + i + 1) / s[3];
         count[i] = visible < s[4] ? visible : s[4];
         for (int j = 0; j < count[i]; j++)
             idx[(size_t)i * k + (size_t)j] = (int)((int64_t)j * visible / count[i]);
     }
-    dsv4_attend in = {f32_pool + 3 + (size_t)t * (size_t)s[0] * d, kv + (size_t)t0 * d, ring,
-                      s[3] ? f32_pool + 400009 : NULL, s[4] ? idx : NULL, count, f32_pool + 50,
-                      s[0], s[1], s[2], s[3], s[4], t0};
+    dsv4_attend in = {f32_pool + 3 + (size_t)t * (size_t)s[0] * d, now, ring, comp,
+                      s[4] && !s[7] ? idx : NULL, s[4] ? count : NULL, f32_pool + 50, s[0], s[1],
+                      packed ? s[6] : 0, s[2], s[3], s[4], packed, t0};
     if (n) ops->attend(floats_at(c, out, t), &in, n, ex);
-    free(ring), free(idx), free(count);
+    free(kv), free(comp), free(ring), free(idx), free(count);
 }
 
 /* size: hc dim */
@@ -389,18 +422,22 @@ static void run_add(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, 
     {"act_codes", run_act_codes, n, {d}, 0, STRIDE((5 * (d) + ((d) + 127) / 128 + 3) & ~3)}
 #define ROPE(heads, d, rope, pos, step, inverse, n) \
     {"rope", run_rope, n, {heads, d, rope, pos, step, inverse}, 0, STRIDE(4 * (heads) * (d))}
-#define KV_ROUND(d, rope, n) {"kv_round", run_kv_round, n, {d, rope}, 0, STRIDE(4 * (d))}
-#define INDEX_ROUND(d, on, n) {"index_round", run_index_round, n, {d, on}, 0, STRIDE(4 * (d))}
+#define KV_ROUND(d, rope, packed, n) \
+    {"kv_round", run_kv_round, n, {d, rope, packed}, 0, \
+     STRIDE((packed) ? ((d) + (rope) + ((d) - (rope) + 63) / 64 + 7) / 8 * 8 : 4 * (d))}
+#define INDEX_ROUND(d, packed, n) \
+    {"index_round", run_index_round, n, {d, packed}, 0, \
+     STRIDE((packed) ? (((d) + 1) / 2 + ((d) + 31) / 32 + 3) / 4 * 4 : 4 * (d))}
 #define COMPRESS(ratio, d, n) \
     {"compress", run_compress, n, {ratio, d}, 2 * (ratio), STRIDE(4 * (d))}
-#define INDEX(heads, d, ratio, t0, n) \
-    {"index_scores", run_index_scores, n, {heads, d, ratio, t0}, (heads) * (d), \
+#define INDEX(heads, d, ratio, t0, packed, n) \
+    {"index_scores", run_index_scores, n, {heads, d, ratio, t0, packed}, (heads) * (d), \
      STRIDE(4 * (((t0) + (n)) / (ratio) + 5))}
 #define TOPK(k, ratio, t0, distinct, n) \
     {"topk", run_topk, n, {k, ratio, t0, distinct}, 0, STRIDE(4 * (k) + 4)}
-#define ATTEND(heads, d, window, ratio, k, t0, n) \
-    {"attend", run_attend, n, {heads, d, window, ratio, k, t0}, (d) + (window) + (t0) + (n), \
-     STRIDE(4 * (heads) * (d))}
+#define ATTEND(heads, d, window, ratio, k, t0, rope, gathered, n) \
+    {"attend", run_attend, n, {heads, d, window, ratio, k, t0, rope, gathered}, \
+     (d) + (window) + (t0) + (n), STRIDE(4 * (heads) * (d))}
 #define HC_PRE(hc, dim, n) \
     {"hc_pre", run_hc_pre, n, {hc, dim}, (hc) * (dim), STRIDE(4 * ((dim) + (hc) + (hc) * (hc)))}
 #define HC_POST(hc, dim, n) {"hc_post", run_hc_post, n, {hc, dim}, hc, STRIDE(4 * (hc) * (dim))}
@@ -429,17 +466,20 @@ static const op_case cases[] = {
     LINEAR(DT_I8, 37, 1056, 1, 11),
     ROPE(3, 128, 64, 0, 1, false, 9), ROPE(1, 64, 64, 1000000, 4, false, 5),
     ROPE(2, 9, 4, 7, 128, true, 3),
-    KV_ROUND(64, 64, 2), KV_ROUND(128, 64, 9), KV_ROUND(101, 10, 40), KV_ROUND(512, 64, 20),
+    KV_ROUND(64, 64, 1, 2), KV_ROUND(128, 64, 1, 9), KV_ROUND(101, 10, 1, 40),
+    KV_ROUND(512, 64, 1, 20), KV_ROUND(100, 36, 0, 9),
     INDEX_ROUND(1, 1, 3), INDEX_ROUND(8, 1, 9), INDEX_ROUND(64, 0, 9), INDEX_ROUND(128, 1, 70),
     COMPRESS(4, 128, 9), COMPRESS(4, 20, 5), COMPRESS(4, 1, 3), COMPRESS(8, 13, 4),
     COMPRESS(128, 72, 5), COMPRESS(1, 16, 6),
-    INDEX(4, 64, 4, 0, 40), INDEX(1, 16, 4, 1100, 9), INDEX(5, 20, 4, 77, 17),
-    INDEX(64, 128, 4, 1500, 6),
+    INDEX(4, 64, 4, 0, 1, 40), INDEX(1, 16, 4, 1100, 0, 9), INDEX(5, 32, 4, 77, 0, 17),
+    INDEX(64, 128, 4, 1500, 1, 6),
     TOPK(8, 4, 0, 0, 60), TOPK(8, 4, 100, 3, 20), TOPK(512, 4, 2040, 0, 40),
     TOPK(64, 1, 3000, 2, 9), TOPK(1, 1, 0, 1, 30),
-    ATTEND(4, 128, 16, 0, 0, 0, 40), ATTEND(1, 8, 1, 0, 0, 5, 3), ATTEND(3, 20, 7, 4, 0, 10, 30),
-    ATTEND(9, 64, 16, 4, 8, 3, 50), ATTEND(8, 512, 128, 4, 64, 700, 6),
-    ATTEND(17, 36, 64, 128, 0, 1000, 5), ATTEND(5, 7, 3, 8, 0, 900, 4),
+    ATTEND(4, 128, 16, 0, 0, 0, 64, 0, 40), ATTEND(1, 8, 1, 0, 0, 5, -1, 0, 3),
+    ATTEND(3, 20, 7, 4, 0, 10, 6, 0, 30), ATTEND(9, 64, 16, 4, 8, 3, -1, 0, 50),
+    ATTEND(8, 512, 128, 4, 64, 700, 64, 0, 6), ATTEND(17, 36, 64, 128, 0, 1000, 2, 0, 5),
+    ATTEND(5, 7, 3, 8, 0, 900, -1, 0, 4), ATTEND(35, 80, 9, 4, 20, 300, 16, 1, 5),
+    ATTEND(3, 20, 7, 4, 6, 90, -1, 1, 9),
     HC_PRE(4, 96, 70), HC_PRE(4, 1030, 3), HC_PRE(1, 5, 2), HC_PRE(8, 33, 5), HC_PRE(3, 7, 4),
     HC_POST(4, 96, 20), HC_POST(4, 1030, 3), HC_POST(1, 5, 2), HC_POST(8, 515, 3),
     HC_HEAD(4, 96, 66), HC_HEAD(2, 13, 3), HC_HEAD(8, 520, 2),
@@ -455,8 +495,9 @@ enum { N_CASES = sizeof cases / sizeof cases[0] };
 /* === Twins and identity ======================================================================= */
 
 static void describe(const op_case *c, char *text, size_t room_for) {
-    snprintf(text, room_for, "%s n %d (%d %d %d %d %d %d)", c->name, c->n, c->size[0], c->size[1],
-             c->size[2], c->size[3], c->size[4], c->size[5]);
+    const int *s = c->size;
+    snprintf(text, room_for, "%s n %d (%d %d %d %d %d %d %d %d)", c->name, c->n, s[0], s[1], s[2],
+             s[3], s[4], s[5], s[6], s[7]);
 }
 
 static uint8_t *results(const op_case *c, const dsv4_ops *ops, int step, dsv4_exec *ex) {
@@ -516,6 +557,105 @@ static void test_kernels_same_bits(void) {
             }
         free(want);
     }
+}
+
+/* === Rows of KV =============================================================================== */
+
+/* What M2 makes of a block x [len], in its own words: the least power of two >= unit / top is the
+ * scale, and no value is beyond top times it. */
+static void round_block(float *y, const float *x, int len, double least, double top, bool e2m1) {
+    double amax = least;
+    int exponent;
+    for (int i = 0; i < len; i++) amax = fmax(amax, fabs((double)x[i]));
+    double s = e2m1 ? (double)((float)amax / 6) : (double)((float)amax * (1.0f / 448));
+    s = frexp(s, &exponent) == 0.5 ? s : ldexp(1, exponent);
+    for (int i = 0; i < len; i++) {
+        float r = (float)(x[i] / s);
+        CHECK(!(fabsf(r) > (float)top), "%g is beyond the format", (double)r);
+        r = e2m1 ? e2m1_to_f32(f32_to_e2m1(r)) : e4m3_to_f32(f32_to_e4m3(r));
+        y[i] = r * (float)s;
+    }
+}
+
+/* Hard values for block number `block` of any row: of one magnitude, zeros, scales' edges. */
+static void row_inputs(float *x, int n, int block) {
+    rounding_inputs(x, (size_t)block * 97, (size_t)n);
+    float edge = ldexpf(block % 3 ? 448 : 6, block % 240 - 149 + block % 2 * 20);
+    for (int i = 0; i < n; i++) {
+        if (block % 8 == 1) x[i] = i % 2 ? -0.0f : 0;
+        if (block % 8 == 2) x[i] = edge * (i % 5 ? f32_pool[block + i] : 1);
+        if (block % 8 == 3) x[i] = nextafterf(edge, i % 7 ? 0 : INFINITY);
+        if (block % 8 == 4) x[i] = f32_pool[block + i] * 0x1p-126f;
+        if (block % 8 == 5) x[i] = i % 64 ? f32_pool[block + i] * 3.2e38f : 3.2e38f;
+    }
+}
+
+static void test_kernels_rows_hold_the_roundings(void) {
+    /* Goal: a row read back is what M2 rounds to, at any size, -0 and subnormals included; and
+     * attend sees the same values.  Method: the roundings in double, blocks of hard values; attend
+     * with one entry and no sink gives that entry. */
+    static const int dims[2] = {128, 512}, index_dims[3] = {32, 64, 128};
+    float x[512], want[512], got[512], q[512] = {0}, sink = -INFINITY;
+    uint8_t row[2][1024];
+    double entry = (double)kv_row_bytes(512, 64, true), key = (double)index_row_bytes(128, true);
+    CHECK(entry == 584 && key == 68, "Flash: %g and %g bytes", entry, key);
+    CHECK((entry + key) / 4 * 21 + entry / 128 * 20 == 3514.25, "bytes a token of Flash");
+    for (int round = 0; round < 2000; round++) {
+        int d = dims[round % 2], cut = d - 64;
+        row_inputs(x, d, round);
+        for (int b = 0; b < cut; b += 64) round_block(want + b, x + b, 64, 1e-4f, 448, false);
+        for (int c = cut; c < d; c++) want[c] = bf16_to_f32(f32_to_bf16(x[c]));
+        for (int i = 0; i < 2; i++) {
+            memset(row[i], 0xa5, sizeof row[i]);
+            (i ? &ops_cpu : &ops_ref)->kv_round(row[i], x, 1, d, 64, true, execs[0]);
+            kv_row_read(got, row[i], d, 64, true);
+            CHECK(!memcmp(got, want, (size_t)d * 4), "round %d", round);
+        }
+        CHECK(!memcmp(row[0], row[1], sizeof row[0]), "round %d: rows differ", round);
+        dsv4_attend in = {q, row[1], row[1], NULL, NULL, NULL, &sink, 1, d, 64, 1, 0, 0, true, 0};
+        ops_cpu.attend(got, &in, 1, execs[0]);
+        for (int c = 0; c < d; c++)
+            CHECK(got[c] == want[c], "round %d dim %d: attend sees %g, not %g", round, c,
+                  (double)got[c], (double)want[c]);
+
+        d = index_dims[round % 3];
+        row_inputs(x, d, round);
+        for (int c = 0; c < d; c++) x[c] = fminf(fmaxf(x[c], -1e36f), 1e36f);
+        memcpy(got, x, sizeof got);
+        ops_ref.index_round(want, got, 1, d, false, NULL);
+        for (int b = 0; b < d; b += 32) round_block(want + b, want + b, 32, 6 * 0x1p-126, 6, true);
+        for (int i = 0; i < 2; i++) {
+            memcpy(got, x, sizeof got);
+            memset(row[i], 0xa5, sizeof row[i]);
+            (i ? &ops_cpu : &ops_ref)->index_round(row[i], got, 1, d, true, execs[0]);
+            index_row_read(got, row[i], d, true);
+            CHECK(!memcmp(got, want, (size_t)d * 4), "index, round %d", round);
+        }
+        CHECK(!memcmp(row[0], row[1], sizeof row[0]), "index, round %d: rows differ", round);
+    }
+}
+
+static void test_kernels_rows_keep_nan(void) {
+    /* Goal: a NaN in an entry is one in the attention over it, an infinity makes its block NaN, and
+     * other dims stay as they are.  Method: one of them in each place. */
+    enum { D = 128 };
+    float x[D], want[D], got[D], q[D] = {0}, sink = -INFINITY;
+    uint8_t row[256];
+    for (int c = 0; c < D; c++)
+        for (int inf = 0; inf < 2; inf++) {
+            memcpy(x, f32_pool + c, sizeof x);
+            x[c] = inf ? -INFINITY : NAN;
+            ops_cpu.kv_round(row, x, 1, D, 32, true, execs[0]);
+            dsv4_attend in = {q, row, row, NULL, NULL, NULL, &sink, 1, D, 32, 1, 0, 0, true, 0};
+            ops_cpu.attend(got, &in, 1, execs[0]);
+            kv_row_read(want, row, D, 32, true);
+            for (int i = 0; i < D; i++) {
+                bool nan = !inf ? i == c : c < 96 && i < 96 && i / 64 == c / 64;
+                CHECK(isnan(want[i]) == nan, "dim %d, inf %d at %d: %g", i, inf, c,
+                      (double)want[i]);
+            }
+            CHECK(isnan(got[c]), "%g", (double)got[c]);      /* q.k is one as well */
+        }
 }
 
 /* === exp ====================================================================================== */
@@ -825,6 +965,8 @@ int main(void) {
         if (exec_open(&execs[e], exec_threads[e], &err)) return printf("FAIL %s\n", err.msg), 1;
     RUN(test_kernels_twins);
     RUN(test_kernels_same_bits);
+    RUN(test_kernels_rows_hold_the_roundings);
+    RUN(test_kernels_rows_keep_nan);
     RUN(test_kernels_exp);
     RUN(test_kernels_exp_vector);
     RUN(test_kernels_bf16_f16);

@@ -165,9 +165,10 @@ static void nq_layers(const dsv4_ops *op) {
         check_layer(&r, &g, l, positions, 10, &worst);
         if (r.cfg.compress_ratios[l] == 4) check_index(&r, &g, l, positions, 10);
     }
-    check_rows(&g, "nq.layer2.compressed", r.s->kv[2].comp, &worst);
-    check_rows(&g, "nq.layer2.index_keys", r.s->kv[2].keys, &worst);
-    check_rows(&g, "nq.layer3.compressed", r.s->kv[3].comp, &worst);
+    const void *comp = r.s->kv[2].comp, *keys = r.s->kv[2].keys, *hca = r.s->kv[3].comp;
+    check_rows(&g, "nq.layer2.compressed", comp, &worst);    /* rows of F32 */
+    check_rows(&g, "nq.layer2.index_keys", keys, &worst);
+    check_rows(&g, "nq.layer3.compressed", hca, &worst);
     float *logits = malloc(N * VOCAB * sizeof *logits);
     r.s->n_last = N;
     logits_of(&r, 0, N, logits);

@@ -144,16 +144,17 @@ static void test_units_index_round(void) {
      * a factor of 1/8).  Where they come back exactly, which zeros and ties do, the rounded row
      * must be exact; elsewhere a value may be a step of the row's scale off. */
     for (int i = 0; i < 2; i++) {
-        float *x = get_f32("hadamard.x");
-        tables[i]->index_round(x, dim("hadamard.x", 0), dim("hadamard.x", 1), false, ex);
-        check_close(tables[i], "hadamard.y", x, TOL);
-        free(x);
+        float *x = get_f32("hadamard.x"), *y = room(get("hadamard.x").count, sizeof *y);
+        tables[i]->index_round(y, x, dim("hadamard.x", 0), dim("hadamard.x", 1), false, ex);
+        check_close(tables[i], "hadamard.y", y, TOL);
+        free(x), free(y);
         int exact_rows = 0, n_off = 0;
         size_t count = get("fp4_act_quant.x").count;
         float *want = get_f32("fp4_act_quant.y");
         x = get_f32("fp4_act_quant.x");
         for (size_t row = 0; row < count; row += 64) {
-            float turned[64], back[64];
+            float turned[64], back[64], scratch[64];
+            uint32_t packed[9];
             for (int c = 0; c < 64; c++) {
                 double sum = 0;
                 for (int k = 0; k < 64; k++)
@@ -161,9 +162,10 @@ static void test_units_index_round(void) {
                                                                : x[row + (size_t)k];
                 turned[c] = (float)(sum / 8);
             }
-            memcpy(back, turned, sizeof back);
-            tables[i]->index_round(back, 1, 64, false, ex);
-            tables[i]->index_round(turned, 1, 64, true, ex);
+            memcpy(scratch, turned, sizeof scratch);
+            tables[i]->index_round(back, scratch, 1, 64, false, ex);
+            tables[i]->index_round(packed, turned, 1, 64, true, ex);
+            index_row_read(turned, packed, 64, true);
             bool exact = !memcmp(back, x + row, sizeof back);
             exact_rows += exact;
             for (int c = 0; c < 64; c++) n_off += turned[c] != want[row + (size_t)c];
@@ -322,16 +324,26 @@ static void compressor(const dsv4_ops *ops, const char *op) {
     ops->rope(entries, inv_freq, n_groups, 1, d, ROPE, 0, ratio, false, ex);
     bool indexer = !strcmp(op, "indexer");
     float *exact = copy_of(entries, (size_t)(n_groups * d));
-    if (indexer) ops->index_round(exact, n_groups, d, false, ex);
+    float *scratch = copy_of(entries, (size_t)(n_groups * d));
+    if (indexer) ops->index_round(exact, scratch, n_groups, d, false, ex);
     check_close(ops, name[5], exact, TOL);
+    size_t bytes = indexer ? index_row_bytes(d, true) : kv_row_bytes(d, ROPE, true);
+    uint8_t *rows = room((size_t)n_groups, bytes);
     if (indexer)
-        ops->index_round(entries, n_groups, d, true, ex);
+        ops->index_round(rows, entries, n_groups, d, true, ex);
     else
-        ops->kv_round(entries, n_groups, d, ROPE, ex);
+        ops->kv_round(rows, entries, n_groups, d, ROPE, true, ex);
+    for (int g = 0; g < n_groups; g++) {
+        const uint8_t *row = rows + (size_t)g * bytes;
+        if (indexer)
+            index_row_read(entries + g * d, row, d, true);
+        else
+            kv_row_read(entries + g * d, row, d, ROPE, true);
+    }
     snprintf(name[5], MAX_NAME, "compressor.%s.entries", op);
     check_entries(ops, name[5], entries, d, indexer ? 0 : ROPE);
     free(x), free(wkv), free(wgate), free(ape), free(norm), free(kv), free(score);
-    free(entries), free(exact);
+    free(entries), free(exact), free(scratch), free(rows);
 }
 
 static void test_units_compressor(void) {
