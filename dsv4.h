@@ -309,7 +309,8 @@ int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *er
 int disk_measure(const ckpt *c, double seconds, double *bytes_s, dsv4_err *err);
 
 typedef struct {                   /* counters since open; seconds are of the calling thread    */
-    uint64_t read_bytes, reads, retries;
+    uint64_t read_bytes, reads, retries; /* read_bytes: of shards                               */
+    uint64_t raw_read, raw_written; /* bytes of raw files                                       */
     double busy_s;                 /* with at least one read in flight                          */
 } offload_stats;
 
@@ -326,20 +327,30 @@ typedef struct { const ckpt_tensor *t; void *dst; } load_item;
 /* Read whole tensors into dst (t->bytes each), many at once; returns when all are in. */
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err);
 
-/* A raw file of ours beside the shards: made in `dir` with room for `bytes` (a multiple of 4096) and
- * unlinked at once, so that nothing is left behind however we end.  Reads and writes go through the
- * same bounded depth, retries and fallbacks as those of shards, as demand.  Returns the file's
- * number, or -1 (ENOSPC: names dir, the bytes wanted and those free). */
+/* A raw file of ours beside the shards, of zeros: made in `dir` with room for `bytes` (a multiple
+ * of 4096) and unlinked at once, so that nothing is left behind however we end.  Reads and writes
+ * go through the same bounded depth, retries and fallbacks as those of shards, as demand.  Returns
+ * the file's number, or -1 (ENOSPC: names dir, the bytes wanted and those free).  Four at most. */
 int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err);
+/* With nothing of it on its way; offload_close() closes what is left. */
+void offload_raw_close(offload *o, int file);
 
+typedef struct {                   /* the first transfer that failed                            */
+    int cause;                     /* 0: none did                                               */
+    int file;
+    bool write;
+    uint64_t off;
+    const ckpt_tensor *t;          /* or NULL                                                   */
+} io_fault;
 /* Many transfers that are waited for together.  Zeroed at first. */
-typedef struct { int in_flight, cause; uint64_t off; bool write; } io_batch;
-/* Read or write `bytes` at `off` of raw file `file`; off, bytes and buf are multiples of 4096.  It is
- * begun now (waits only while all of the depth is in use); buf is the file's until batch_wait(). */
+typedef struct { int in_flight; io_fault fault; } io_batch;
+/* Read or write `bytes` at `off` of raw file `file`; off, bytes and buf are multiples of 4096.  It
+ * is begun now (waits only while all of the depth is in use); buf is the file's until batch_wait().
+ * Transfers of a batch may overtake each other.  -1: no more can be read or written at all. */
 int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
               dsv4_err *err);
-/* Wait for all of them.  On -1 the first fault is told (file, offset, cause) and none is on its way;
- * the batch is as good as new either way. */
+/* Wait for all of them.  On -1 the first fault is told (directory, offset, cause) and none is on
+ * its way; the batch is as good as new either way. */
 int batch_wait(offload *o, io_batch *b, dsv4_err *err);
 
 /* What is read, kept and dropped together: one routed expert (six parts), or the matrices of one

@@ -16,7 +16,7 @@
  *             2 at most IO_DEPTH reads in flight; what waits beyond them keeps its order, and
  *               cache_ask() waits for all that cache_get() and offload_load() asked for
  *             3 no allocation after cache_open(), but for files written and the load's buffers
- *             4 every completion goes through io_on_read(), whoever did the reading
+ *             4 every completion goes through io_on_answer(), whoever did the transfer
  *             5 what lies in a file is an error of theirs, never an assert of ours
  * Contents    1 text, files, JSON   2 config   3 headers   4 checkpoint   5 requests
  *             6 ring and threads    7 open and load        8 caches
@@ -42,6 +42,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
@@ -60,7 +61,8 @@ enum {
     IO_BACKGROUND = IO_DEPTH / 2,  /* of them for cache_ask(): a get finds the rest free        */
     IO_BUFS = 1024,                /* registered pieces of arenas                               */
     IO_BUF_BYTES = 256 << 20,      /* registered at once; the kernel accepts 1 GiB              */
-    IO_TRIES_MAX = 64,             /* tries of one read that bring nothing new                  */
+    IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
+    RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
     LOAD_DEPTH = 32,               /* bounce buffers                                            */
     STREAM_BYTES = 12 << 20,       /* one range: what one of V4-Flash's experts has             */
@@ -904,22 +906,19 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
 
 enum { CAUSE_EOF = -1, CAUSE_STUCK = -2 };
 
-typedef struct {                   /* why a read failed                                         */
-    int cause;                     /* errno, or one of the above; 0 is no failure               */
-    uint64_t off;                  /* in the file                                               */
-    const ckpt_tensor *t;
-} io_fault;
-
 typedef struct io_req {
     struct io_req *next;           /* in the free list, or in a queue of the threads            */
     uint8_t *buf;                  /* on a 4 KiB edge                                           */
+    int file;                      /* a shard, or a raw file behind these                       */
+    bool write;
     uint64_t off;                  /* in the file, on a 4 KiB edge                              */
     uint32_t len;                  /* bytes to read, whole blocks: the last may lie beyond EOF  */
     uint32_t want;                 /* bytes to the end of the payload: these must come          */
     uint32_t done;                 /* bytes in, whole blocks unless all came                    */
-    const ckpt_tensor *t;          /* what this is a piece of; of a run, the first one          */
-    struct cache_slot *slot;       /* who asked; NULL: offload_load()                           */
-    uint8_t *dst;                  /* then: of the whole tensor                                 */
+    const ckpt_tensor *t;          /* what this is a piece of; of a run, the first one; or NULL */
+    io_batch *batch;               /* who asked: a batch,                                       */
+    struct cache_slot *slot;       /* or a slot,                                                */
+    uint8_t *dst;                  /* or offload_load() for this tensor                         */
     bool background;               /* counts in n_background                                    */
     int fixed;                     /* the registered buffer it lies in, or -1                   */
     int tries, io_errors;          /* in a row without progress; EIO so far                     */
@@ -930,12 +929,12 @@ typedef struct io_req {
 typedef enum { IO_DONE, IO_AGAIN, IO_FAILED } io_next;
 
 /* What does one completion mean?  Pure: no ring, no clock, no system call.
- *   short read    go on from the last whole block (O_DIRECT reads nothing else)
+ *   short         go on from the last whole block (O_DIRECT knows nothing else)
  *   end of file   right behind the payload, an error before its end; a file that was cut inside
- *                 a block shows as the same few bytes every time
+ *                 a block shows as the same few bytes every time; a write has none
  *   EINTR, EAGAIN once more, a bounded number of times in a row
  *   EIO           once more: drives do recover; then it is the caller's                          */
-static io_next io_on_read(io_req *r, int res) {
+static io_next io_on_answer(io_req *r, int res) {
     assert(r->done < r->want);
     assert(r->want <= r->len);
     assert(res <= (int)(r->len - r->done));
@@ -943,7 +942,7 @@ static io_next io_on_read(io_req *r, int res) {
     if (res == -EIO && r->io_errors++ == 0) return IO_AGAIN;
     if (res < 0 && res != -EAGAIN && res != -EINTR) return IO_FAILED;
     r->cause = CAUSE_EOF;
-    if (res == 0) return IO_FAILED;
+    if (res == 0 && !r->write) return IO_FAILED;
     if (res > 0) {
         uint32_t in = r->done + (uint32_t)res;
         uint32_t edge = in & ~(uint32_t)(IO_ALIGN - 1);
@@ -951,7 +950,7 @@ static io_next io_on_read(io_req *r, int res) {
         r->done = in >= r->want ? in : edge;
     }
     if (r->done >= r->want) return IO_DONE;
-    r->cause = res > 0 ? CAUSE_EOF : CAUSE_STUCK;
+    r->cause = res > 0 && !r->write ? CAUSE_EOF : CAUSE_STUCK;
     return ++r->tries > IO_TRIES_MAX ? IO_FAILED : IO_AGAIN;
 }
 
@@ -962,7 +961,7 @@ static uint64_t cut_piece(io_req *r, const ckpt_tensor *t, uint64_t bytes, uint6
     assert(begin < end);
     uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
     uint32_t len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
-    *r = (io_req){.off = begin, .len = len, .want = want, .t = t, .fixed = -1};
+    *r = (io_req){.file = t->shard, .off = begin, .len = len, .want = want, .t = t, .fixed = -1};
     return at + len;
 }
 
@@ -1024,11 +1023,16 @@ struct cache {
     cache_stats stats;
 };
 
-typedef struct { int fd; bool direct; } io_file;
+typedef struct {
+    int fd;
+    const char *path;              /* of a raw file: what messages call it, ours                */
+    uint64_t size;
+    bool direct, fixed;            /* past the page cache; known to the ring by number          */
+} io_file;
 
 struct offload {
     const ckpt *c;
-    io_file *files;                /* one a shard                                               */
+    io_file *files;                /* [n_shards + RAW_FILES]; fd -1: there is none              */
     offload_stats stats;
     const char *note;
     io_req *free_reqs;
@@ -1038,8 +1042,9 @@ struct offload {
     load_job load;                 /* items are set while offload_load() runs                   */
     slot_list demand, background;  /* slots with pieces to ask for, in order of get and of ask  */
     int n_caches;
+    bool batch_waits;              /* for a request: the background does not get it             */
 
-    bool has_ring, fixed_files, fixed_bufs;
+    bool has_ring, fixed_bufs;
     int n_bufs;                    /* first free entry of the table of buffers                  */
     int ring_error;                /* errno: it broke, and every call from then on says so      */
     struct io_uring ring;
@@ -1067,15 +1072,19 @@ static double seconds(void) {
 /* One attempt at what is missing of a request, on its way to whoever reads. */
 static void io_start(offload *o, io_req *r) {
     uint32_t n = r->len - r->done;
-    o->stats.read_bytes += n;
-    o->stats.reads++;
+    uint64_t at = r->off + r->done;
+    const io_file *f = &o->files[r->file];
+    offload_stats *s = &o->stats;
+    *(!r->batch ? &s->read_bytes : r->write ? &s->raw_written : &s->raw_read) += n;
+    s->reads += !r->write;
     if (o->has_ring) {
         struct io_uring_sqe *sqe = io_uring_get_sqe(&o->ring);
         assert(sqe);               /* as many entries as requests                               */
-        int fd = o->fixed_files ? r->t->shard : o->files[r->t->shard].fd;
-        if (r->fixed < 0) io_uring_prep_read(sqe, fd, r->buf + r->done, n, r->off + r->done);
-        else io_uring_prep_read_fixed(sqe, fd, r->buf + r->done, n, r->off + r->done, r->fixed);
-        if (o->fixed_files) io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
+        int fd = f->fixed ? r->file : f->fd;
+        if (r->write) io_uring_prep_write(sqe, fd, r->buf + r->done, n, at);
+        else if (r->fixed < 0) io_uring_prep_read(sqe, fd, r->buf + r->done, n, at);
+        else io_uring_prep_read_fixed(sqe, fd, r->buf + r->done, n, at, r->fixed);
+        if (f->fixed) io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
         io_uring_sqe_set_data(sqe, r);
         return;
     }
@@ -1104,10 +1113,15 @@ static void give_req(offload *o, io_req *r) {
     o->free_reqs = r;
 }
 
+/* The first failure of many requests is kept. */
+static void fault_note(io_fault *f, const io_req *r) {
+    if (!f->cause) *f = (io_fault){r->cause, r->file, r->write, r->off + r->done, r->t};
+}
+
 /* A piece is in its bounce buffer, or will not come: copy, and free the buffer. */
 static void load_piece_in(offload *o, io_req *r, bool failed) {
     load_job *job = &o->load;
-    if (failed && !job->fault.cause) job->fault = (io_fault){r->cause, r->off + r->done, r->t};
+    if (failed) fault_note(&job->fault, r);
     if (!failed) {                 /* from the tensor's begin, or from the piece's              */
         uint64_t from = r->off > r->t->offset ? r->off : r->t->offset;
         memcpy(r->dst + (from - r->t->offset), r->buf + (from - r->off),
@@ -1118,7 +1132,7 @@ static void load_piece_in(offload *o, io_req *r, bool failed) {
 
 /* The one path of every completion: again, or to whoever asked. */
 static void io_complete(offload *o, io_req *r, int res) {
-    io_next next = io_on_read(r, res);
+    io_next next = io_on_answer(r, res);
     if (next == IO_AGAIN) {
         o->stats.retries++;
         io_start(o, r);
@@ -1127,10 +1141,13 @@ static void io_complete(offload *o, io_req *r, int res) {
     if (--o->in_flight == 0) o->stats.busy_s += seconds() - o->busy_since;
     o->n_background -= r->background;
     if (next == IO_DONE) o->landed += r->want;
-    const io_file *f = &o->files[r->t->shard];
+    const io_file *f = &o->files[r->file];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
-    if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
+    if (r->batch) {
+        r->batch->in_flight--;
+        if (next == IO_FAILED) fault_note(&r->batch->fault, r);
+    } else if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
     else load_piece_in(o, r, next == IO_FAILED);
     give_req(o, r);
 }
@@ -1199,8 +1216,11 @@ static void *read_thread(void *arg) {
         o->pending = r->next;
         if (!o->pending) o->pending_end = &o->pending;
         pthread_mutex_unlock(&o->lock);
-        ssize_t n = pread(o->files[r->t->shard].fd, r->buf + r->done, r->len - r->done,
-                          (off_t)(r->off + r->done));
+        int fd = o->files[r->file].fd;
+        uint8_t *buf = r->buf + r->done;
+        off_t at = (off_t)(r->off + r->done);
+        ssize_t n = r->write ? pwrite(fd, buf, r->len - r->done, at)
+                             : pread(fd, buf, r->len - r->done, at);
         r->res = n < 0 ? -errno : (int)n;
         pthread_mutex_lock(&o->lock);
         r->next = o->answered;
@@ -1231,6 +1251,8 @@ static int threads_open(offload *o, dsv4_err *err) {
 static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
     alignas(IO_ALIGN) uint8_t page[IO_ALIGN];
     struct stat st;
+    f->path = s->path;
+    f->size = s->size;
     f->fd = open(s->path, O_RDONLY | O_CLOEXEC | O_DIRECT);
     f->direct = f->fd >= 0 && pread(f->fd, page, sizeof page, 0) > 0;
     if (!f->direct) {
@@ -1252,9 +1274,10 @@ static bool ring_open(offload *o) {
         io_uring_queue_exit(&o->ring);
         return false;
     }
-    int fds[MAX_SHARDS];
-    for (int i = 0; i < o->c->n_shards; i++) fds[i] = o->files[i].fd;
-    o->fixed_files = !io_uring_register_files(&o->ring, fds, (unsigned)o->c->n_shards);
+    int fds[MAX_SHARDS + RAW_FILES], n = o->c->n_shards + RAW_FILES;
+    for (int i = 0; i < n; i++) fds[i] = o->files[i].fd;       /* -1: a place for later         */
+    bool fixed = !io_uring_register_files(&o->ring, fds, (unsigned)n);
+    for (int i = 0; i < o->c->n_shards; i++) o->files[i].fixed = fixed;
     o->fixed_bufs = !io_uring_register_buffers_sparse(&o->ring, IO_BUFS); /* Linux 5.19         */
     return true;
 }
@@ -1278,10 +1301,11 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
     o->c = c;
     o->pending_end = &o->pending;
     for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
-    o->files = calloc((size_t)c->n_shards + 1, sizeof *o->files);
+    int n_files = c->n_shards + RAW_FILES;
+    o->files = calloc((size_t)n_files, sizeof *o->files);
     int rc = o->files ? 0 : fail(err, "out of memory");
     bool direct = true;
-    for (int i = 0; o->files && i < c->n_shards; i++) o->files[i].fd = -1;
+    for (int i = 0; o->files && i < n_files; i++) o->files[i].fd = -1;
     for (int i = 0; !rc && i < c->n_shards; i++) {
         rc = file_open(&o->files[i], &c->shards[i], err);
         direct &= o->files[i].direct;
@@ -1302,6 +1326,8 @@ void offload_close(offload *o) {
     dsv4_err ignored;
     assert(o->n_caches == 0);
     while (o->in_flight > 0 && !io_reap(o, true, &ignored)) continue; /* of a broken-off load   */
+    for (int i = 0; o->files && i < RAW_FILES; i++)
+        if (o->files[o->c->n_shards + i].fd >= 0) offload_raw_close(o, o->c->n_shards + i);
     pthread_mutex_lock(&o->lock);
     o->stop = true;
     pthread_cond_broadcast(&o->work);
@@ -1326,10 +1352,11 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
     const char *cause = f->cause == CAUSE_EOF     ? "the file ends there; it was cut short"
                         : f->cause == CAUSE_STUCK ? "tried many times, nothing comes"
                                                   : strerror(f->cause);
-    const char *path = o->c->shards[f->t->shard].path, *name = f->t->name;
+    const char *name = f->t ? f->t->name : NULL;
     assert(f->cause);
-    return fail(err, "read %s at byte %" PRIu64 "%s%s%s: %s", path, f->off,
-                name ? " (from tensor " : "", name ? name : "", name ? " on)" : "", cause);
+    return fail(err, "%s %s at byte %" PRIu64 "%s%s%s: %s%s", f->write ? "write" : "read",
+                o->files[f->file].path, f->off, name ? " (from tensor " : "", name ? name : "",
+                name ? " on)" : "", cause, f->cause == ENOSPC ? "; free some there" : "");
 }
 
 /* Ask for pieces while there are items, requests and bounce buffers. */
@@ -1380,6 +1407,109 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     if (rc) return rc;             /* a broken ring: buffers are left to reads that may come    */
     munmap(bounce, bytes);
     return job->fault.cause ? fault_message(o, &job->fault, err) : 0;
+}
+
+/* A file in dir that has no name, and room for `bytes`; -1 with errno. */
+static int raw_create(const char *dir, uint64_t bytes) {
+    char path[PATH_MAX];
+    int fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR)) { /* not every file system can      */
+        int n = snprintf(path, sizeof path, "%s/dsv4-XX" "XX" "XX", dir);
+        if (n < 0 || n >= PATH_MAX) errno = ENAMETOOLONG;
+        else if ((fd = mkostemp(path, O_CLOEXEC)) >= 0) unlink(path);
+    }
+    if (fd < 0) return -1;
+    int rc = -1;
+    struct statvfs fs;
+    errno = ENOSPC;                /* asked first: an attempt would fill the disk for a while    */
+    if (fstatvfs(fd, &fs) || !fs.f_blocks || bytes / fs.f_frsize <= fs.f_bavail)
+        do rc = fallocate(fd, 0, 0, (off_t)bytes);
+        while (rc && errno == EINTR);
+    if (rc && errno == EOPNOTSUPP) rc = ftruncate(fd, (off_t)bytes);
+    if (!rc) return fd;
+    int why = errno;
+    close(fd);
+    errno = why;
+    return -1;
+}
+
+/* Go past the page cache if one block goes there and comes back. */
+static bool raw_direct(int fd) {
+    alignas(IO_ALIGN) uint8_t page[IO_ALIGN] = {0};
+    int flags = fcntl(fd, F_GETFL);
+    if (!fcntl(fd, F_SETFL, flags | O_DIRECT) && pwrite(fd, page, sizeof page, 0) > 0 &&
+        pread(fd, page, sizeof page, 0) > 0)
+        return true;
+    (void)fcntl(fd, F_SETFL, flags);
+    return false;
+}
+
+int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err) {
+    struct statvfs fs;
+    char *path;
+    int file = o->c->n_shards, fd = raw_create(dir, bytes);
+    assert(bytes > 0 && bytes % IO_ALIGN == 0);
+    while (o->files[file].fd >= 0) file++;
+    assert(file < o->c->n_shards + RAW_FILES);
+    if (fd < 0 && errno == ENOSPC && !statvfs(dir, &fs))
+        return fail(err, "%s has no room for a file of %" PRIu64 " bytes, only for %" PRIu64
+                    "; free some there, or choose another directory", dir, bytes,
+                    (uint64_t)fs.f_bavail * fs.f_frsize);
+    if (fd < 0)
+        return fail(err, "make a file of %" PRIu64 " bytes in %s: %s; choose another directory",
+                    bytes, dir, strerror(errno));
+    if (asprintf(&path, "a temporary file in %s", dir) < 0) {
+        close(fd);
+        return fail(err, "out of memory");
+    }
+    io_file *f = &o->files[file];
+    *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = raw_direct(fd)};
+    if (o->has_ring)
+        f->fixed = io_uring_register_files_update(&o->ring, (unsigned)file, &fd, 1) == 1;
+    if (!f->direct && !o->note)
+        o->note = "the file system that KV is moved to refuses O_DIRECT: it goes through the page "
+                  "cache, which is slower; a local ext4 or XFS disk does not refuse";
+    return file;
+}
+
+void offload_raw_close(offload *o, int file) {
+    io_file *f = &o->files[file];
+    assert(file >= o->c->n_shards && f->fd >= 0);
+    if (f->fixed) (void)io_uring_register_files_update(&o->ring, (unsigned)file, &(int){-1}, 1);
+    close(f->fd);
+    free((char *)f->path);
+    *f = (io_file){.fd = -1};
+}
+
+/* Demand like a slot's: what waits for a request already has it first, the background last. */
+int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
+              dsv4_err *err) {
+    assert(file >= o->c->n_shards && o->files[file].fd >= 0);
+    assert(off % IO_ALIGN == 0 && bytes % IO_ALIGN == 0 && (uintptr_t)buf % IO_ALIGN == 0);
+    assert(off <= o->files[file].size && bytes <= o->files[file].size - off);
+    for (size_t at = 0; at < bytes; at += IO_PIECE) {
+        int rc = 0;
+        o->batch_waits = true;
+        while (!o->free_reqs && !rc) rc = io_reap(o, true, err);
+        o->batch_waits = false;
+        if (rc) return -1;
+        uint32_t n = bytes - at < IO_PIECE ? (uint32_t)(bytes - at) : IO_PIECE;
+        io_req *r = take_req(o);
+        *r = (io_req){.file = file, .write = write, .buf = (uint8_t *)buf + at, .off = off + at,
+                      .len = n, .want = n, .batch = b, .fixed = -1};
+        b->in_flight++;
+        io_begin(o, r);
+    }
+    io_kick(o);
+    return 0;
+}
+
+int batch_wait(offload *o, io_batch *b, dsv4_err *err) {
+    int rc = 0;
+    while (b->in_flight > 0 && !rc) rc = io_reap(o, true, err);
+    if (!rc && b->fault.cause) rc = fault_message(o, &b->fault, err);
+    *b = (io_batch){.in_flight = 0};
+    return rc;
 }
 
 /* === 8. Caches ================================================================================
@@ -1561,7 +1691,8 @@ void cache_close(cache *c) {
 static void slot_feed(offload *o) {
     while (o->free_reqs && !o->ring_error) {
         cache_slot *s = o->demand.first;
-        if (!s && o->load.next_item == o->load.n_items && o->n_background < IO_BACKGROUND)
+        if (!s && o->load.next_item == o->load.n_items && !o->batch_waits &&
+            o->n_background < IO_BACKGROUND)
             s = o->background.first;
         if (!s) return;
         cache *c = s->c;
@@ -1606,8 +1737,8 @@ static void slot_piece_in(cache_slot *s, const io_req *r, bool failed) {
     assert(s->in_flight > 0);
     s->in_flight--;
     s->c->in_flight--;
-    if (failed && !s->fault.cause) {
-        s->fault = (io_fault){r->cause, r->off + r->done, r->t};
+    if (failed) {
+        fault_note(&s->fault, r);
         if (s->list) list_take(s);
         s->run = s->n_runs;        /* ask for nothing more                                      */
     }

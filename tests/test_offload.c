@@ -1,8 +1,8 @@
 /* test_offload.c -- config, headers, checkpoint, reads and caches, through the public
  * calls, on files it writes itself; then the same with reads that fail in every way we know.
  *
- * Faults   offload.c is included with pread, io_uring_queue_init and io_uring_cqe_get_data bent
- *          to the hooks of section 1: what the kernel answered is changed where it arrives.
+ * Faults   offload.c is included with pread, pwrite, io_uring_cqe_get_data and what makes files
+ *          bent to the hooks of section 1: what the kernel answered is changed where it arrives.
  * Files    byte `off` of shard s is byte_at(s, off), so every read can be checked by itself.
  * Usage    test_offload [real-headers.tar.xz]                                                   */
 #define _GNU_SOURCE 1
@@ -17,17 +17,26 @@
 #include <unistd.h>
 
 static ssize_t hook_pread(int fd, void *buf, size_t n, off_t off);
+static ssize_t hook_pwrite(int fd, const void *buf, size_t n, off_t off);
+static int hook_open(const char *path, int flags, ...);
+static int hook_fallocate(int fd, int mode, off_t off, off_t n);
 static int hook_ring(unsigned entries, struct io_uring *ring, unsigned flags);
 static int hook_wait(struct io_uring *ring, unsigned n);
 static void *hook_cqe(struct io_uring_cqe *cqe);
 static void hook_sqe(struct io_uring_sqe *sqe, void *req);
 #define pread hook_pread
+#define pwrite hook_pwrite
+#define open hook_open
+#define fallocate hook_fallocate
 #define io_uring_queue_init hook_ring
 #define io_uring_submit_and_wait hook_wait
 #define io_uring_cqe_get_data hook_cqe
 #define io_uring_sqe_set_data hook_sqe
 #include "../offload.c"
 #undef pread
+#undef pwrite
+#undef open
+#undef fallocate
 #undef io_uring_queue_init
 #undef io_uring_submit_and_wait
 #undef io_uring_cqe_get_data
@@ -39,11 +48,13 @@ static void hook_sqe(struct io_uring_sqe *sqe, void *req);
 
 typedef enum { CALM, NTH, AT, SHORT, INTR, AGAIN, PLACE } mood;
 
-typedef struct { uint64_t off; const cache_slot *slot; bool background, fixed; } logged;
+typedef struct { uint64_t off; const cache_slot *slot; bool background, fixed, batch; } logged;
 
 static struct {
     pthread_mutex_t lock;          /* of the moods: reading threads are asked for theirs        */
-    bool refuse_ring, refuse_direct;
+    bool refuse_ring, refuse_direct, refuse_tmpfile;
+    int refuse_room;               /* errno of fallocate, or 0                                  */
+    const offload *raw;            /* whose raw files a write that is bent spoils               */
     int ring_waits;                /* -errno that the next waits give, or 0                     */
     int n_ring_waits;              /* how many of them                                          */
     mood mood;
@@ -122,6 +133,45 @@ static ssize_t hook_pread(int fd, void *buf, size_t n, off_t off) {
     return -1;
 }
 
+/* What a write of which `bent` of `res` bytes are acknowledged leaves behind: garbage from the last
+ * whole block on. */
+static void spoil(int fd, uint64_t off, int bent, int res) {
+    static _Alignas(IO_ALIGN) uint8_t garbage[IO_PIECE];
+    int from = bent > 0 ? bent / IO_ALIGN * IO_ALIGN : 0;
+    memset(garbage, 0xee, sizeof garbage);
+    if (bent >= res || pwrite(fd, garbage, (size_t)(res - from), (off_t)off + from) > 0) return;
+    printf("FAIL cannot spoil a write\n");
+    exit(1);
+}
+
+static ssize_t hook_pwrite(int fd, const void *buf, size_t n, off_t off) {
+    if (hook.refuse_direct && (fcntl(fd, F_GETFL) & O_DIRECT)) {
+        errno = EINVAL;
+        return -1;
+    }
+    int res = (int)pwrite(fd, buf, n, off);
+    pthread_mutex_lock(&hook.lock);
+    int bent = bend(fd, fd == hook.fd, (uint64_t)off, n, res);
+    spoil(fd, (uint64_t)off, bent, res);
+    pthread_mutex_unlock(&hook.lock);
+    if (bent >= 0) return bent;
+    errno = -bent;
+    return -1;
+}
+
+static int hook_open(const char *path, int flags, ...) {
+    if (hook.refuse_tmpfile && (flags & O_TMPFILE) == O_TMPFILE) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return open(path, flags, 0600);
+}
+
+static int hook_fallocate(int fd, int mode, off_t off, off_t n) {
+    errno = hook.refuse_room;
+    return errno ? -1 : fallocate(fd, mode, off, n);
+}
+
 static int hook_ring(unsigned entries, struct io_uring *ring, unsigned flags) {
     return hook.refuse_ring ? -EPERM : io_uring_queue_init(entries, ring, flags);
 }
@@ -136,9 +186,10 @@ static int hook_wait(struct io_uring *ring, unsigned n) {
 
 static void *hook_cqe(struct io_uring_cqe *cqe) {
     io_req *r = io_uring_cqe_get_data(cqe);
-    int bent = bend(r->t->shard, r->t->shard == hook.shard, r->off + r->done, r->len - r->done,
-                    cqe->res);
-    for (int i = bent > 0 ? bent : 0; i < cqe->res; i++) r->buf[r->done + (uint32_t)i] = 0xee;
+    int bent = bend(r->file, r->file == hook.shard, r->off + r->done, r->len - r->done, cqe->res);
+    if (r->write) spoil(hook.raw->files[r->file].fd, r->off + r->done, bent, cqe->res);
+    for (int i = bent > 0 ? bent : 0; i < cqe->res && !r->write; i++)
+        r->buf[r->done + (uint32_t)i] = 0xee;
     cqe->res = bent;
     return r;
 }
@@ -147,7 +198,7 @@ static void hook_sqe(struct io_uring_sqe *sqe, void *req) {
     const io_req *r = req;
     if (hook.n_log < (int)(sizeof hook.log / sizeof *hook.log))
         hook.log[hook.n_log++] = (logged){r->off + r->done, r->slot, r->background,
-                                          sqe->opcode == IORING_OP_READ_FIXED};
+                                          sqe->opcode == IORING_OP_READ_FIXED, r->batch};
     io_uring_sqe_set_data(sqe, req);
 }
 
@@ -740,38 +791,44 @@ static void test_ckpt_real_layout(void) {
 
 /* === 5. Reads ================================================================================= */
 
-static void test_io_on_read_decides(void) {
-    enum { K = 1024, B = 4096 };
+static void test_io_on_answer_decides(void) {
+    enum { K = 1024, B = 4096, R = 0, W = 1 };
     static const struct {
         uint32_t len, want, done; int tries, io_errors, res;
-        io_next next; uint32_t done_after; int cause;
+        io_next next; uint32_t done_after; int cause; bool write;
     } cases[] = {
-        {8 * B, 8 * B, 0, 0, 0, 8 * B, IO_DONE, 8 * B, 0},
-        {8 * B, 7 * B + 1, 0, 0, 0, 7 * B + 1, IO_DONE, 7 * B + 1, 0},  /* short at EOF: all in */
-        {8 * B, 7 * B + 1, 0, 0, 0, 8 * B, IO_DONE, 8 * B, 0},
-        {8 * B, 7 * B + 1, 0, 0, 0, 7 * B, IO_AGAIN, 7 * B, 0},
-        {8 * B, 8 * B, 0, 0, 0, B + 5, IO_AGAIN, B, 0},               /* back to a block edge   */
-        {8 * B, 8 * B, B, 9, 0, 2 * B + 1, IO_AGAIN, 3 * B, 0},
-        {8 * B, 8 * B, B, 9, 0, 7 * B, IO_DONE, 8 * B, 0},
-        {8 * B, 8 * B, B, 0, 0, B - 1, IO_AGAIN, B, 0},               /* no progress            */
-        {8 * B, 8 * B, B, IO_TRIES_MAX, 0, B - 1, IO_FAILED, B, CAUSE_EOF},
-        {8 * B, 8 * B, B, IO_TRIES_MAX, 0, B, IO_AGAIN, 2 * B, 0},    /* progress pardons       */
-        {8 * B, 8 * B, 0, 0, 0, 0, IO_FAILED, 0, CAUSE_EOF},
-        {8 * B, 8 * B, 3 * B, 0, 0, 0, IO_FAILED, 3 * B, CAUSE_EOF},
-        {8 * B, 8 * B, 0, 0, 0, -EINTR, IO_AGAIN, 0, 0},
-        {8 * B, 8 * B, 0, 0, 0, -EAGAIN, IO_AGAIN, 0, 0},
-        {8 * B, 8 * B, 0, IO_TRIES_MAX, 0, -EAGAIN, IO_FAILED, 0, CAUSE_STUCK},
-        {8 * B, 8 * B, 0, IO_TRIES_MAX, 0, -EINTR, IO_FAILED, 0, CAUSE_STUCK},
-        {8 * B, 8 * B, B, 0, 0, -EIO, IO_AGAIN, B, 0},
-        {8 * B, 8 * B, B, 0, 1, -EIO, IO_FAILED, B, EIO},
-        {8 * B, 8 * B, 0, 0, 0, -EINVAL, IO_FAILED, 0, EINVAL},
-        {8 * B, 8 * B, 0, 0, 0, -ENXIO, IO_FAILED, 0, ENXIO},
-        {B, 1, 0, 0, 0, 1, IO_DONE, 1, 0},
+        {8 * B, 8 * B, 0, 0, 0, 8 * B, IO_DONE, 8 * B, 0, R},
+        {8 * B, 7 * B + 1, 0, 0, 0, 7 * B + 1, IO_DONE, 7 * B + 1, 0, R}, /* at EOF: all in */
+        {8 * B, 7 * B + 1, 0, 0, 0, 8 * B, IO_DONE, 8 * B, 0, R},
+        {8 * B, 7 * B + 1, 0, 0, 0, 7 * B, IO_AGAIN, 7 * B, 0, R},
+        {8 * B, 8 * B, 0, 0, 0, B + 5, IO_AGAIN, B, 0, R}, /* back to a block edge   */
+        {8 * B, 8 * B, B, 9, 0, 2 * B + 1, IO_AGAIN, 3 * B, 0, R},
+        {8 * B, 8 * B, B, 9, 0, 7 * B, IO_DONE, 8 * B, 0, R},
+        {8 * B, 8 * B, B, 0, 0, B - 1, IO_AGAIN, B, 0, R}, /* no progress            */
+        {8 * B, 8 * B, B, IO_TRIES_MAX, 0, B - 1, IO_FAILED, B, CAUSE_EOF, R},
+        {8 * B, 8 * B, B, IO_TRIES_MAX, 0, B, IO_AGAIN, 2 * B, 0, R}, /* progress pardons       */
+        {8 * B, 8 * B, 0, 0, 0, 0, IO_FAILED, 0, CAUSE_EOF, R},
+        {8 * B, 8 * B, 3 * B, 0, 0, 0, IO_FAILED, 3 * B, CAUSE_EOF, R},
+        {8 * B, 8 * B, 0, 0, 0, -EINTR, IO_AGAIN, 0, 0, R},
+        {8 * B, 8 * B, 0, 0, 0, -EAGAIN, IO_AGAIN, 0, 0, R},
+        {8 * B, 8 * B, 0, IO_TRIES_MAX, 0, -EAGAIN, IO_FAILED, 0, CAUSE_STUCK, R},
+        {8 * B, 8 * B, 0, IO_TRIES_MAX, 0, -EINTR, IO_FAILED, 0, CAUSE_STUCK, R},
+        {8 * B, 8 * B, B, 0, 0, -EIO, IO_AGAIN, B, 0, R},
+        {8 * B, 8 * B, B, 0, 1, -EIO, IO_FAILED, B, EIO, R},
+        {8 * B, 8 * B, 0, 0, 0, -EINVAL, IO_FAILED, 0, EINVAL, R},
+        {8 * B, 8 * B, 0, 0, 0, -ENXIO, IO_FAILED, 0, ENXIO, R},
+        {B, 1, 0, 0, 0, 1, IO_DONE, 1, 0, R},
+        {8 * B, 8 * B, 0, 0, 0, 8 * B, IO_DONE, 8 * B, 0, W},
+        {8 * B, 8 * B, B, 9, 0, 2 * B + 1, IO_AGAIN, 3 * B, 0, W},
+        {8 * B, 8 * B, 0, 0, 0, 0, IO_AGAIN, 0, 0, W}, /* a write has no end     */
+        {8 * B, 8 * B, B, IO_TRIES_MAX, 0, B - 1, IO_FAILED, B, CAUSE_STUCK, W},
+        {8 * B, 8 * B, B, 0, 0, -ENOSPC, IO_FAILED, B, ENOSPC, W},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         io_req r = {.len = cases[i].len, .want = cases[i].want, .done = cases[i].done,
-                    .tries = cases[i].tries, .io_errors = cases[i].io_errors};
-        io_next next = io_on_read(&r, cases[i].res);
+                    .tries = cases[i].tries, .io_errors = cases[i].io_errors,
+                    .write = cases[i].write};
+        io_next next = io_on_answer(&r, cases[i].res);
         CHECK(next == cases[i].next && r.done == cases[i].done_after &&
               (next != IO_FAILED || r.cause == cases[i].cause),
               "case %zu: next %d done %u cause %d", i, next, r.done, r.cause);
@@ -1520,13 +1577,13 @@ static void test_caches_share_an_offload(void) {
 }
 
 /* The order in which groups are asked for, as a text: "a" a piece of group 0, "A" the same in the
- * background. */
+ * background, "=" one of a batch. */
 static const char *order_of(const cache *k, int from) {
     static char text[sizeof hook.log / sizeof *hook.log + 1];
     int n = 0;
     for (int i = from; i < hook.n_log; i++) {
         const logged *l = &hook.log[i];
-        text[n++] = !l->slot ? '.' : l->slot->c != k ? '?'
+        text[n++] = l->batch ? '=' : !l->slot ? '.' : l->slot->c != k ? '?'
                     : (char)((l->background ? 'A' : 'a') + (char)l->slot->id);
     }
     text[n] = 0;
@@ -1923,7 +1980,292 @@ static void test_heat_is_kept(void) {
     remove_tree(dir);
 }
 
-/* === 7. Sampling, generation, survey ========================================================== */
+/* === 7. Raw files ============================================================================= */
+
+enum { RAW_BLOCKS = 900 };         /* of each file: 3.7 MB                                      */
+
+typedef struct {                   /* an offload with raw files, and what these must hold       */
+    ckpt *c;
+    offload *o;
+    int n, file[RAW_FILES];
+    uint8_t *want[RAW_FILES], *buf[RAW_FILES];
+} raws;
+
+static bool raws_open(raws *r, const char *dir, int n, dsv4_err *err) {
+    const char *note;
+    *r = (raws){.n = n};
+    int rc = ckpt_open(&r->c, dir, err) || offload_open(&r->o, r->c, &note, err);
+    for (int i = 0; i < n && !rc; i++) {
+        r->file[i] = offload_raw_open(r->o, dir, RAW_BLOCKS * IO_ALIGN, err);
+        rc = r->file[i] != ckpt_n_shards(r->c) + i;
+        r->want[i] = calloc(RAW_BLOCKS, IO_ALIGN);
+        r->buf[i] = aligned_alloc(IO_ALIGN, RAW_BLOCKS * IO_ALIGN);
+    }
+    CHECK(!rc, "%s", err->msg);
+    hook.raw = r->o;
+    return !rc;
+}
+
+static void raws_close(raws *r) {
+    for (int i = 0; i < r->n; i++) free(r->want[i]), free(r->buf[i]);
+    offload_close(r->o);
+    ckpt_close(r->c);
+}
+
+/* Write blocks [at, at + n) of file i anew, with what it must hold from then on. */
+static int raws_write(raws *r, io_batch *b, int i, size_t at, size_t n, dsv4_err *err) {
+    uint32_t seed = hook_random();
+    for (size_t k = at * IO_ALIGN; k < (at + n) * IO_ALIGN; k++)
+        r->want[i][k] = r->buf[i][k] = byte_at((int)seed & 0xffff, k);
+    return batch_add(r->o, b, r->file[i], true, r->buf[i] + at * IO_ALIGN, at * IO_ALIGN,
+                     n * IO_ALIGN, err);
+}
+
+/* Read all of every file in pieces of `step` blocks; true if it said so and all is right. */
+static bool raws_right(raws *r, size_t step, dsv4_err *err) {
+    io_batch b = {0};
+    err->msg[0] = 0;
+    for (int i = 0; i < r->n; i++) {
+        memset(r->buf[i], 0xdd, RAW_BLOCKS * IO_ALIGN);
+        for (size_t at = 0; at < RAW_BLOCKS; at += step)
+            if (batch_add(r->o, &b, r->file[i], false, r->buf[i] + at * IO_ALIGN, at * IO_ALIGN,
+                          (RAW_BLOCKS - at < step ? RAW_BLOCKS - at : step) * IO_ALIGN, err))
+                return false;
+    }
+    if (batch_wait(r->o, &b, err)) return false;
+    for (int i = 0; i < r->n; i++)
+        if (memcmp(r->buf[i], r->want[i], RAW_BLOCKS * IO_ALIGN))
+            return fail(err, "file %d holds other bytes", i) == 0;
+    return true;
+}
+
+/* Fill every file by one batch, in ranges of random sizes. */
+static int raws_fill(raws *r, dsv4_err *err) {
+    io_batch b = {0};
+    int rc = 0;
+    err->msg[0] = 0;
+    for (int i = 0; i < r->n; i++)
+        for (size_t at = 0, n; at < RAW_BLOCKS && !rc; at += n) {
+            n = 1 + hook_random() % 600;
+            if (n > RAW_BLOCKS - at) n = RAW_BLOCKS - at;
+            rc = raws_write(r, &b, i, at, n, err);
+        }
+    return batch_wait(r->o, &b, err) || rc ? -1 : 0;
+}
+
+static bool dir_holds(const char *dir, const char *only) {
+    const struct dirent *e;
+    DIR *d = opendir(dir);
+    bool good = true;
+    while ((e = readdir(d))) good &= e->d_name[0] == '.' || !strcmp(e->d_name, only);
+    closedir(d);
+    return good;
+}
+
+static const char *raw_dir(void) {
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_shard(dir, "x.safetensors", 0, "{" T("a", "I8", "[9000]", "[0,9000]") "}", 9000);
+    return dir;
+}
+
+static void test_raw_files_keep_what_is_written(void) {
+    const char *dir = raw_dir();
+    for (int way = 0; way < 16; way++) {
+        raws r;
+        dsv4_err err = {""};
+        hook.refuse_ring = way & 1;
+        hook.refuse_direct = way & 2;
+        hook.refuse_tmpfile = way & 4;
+        hook.refuse_room = way & 4 ? EOPNOTSUPP : 0;
+        if (!raws_open(&r, dir, RAW_FILES, &err)) break;
+        if (way & 8) narrow(r.o, way & 1 ? 1 : 3);
+        CHECK(dir_holds(dir, "x.safetensors"), "it has a name");
+        CHECK(!r.o->files[r.file[0]].direct == (way & 2) / 2, "%d", way);
+        CHECK(!offload_note(r.o) == !(way & 3), "%d %s", way, offload_note(r.o));
+        CHECK(raws_right(&r, 7, &err), "holes are zeros: %s", err.msg);
+        for (int round = 0; round < 3; round++) {
+            CHECK(!raws_fill(&r, &err) && raws_right(&r, 1 + hook_random() % 700, &err), "%d: %s",
+                  way, err.msg);
+            io_batch b = {0};
+            for (int i = 0; i < r.n; i++)
+                CHECK(!raws_write(&r, &b, i, hook_random() % RAW_BLOCKS, 1, &err), "%s", err.msg);
+            CHECK(!batch_wait(r.o, &b, &err) && raws_right(&r, 300, &err), "%d: %s", way, err.msg);
+        }
+        const offload_stats *s = offload_get_stats(r.o);
+        uint64_t all = (uint64_t)r.n * RAW_BLOCKS * IO_ALIGN;
+        CHECK(s->read_bytes == 0 && s->raw_read == 7 * all, "read %g", (double)s->raw_read);
+        CHECK(s->raw_written == 3 * (all + (uint64_t)r.n * IO_ALIGN), "%g", (double)s->raw_written);
+        CHECK(!batch_wait(r.o, &(io_batch){0}, &err), "nothing at all");
+        raws_close(&r);
+    }
+    hook.refuse_ring = hook.refuse_direct = hook.refuse_tmpfile = false;
+    hook.refuse_room = 0;
+    remove_tree(dir);
+}
+
+static void test_raw_files_are_refused_by_name(void) {
+    const char *dir = raw_dir();
+    char missing[PATH_MAX + 16], bytes[32];
+    raws r;
+    io_batch b = {0};
+    dsv4_err err = {""};
+    if (!raws_open(&r, dir, 1, &err)) return;
+    CHECK(offload_raw_open(r.o, dir, 1ull << 60, &err) == -1 && says(&err, dir) &&
+          says(&err, " 1152921504606846976 bytes, only for "), "%s", err.msg);
+    hook.refuse_room = ENOSPC;
+    snprintf(bytes, sizeof bytes, " %d bytes", 123 * IO_ALIGN);
+    CHECK(offload_raw_open(r.o, dir, 123 * IO_ALIGN, &err) == -1 && says(&err, dir) &&
+          says(&err, bytes) && says(&err, "only for ") && says(&err, "free some"), "%s", err.msg);
+    hook.refuse_room = EIO;
+    CHECK(offload_raw_open(r.o, dir, IO_ALIGN, &err) == -1 && says(&err, dir) &&
+          says(&err, "Input/output error"), "%s", err.msg);
+    hook.refuse_room = 0;
+    CHECK(dir_holds(dir, "x.safetensors"), "something is left");
+    snprintf(missing, sizeof missing, "%s/none", dir);
+    CHECK(offload_raw_open(r.o, missing, IO_ALIGN, &err) == -1 && says(&err, missing) &&
+          says(&err, "No such file"), "%s", err.msg);
+    snprintf(missing, sizeof missing, "%s/x.safetensors", dir);
+    CHECK(offload_raw_open(r.o, missing, IO_ALIGN, &err) == -1 && says(&err, missing) &&
+          says(&err, "Not a directory"), "%s", err.msg);
+    for (int i = 1; i < RAW_FILES; i++)
+        CHECK(offload_raw_open(r.o, dir, IO_ALIGN, &err) == r.file[0] + i, "%s", err.msg);
+    CHECK(!raws_fill(&r, &err) && raws_right(&r, 100, &err), "%s", err.msg);
+    for (int i = 0; i < 9; i++) {  /* a place of one that was closed                            */
+        offload_raw_close(r.o, r.file[0] + 1);
+        CHECK(offload_raw_open(r.o, dir, IO_ALIGN, &err) == r.file[0] + 1, "%s", err.msg);
+        memset(r.buf[0], i + 1, IO_ALIGN);
+        CHECK(!batch_add(r.o, &b, r.file[0] + 1, true, r.buf[0], 0, IO_ALIGN, &err) &&
+              !batch_wait(r.o, &b, &err), "%s", err.msg);
+        memset(r.buf[0], 0, IO_ALIGN);
+        CHECK(!batch_add(r.o, &b, r.file[0] + 1, false, r.buf[0], 0, IO_ALIGN, &err) &&
+              !batch_wait(r.o, &b, &err) && r.buf[0][IO_ALIGN - 1] == i + 1, "%s", err.msg);
+    }
+    CHECK(raws_right(&r, 100, &err), "the others are as they were: %s", err.msg);
+    raws_close(&r);
+    remove_tree(dir);
+}
+
+static void test_raw_files_survive_bad_transfers(void) {
+    static const struct { bool write; int answer; const char *says; } bad[] = {
+        {true, -ENOSPC, "No space left on device; free some there"}, {true, -EIO, "Input/output"},
+        {true, 0, "tried many times"}, {false, -EIO, "Input/output error"},
+        {false, 0, "the file ends there"}, {false, -ENODEV, "No such device"},
+    };
+    const char *dir = raw_dir();
+    for (int way = 0; way < 4; way++) {
+        raws r;
+        dsv4_err err = {""};
+        hook.refuse_ring = way & 1;
+        hook.refuse_direct = way & 2;
+        if (!raws_open(&r, dir, 2, &err)) break;
+        static const mood moods[] = {NTH, SHORT, INTR};
+        for (size_t m = 0; m < sizeof moods / sizeof *moods; m++) {
+            set_mood(moods[m], -EIO, 3);
+            CHECK(!raws_fill(&r, &err), "way %d mood %d: %s", way, moods[m], err.msg);
+            CHECK(hook.seen >= 4, "%d writes", hook.seen);
+            set_mood(moods[m], -EIO, 3);
+            CHECK(raws_right(&r, 33, &err), "way %d mood %d: %s", way, moods[m], err.msg);
+        }
+        for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+            char where[PATH_MAX + 64];
+            hook.shard = r.file[1], hook.fd = r.o->files[r.file[1]].fd;
+            hook.at = 600 * IO_ALIGN + 9;
+            set_mood(AT, bad[i].answer, 0);
+            bool went = bad[i].write ? !raws_fill(&r, &err) : raws_right(&r, 1, &err);
+            snprintf(where, sizeof where, "%s a temporary file in %s at byte ",
+                     bad[i].write ? "write" : "read", dir);
+            CHECK(!went && says(&err, bad[i].says) && says(&err, where), "%zu: %s", i, err.msg);
+            CHECK(bad[i].write || says(&err, " 2457600: "), "%s", err.msg);
+            CHECK(r.o->in_flight == 0, "%d in flight", r.o->in_flight);
+            set_mood(CALM, 0, 0);
+            CHECK(!raws_fill(&r, &err) && raws_right(&r, 50, &err), "after it: %s", err.msg);
+        }
+        set_mood(AGAIN, 0, 0);
+        CHECK(raws_fill(&r, &err) && says(&err, "tried many times"), "%s", err.msg);
+        set_mood(CALM, 0, 0);
+        raws_close(&r);
+    }
+    hook.refuse_ring = hook.refuse_direct = false;
+    remove_tree(dir);
+}
+
+/* For every transfer of a run, and every way in which it can go wrong: an error that says where, or
+ * exact bytes; then all is well again. */
+static void test_every_transfer_may_fail(void) {
+    static const struct { int answer, times; bool right; } faults[] = {
+        {-EIO, INT_MAX, false}, {-EIO, 1, true}, {-EIO, 2, false}, {1, 1, true}, {1, 4, true},
+        {-EINTR, 1, true}, {-EAGAIN, 3, true}, {0, INT_MAX, false}, {-ENOSPC, 1, false},
+    };
+    const char *dir = raw_dir();
+    int failed = 0, n = 0;
+    alarm(300);                    /* a hang ends the test                                      */
+    for (int way = 0; way < 2; way++) {
+        raws r;
+        dsv4_err err = {""};
+        hook.refuse_ring = way;
+        if (!raws_open(&r, dir, 2, &err)) break;
+        for (size_t f = 0; f < sizeof faults / sizeof *faults; f++)
+            for (int nth = 1; nth == 1 || nth <= n; nth++) {
+                set_mood(PLACE, faults[f].answer, nth);
+                hook.times = faults[f].times;
+                hook.rng = 7;      /* the same ranges each time                                 */
+                bool right = !raws_fill(&r, &err) && raws_right(&r, 250, &err);
+                if (f == 1 && nth == 1) n = hook.seen - 1;
+                CHECK(right || (says(&err, "a temporary file in ") && says(&err, " at byte ")),
+                      "way %d fault %zu transfer %d: %s", way, f, nth, err.msg);
+                CHECK(right == faults[f].right, "way %d fault %zu transfer %d: %s", way, f, nth,
+                      err.msg);
+                CHECK(r.o->in_flight == 0, "%d in flight", r.o->in_flight);
+                failed += !right;
+                set_mood(CALM, 0, 0);
+                CHECK(!raws_fill(&r, &err) && raws_right(&r, 250, &err), "afterwards: %s", err.msg);
+            }
+        raws_close(&r);
+    }
+    alarm(0);
+    CHECK(n > 15 && failed > 4 * n, "%d failed of %d transfers", failed, n);
+    NOTE("%d transfers, %d runs failed", n, failed);
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+/* With one request: behind what a get has asked for, before what the background has. */
+static void test_batches_precede_the_background(void) {
+    enum { N = 12 };
+    const char *dir = fresh_dir();
+    bank b;
+    dsv4_err err = {""};
+    io_batch batch = {0};
+    set_mood(CALM, 0, 0);
+    write_experts(dir, N, 1056, 2080, CONTIGUOUS);
+    if (!bank_open(&b, dir, N, 6)) return;
+    int file = offload_raw_open(b.o, dir, 4 * IO_PIECE, &err);
+    uint8_t *buf = aligned_alloc(IO_ALIGN, 4 * IO_PIECE);
+    CHECK(file == 3, "%s", err.msg);
+    hook.raw = b.o;
+    if (b.o->has_ring) {
+        narrow(b.o, 1);
+        hook.n_log = 0;
+        cache_ask(b.k, 0);
+        cache_ask(b.k, 1);
+        int slot = cache_get(b.k, 2, &err);
+        memset(buf, 7, 4 * IO_PIECE);
+        CHECK(!batch_add(b.o, &batch, file, true, buf, 0, 4 * IO_PIECE, &err) &&
+              !batch_wait(b.o, &batch, &err), "%s", err.msg);
+        const char *order = order_of(b.k, 0);
+        size_t c = 1 + strspn(order + 1, "c"), batched = strspn(order + c, "=");
+        CHECK(order[0] == 'A' && c > 1 && batched == 4, "%s", order);
+        drain(b.o);
+        CHECK(cache_holds(b.k, 0) && cache_holds(b.k, 1), "the background comes last");
+        CHECK(!cache_wait(b.k, slot, &err) && group_right(b.k, 2, slot), "%s", err.msg);
+    }
+    free(buf);
+    bank_close(&b);
+    remove_tree(dir);
+}
+
+/* === 8. Sampling, generation, survey ========================================================== */
 
 /* What each() was told, a line each. */
 static struct { char text[1 << 15]; size_t n; int lines; } told;
@@ -2133,7 +2475,7 @@ static void test_survey_of_no_model(void) {
     CHECK(survey(dir, &err) == -1 && says(&err, "weight_map is absent"), "%s", err.msg);
 }
 
-/* === 8. Hashes and disks ====================================================================== */
+/* === 9. Hashes and disks ====================================================================== */
 
 static struct {
     int calls, lines;
@@ -2508,7 +2850,7 @@ int main(int argc, char **argv) {
     RUN(test_index_and_shards_agree);
     RUN(test_ckpt_without_an_index);
     RUN(test_ckpt_real_layout);
-    RUN(test_io_on_read_decides);
+    RUN(test_io_on_answer_decides);
     RUN(test_load_every_way_of_reading);
     RUN(test_load_survives_bad_reads);
     RUN(test_load_when_the_ring_breaks);
@@ -2528,6 +2870,11 @@ int main(int argc, char **argv) {
     RUN(test_buffers_are_registered);
     RUN(test_busy_is_the_time_in_flight);
     RUN(test_heat_is_kept);
+    RUN(test_raw_files_keep_what_is_written);
+    RUN(test_raw_files_are_refused_by_name);
+    RUN(test_raw_files_survive_bad_transfers);
+    RUN(test_every_transfer_may_fail);
+    RUN(test_batches_precede_the_background);
     RUN(test_sampling_is_what_the_makers_say);
     RUN(test_generation_of_a_checkpoint);
     RUN(test_survey_names_what_is_not_there);
