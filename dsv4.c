@@ -59,21 +59,22 @@ int fail(dsv4_err *err, const char *fmt, ...) {
 
 /* === 1. Arenas and time ======================================================================= */
 
-/* One block of memory handed out front to back.  With base NULL it only counts, so that one
- * layout function serves the plan and the real thing. */
-typedef struct { uint8_t *base; uint64_t size, used; } arena;
-
-static void *arena_take(arena *a, uint64_t bytes) {
+void *arena_take(arena *a, uint64_t bytes) {
     uint64_t at = a->used;
     a->used += (bytes + 63) & ~(uint64_t)63;
     assert(!a->base || a->used <= a->size);
     return a->base ? a->base + at : NULL;
 }
 
+void *arena_take_blocks(arena *a, uint64_t bytes) {
+    a->used = (a->used + 4095) & ~(uint64_t)4095;
+    return arena_take(a, bytes);
+}
+
 static float *take_f32(arena *a, int64_t n) { return arena_take(a, (uint64_t)n * sizeof(float)); }
 static int32_t *take_i32(arena *a, int64_t n) { return arena_take(a, (uint64_t)n * 4); }
 
-static int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err) {
+int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err) {
     *a = (arena){.size = size ? size : 64};
     void *p = mmap(NULL, a->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED)
@@ -84,12 +85,12 @@ static int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err) 
     return 0;
 }
 
-static void arena_close(arena *a) {
+void arena_close(arena *a) {
     if (a->base) munmap(a->base, a->size);
     *a = (arena){0};
 }
 
-static double now_s(void) {
+double now_s(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -575,14 +576,6 @@ static int weights_load(dsv4_weights *w, offload *o, arena *a, dense_mode mode,
 
 /* === 3. Memory plan and engine ================================================================ */
 
-typedef struct {                   /* one layer's KV (M2, M3); rings hold position p at p % len */
-    uint8_t *ring;                 /* [window] rows                                             */
-    uint8_t *comp;                 /* [ctx/ratio] rows: compressed entries                      */
-    float *ring_kv, *ring_score;   /* [coff*ratio][coff*head_dim] the compressor's last tokens  */
-    uint8_t *keys;                 /* CSA: [ctx/ratio] index rows                               */
-    float *index_ring_kv, *index_ring_score; /* [2*ratio][2*index_head_dim]                     */
-} layer_kv;
-
 typedef struct {                   /* scratch of one chunk of attention or shared expert        */
     float *x, *xq;                 /* [chunk][dim] normalized input; the same after aq128       */
     float *qr, *qrq;               /* [chunk][q_lora]                                           */
@@ -591,6 +584,7 @@ typedef struct {                   /* scratch of one chunk of attention or share
     float *kv;                     /* [chunk][head_dim or index_head_dim] window or compressed
                                       entries, or index keys, before they become rows           */
     uint8_t *kv_rows, *iq_rows;    /* [chunk], [chunk][index_n_heads]                           */
+    uint8_t *new_rows;             /* [chunk] entries or keys that are finished                 */
     float *ckv, *cscore;           /* [chunk][2*head_dim] compressor projections                */
     float *ikv, *iscore;           /* [chunk][2*index_head_dim]                                 */
     float *iq, *iw;                /* [chunk][index_n_heads][index_head_dim], [chunk][n_heads]  */
@@ -619,6 +613,7 @@ typedef struct {                   /* what a span carries from gate to experts t
     ckpt_tensor *embed_tensors;
     load_item *embed_items;
     int32_t *embed_ids;            /* 0, 1, ...                                                 */
+    uint8_t *marks;                /* states at the ends of segments, where context is parked   */
 } span_work;
 
 struct dsv4_engine {
@@ -638,14 +633,17 @@ struct dsv4_engine {
     float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
+    kv_opts kv_opts;               /* of a session                                              */
+    char note[sizeof(dsv4_err) + 64]; /* on context that is not parked, or empty                   */
 };
 
 struct dsv4_session {
     dsv4_engine *e;
-    arena kv_mem, work_mem;
-    layer_kv *kv;                  /* [n_blocks]                                                */
+    arena work_mem;
+    kv_cache *kv;
     chunk_work c;
     span_work s;
+    int32_t *tokens;               /* [ctx] all that went in, where context is parked           */
     float *mtp_pending;            /* [hc][dim] last streams, waiting for the next token        */
     int32_t mtp_drafted;           /* the next token that the MTP block has seen, or -1         */
     int64_t pos;
@@ -658,26 +656,11 @@ struct dsv4_session {
 
 static int coff_of(int ratio) { return ratio == 4 ? 2 : 1; }
 
-/* Hand out one session's KV for ctx tokens; a counting arena gives its size. */
-static void kv_layout(layer_kv *kv, arena *a, const dsv4_config *c, int n_blocks, int64_t ctx,
-                      bool packed) {
-    for (int l = 0; l < n_blocks; l++) {
-        int ratio = c->compress_ratios[l], hd = c->head_dim, ihd = c->index_head_dim;
-        uint64_t row = kv_row_bytes(hd, c->qk_rope_head_dim, packed);
-        layer_kv k = {.ring = arena_take(a, (uint64_t)c->sliding_window * row)};
-        if (ratio) {
-            int64_t carry = (int64_t)coff_of(ratio) * ratio * coff_of(ratio) * hd;
-            k.comp = arena_take(a, (uint64_t)(ctx / ratio) * row);
-            k.ring_kv = take_f32(a, carry);
-            k.ring_score = take_f32(a, carry);
-        }
-        if (ratio == 4) {
-            k.keys = arena_take(a, (uint64_t)(ctx / ratio) * index_row_bytes(ihd, packed));
-            k.index_ring_kv = take_f32(a, 2 * ratio * 2 * ihd);
-            k.index_ring_score = take_f32(a, 2 * ratio * 2 * ihd);
-        }
-        if (kv) kv[l] = k;
-    }
+/* One session's KV; the MTP block's lags a token behind, so it is not parked. */
+static kv_opts kv_opts_of(const dsv4_config *c, const dsv4_opts *o) {
+    return (kv_opts){.ctx = o->ctx, .n_blocks = c->num_hidden_layers + o->mtp,
+                     .packed = !o->no_rounding, .ram = o->kv_ram, .dir = o->kv_dir,
+                     .park = o->mtp ? NULL : o->park};
 }
 
 static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, int64_t ctx,
@@ -696,6 +679,7 @@ static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, i
     w->kv = take_f32(a, (int64_t)n * d_max);
     w->kv_rows = arena_take(a, (uint64_t)n * kv_row_bytes(c->head_dim, c->qk_rope_head_dim,
                                                           packed));
+    w->new_rows = arena_take(a, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, packed));
     w->ckv = take_f32(a, (int64_t)n * 2 * c->head_dim);
     w->cscore = take_f32(a, (int64_t)n * 2 * c->head_dim);
     w->ikv = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
@@ -716,12 +700,13 @@ static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, i
     if (mtp) w->mtp_norm = take_f32(a, n * dim * c->hc_mult);
 }
 
-static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n, bool rounding,
-                        bool streamed) {
+static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n,
+                        const dsv4_opts *o, bool streamed) {
+    kv_opts kv = kv_opts_of(c, o);
     int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok;
     *w = (span_work){.h = take_f32(a, n * hc * dim)};
     w->y = take_f32(a, n * dim);
-    if (rounding) {
+    if (!o->no_rounding) {
         w->code = arena_take(a, (uint64_t)(n * dim));
         w->scale = arena_take(a, (uint64_t)(n * ((dim + 127) / 128)));
     } else {
@@ -737,6 +722,8 @@ static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n,
     w->expert_scratch = arena_take(a, expert_scratch_bytes(c->hidden_size,
                                                            c->moe_intermediate_size));
     w->expert_y = take_f32(a, topk * dim);
+    if (kv.park)
+        w->marks = arena_take(a, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
     if (!streamed) return;
     w->embed_rows = take_f32(a, n * dim);      /* F32 is the widest that they may be */
     w->embed_tensors = arena_take(a, (uint64_t)n * sizeof *w->embed_tensors);
@@ -751,8 +738,9 @@ static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, bool stream
     chunk_work cw;
     span_work sw;
     chunk_layout(&cw, &a, c, chunk, o->ctx, !o->no_rounding, o->mtp);
-    span_layout(&sw, &a, c, span, !o->no_rounding, streamed);
+    span_layout(&sw, &a, c, span, o, streamed);
     take_f32(&a, (int64_t)c->hc_mult * c->hidden_size);      /* mtp_pending */
+    if (o->park) take_i32(&a, o->ctx);                       /* tokens */
     return a.used;
 }
 
@@ -779,16 +767,30 @@ static void plan_token(const dsv4_engine *e, dsv4_plan *p) {
     }
 }
 
+/* KV: all of it in RAM if that takes a quarter of the budget or somebody said so; else that quarter,
+ * and the rest to the file. */
+static int plan_kv(dsv4_engine *e, dsv4_err *err) {
+    kv_opts *o = &e->kv_opts;
+    dsv4_plan *p = &e->plan;
+    *o = kv_opts_of(e->cfg, &e->opts);
+    if (kv_plan_make(&p->kv_plan, e->cfg, o, err)) return -1;
+    if (!o->ram && o->dir && p->kv_plan.ram > p->budget / 4) {
+        o->ram = p->budget / 4 > p->kv_plan.least ? p->budget / 4 : p->kv_plan.least;
+        if (kv_plan_make(&p->kv_plan, e->cfg, o, err)) return -1;
+    }
+    p->kv = p->kv_plan.ram;
+    return 0;
+}
+
 /* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory
  * (chunk, then span), the remainder to expert slots. */
 static int plan_make(dsv4_engine *e, dsv4_err *err) {
     const dsv4_config *c = e->cfg;
     const dsv4_opts *o = &e->opts;
     dsv4_plan *p = &e->plan;
-    arena count = {0};
     size_t n_experts = (size_t)e->n_blocks * (size_t)c->n_routed_experts;
-    kv_layout(NULL, &count, c, e->n_blocks, o->ctx, !o->no_rounding);
-    *p = (dsv4_plan){.budget = o->ram_bytes, .kv = count.used, .chunk = 1, .span = 1};
+    *p = (dsv4_plan){.budget = o->ram_bytes, .chunk = 1, .span = 1};
+    if (plan_kv(e, err)) return -1;
     machine_rss(&p->base, NULL);
     p->slot_bytes = cache_slot_bytes(e->w->expert_group, n_experts);
     plan_token(e, p);
@@ -864,6 +866,27 @@ static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
     return plan_make(e, err);
 }
 
+/* What KV depends on: the small weights, all of them trained, and the numbers of the config that go
+ * into it; the first says how this program computes, and changes when that does. */
+static park_key fingerprint(const dsv4_engine *e) {
+    const dsv4_config *c = e->cfg;
+    double number[] = {1, e->opts.no_rounding, c->rope_theta, c->compress_rope_theta,
+                       c->yarn_factor, c->yarn_beta_fast, c->yarn_beta_slow, c->yarn_original,
+                       (double)c->swiglu_limit, (double)c->routed_scaling_factor, (double)c->hc_eps,
+                       (double)c->rms_norm_eps, c->index_topk, c->num_experts_per_tok,
+                       c->sliding_window, c->hc_sinkhorn_iters};
+    int32_t word[2 * sizeof number / sizeof *number];
+    memcpy(word, number, sizeof number);
+    park_key key = park_next((park_key){{0}}, word, (int)(sizeof word / sizeof *word));
+    for (size_t i = 0; i < e->w->n_needs; i++) {
+        const need *n = &e->w->needs[i];
+        if (n->kind != NEED_F32 || n->mtp) continue;
+        key = park_next(key, (const int32_t *)(const void *)*n->dst.f32,
+                        (int)(need_bytes(n) / sizeof(float)));
+    }
+    return key;
+}
+
 int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
     double t0 = now_s();
     if (arena_open(&e->dense, e->plan.dense, "the dense weights", err)) return -1;
@@ -871,6 +894,7 @@ int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) 
     if (weights_load(e->w, e->off, &e->dense, mode, progress, arg, err)) return -1;
     e->stats.dense_bytes = offload_get_stats(e->off)->read_bytes;
     e->stats.load_s = now_s() - t0;
+    e->kv_opts.model = fingerprint(e);
     size_t n_units = (size_t)e->w->n_units;
     if (e->plan.streamed && cache_open(&e->units, e->off, e->w->unit, n_units, 2, err)) return -1;
     if (cache_open(&e->experts, e->off, e->w->expert_group, (size_t)e->plan.n_experts_total,
@@ -920,7 +944,7 @@ void engine_close(dsv4_engine *e) {
 
 const dsv4_plan *engine_plan(const dsv4_engine *e) { return &e->plan; }
 const dsv4_stats *engine_stats(const dsv4_engine *e) { return &e->stats; }
-const char *engine_note(const dsv4_engine *e) { return offload_note(e->off); }
+const char *engine_note(const dsv4_engine *e) { return *e->note ? e->note : offload_note(e->off); }
 const offload_stats *engine_offload_stats(const dsv4_engine *e) {
     return offload_get_stats(e->off);
 }
@@ -948,36 +972,39 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
     s->e = e;
     s->progress = progress;
     s->progress_arg = arg;
-    s->kv = calloc((size_t)e->n_blocks, sizeof *s->kv);
-    if (!s->kv) fail(err, "out of memory for the session");
-    if (!s->kv || arena_open(&s->kv_mem, e->plan.kv, "the KV cache", err) ||
+    if (kv_open(&s->kv, e->off, c, &e->kv_opts, err) ||
         arena_open(&s->work_mem, e->plan.work, "the work buffers", err)) {
         session_close(s);
         return -1;
     }
-    bool packed = !e->opts.no_rounding;
-    kv_layout(s->kv, &s->kv_mem, c, e->n_blocks, e->opts.ctx, packed);
-    chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, packed, e->opts.mtp);
-    span_layout(&s->s, &s->work_mem, c, e->plan.span, packed, e->plan.streamed);
+    chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, !e->opts.no_rounding,
+                 e->opts.mtp);
+    span_layout(&s->s, &s->work_mem, c, e->plan.span, &e->opts, e->plan.streamed);
     s->mtp_pending = take_f32(&s->work_mem, (int64_t)c->hc_mult * c->hidden_size);
-    session_reset(s);
+    if (e->kv_opts.park) s->tokens = take_i32(&s->work_mem, e->opts.ctx);
+    s->mtp_drafted = -1;
     *out = s;
     return 0;
 }
 
 void session_close(dsv4_session *s) {
     if (!s) return;
-    arena_close(&s->kv_mem);
+    kv_close(s->kv);
     arena_close(&s->work_mem);
-    free(s->kv);
     free(s);
 }
 
-void session_reset(dsv4_session *s) {
-    s->pos = 0;
+/* At position `pos`, with that many tokens' KV in. */
+static void session_at(dsv4_session *s, int64_t pos) {
+    s->pos = pos;
     s->n_last = 0;
     s->mtp_drafted = -1;
     s->broken = false;
+}
+
+void session_reset(dsv4_session *s) {
+    kv_reset(s->kv);
+    session_at(s, 0);
 }
 
 int64_t session_pos(const dsv4_session *s) { return s->pos; }
@@ -1038,26 +1065,27 @@ static int compress_chunk(dsv4_session *s, const layer_w *l, const compressor_w 
     return n_groups;
 }
 
-static void attn_compress(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, int64_t t0) {
+static int attn_compress(dsv4_session *s, const layer_w *l, int layer, int n, int64_t t0,
+                         dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     chunk_work *w = &s->c;
     bool packed = !e->opts.no_rounding;
     int hd = c->head_dim, rope = c->qk_rope_head_dim, ihd = c->index_head_dim;
-    size_t g0 = (size_t)(t0 / l->ratio);
-    compress_bufs main = {kv->ring_kv, kv->ring_score, w->ckv, w->cscore, hd};
+    kv_state st = kv_get_state(s->kv, layer);
+    compress_bufs main = {st.ring_kv, st.ring_score, w->ckv, w->cscore, hd};
     int n_groups = compress_chunk(s, l, &l->comp, &main, n, t0);
-    e->op->kv_round(kv->comp + g0 * kv_row_bytes(hd, rope, packed), w->kv, n_groups, hd, rope,
-                    packed, e->ex);
-    if (l->ratio != 4) return;
-    compress_bufs index = {kv->index_ring_kv, kv->index_ring_score, w->ikv, w->iscore, ihd};
+    e->op->kv_round(w->new_rows, w->kv, n_groups, hd, rope, packed, e->ex);
+    if (kv_append(s->kv, layer, KV_ENTRIES, w->new_rows, n_groups, err)) return -1;
+    if (l->ratio != 4) return 0;
+    compress_bufs index = {st.index_ring_kv, st.index_ring_score, w->ikv, w->iscore, ihd};
     compress_chunk(s, l, &l->index_comp, &index, n, t0);
-    e->op->index_round(kv->keys + g0 * index_row_bytes(ihd, packed), w->kv, n_groups, ihd, packed,
-                       e->ex);
+    e->op->index_round(w->new_rows, w->kv, n_groups, ihd, packed, e->ex);
+    return kv_append(s->kv, layer, KV_KEYS, w->new_rows, n_groups, err);
 }
 
 /* Choose the entries of each token of a CSA layer; qrq is the rounded low-rank query. */
-static void attn_index(dsv4_session *s, const layer_w *l, const layer_kv *kv, const float *qrq,
+static void attn_index(dsv4_session *s, const layer_w *l, const uint8_t *keys, const float *qrq,
                        int n, int64_t t0) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
@@ -1074,7 +1102,7 @@ static void attn_index(dsv4_session *s, const layer_w *l, const layer_kv *kv, co
     for (int i = 0; i < n; i += w->index_block) {
         int m = (int)min64(w->index_block, n - i);
         dsv4_index in = {w->iq_rows + (size_t)i * q_bytes, w->iw + (size_t)i * (size_t)heads,
-                         w_scale, kv->keys, heads, d, l->ratio, packed, t0 + i, stride};
+                         w_scale, keys, heads, d, l->ratio, packed, t0 + i, stride};
         e->op->index_scores(w->scores, &in, m, e->ex);
         e->op->topk(w->idx + (size_t)i * (size_t)c->index_topk, w->count + i, w->scores, stride,
                     m, c->index_topk, l->ratio, t0 + i, e->ex);
@@ -1101,31 +1129,51 @@ static const float *attn_project(dsv4_session *s, const layer_w *l, int n, int64
     return e->opts.no_rounding ? w->qr : w->qrq;
 }
 
+/* What the chunk's tokens see of the compressed entries: all of them, or what was chosen. */
+static int attn_entries(dsv4_session *s, dsv4_attend *in, int layer, const kv_layer *rows,
+                        bool choose, int64_t visible, dsv4_err *err) {
+    chunk_work *w = &s->c;
+    in->comp = rows->entries;
+    if (choose) in->idx = w->idx, in->count = w->count;
+    if (!in->ratio || in->comp) return 0;
+    if (!choose) w->count[0] = (int32_t)visible;       /* one token, and the entries in the file */
+    if (kv_gather(s->kv, layer, in->idx, w->count[0], &in->comp, err)) return -1;
+    in->idx = NULL;
+    in->count = w->count;
+    return 0;
+}
+
 /* The attention sublayer on the chunk: x -> y (both w->x). */
-static void attention(dsv4_session *s, const layer_w *l, layer_kv *kv, int n, int64_t t0) {
+static int attention(dsv4_session *s, const layer_w *l, int layer, const kv_layer *rows, int n,
+                     int64_t t0, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     chunk_work *w = &s->c;
     int hd = c->head_dim, heads = c->num_attention_heads, rope = c->qk_rope_head_dim;
     bool packed = !e->opts.no_rounding;
+    uint8_t *ring = kv_get_state(s->kv, layer).ring;
     const float *qrq = attn_project(s, l, n, t0);
     tick(s, OPC_PROJ);
     /* with few entries all are visible, and the indexer has nothing to choose */
-    bool choose = l->ratio == 4 && (t0 + n) / l->ratio > c->index_topk;
-    if (l->ratio) attn_compress(s, l, kv, n, t0);
+    int64_t visible = l->ratio ? (t0 + n) / l->ratio : 0;
+    bool choose = l->ratio == 4 && visible > c->index_topk;
+    if (l->ratio && attn_compress(s, l, layer, n, t0, err)) return -1;
     tick(s, OPC_COMPRESS);
-    if (choose) attn_index(s, l, kv, qrq, n, t0);
+    if (choose) attn_index(s, l, rows->keys, qrq, n, t0);
     tick(s, OPC_INDEX);
-    dsv4_attend in = {w->q, w->kv_rows, kv->ring, kv->comp, choose ? w->idx : NULL,
-                      choose ? w->count : NULL, l->attn_sink, heads, hd, rope, c->sliding_window,
-                      l->ratio, c->index_topk, packed, t0};
+    dsv4_attend in = {.q = w->q, .kv = w->kv_rows, .ring = ring, .sink = l->attn_sink,
+                      .n_heads = heads, .head_dim = hd, .rope_dim = rope,
+                      .window = c->sliding_window, .ratio = l->ratio, .topk = c->index_topk,
+                      .packed = packed, .t0 = t0};
+    if (attn_entries(s, &in, layer, rows, choose, visible, err)) return -1;
     e->op->attend(w->o, &in, n, e->ex);
-    ring_put(kv->ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
+    ring_put(ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
     tick(s, OPC_ATTEND);
     e->op->rope(w->o, layer_freq(e, l), n, heads, hd, rope, t0, 1, true, e->ex);
     e->op->linear(w->oa, &l->wo_a, w->o, n, c->o_groups, e->ex);
     linear_rounded(s, w->x, &l->wo_b, w->oa, w->oa, n);
     tick(s, OPC_PROJ);
+    return 0;
 }
 
 /* Tell how far the forward is; -1 when the caller wants to stop. */
@@ -1140,18 +1188,42 @@ static dsv4_hc_shape hc_shape(const dsv4_config *c) {
                            c->hc_eps};
 }
 
-static void attention_sublayer(dsv4_session *s, const layer_w *l, layer_kv *kv, float *h, int n,
-                               int64_t t0) {
+static int attention_sublayer(dsv4_session *s, int layer, const kv_layer *rows, float *h, int n,
+                              int64_t t0, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
+    const layer_w *l = &e->w->layer[layer];
     chunk_work *w = &s->c;
     dsv4_hc_shape shape = hc_shape(c);
     e->op->hc_pre(w->x, w->post, w->comb, h, &l->hc_attn, &shape, n, e->ex);
     e->op->rmsnorm(w->x, w->x, l->attn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
     tick(s, OPC_HC);
-    attention(s, l, kv, n, t0);
+    if (attention(s, l, layer, rows, n, t0, err)) return -1;
     e->op->hc_post(h, w->x, w->post, w->comb, &shape, n, e->ex);
     tick(s, OPC_HC);
+    return 0;
+}
+
+/* All chunks of the span through a layer's attention, none across the end of a segment that is to
+ * be parked: what the layer's state is there is kept. */
+static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t0,
+                          dsv4_err *err) {
+    const dsv4_engine *e = s->e;
+    size_t row = (size_t)e->cfg->hc_mult * (size_t)e->cfg->hidden_size;
+    uint8_t *mark = s->s.marks;
+    kv_layer rows;
+    if (kv_begin(s->kv, layer, n, &rows, err)) return -1;
+    for (int i = 0, m; i < n; i += m) {
+        m = (int)min64(e->plan.chunk, n - i);
+        if (mark) m = (int)min64(m, SEGMENT_TOKENS - (t0 + i) % SEGMENT_TOKENS);
+        if (attention_sublayer(s, layer, &rows, h + (size_t)i * row, m, t0 + i, err)) return -1;
+        if (mark && (t0 + i + m) % SEGMENT_TOKENS == 0) {
+            kv_mark(s->kv, layer, t0 + i + m, mark);
+            mark += kv_mark_bytes(e->cfg, &e->kv_opts);
+        }
+        if (report(s, layer, 0.5 * i / n, err)) return -1;
+    }
+    return kv_end(s->kv, layer, err);
 }
 
 /* === 6. Dense weights that do not fit =========================================================
@@ -1421,18 +1493,15 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     const layer_w *l = &e->w->layer[layer];
-    size_t row = (size_t)c->hc_mult * (size_t)c->hidden_size;
     int chunk = e->plan.chunk;
     assert(layer < e->n_blocks && n <= e->plan.span);
     s->tick = now_s();
     bool last = layer + 1 >= c->num_hidden_layers;     /* then head, if it is one token's turn */
     int after = !last ? layer + 1 : n == 1 ? c->num_hidden_layers + e->w->bytes.has_mtp : -1;
     if (unit_use(e, layer, after, err)) return -1;
-    for (int i = 0; i < n; i += chunk) {
-        attention_sublayer(s, l, &s->kv[layer], h + (size_t)i * row, (int)min64(chunk, n - i),
-                           t0 + i);
-        if (report(s, layer, 0.5 * i / n, err)) return -1;
-    }
+    if (attention_span(s, layer, h, n, t0, err)) return -1;
+    /* the next layer's KV comes while experts are computed */
+    if (!last && kv_ahead(s->kv, layer + 1, n, err)) return -1;
     for (int i = 0; i < n; i += chunk)
         moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
     moe_sort(&s->s, n, c->num_experts_per_tok, c->n_routed_experts);
@@ -1471,7 +1540,9 @@ static int mtp_follow(dsv4_session *s, const int32_t *tokens, int n, int64_t t0,
     if (t0 > 0 && s->mtp_drafted != tokens[0] &&
         mtp_forward(s, s->mtp_pending, tokens, 1, t0 - 1, err))
         return -1;
-    for (int i = 0; i < n - 1; i += s->e->plan.chunk) {
+    /* of a window-only block nothing further back is ever seen */
+    int64_t first = c->compress_ratios[c->num_hidden_layers] ? 0 : n - 1 - c->sliding_window;
+    for (int i = first > 0 ? (int)first : 0; i < n - 1; i += s->e->plan.chunk) {
         int m = (int)min64(s->e->plan.chunk, n - 1 - i);
         if (mtp_forward(s, s->s.h + (size_t)i * row, tokens + i + 1, m, t0 + i, err)) return -1;
     }
@@ -1492,6 +1563,45 @@ static void ask_hash_experts(dsv4_engine *e, int32_t token) {
                                                                (size_t)k], &err);
             if (slot >= 0) cache_unpin(e->experts, slot);
         }
+}
+
+/* Remember what went in, and park the segments that are whole now.  What goes wrong with that is a
+ * note, not an error: the answer does not need it. */
+static void session_keep(dsv4_session *s, const int32_t *tokens, int n) {
+    dsv4_engine *e = s->e;
+    dsv4_err err;
+    if (!s->tokens) return;
+    memcpy(s->tokens + s->pos, tokens, (size_t)n * sizeof *tokens);
+    if (!*e->note && kv_park(s->kv, s->tokens, s->pos, s->pos + n, s->s.marks, &err))
+        snprintf(e->note, sizeof e->note, "context is not parked any more: %s", err.msg);
+}
+
+int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, dsv4_err *err) {
+    session_reset(s);
+    if (!s->tokens) return 0;
+    s->broken = true;
+    int64_t pos = kv_resume(s->kv, tokens, min64(n, s->e->opts.ctx), err);
+    if (pos < 0) return -1;
+    memcpy(s->tokens, tokens, (size_t)pos * sizeof *tokens);
+    session_at(s, pos);
+    return pos;
+}
+
+int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *err) {
+    assert(!s->broken);
+    if (!s->tokens) return fail(err, "nothing can be saved: parked context is off");
+    return kv_save(s->kv, name, s->tokens, s->pos, extra, err);
+}
+
+int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_t *n,
+                     park_frame *extra, dsv4_err *err) {
+    if (!s->tokens) return fail(err, "nothing can be loaded: parked context is off");
+    s->broken = true;
+    int64_t pos = kv_load(s->kv, name, tokens, n, extra, err);
+    if (pos < 0) return -1;
+    memcpy(s->tokens, *tokens, (size_t)pos * sizeof **tokens);
+    session_at(s, pos);
+    return pos;
 }
 
 int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err) {
@@ -1516,6 +1626,7 @@ int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err
     if (e->opts.mtp && mtp_follow(s, tokens, n, s->pos, err)) return -1;
     s->broken = false;
     bool decode = n == 1 && s->pos > 0;
+    session_keep(s, tokens, n);
     s->pos += n;
     s->n_last = n;
     *(decode ? &e->stats.decode_tokens : &e->stats.prefill_tokens) += (uint64_t)n;

@@ -46,6 +46,16 @@ typedef struct { char msg[768]; } dsv4_err;
 /* Write one line into err->msg and return -1, so that callers can `return fail(err, ...)`. */
 int fail(dsv4_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
+/* One block of memory, handed out front to back; with base NULL it only counts, so that one layout
+ * function serves the plan and the real thing. */
+typedef struct { uint8_t *base; uint64_t size, used; } arena;
+int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err);
+void arena_close(arena *a);
+void *arena_take(arena *a, uint64_t bytes);        /* aligned to 64 bytes; NULL while counting */
+void *arena_take_blocks(arena *a, uint64_t bytes); /* aligned to 4 KiB */
+
+double now_s(void);                /* seconds on a clock that only goes forward                 */
+
 enum {
     MAX_LAYERS = 256,              /* V4-Pro has 61                                             */
     MAX_EXPERTS = 4096,            /* a layer; V4-Pro has 384                                   */
@@ -395,12 +405,16 @@ int cache_save_heat(const cache *c, const char *path, dsv4_err *err);
 /* === 6. KV ====================================================================================
  * kv.c: where rows lie and how they move.  What a row holds is M2's and kernels.cu's.            */
 
+typedef struct park park;          /* see below                                                 */
+typedef struct { uint8_t byte[16]; } park_key;
 typedef struct {
     int64_t ctx;                   /* tokens of context to make room for                        */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
     bool packed;                   /* rows as M2 rounds them, else F32                          */
     uint64_t ram;                  /* bytes that may be taken; 0: all that it needs             */
     const char *dir;               /* for what does not fit; NULL: all must fit                 */
+    park *park;                    /* for kv_park() and the like, borrowed; or NULL             */
+    park_key model;                /* fingerprint of weights and numerics                       */
 } kv_opts;
 
 /* What goes where, in this order of precedence.  States are windows and what compressors carry.  */
@@ -414,12 +428,49 @@ typedef struct {
 /* -1: opts.ram is less than plan->least, or something must go to a file and dir is NULL. */
 int kv_plan_make(kv_plan *p, const dsv4_config *cfg, const kv_opts *o, dsv4_err *err);
 
+typedef struct kv_cache kv_cache;  /* the KV of one session                                     */
+typedef enum { KV_ENTRIES, KV_KEYS, KV_KINDS } kv_kind;
+typedef struct {                   /* of a layer; rings hold position p at p % len              */
+    uint8_t *ring;                 /* [sliding_window] rows                                     */
+    float *ring_kv, *ring_score;   /* [coff*ratio][coff*head_dim] the compressor's last tokens  */
+    float *index_ring_kv, *index_ring_score; /* [2*ratio][2*index_head_dim]                     */
+} kv_state;
+typedef struct { const uint8_t *entries, *keys; } kv_layer; /* all rows of a layer, in order    */
+typedef struct {                   /* counters since open                                       */
+    uint64_t read_bytes, written_bytes, blocks_read, blocks_hit; /* blocks: of kv_gather()      */
+    double wait_s;
+} kv_stats;
+
+/* Takes plan.ram bytes now and nothing later.  `off` is borrowed. */
+int kv_open(kv_cache **out, offload *off, const dsv4_config *cfg, const kv_opts *o, dsv4_err *err);
+void kv_close(kv_cache *kv);
+void kv_reset(kv_cache *kv);                   /* no rows; states are the caller's */
+const kv_plan *kv_get_plan(const kv_cache *kv);
+const kv_stats *kv_get_stats(const kv_cache *kv);
+kv_state kv_get_state(const kv_cache *kv, int layer);
+/* Have a layer's rows in place for the next n tokens; valid until kv_ahead() or another kv_begin().
+ * entries is NULL where they are in the file and n is 1: then kv_gather() has those wanted.  After -1
+ * (a fault of the file) only kv_reset() helps. */
+int kv_begin(kv_cache *kv, int layer, int n, kv_layer *out, dsv4_err *err);
+/* n rows behind those that are in. */
+int kv_append(kv_cache *kv, int layer, kv_kind kind, const void *rows, int64_t n, dsv4_err *err);
+/* *rows = rows idx[0..count-1] of a layer's entries (idx NULL: 0, 1, ...), one behind the other, valid
+ * until the next call; count <= index_topk. */
+int kv_gather(kv_cache *kv, int layer, const int32_t *idx, int count, const void **rows,
+              dsv4_err *err);
+/* What was appended since kv_begin() goes to the file; it is not waited for. */
+int kv_end(kv_cache *kv, int layer, dsv4_err *err);
+/* Begin reading what kv_begin(layer, n) will want, once the layer before it is done with. */
+int kv_ahead(kv_cache *kv, int layer, int n, dsv4_err *err);
+/* Copy rows out, to [n] rows. */
+int kv_copy(kv_cache *kv, int layer, kv_kind kind, int64_t first, int64_t n, void *to,
+            dsv4_err *err);
+
 /* Parked context: a directory of files that any number of processes may use at once.  A file holds
  * the KV of SEGMENT_TOKENS tokens and what a session needs to go on behind them ("segment"), or the
  * rest of a conversation that was saved under a name ("session").  Files appear whole or not at all
  * and every byte of them is checked: what is torn, truncated, foreign or flipped is never used. */
 enum { SEGMENT_TOKENS = 4096, PARK_FRAMES = 2 * (MAX_LAYERS + 1) + 2 };
-typedef struct { uint8_t byte[16]; } park_key;
 typedef struct {                   /* what a file says of itself                                */
     park_key key, before;          /* of this one, and of the one whose tokens come before      */
     char model[MAX_NAME];          /* for people                                                */
@@ -428,7 +479,6 @@ typedef struct {                   /* what a file says of itself                
     int n_frames;
 } park_info;
 typedef struct { void *data; size_t bytes; } park_frame;
-typedef struct park park;
 
 /* `dir` is made where it is missing.  budget: bytes that park_put() keeps it under by removing the
  * segments that were used least recently (sessions stay); 0: no limit. */
@@ -451,6 +501,26 @@ int park_get(park *p, const park_info *info, const int32_t *tokens, park_frame *
  * caller frees *tokens and every frames[i].data.  0: there is none; -1: damaged, says how. */
 int park_load(park *p, const char *name, park_info *info, int32_t **tokens, park_frame *frames,
               dsv4_err *err);
+
+/* What a session parks of itself and begins with.  All need opts.park. */
+/* Copy a layer's state at position pos, a multiple of SEGMENT_TOKENS, into the mark of that segment's
+ * end [kv_mark_bytes()], while the layer stands there. */
+uint64_t kv_mark_bytes(const dsv4_config *cfg, const kv_opts *o);
+void kv_mark(const kv_cache *kv, int layer, int64_t pos, uint8_t *mark);
+/* Park the segments that end in (pos0, pos1]; their marks lie one behind the other; tokens are all of
+ * the context, [pos1].  On -1 some are not parked; nothing else is wrong. */
+int kv_park(kv_cache *kv, const int32_t *tokens, int64_t pos0, int64_t pos1, uint8_t *marks,
+            dsv4_err *err);
+/* Begin with the longest parked prefix of tokens [n], of which at least one is left to do; returns the
+ * position, a multiple of SEGMENT_TOKENS, or -1 (only kv_reset() helps). */
+int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, dsv4_err *err);
+/* Save where the session stands, at position pos, under a name; with `extra` bytes of the caller's. */
+int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
+            dsv4_err *err);
+/* Go on from there: returns the position, n if nothing was lost meanwhile, else less: then tokens from
+ * there on are to be put in again.  The caller frees *tokens [*n] and extra->data, unless -1. */
+int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, park_frame *extra,
+                dsv4_err *err);
 
 /* === 7. Text ================================================================================== */
 
@@ -568,6 +638,7 @@ void machine_rss(uint64_t *now, uint64_t *peak);
 
 typedef struct {                   /* what will live where, in bytes; told before work          */
     uint64_t budget, base, dense, kv, work, slots, slot_bytes;
+    kv_plan kv_plan;
     uint64_t token_dense, token_experts, token_macs;   /* read and multiplied by one decode step */
     int n_slots, n_experts_total, n_layers, span, chunk;
     bool streamed;                 /* dense weights do not fit and are read layer by layer      */
@@ -583,6 +654,9 @@ typedef struct {
     int64_t ctx;                   /* tokens of context to make room for                        */
     int span_hint;                 /* tokens the caller means to prefill at once; 0: ctx        */
     int chunk;                     /* tokens through attention at once; 0: chosen               */
+    uint64_t kv_ram;               /* of ram_bytes, for KV; 0: as much as that allows           */
+    const char *kv_dir;            /* for KV that does not fit, or NULL                         */
+    park *park;                    /* to park context in and resume it from, borrowed; or NULL  */
     const char *heat;              /* file that remembers which experts are used, or NULL       */
     trace_fn trace;                /* or NULL                                                   */
     void *trace_arg;
@@ -620,6 +694,13 @@ int64_t session_pos(const dsv4_session *s);    /* tokens in so far */
 /* Put n tokens (1 <= n <= plan.span) through the model at the session's position.  One token
  * after a prompt is decode; there is one path for both.  After -1 the session must be reset. */
 int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err);
+/* Begin anew with the longest parked prefix of tokens [n]; returns the position: tokens from there on
+ * are to be put in, at least one.  0 without opts.park. */
+int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, dsv4_err *err);
+/* Save where the session stands under a name, and go on from there (kv_save(), kv_load()). */
+int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *err);
+int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_t *n,
+                     park_frame *extra, dsv4_err *err);
 /* logits [n][vocab_size] of tokens i0..i0+n-1 of the last session_forward. */
 int session_logits(dsv4_session *s, int i0, int n, float *logits, dsv4_err *err);
 /* MTP (M3): given the token that follows the last one, the logits of the one after it.

@@ -73,12 +73,13 @@ typedef struct { const char *word[MAX_STOPS]; int n; } word_list;
 
 typedef struct {                   /* everything a command line can say                         */
     const char *model, *prompt, *file, *ids, *logits, *stats, *operand, *system, *effort, *gen;
-    const char *trace;
+    const char *trace, *kv_dir;
     word_list stop;
-    int64_t n_answer, n_bench, ctx, decode_from, chunk, threads, top_k;
-    uint64_t ram, seed;
+    int64_t n_answer, n_bench, ctx, decode_from, chunk, span, threads, top_k;
+    uint64_t ram, kv_ram, kv_disk, seed;
     double temp, top_p, min_p, penalty;                /* -1: as the model's makers say         */
     bool raw, print_ids, no_think, no_rounding, no_loop_guard, quiet, decode, as_ids, json, hash;
+    bool no_cache;
 } args;
 
 typedef enum { ARG_TEXT, ARG_LIST, ARG_COUNT, ARG_SIZE, ARG_SEED, ARG_REAL, ARG_BOOL } arg_kind;
@@ -139,6 +140,8 @@ static const flag flags[] = {
     {"--no-rounding", NULL, "leave out the model's deliberate roundings", CMD_EVAL, ARG_BOOL,
      AT(no_rounding), 0, 0},
     {"--chunk", "N", "tokens to put through at once", CMD_EVAL, ARG_COUNT, AT(chunk), 1, 1e9},
+    {"--span", "N", "tokens to put through each layer at once (what memory allows)", CMD_EVAL,
+     ARG_COUNT, AT(span), 1, 1e9},
     {"--generation", "GEN", "v4 or 0731, the two prompt formats (the model's, else v4)",
      CMD_PROMPT, ARG_TEXT, AT(gen), 0, 0},
     {"-t", "N", "threads (all processors); also --threads", CMD_BUDGET, ARG_COUNT, AT(threads), 1,
@@ -147,6 +150,14 @@ static const flag flags[] = {
      ARG_SIZE, AT(ram), 0, 0},
     {"--ctx", "N", "tokens of context to make room for (what is needed; chat and plan: 32768)",
      CMD_BUDGET, ARG_COUNT, AT(ctx), 1, 1e9},
+    {"--kv-ram", "SIZE", "of --ram, for KV; what does not fit goes to --kv-dir (a quarter of --ram)",
+     CMD_BUDGET, ARG_SIZE, AT(kv_ram), 0, 0},
+    {"--kv-dir", "DIR", "for KV that does not fit, and parked context (~/.cache/dsv4/kv)",
+     CMD_BUDGET, ARG_TEXT, AT(kv_dir), 0, 0},
+    {"--kv-disk", "SIZE", "what parked context may take of the disk (32G)", CMD_ANSWER, ARG_SIZE,
+     AT(kv_disk), 0, 0},
+    {"--no-cache", NULL, "neither reuse parked context nor park any", CMD_ANSWER, ARG_BOOL,
+     AT(no_cache), 0, 0},
     {"--stats", "FILE", "write counters and times as JSON", CMD_ENGINE, ARG_TEXT, AT(stats), 0,
      0},
     {"--hash", NULL, "read every shard whole and compare with the last time", CMD_CHECK, ARG_BOOL,
@@ -324,7 +335,8 @@ static int args_check(const args *a, const command *c, dsv4_err *err) {
 /* Fill *a from the words behind the command; -1 is a usage error. */
 static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err *err) {
     *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
-                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1};
+                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1,
+                .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & CMD_ANSWER)};
     bool takes_operand = c->bit & (CMD_CHECK | CMD_HELP);
     for (int i = 0; i < argc; i++) {
         if (argv[i][0] != '-' && takes_operand && !a->operand) {
@@ -467,12 +479,6 @@ static bool model_path(char *out, size_t size, const char *what, const char *dir
 
 /* === 3. Progress and tables =================================================================== */
 
-static double now_s(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static double rate(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }
 
 /* Does stderr understand control codes? */
@@ -554,6 +560,17 @@ static size_text size_of(uint64_t bytes) {
     bool giga = bytes >= (uint64_t)1 << 30;
     snprintf(s.text, sizeof s.text, giga ? "%.2fG" : "%.1fM",
              (double)bytes / (giga ? 1 << 30 : 1 << 20));
+    return s;
+}
+
+/* "126,976" */
+static size_text grouped(int64_t n) {
+    size_text s;
+    int len = snprintf(s.text, sizeof s.text, "%lld", (long long)n);
+    for (int at = len - 3; at > 0 && len + 2 < (int)sizeof s.text; at -= 3, len++) {
+        memmove(s.text + at + 1, s.text + at, (size_t)(len - at) + 1);
+        s.text[at] = ',';
+    }
     return s;
 }
 
@@ -663,6 +680,8 @@ typedef struct {
     FILE *trace;                   /* of bench, or NULL                                         */
     const char *note;              /* told with the plan                                        */
     char heat[4096];               /* remembers which experts are used                          */
+    char kv_dir[4096];             /* for KV that does not fit, and parked context              */
+    park *park;                    /* or NULL                                                   */
     status_line status;
     out_file stats;                /* opened before the work, so that a bad name costs nothing  */
 } model;
@@ -689,11 +708,17 @@ static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, 
 static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, dsv4_err *err) {
     dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
                    .ctx = a->ctx ? a->ctx : ctx, .chunk = (int)a->chunk,
-                   .no_rounding = a->no_rounding};
-    o.span_hint = (int)(a->chunk && a->chunk < n_prompt ? a->chunk : n_prompt);
+                   .no_rounding = a->no_rounding, .kv_ram = a->kv_ram};
+    int64_t limit = a->chunk ? a->chunk : a->span ? a->span : n_prompt;
+    o.span_hint = (int)(limit < n_prompt ? limit : n_prompt);
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
     if (m->trace) o.trace = on_trace, o.trace_arg = m->trace;
     if (model_path(m->heat, sizeof m->heat, "heat", a->model)) o.heat = m->heat;
+    if (a->kv_dir || user_path(m->kv_dir, sizeof m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/"))
+        o.kv_dir = a->kv_dir ? a->kv_dir : m->kv_dir;
+    if (o.kv_dir && !a->no_cache && park_open(&m->park, o.kv_dir, a->kv_disk, err))
+        fprintf(stderr, "note: no context is reused or parked: %s\n", err->msg);
+    o.park = m->park;
     m->status.on = !a->quiet;
     m->status.bar = on_terminal();
     if (n_prompt > o.ctx)
@@ -713,6 +738,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
 static void model_close(model *m) {
     session_close(m->s);
     engine_close(m->e);
+    park_close(m->park);
     ckpt_close(m->ck);
     tok_close(m->tok);
     free(m->logits);
@@ -784,14 +810,18 @@ static int prompt_ids(const model *m, const args *a, bool raw, id_list *out, dsv
     return rc;
 }
 
-/* Put ids through the model, a span at a time. */
-static int feed(model *m, const int32_t *ids, int64_t n, dsv4_err *err) {
+/* Put ids pos.. through the model, a span at a time; the first time with what is parked of them. */
+static int feed(model *m, const int32_t *ids, int64_t pos, int64_t n, dsv4_err *err) {
     int64_t span = engine_plan(m->e)->span;
     int rc = 0;
-    status_begin(&m->status, "reading", n);
-    for (int64_t i = 0; i < n && rc == 0; i += span) {
+    bool anew = pos == 0;
+    if (anew && (pos = session_resume(m->s, ids, n, err)) < 0) return -1;
+    if (anew && pos && m->status.on)
+        fprintf(stderr, "reused %s of %s tokens\n", grouped(pos).text, grouped(n).text);
+    status_begin(&m->status, "reading", n - pos);
+    for (int64_t i = pos; i < n && rc == 0; i += span) {
         m->status.n_now = n - i < span ? n - i : span;
-        m->status.n_done = i;
+        m->status.n_done = i - pos;
         m->last = (int)m->status.n_now - 1;
         rc = session_forward(m->s, ids + i, (int)m->status.n_now, err);
     }
@@ -965,7 +995,7 @@ static int cmd_run(const args *a, dsv4_err *err) {
                   "shorten it or raise --ctx", ids.n, (long long)most);
     if (n > most - (int64_t)ids.n) n = most - (int64_t)ids.n;
     if (rc == 0) rc = model_start(&m, a, (int64_t)ids.n, (int64_t)ids.n + n, err);
-    if (rc == 0) rc = feed(&m, ids.id, (int64_t)ids.n, err);
+    if (rc == 0) rc = feed(&m, ids.id, 0, (int64_t)ids.n, err);
     if (rc == 0) rc = answer_turn(&m, a, !a->no_think, &ids, n, NULL, NULL, &end, err);
     free(ids.id);
     return model_finish(&m, a, rc, err);
@@ -1265,7 +1295,7 @@ static int chat_feed(chat *c, const id_list *ids, dsv4_err *err) {
     }
     c->fed.n = 0;
     announce(c, (int64_t)(ids->n - same));
-    if (feed(&c->m, ids->id + same, (int64_t)(ids->n - same), err)) {
+    if (feed(&c->m, ids->id, (int64_t)same, (int64_t)ids->n, err)) {
         session_reset(c->m.s);
         return -1;
     }
@@ -1814,7 +1844,7 @@ static int cmd_bench(const args *a, dsv4_err *err) {
     m.trace = trace.f;
     if (rc == 0) rc = model_start(&m, a, BENCH_PROMPT, ctx, err);
     if (rc == 0) rc = engine_measure(m.e, m.ck, 4, &r, err);
-    if (rc == 0) rc = feed(&m, prompt_ids, BENCH_PROMPT, err);
+    if (rc == 0) rc = feed(&m, prompt_ids, 0, BENCH_PROMPT, err);
     m.status.on = false;
     if (rc == 0) rc = bench_decode(&m, a, &r, err);
     rc = out_close(&trace, rc, err);

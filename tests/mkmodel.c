@@ -72,7 +72,7 @@ typedef struct {
     int n_routed_experts, num_experts_per_tok, moe_intermediate_size, num_hash_layers;
     int vocab_size, max_position_embeddings, original_max_position_embeddings;
     double routed_scaling_factor;
-    int first_ratio;                /* compress ratio of layers 0 and 1; then 4, 128, 4, ..    */
+    int first_layers, first_ratio;  /* compress ratio of these layers; then 4, 128, 4, ..      */
     uint64_t shard_bytes;           /* a shard is closed before it would grow beyond this      */
     int special_id[N_SPECIAL];      /* ids of special_text[], ascending                        */
 } shape;
@@ -83,14 +83,15 @@ static const shape presets[] = {
      .index_n_heads = 4, .index_head_dim = 64, .index_topk = 8, .n_routed_experts = 8,
      .num_experts_per_tok = 2, .moe_intermediate_size = 128, .num_hash_layers = 2,
      .vocab_size = 512, .max_position_embeddings = 1024, .original_max_position_embeddings = 64,
-     .routed_scaling_factor = 1.5, .first_ratio = 0, .shard_bytes = 3 << 20,
+     .routed_scaling_factor = 1.5, .first_layers = 2, .first_ratio = 0, .shard_bytes = 3 << 20,
      .special_id = {0, 1, 2, 507, 508, 509, 510, 511}},
     {.name = "flash", .hidden_size = 4096, .num_hidden_layers = 43, .num_attention_heads = 64,
      .head_dim = 512, .q_lora_rank = 1024, .o_lora_rank = 1024, .o_groups = 8,
      .sliding_window = 128, .index_n_heads = 64, .index_head_dim = 128, .index_topk = 512,
      .n_routed_experts = 256, .num_experts_per_tok = 6, .moe_intermediate_size = 2048,
      .num_hash_layers = 3, .vocab_size = 129280, .max_position_embeddings = 1048576,
-     .original_max_position_embeddings = 65536, .routed_scaling_factor = 1.5, .first_ratio = 0,
+     .original_max_position_embeddings = 65536, .routed_scaling_factor = 1.5, .first_layers = 2,
+     .first_ratio = 0,
      .shard_bytes = UINT64_C(4) << 30,
      .special_id = {0, 1, 2, 128803, 128804, 128821, 128822, 128825}},
     {.name = "pro", .hidden_size = 7168, .num_hidden_layers = 61, .num_attention_heads = 128,
@@ -98,9 +99,18 @@ static const shape presets[] = {
      .sliding_window = 128, .index_n_heads = 64, .index_head_dim = 128, .index_topk = 1024,
      .n_routed_experts = 384, .num_experts_per_tok = 6, .moe_intermediate_size = 3072,
      .num_hash_layers = 3, .vocab_size = 129280, .max_position_embeddings = 1048576,
-     .original_max_position_embeddings = 65536, .routed_scaling_factor = 2.5, .first_ratio = 128,
-     .shard_bytes = UINT64_C(4) << 30,
+     .original_max_position_embeddings = 65536, .routed_scaling_factor = 2.5, .first_layers = 2,
+     .first_ratio = 128, .shard_bytes = UINT64_C(4) << 30,
      .special_id = {0, 1, 2, 128803, 128804, 128821, 128822, 128825}},
+    /* one layer of each kind, narrow enough for a million tokens in minutes */
+    {.name = "1m", .hidden_size = 256, .num_hidden_layers = 3, .num_attention_heads = 4,
+     .head_dim = 128, .q_lora_rank = 128, .o_lora_rank = 128, .o_groups = 2,
+     .sliding_window = 128, .index_n_heads = 4, .index_head_dim = 64, .index_topk = 128,
+     .n_routed_experts = 8, .num_experts_per_tok = 2, .moe_intermediate_size = 128,
+     .num_hash_layers = 1, .vocab_size = 512, .max_position_embeddings = 1048576,
+     .original_max_position_embeddings = 65536, .routed_scaling_factor = 1.5, .first_layers = 1,
+     .first_ratio = 0, .shard_bytes = 3 << 20,
+     .special_id = {0, 1, 2, 507, 508, 509, 510, 511}},
 };
 
 /* In the order in which tensors stand in a shard: widest first, as safetensors sorts them. */
@@ -118,7 +128,7 @@ typedef struct {
 
 /* The compress ratio of layer l, by the pattern that all published checkpoints share. */
 static int compress_ratio(const shape *s, int l) {
-    return l < 2 ? s->first_ratio : l % 2 ? 128 : 4;
+    return l < s->first_layers ? s->first_ratio : (l - s->first_layers) % 2 ? 128 : 4;
 }
 
 /* Read a number such as "12", "512K" or "4G" that must lie in [low, high]. */
@@ -182,7 +192,7 @@ static int parse_args(int argc, char **argv, options *o, mk_err *err) {
     for (size_t i = 0; argc > 2 && i < sizeof presets / sizeof *presets; i++)
         if (!strcmp(argv[1], presets[i].name)) o->shape = presets[i];
     if (!o->shape.name || argv[2][0] == '-' || argv[2][0] == '\0')
-        return fail(err, "usage: mkmodel tiny|flash|pro DIR [--layers N] [--experts N] "
+        return fail(err, "usage: mkmodel tiny|flash|pro|1m DIR [--layers N] [--experts N] "
                     "[--hash-layers N] [--mtp] [--seed S] [--shard-bytes SIZE] "
                     "[--split-experts] [--no-index] [--dtype bf16|f16|f32]");
     o->dir = argv[2];

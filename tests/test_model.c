@@ -165,10 +165,14 @@ static void nq_layers(const dsv4_ops *op) {
         check_layer(&r, &g, l, positions, 10, &worst);
         if (r.cfg.compress_ratios[l] == 4) check_index(&r, &g, l, positions, 10);
     }
-    const void *comp = r.s->kv[2].comp, *keys = r.s->kv[2].keys, *hca = r.s->kv[3].comp;
-    check_rows(&g, "nq.layer2.compressed", comp, &worst);    /* rows of F32 */
-    check_rows(&g, "nq.layer2.index_keys", keys, &worst);
-    check_rows(&g, "nq.layer3.compressed", hca, &worst);
+    float *rows = malloc(N * 128 * sizeof *rows);      /* they are plain F32 here */
+    if (kv_copy(r.s->kv, 2, KV_ENTRIES, 0, N / 4, rows, &err)) die(&err);
+    check_rows(&g, "nq.layer2.compressed", rows, &worst);
+    if (kv_copy(r.s->kv, 2, KV_KEYS, 0, N / 4, rows, &err)) die(&err);
+    check_rows(&g, "nq.layer2.index_keys", rows, &worst);
+    if (kv_copy(r.s->kv, 3, KV_ENTRIES, 0, N / 128, rows, &err)) die(&err);
+    check_rows(&g, "nq.layer3.compressed", rows, &worst);
+    free(rows);
     float *logits = malloc(N * VOCAB * sizeof *logits);
     r.s->n_last = N;
     logits_of(&r, 0, N, logits);
@@ -310,7 +314,8 @@ static void test_model_blocks_match_layer_file(void) {
         session_reset(r.s);
         if (l < 6 && json_object_get(g.header, name)) {
             float *after = st_f32(&g, name);
-            attention_sublayer(r.s, &r.e->w->layer[l], &r.s->kv[l], h, L_TOKENS, 0);
+            if (attention_span(r.s, l, h, L_TOKENS, 0, &err)) die(&err);
+            session_reset(r.s);
             gather(got, h, positions);
             CHECK(block_share(name, got, after, L_ROWS, ROW) >= 0.8, "%s", name);
             memcpy(h, input, L_TOKENS * ROW * sizeof *h);
@@ -421,6 +426,24 @@ static void test_model_q_logits_within_bounds(void) {
 
 typedef struct { float *logits; uint8_t *kv; size_t kv_bytes; } outcome;
 
+/* All rows and states of a session that is at position N. */
+static void keep_kv(rig *r, outcome *out) {
+    const kv_plan *p = kv_get_plan(r->s->kv);
+    dsv4_err err;
+    out->kv_bytes = (size_t)r->e->n_blocks * p->states + p->index + p->entries;
+    uint8_t *at = out->kv = calloc(out->kv_bytes, 1);
+    for (int l = 0; l < r->e->n_blocks; l++, at += p->states) kv_mark(r->s->kv, l, N, at);
+    for (int l = 0; l < r->cfg.num_hidden_layers; l++) {
+        int ratio = r->cfg.compress_ratios[l];
+        bool packed = !r->e->opts.no_rounding;
+        size_t row = kv_row_bytes(r->cfg.head_dim, r->cfg.qk_rope_head_dim, packed);
+        if (ratio && kv_copy(r->s->kv, l, KV_ENTRIES, 0, N / ratio, at, &err)) die(&err);
+        if (ratio) at += (size_t)(N / ratio) * row;
+        if (ratio == 4 && kv_copy(r->s->kv, l, KV_KEYS, 0, N / 4, at, &err)) die(&err);
+        if (ratio == 4) at += N / 4 * index_row_bytes(r->cfg.index_head_dim, packed);
+    }
+}
+
 static int index_block;            /* if set, tokens whose index scores are held at once        */
 
 /* Logits of all N tokens and the whole KV: n_prefill tokens in forwards of `step`, then one at
@@ -429,14 +452,13 @@ static outcome run_all(dsv4_opts o, const int32_t *tokens, int n_prefill, int st
     rig r;
     rig_open(&r, o);
     if (index_block) r.s->c.index_block = index_block;
-    outcome out = {.logits = malloc(N * VOCAB * sizeof(float)), .kv_bytes = r.s->kv_mem.size};
+    outcome out = {.logits = malloc(N * VOCAB * sizeof(float))};
     for (int i = 0, n; i < N; i += n) {
         n = i < n_prefill ? (int)min64(step, n_prefill - i) : 1;
         forward(&r, tokens + i, n);
         logits_of(&r, 0, n, out.logits + i * VOCAB);
     }
-    out.kv = malloc(out.kv_bytes);
-    memcpy(out.kv, r.s->kv_mem.base, out.kv_bytes);
+    keep_kv(&r, &out);
     rig_close(&r);
     return out;
 }
