@@ -28,7 +28,8 @@ endif
 
 OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o kv.o text.o)
 SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c kv.c text.c main.c
-C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_kv test_text test_chat test_model)
+C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_kv test_park test_text \
+             test_chat test_model)
 FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer)
 VENV     = build/venv/bin/python3
 
@@ -49,6 +50,7 @@ $(B)/test_%: tests/test_%.c tests/check.h tests/st.h $(OBJ) | $(B)
 	$(CC) $(ALL_C) -std=gnu11 -o $@ $< $(filter-out $(B)/$(INCLUDES).o,$(filter %.o,$^)) $(LIBS)
 $(B)/test_offload: INCLUDES = offload
 $(B)/test_kv: INCLUDES = kv
+$(B)/test_park: INCLUDES = kv
 $(B)/test_model: INCLUDES = dsv4
 
 $(B)/mkmodel: tests/mkmodel.c Makefile | $(B)

@@ -470,7 +470,11 @@ int kv_copy(kv_cache *kv, int layer, kv_kind kind, int64_t first, int64_t n, voi
  * the KV of SEGMENT_TOKENS tokens and what a session needs to go on behind them ("segment"), or the
  * rest of a conversation that was saved under a name ("session").  Files appear whole or not at all
  * and every byte of them is checked: what is torn, truncated, foreign or flipped is never used. */
-enum { SEGMENT_TOKENS = 4096, PARK_FRAMES = 2 * (MAX_LAYERS + 1) + 2 };
+enum {
+    SEGMENT_TOKENS = 4096,
+    PARK_FRAMES = 2 * (MAX_LAYERS + 1) + 2,
+    PARK_BYTES = 1 << 30,          /* of all frames of a file together, unpacked                */
+};
 typedef struct {                   /* what a file says of itself                                */
     park_key key, before;          /* of this one, and of the one whose tokens come before      */
     char model[MAX_NAME];          /* for people                                                */
@@ -497,10 +501,26 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
  * was damaged and is removed (a line in err->msg; data is garbage then).  Marks it as used. */
 int park_get(park *p, const park_info *info, const int32_t *tokens, park_frame *frames,
              dsv4_err *err);
-/* A session by name: info, then its tokens [info->n_tokens] and frames, each allocated: on 1 the
- * caller frees *tokens and every frames[i].data.  0: there is none; -1: damaged, says how. */
+/* A session by name: info, its tokens [info->n_tokens] (check them: an id may be any number) and
+ * frames [PARK_FRAMES].  1: the caller frees *tokens, and with it all frames, which lie behind in
+ * the same block; 0: there is none; -1: damaged, err->msg says how. */
 int park_load(park *p, const char *name, park_info *info, int32_t **tokens, park_frame *frames,
               dsv4_err *err);
+
+typedef struct {
+    const char *name;              /* of a session, or a segment's key in hexadecimal           */
+    bool session;
+    park_info info;                /* zeros where there is a fault in the header                */
+    uint64_t bytes;
+    int64_t used;                  /* seconds since 1970                                        */
+    const char *fault;             /* what is wrong with it (a segment is gone then), or ""     */
+} park_entry;
+typedef int (*park_fn)(void *arg, const park_entry *e);    /* nonzero stops                     */
+/* One call for each file, most recently used first; `verify` reads and checks all of it, else only
+ * its header is. */
+int park_list(park *p, bool verify, park_fn each, void *arg, dsv4_err *err);
+/* Remove the session, or else the segment, of that name. */
+int park_remove(park *p, const char *name, dsv4_err *err);
 
 /* What a session parks of itself and begins with.  All need opts.park. */
 /* Copy a layer's state at position pos, a multiple of SEGMENT_TOKENS, into the mark of that segment's

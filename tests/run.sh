@@ -23,6 +23,7 @@ try "$build/test_kernels"
 try "$build/test_text"
 try "$build/test_chat"
 try "$build/test_offload"
+try "$build/test_park"
 try "$build/test_model"
 try $venv tests/test_ref.py
 try $venv tests/test_tokenizer.py "$build/tokenize"

@@ -2,6 +2,7 @@
  *
  * kv.c is included with its transfers bent to hooks that count, and fail where they are told to.
  * The shape is not a real one: it makes pages few, rows odd and layers of every kind.           */
+#define _GNU_SOURCE
 static int hook_moves, hook_fail_at;   /* transfers so far; the one that fails, from 1          */
 #include "../dsv4.h"
 static int hook_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off,
