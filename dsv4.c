@@ -1008,6 +1008,7 @@ void session_reset(dsv4_session *s) {
 }
 
 int64_t session_pos(const dsv4_session *s) { return s->pos; }
+const kv_stats *session_kv_stats(const dsv4_session *s) { return kv_get_stats(s->kv); }
 
 /* Charge the time since the last call to one class. */
 static void tick(dsv4_session *s, op_class c) {
@@ -1584,6 +1585,7 @@ int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, dsv4_e
     if (pos < 0) return -1;
     memcpy(s->tokens, tokens, (size_t)pos * sizeof *tokens);
     session_at(s, pos);
+    s->e->stats.reused_tokens += (uint64_t)pos;
     return pos;
 }
 
@@ -1601,6 +1603,7 @@ int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_
     if (pos < 0) return -1;
     memcpy(s->tokens, *tokens, (size_t)pos * sizeof **tokens);
     session_at(s, pos);
+    s->e->stats.reused_tokens += (uint64_t)pos;
     return pos;
 }
 

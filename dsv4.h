@@ -640,7 +640,7 @@ typedef enum {                     /* where the time goes                       
 extern const char *const op_class_name[OPC_N];
 
 typedef struct {
-    uint64_t prefill_tokens, decode_tokens;
+    uint64_t prefill_tokens, decode_tokens, reused_tokens; /* reused: found parked             */
     double load_s, prefill_s, decode_s, op_s[OPC_N], expert_wait_s, dense_wait_s;
     uint64_t dense_bytes;          /* read at start                                             */
     uint64_t expert_uses;          /* (layer, expert) pairs computed                            */
@@ -710,6 +710,7 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
 void session_close(dsv4_session *s);
 void session_reset(dsv4_session *s);           /* to position 0 */
 int64_t session_pos(const dsv4_session *s);    /* tokens in so far */
+const kv_stats *session_kv_stats(const dsv4_session *s);
 
 /* Put n tokens (1 <= n <= plan.span) through the model at the session's position.  One token
  * after a prompt is decode; there is one path for both.  After -1 the session must be reset. */

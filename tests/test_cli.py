@@ -10,78 +10,23 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import ref
+from harness import (DSV4, HERE, MKMODEL, TMP, dsv4, eval_logits, ids_file, mkmodel, need, refuses,
+                     run, test, write)
 
-DSV4, MKMODEL = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2])
-HERE = os.path.dirname(os.path.abspath(__file__))
 TINY_A = os.path.join(HERE, "goldens", "tiny-a")
 SHADOW = 2**30 if "/san/" in DSV4 else 0               # ASan keeps its own books in memory
-COMMANDS = ("run", "chat", "eval", "prompt", "tokenize", "plan", "check", "bench", "version",
-            "help")
+COMMANDS = ("run", "chat", "eval", "prompt", "tokenize", "plan", "check", "bench", "sessions",
+            "version", "help")
 VECTORS = json.load(open(os.path.join(HERE, "..", "..", "shared", "chat", "vectors.json")))
-TESTS = []
-
-
-def test(fn):
-    TESTS.append(fn)
-    return fn
-
-
-def need(condition, why):
-    if not condition:
-        raise AssertionError(why)
-
-
-def dsv4(*args, stdin=b"", code=0):
-    """Run dsv4; demand the exit code; an error is one line on stderr and nothing on stdout."""
-    p = subprocess.run([DSV4, *map(str, args)], input=stdin, capture_output=True, timeout=300)
-    err = p.stderr.decode(errors="replace")
-    need(p.returncode == code, f"{args}: exit {p.returncode}, not {code}: {err[-600:]}")
-    if code:
-        last = [s for s in err.splitlines() if s.startswith("dsv4: ")]
-        need(len(last) == 1, f"{args}: not one line of error: {err!r}")
-        need(not p.stdout, f"{args}: error with output {p.stdout[:80]!r}")
-        return last[0]
-    return p.stdout, err
-
-
-def refuses(fragment, *args, code=1, stdin=b""):
-    line = dsv4(*args, code=code, stdin=stdin)
-    need(fragment in line, f"{args}: {line!r} lacks {fragment!r}")
-
-
-def write(name, data):
-    path = os.path.join(TMP, name)
-    with open(path, "wb") as f:
-        f.write(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def mkmodel(name, preset, *args):
-    path = os.path.join(TMP, name)
-    subprocess.run([MKMODEL, preset, path, *map(str, args)], check=True, capture_output=True)
-    return path
 
 
 def tiny():
-    path = os.path.join(TMP, "tiny")
-    return path if os.path.exists(path) else mkmodel("tiny", "tiny", "--mtp", "--seed", 3)
-
-
-def ids_file(ids, name="ids.txt"):
-    return write(name, " ".join(map(str, ids)) + "\n")
-
-
-def eval_logits(model, ids, *flags):
-    out = os.path.join(TMP, "logits.npy")
-    stdout, _ = dsv4("eval", "-m", model, "--ids", ids_file(ids), "--logits", out, "-q", *flags)
-    return np.load(out), stdout.decode()
+    return mkmodel("tiny", "tiny", "--mtp", "--seed", 3)
 
 
 def rel_rms(x, y):
@@ -761,20 +706,5 @@ def make_install_puts_everything_in_its_place():
         need(os.path.getsize(os.path.join(path, "usr/local", name)) > 500, name)
 
 
-def main():
-    global TMP
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="dsv4-cli-") as TMP:
-        os.environ["XDG_CACHE_HOME"] = os.path.join(TMP, "cache")
-        for fn in TESTS:
-            try:
-                figure = fn()
-                print(f"ok   cli: {fn.__name__}" + (f"  {figure}" if figure else ""), flush=True)
-            except Exception as e:
-                failed += 1
-                print(f"FAIL cli: {fn.__name__}: {type(e).__name__}: {e}", flush=True)
-    return failed > 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("cli"))

@@ -1,0 +1,192 @@
+"""Long prompts: spans, KV that does not fit, context that is parked and found again.
+
+usage: test_long.py DSV4 MKMODEL [--stress].  The model has one layer of each kind; --stress puts
+200,000 tokens through it where the tests take 12,000.
+"""
+
+import glob
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+from harness import DSV4, TMP, dsv4, eval_logits, ids_file, mkmodel, need, refuses, run, test
+
+STRESS = "--stress" in sys.argv
+N = 200_000 if STRESS else 12_000
+SEGMENT = 4096
+
+
+def model():
+    return mkmodel("1m", "1m", "--experts", 32)
+
+
+def tokens(n, seed=1):
+    rng = random.Random(seed)
+    return [rng.randrange(3, 507) for _ in range(n)]
+
+
+def stats(command, ids, *flags):
+    out = os.path.join(TMP, "stats.json")
+    dsv4(command, "-m", model(), "--ids", ids_file(ids), "--stats", out, "-q", *flags)
+    return json.load(open(out))
+
+
+def answer(ids, *flags):
+    """The ids of a short answer, and what was said beside them."""
+    out, err = dsv4("run", "-m", model(), "--ids", ids_file(ids), "--print-ids", "--temp", 0, "-n",
+                    8, "--ram", "256M", *flags)
+    return out.decode(), err
+
+
+def segments(folder):
+    return sorted(glob.glob(os.path.join(TMP, folder, "*.seg")), key=os.path.getmtime)
+
+
+@test
+def same_logits_wherever_kv_lies():
+    ids, ctx = tokens(N), ("--decode-from", N - 40, "--ram", "2G" if STRESS else "400M")
+    all_in_ram, _ = eval_logits(model(), ids, *ctx)
+    kv = stats("eval", ids[:100], "--ctx", N, *ctx[2:])["plan"]
+    for ram in (kv["kv_least"], kv["kv_least"] + kv["kv_index"], kv["kv"] - 4096):
+        got, _ = eval_logits(model(), ids, *ctx, "--kv-ram", ram, "--kv-dir", TMP)
+        need((got == all_in_ram).all(), f"--kv-ram {ram} changes logits")
+        used = stats("eval", ids, *ctx, "--kv-ram", ram, "--kv-dir", TMP)["kv_bytes"]
+        need(used["file"] > 0 and used["read"] > 0, f"--kv-ram {ram}: nothing was in the file")
+    if not STRESS:
+        plain, _ = eval_logits(model(), ids, *ctx, "--no-rounding")
+        got, _ = eval_logits(model(), ids, *ctx, "--no-rounding", "--kv-ram", 4 * kv["kv_least"],
+                             "--kv-dir", TMP)
+        need((got == plain).all(), "without roundings logits change")
+
+
+@test
+def same_logits_for_every_span_and_chunk():
+    ids = tokens(5000)
+    whole, _ = eval_logits(model(), ids, "--ram", "400M")
+    for flags in (("--span", 512), ("--span", 1111), ("--chunk", 100), ("--span", 4096)):
+        got, _ = eval_logits(model(), ids, "--ram", "400M", *flags)
+        need((got == whole).all(), f"{flags} change logits")
+
+
+@test
+def each_expert_is_read_once_a_span():
+    for n, span in ((8192, 1024), (5000, 4096), (3000, 3000)):
+        s = stats("eval", tokens(n), "--ram", "64M", "--span", span)
+        passes = -(-n // span)
+        need(s["passes"] == passes, f"{n} by {span}: {s['passes']} passes")
+        need(s["experts"]["uses"] == passes * 3 * 32, f"{n} by {span}: {s['experts']}")
+        need(s["experts"]["disk_reads"] <= passes * 3 * 32, str(s["experts"]))
+
+
+@test
+def a_prompt_seen_before_is_not_read_again():
+    ids, kv = tokens(10_000, 2), ("--kv-dir", os.path.join(TMP, "kv-a"))
+    want, said = answer(ids, "--no-cache")
+    need("reused" not in said and not segments("kv-a"), "--no-cache parks")
+    first, said = answer(ids, *kv)
+    need("reused" not in said, said)
+    again, said = answer(ids, *kv)
+    need("reused 8,192 of 10,000 tokens" in said, said)
+    need(want == first == again, "the answers differ")
+    need(answer(ids[:SEGMENT], *kv)[0] == answer(ids[:SEGMENT], "--no-cache")[0], "one segment")
+    need("reused" not in answer(ids[:SEGMENT], *kv)[1], "a prompt needs a token to be read")
+    _, said = answer(ids[:5000] + tokens(3000, 3), *kv)
+    need("reused 4,096 of 8,000 tokens" in said, said)
+    s = stats("run", ids, *kv, "--temp", 0, "-n", 1, "--ram", "256M")
+    need(s["tokens"]["prefill"] == 10_000 - 2 * SEGMENT, str(s["tokens"]))
+    need(s["tokens"]["reused"] == 2 * SEGMENT, str(s["tokens"]))
+
+
+@test
+def a_resumed_prompt_gives_the_same_answer_wherever_kv_lies():
+    ids, kv = tokens(10_000, 4), ("--kv-dir", os.path.join(TMP, "kv-b"))
+    want, _ = answer(ids, *kv)
+    for flags in (("--kv-ram", "1500K"), ("--kv-ram", "800K")):
+        got, said = answer(ids, *kv, *flags)
+        need("reused 8,192" in said, said)
+        need(got == want, f"{flags} change the answer")
+        other = os.path.join(TMP, "kv-b" + flags[1])
+        need(answer(ids, "--kv-dir", other, *flags)[0] == want, f"{flags}, parked from the file")
+        for a, b in zip(segments("kv-b"), segments("kv-b" + flags[1])):
+            need(open(a, "rb").read() == open(b, "rb").read(), f"{flags}: other segments")
+
+
+@test
+def another_model_or_rounding_finds_nothing():
+    ids, kv = tokens(5000, 5), ("--kv-dir", os.path.join(TMP, "kv-c"))
+    answer(ids, *kv)
+    other = mkmodel("1m-other", "1m", "--experts", 32, "--seed", 9)
+    _, said = dsv4("run", "-m", other, "--ids", ids_file(ids), "--print-ids", "-n", 2, "--ram",
+                   "256M", *kv)
+    need("reused" not in said, said)
+
+
+@test
+def a_damaged_segment_is_read_again():
+    ids, kv = tokens(13_000, 6), ("--kv-dir", os.path.join(TMP, "kv-d"))
+    want, _ = answer(ids, *kv)
+    for which, reused in ((2, "8,192"), (0, None)):
+        path = segments("kv-d")[which]
+        data = bytearray(open(path, "rb").read())
+        data[len(data) // 2] ^= 16
+        open(path, "wb").write(data)
+        got, said = answer(ids, *kv)
+        need(got == want, "a damaged segment changes the answer")
+        need(f"reused {reused} of" in said if reused else "reused" not in said, said)
+        need("reused 12,288" in answer(ids, *kv)[1], "it was not parked again")
+
+
+@test
+def killed_while_parking_goes_on_from_what_is_whole():
+    ids, kv = tokens(30_000, 7), ("--kv-dir", os.path.join(TMP, "kv-e"))
+    want, _ = answer(ids, "--no-cache")
+    command = [DSV4, "run", "-m", model(), "--ids", ids_file(ids, "killed.txt"), "--print-ids",
+               "-n", "2", "--ram", "40M", "-q", *kv]
+    rng, found = random.Random(8), 0
+    for _ in range(5):
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline, had = time.time() + 60, len(segments("kv-e"))
+        while len(segments("kv-e")) == had and p.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        p.kill()
+        p.wait()
+        found = max(found, len(segments("kv-e")))
+    need(found > 0, "nothing was parked before the kill")
+    got, said = answer(ids, *kv)
+    need("reused" in said, said)
+    need(got == want, "the answer differs")
+    return f"{found} segments were whole"
+
+
+@test
+def a_full_disk_is_said_and_changes_nothing():
+    ids = tokens(10_000, 9)
+    small = os.path.join(TMP, "small")
+    os.makedirs(small, exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", small],
+                      capture_output=True).returncode:
+        return "not run: no mount here"
+    try:
+        want, _ = answer(ids, "--no-cache")
+        got, said = answer(ids, "--kv-dir", small)
+        need("not parked" in said and "No space" in said, said)
+        need(got == want, "the answer differs")
+        refuses("No space", "run", "-m", model(), "--ids", ids_file(ids), "--print-ids", "-n", 8,
+                "--ram", "256M", "--no-cache", "--kv-ram", "800K", "--kv-dir", small)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@test
+def kv_that_cannot_fit_is_refused_with_the_numbers():
+    line = ("run", "-m", model(), "--ids", ids_file(tokens(10_000)), "--print-ids", "--ram", "256M")
+    refuses("--kv-ram", *line, "--kv-ram", "100K")
+    refuses("no-such", *line, "--kv-ram", "800K", "--kv-dir", "/proc/no-such")
+
+
+if __name__ == "__main__":
+    sys.exit(run("long"))
