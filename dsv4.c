@@ -89,7 +89,7 @@ static void arena_close(arena *a) {
     *a = (arena){0};
 }
 
-static double now_s(void) {
+double now_s(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;

@@ -1612,12 +1612,6 @@ static void measure_stream(dsv4_exec *ex, const measure_args *a) {
     exec_for(ex, a->n_mb, 1, measure_read, a);
 }
 
-static double now_s(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* Seconds of the fastest pass within `seconds`; there is at least one. */
 static double best_pass(void (*pass)(dsv4_exec *, const measure_args *), dsv4_exec *ex,
                         const measure_args *a, double seconds) {
