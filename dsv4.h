@@ -45,6 +45,8 @@ typedef struct { char msg[768]; } dsv4_err;
 
 /* Write one line into err->msg and return -1, so that callers can `return fail(err, ...)`. */
 int fail(dsv4_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Seconds of a clock that only goes forward. */
+double now_s(void);
 
 /* One block of memory, handed out front to back; with base NULL it only counts, so that one layout
  * function serves the plan and the real thing. */
@@ -544,6 +546,16 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
 
 /* === 7. Text ================================================================================== */
 
+/* Bytes that grow as they are written to.  Once there is no memory nothing more goes in and
+ * `failed` stays set, so that many writes need one look.  Zeroed at first; the owner frees s. */
+typedef struct { char *s; size_t n, cap; bool failed; } buffer;
+void put_bytes(buffer *b, const char *s, size_t n);
+void put_text(buffer *b, const char *s);
+
+/* Tokens, likewise. */
+typedef struct { int32_t *id; size_t n, cap; } id_list;
+int ids_push(id_list *l, int32_t id, dsv4_err *err);
+
 typedef struct tok tok;
 /* Read DIR/tokenizer.json: byte-level BPE (M4). */
 int tok_open(tok **out, const char *dir, dsv4_err *err);
@@ -551,21 +563,20 @@ int tok_open(tok **out, const char *dir, dsv4_err *err);
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err);
 void tok_close(tok *t);
 int tok_n_ids(const tok *t);       /* highest id + 1 */
-/* Ids of len bytes of text; invalid UTF-8 becomes U+FFFD first, as Python's errors="replace".
- * `special`: added tokens in the text are matched as such, else they are plain text.
- * On 0 the caller frees *ids. */
-int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t **ids,
-               size_t *n, dsv4_err *err);
+/* Append the ids of len bytes of text, all or none; invalid UTF-8 becomes U+FFFD first, as Python's
+ * errors="replace".  `special`: added tokens in the text are matched as such, else they are plain
+ * text. */
+int tok_encode(const tok *t, const char *text, size_t len, bool special, id_list *out,
+               dsv4_err *err);
 /* The bytes that id stands for (empty for an unknown id); borrowed.  May split a character. */
 const char *tok_bytes(const tok *t, int32_t id, size_t *len);
 int32_t tok_special(const tok *t, const char *content); /* id of an added token, or -1 */
 
 /* Cuts a stream of bytes at character ends, so that what is printed is always valid UTF-8. */
 typedef struct { unsigned char held[4]; int n_held; } utf8_stream;
-/* Feed len bytes; whole characters go to out (room for 3 * (len + 4) bytes), broken ones as
- * U+FFFD; the number of bytes written is returned.  len 0 ends the stream: what is held comes
- * out. */
-size_t utf8_push(utf8_stream *s, const char *bytes, size_t len, char *out);
+/* Feed len bytes; whole characters are added to out, broken ones as U+FFFD.  len 0 ends the stream:
+ * what is held comes out. */
+void utf8_push(utf8_stream *s, const char *bytes, size_t len, buffer *out);
 
 /* Cuts a stream of bytes off where one of n_words strings begins.  Zeroed but for words. */
 enum { MAX_STOPS = 8, MAX_STOP_BYTES = 256 };
@@ -576,9 +587,9 @@ typedef struct {
     size_t n_held;
     bool hit;
 } stop_filter;
-/* Feed len bytes; what is certain goes to out (room for len + MAX_STOP_BYTES), its length is
- * returned.  After a hit nothing more comes.  len 0 ends the stream: what is held comes out. */
-size_t stop_push(stop_filter *f, const char *bytes, size_t len, char *out);
+/* Feed len bytes; what is certain is added to out.  After a hit nothing more comes.  len 0 ends the
+ * stream: what is held comes out. */
+void stop_push(stop_filter *f, const char *bytes, size_t len, buffer *out);
 
 struct json_t;                     /* jansson's; a request is OpenAI-shaped JSON                */
 
@@ -597,8 +608,8 @@ typedef struct {
  * the caller frees *out. */
 int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err);
 void prompt_free(prompt *p);
-/* On 0 the caller frees *ids. */
-int prompt_encode(const tok *t, const prompt *p, int32_t **ids, size_t *n, dsv4_err *err);
+/* Append its ids, all or none. */
+int prompt_encode(const tok *t, const prompt *p, id_list *out, dsv4_err *err);
 /* A message {"role": role, "content": text}, invalid UTF-8 in it replaced; NULL: out of memory. */
 struct json_t *prompt_message(const char *role, const char *text, size_t len);
 

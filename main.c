@@ -7,14 +7,15 @@
  * manual page and the completions of both shells from the help.
  *
  * Exit codes  0 done, 1 failed, 2 usage, 130 interrupted.
- * Contents    1 flags   2 files and output   3 progress and tables   4 the model behind a
- *             command   5 the answer   6 run   7 chat   8 eval   9 prompt, tokenize
- *             10 plan, check   11 bench   12 help
+ * Contents    1 files and output   2 progress, tables, JSON   3 the model behind a command
+ *             4 the answer   5 run   6 chat   7 eval   8 prompt, tokenize   9 plan, check
+ *             10 bench   11 flags, help, main
  * Not here    anything that could be tested without a terminal                                 */
 #define _GNU_SOURCE
 #include "dsv4.h"
 
 #include <assert.h>
+#include <ctype.h>
 #include <errno.h>
 #include <histedit.h>
 #include <jansson.h>
@@ -43,9 +44,21 @@ enum {
     PLAIN_SECONDS = 10,            /* at most, between two progress lines without a terminal    */
     TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
     MUCH_SECONDS = 10,             /* a turn that takes longer is announced                     */
+    FILE_MAX = 1 << 30,            /* bytes of text or ids given by a person                    */
 };
 
-static const uint64_t FILE_MAX = (uint64_t)1 << 30;   /* of text or ids given by a person */
+typedef struct { const char *word[MAX_STOPS]; int n; } word_list;
+
+typedef struct {                   /* everything a command line can say                         */
+    const char *model, *prompt, *file, *ids, *logits, *stats, *operand, *system, *effort, *gen;
+    const char *trace, *kv_dir, *operand2;
+    word_list stop;
+    int64_t n_answer, n_bench, ctx, decode_from, chunk, span, threads, top_k;
+    uint64_t ram, kv_ram, kv_disk, seed;
+    double temp, top_p, min_p, penalty;                /* -1: as the model's makers say         */
+    bool raw, print_ids, no_think, no_rounding, no_loop_guard, quiet, decode, as_ids, json, hash;
+    bool no_cache;
+} args;
 
 /* Ctrl-C and SIGTERM, read many times a layer; a resized terminal. */
 static volatile sig_atomic_t interrupted, terminated, resized;
@@ -59,367 +72,44 @@ static void on_signal(int sig) {
     }
 }
 
-/* === 1. Flags ================================================================================= */
+/* === 1. Files and output ====================================================================== */
 
-enum {
-    CMD_RUN = 1, CMD_CHAT = 2, CMD_EVAL = 4, CMD_PROMPT = 8, CMD_TOKENIZE = 16, CMD_PLAN = 32,
-    CMD_CHECK = 64, CMD_VERSION = 128, CMD_HELP = 256, CMD_BENCH = 512,
-    CMD_ANSWER = CMD_RUN | CMD_CHAT,
-    CMD_ENGINE = CMD_ANSWER | CMD_EVAL | CMD_BENCH,
-    CMD_BUDGET = CMD_ENGINE | CMD_PLAN,
-};
-
-typedef struct { const char *word[MAX_STOPS]; int n; } word_list;
-
-typedef struct {                   /* everything a command line can say                         */
-    const char *model, *prompt, *file, *ids, *logits, *stats, *operand, *system, *effort, *gen;
-    const char *trace, *kv_dir;
-    word_list stop;
-    int64_t n_answer, n_bench, ctx, decode_from, chunk, span, threads, top_k;
-    uint64_t ram, kv_ram, kv_disk, seed;
-    double temp, top_p, min_p, penalty;                /* -1: as the model's makers say         */
-    bool raw, print_ids, no_think, no_rounding, no_loop_guard, quiet, decode, as_ids, json, hash;
-    bool no_cache;
-} args;
-
-typedef enum { ARG_TEXT, ARG_LIST, ARG_COUNT, ARG_SIZE, ARG_SEED, ARG_REAL, ARG_BOOL } arg_kind;
-
-typedef struct {
-    const char *name, *value;      /* "--temp", "T"; value NULL for a switch                    */
-    const char *help;
-    int commands;                  /* which take it                                             */
-    arg_kind kind;
-    size_t at;                     /* its place in args                                         */
-    double lo, hi;                 /* of numbers                                                */
-} flag;
-
-#define AT(field) offsetof(args, field)
-static const flag flags[] = {
-    {"-m", "DIR", "the model's directory", CMD_BUDGET | CMD_PROMPT | CMD_TOKENIZE, ARG_TEXT,
-     AT(model), 0, 0},
-    {"-p", "TEXT", "the prompt", CMD_RUN, ARG_TEXT, AT(prompt), 0, 0},
-    {"-f", "FILE", "a text file, - for stdin", CMD_RUN | CMD_EVAL | CMD_TOKENIZE, ARG_TEXT,
-     AT(file), 0, 0},
-    {"--ids", "FILE", "a file of token ids, separated by white space", CMD_RUN | CMD_EVAL,
-     ARG_TEXT, AT(ids), 0, 0},
-    {"--ids", NULL, "write the token ids (needs -m)", CMD_PROMPT, ARG_BOOL, AT(as_ids), 0, 0},
-    {"--decode", NULL, "from ids to text", CMD_TOKENIZE, ARG_BOOL, AT(decode), 0, 0},
-    {"-n", "N", "tokens of an answer at most, thoughts included (4096)", CMD_ANSWER, ARG_COUNT,
-     AT(n_answer), 1, 1e9},
-    {"--system", "TEXT", "the system prompt", CMD_ANSWER, ARG_TEXT, AT(system), 0, 0},
-    {"--no-think", NULL, "answer without thinking first", CMD_ANSWER, ARG_BOOL, AT(no_think), 0,
-     0},
-    {"--effort", "LEVEL", "how hard to think: low, high or max", CMD_ANSWER, ARG_TEXT,
-     AT(effort), 0, 0},
-    {"--raw", NULL, "continue the text instead of answering it", CMD_RUN, ARG_BOOL, AT(raw), 0,
-     0},
-    {"--temp", "T", "temperature, 0 for the likeliest token (the model's, else 1)", CMD_ANSWER,
-     ARG_REAL, AT(temp), 0, 1e3},
-    {"--top-p", "P", "draw from the likeliest tokens that hold P (the model's, else 1)",
-     CMD_ANSWER, ARG_REAL, AT(top_p), 0, 1},
-    {"--top-k", "K", "draw from the K likeliest tokens, 0 for all (the model's, else 0)",
-     CMD_ANSWER, ARG_COUNT, AT(top_k), 0, 1e9},
-    {"--min-p", "P", "drop tokens below P times the likeliest (the model's, else 0)", CMD_ANSWER,
-     ARG_REAL, AT(min_p), 0, 1},
-    {"--repetition-penalty", "X", "divide the logits of tokens already there (the model's, else 1)",
-     CMD_ANSWER, ARG_REAL, AT(penalty), 0.01, 100},
-    {"--seed", "S", "same seed, same text (0)", CMD_ANSWER, ARG_SEED, AT(seed), 0, 0},
-    {"--stop", "TEXT", "end the answer where TEXT begins; up to 8 times", CMD_ANSWER, ARG_LIST,
-     AT(stop), 0, 0},
-    {"--no-loop-guard", NULL, "go on when the answer goes round in circles", CMD_ANSWER, ARG_BOOL,
-     AT(no_loop_guard), 0, 0},
-    {"--print-ids", NULL, "print token ids instead of text", CMD_RUN, ARG_BOOL, AT(print_ids), 0,
-     0},
-    {"--tokens", "N", "tokens to decode (64)", CMD_BENCH, ARG_COUNT, AT(n_bench), 1, 1e6},
-    {"--trace", "FILE", "write token, layer and experts of each step", CMD_BENCH, ARG_TEXT,
-     AT(trace), 0, 0},
-    {"--logits", "OUT.npy", "write the logits, float32 [n, vocab]", CMD_EVAL, ARG_TEXT,
-     AT(logits), 0, 0},
-    {"--decode-from", "K", "ids from K on go one at a time", CMD_EVAL, ARG_COUNT,
-     AT(decode_from), 0, 1e9},
-    {"--no-rounding", NULL, "leave out the model's deliberate roundings", CMD_EVAL, ARG_BOOL,
-     AT(no_rounding), 0, 0},
-    {"--chunk", "N", "tokens to put through at once", CMD_EVAL, ARG_COUNT, AT(chunk), 1, 1e9},
-    {"--span", "N", "tokens to put through each layer at once (what memory allows)", CMD_EVAL,
-     ARG_COUNT, AT(span), 1, 1e9},
-    {"--generation", "GEN", "v4 or 0731, the two prompt formats (the model's, else v4)",
-     CMD_PROMPT, ARG_TEXT, AT(gen), 0, 0},
-    {"-t", "N", "threads (all processors); also --threads", CMD_BUDGET, ARG_COUNT, AT(threads), 1,
-     MAX_THREADS},
-    {"--ram", "SIZE", "memory to use, as 512M or 16G (most of what is free)", CMD_BUDGET,
-     ARG_SIZE, AT(ram), 0, 0},
-    {"--ctx", "N", "tokens of context to make room for (what is needed; chat and plan: 32768)",
-     CMD_BUDGET, ARG_COUNT, AT(ctx), 1, 1e9},
-    {"--kv-ram", "SIZE", "of --ram, for KV; what does not fit goes to --kv-dir (a quarter of --ram)",
-     CMD_BUDGET, ARG_SIZE, AT(kv_ram), 0, 0},
-    {"--kv-dir", "DIR", "for KV that does not fit, and parked context (~/.cache/dsv4/kv)",
-     CMD_BUDGET, ARG_TEXT, AT(kv_dir), 0, 0},
-    {"--kv-disk", "SIZE", "what parked context may take of the disk (32G)", CMD_ANSWER, ARG_SIZE,
-     AT(kv_disk), 0, 0},
-    {"--no-cache", NULL, "neither reuse parked context nor park any", CMD_ANSWER, ARG_BOOL,
-     AT(no_cache), 0, 0},
-    {"--stats", "FILE", "write counters and times as JSON", CMD_ENGINE, ARG_TEXT, AT(stats), 0,
-     0},
-    {"--hash", NULL, "read every shard whole and compare with the last time", CMD_CHECK, ARG_BOOL,
-     AT(hash), 0, 0},
-    {"--json", NULL, "one JSON object instead of a table", CMD_CHECK | CMD_PLAN, ARG_BOOL,
-     AT(json), 0, 0},
-    {"-q", NULL, "no progress, no tables, no thoughts", CMD_ENGINE | CMD_CHECK, ARG_BOOL,
-     AT(quiet), 0, 0},
-};
-enum { N_FLAGS = sizeof flags / sizeof *flags };
-
-static int cmd_run(const args *a, dsv4_err *err);
-static int cmd_chat(const args *a, dsv4_err *err);
-static int cmd_eval(const args *a, dsv4_err *err);
-static int cmd_prompt(const args *a, dsv4_err *err);
-static int cmd_tokenize(const args *a, dsv4_err *err);
-static int cmd_plan(const args *a, dsv4_err *err);
-static int cmd_check(const args *a, dsv4_err *err);
-static int cmd_bench(const args *a, dsv4_err *err);
-static int cmd_version(const args *a, dsv4_err *err);
-static int cmd_help(const args *a, dsv4_err *err);
-
-typedef struct {
-    const char *name, *usage, *help;
-    int bit;
-    int (*run)(const args *a, dsv4_err *err);
-} command;
-
-static const command commands[] = {
-    {"run", "-m DIR (-p TEXT | -f FILE | --ids FILE) [flags]", "answer or continue a text",
-     CMD_RUN, cmd_run},
-    {"chat", "-m DIR [flags]", "talk with the model; /help lists what it understands", CMD_CHAT,
-     cmd_chat},
-    {"eval", "-m DIR (-f FILE | --ids FILE) [flags]", "score a text: mean NLL and perplexity",
-     CMD_EVAL, cmd_eval},
-    {"prompt", "[-m DIR] [--generation GEN] [--ids]",
-     "turn an OpenAI-style request on stdin into the model's prompt", CMD_PROMPT, cmd_prompt},
-    {"tokenize", "-m DIR [-f FILE] [--decode]", "turn text into token ids, or ids into text",
-     CMD_TOKENIZE, cmd_tokenize},
-    {"plan", "-m DIR [--ram SIZE] [--ctx N] [--json]",
-     "say what would live where, and how fast that can be here", CMD_PLAN, cmd_plan},
-    {"check", "DIR [--hash] [--json]", "say what a model is and whether it is whole", CMD_CHECK,
-     cmd_check},
-    {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
-     "measure decode against memory, processor and disk", CMD_BENCH, cmd_bench},
-    {"version", "", "print the version", CMD_VERSION, cmd_version},
-    {"help", "[COMMAND]", "print this, or a command's flags", CMD_HELP, cmd_help},
-};
-enum { N_COMMANDS = sizeof commands / sizeof *commands };
-
-static const command *find_command(const char *name) {
-    for (int i = 0; i < N_COMMANDS; i++)
-        if (!strcmp(name, commands[i].name)) return &commands[i];
-    return NULL;
-}
-
-static const flag *find_flag(const char *name, int command_bit) {
-    if (!strcmp(name, "--threads")) name = "-t";
-    for (int i = 0; i < N_FLAGS; i++)
-        if (!strcmp(name, flags[i].name) && (flags[i].commands & command_bit)) return &flags[i];
-    return NULL;
-}
-
-/* Letters to insert, drop or change between two short words. */
-static int edit_distance(const char *a, const char *b) {
-    int row[64], n = (int)strnlen(b, 63);
-    for (int j = 0; j <= n; j++) row[j] = j;
-    for (int i = 0; a[i]; i++) {
-        int diagonal = row[0];
-        row[0] = i + 1;
-        for (int j = 1; j <= n; j++) {
-            int best = diagonal + (a[i] != b[j - 1]);
-            diagonal = row[j];
-            if (row[j] + 1 < best) best = row[j] + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            row[j] = best;
-        }
-    }
-    return row[n];
-}
-
-/* Keep the word nearest to `asked` so far, if it is near at all. */
-static void nearer(const char *asked, const char *word, const char **best, int *distance) {
-    int d = edit_distance(asked, word), near = (int)strlen(asked) / 2;
-    if (d > near || (*best && d >= *distance)) return;
-    *best = word;
-    *distance = d;
-}
-
-static int unknown_flag(const command *c, const char *name, dsv4_err *err) {
-    const char *best = NULL;
-    int distance = 0;
-    for (int i = 0; i < N_FLAGS; i++)
-        if (flags[i].commands & c->bit) nearer(name, flags[i].name, &best, &distance);
-    return fail(err, "%s does not take %s%s%s; see dsv4 help %s", c->name, name,
-                best ? ", perhaps " : "", best ? best : "", c->name);
-}
-
-static int unknown_command(const char *name, dsv4_err *err) {
-    const char *best = NULL;
-    int distance = 0;
-    for (int i = 0; i < N_COMMANDS; i++) nearer(name, commands[i].name, &best, &distance);
-    return fail(err, "no command %s%s%s; see dsv4 help", name, best ? ", perhaps " : "",
-                best ? best : "");
-}
-
-/* "512M", "16G", "1.5G" or plain bytes. */
-static bool parse_size(const char *text, uint64_t *out) {
-    char *end;
-    double v = strtod(text, &end);
-    double unit = 1;
-    if (*end == 'K' || *end == 'k') unit = 1 << 10;
-    else if (*end == 'M' || *end == 'm') unit = 1 << 20;
-    else if (*end == 'G' || *end == 'g') unit = 1 << 30;
-    else if (*end == 'T' || *end == 't') unit = (double)((uint64_t)1 << 40);
-    if (unit > 1) end++;
-    if (end == text || *end || !(v > 0) || v * unit > 1e18) return false;
-    *out = (uint64_t)(v * unit);
-    return true;
-}
-
-static int flag_set(args *a, const flag *f, const char *value, dsv4_err *err) {
-    void *place = (char *)a + f->at;
-    char *end = NULL;
-    word_list *list = place;
-    double real;
-    switch (f->kind) {
-    case ARG_TEXT: *(const char **)place = value; return 0;
-    case ARG_BOOL: *(bool *)place = true; return 0;
-    case ARG_LIST:
-        if (!*value || strlen(value) >= MAX_STOP_BYTES)
-            return fail(err, "%s takes 1 to %d bytes", f->name, MAX_STOP_BYTES - 1);
-        if (list->n == MAX_STOPS) return fail(err, "%s at most %d times", f->name, MAX_STOPS);
-        list->word[list->n++] = value;
-        return 0;
-    case ARG_SIZE:
-        if (parse_size(value, place)) return 0;
-        return fail(err, "%s %s is not a size; write it as 512M or 16G", f->name, value);
-    case ARG_SEED:
-        errno = 0;
-        *(uint64_t *)place = strtoull(value, &end, 10);
-        if (*value >= '0' && *value <= '9' && !*end && !errno) return 0;
-        return fail(err, "%s %s is not a whole number from 0 up", f->name, value);
-    case ARG_COUNT:
-    case ARG_REAL: break;
-    }
-    real = strtod(value, &end);
-    if (end == value || *end || !(real >= f->lo && real <= f->hi) ||
-        (f->kind == ARG_COUNT && real != floor(real)))
-        return fail(err, "%s %s is not a %snumber from %g to %g", f->name, value,
-                    f->kind == ARG_COUNT ? "whole " : "", f->lo, f->hi);
-    if (f->kind == ARG_REAL) *(double *)place = real;
-    else *(int64_t *)place = (int64_t)real;
-    return 0;
-}
-
-static int args_check(const args *a, const command *c, dsv4_err *err) {
-    static const char *const efforts = " low high max ", *const gens = " v4 0731 ";
-    char word[32];
-    if ((c->bit & (CMD_BUDGET | CMD_TOKENIZE)) && !a->model)
-        return fail(err, "%s needs -m DIR", c->name);
-    if (a->as_ids && !a->model) return fail(err, "prompt --ids needs -m DIR for its tokenizer");
-    if (c->bit == CMD_CHECK && !a->operand) return fail(err, "check needs a directory");
-    int sources = !!a->prompt + !!a->file + !!a->ids;
-    if ((c->bit & (CMD_RUN | CMD_EVAL)) && sources != 1)
-        return fail(err, "%s needs one of %s-f FILE, --ids FILE", c->name,
-                    c->bit == CMD_RUN ? "-p TEXT, " : "");
-    snprintf(word, sizeof word, " %.20s ", a->effort ? a->effort : "low");
-    if (!strstr(efforts, word)) return fail(err, "--effort %s is not low, high or max", a->effort);
-    snprintf(word, sizeof word, " %.20s ", a->gen ? a->gen : "v4");
-    if (!strstr(gens, word)) return fail(err, "--generation %s is not v4 or 0731", a->gen);
-    return 0;
-}
-
-/* Fill *a from the words behind the command; -1 is a usage error. */
-static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err *err) {
-    *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
-                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1,
-                .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & CMD_ANSWER)};
-    bool takes_operand = c->bit & (CMD_CHECK | CMD_HELP);
-    for (int i = 0; i < argc; i++) {
-        if (argv[i][0] != '-' && takes_operand && !a->operand) {
-            a->operand = argv[i];
-            continue;
-        }
-        const flag *f = find_flag(argv[i], c->bit);
-        if (!f) return unknown_flag(c, argv[i], err);
-        if (f->value && i + 1 == argc)
-            return fail(err, "%s needs %s behind it", argv[i], f->value);
-        if (flag_set(a, f, f->value ? argv[++i] : NULL, err)) return -1;
-    }
-    return args_check(a, c, err);
-}
-
-/* === 2. Files and output ====================================================================== */
-
-typedef struct { char *bytes; size_t len, cap; } text;
-
-/* Append n bytes; -1: memory or FILE_MAX do not allow it. */
-static int text_add(text *t, const char *bytes, size_t n, dsv4_err *err) {
-    if (n > FILE_MAX || t->len + n > FILE_MAX)
-        return fail(err, "a text of more than 1 GB: split it");
-    if (t->len + n > t->cap) {
-        size_t cap = 2 * (t->len + n) + 4096;
-        char *grown = realloc(t->bytes, cap);
-        if (!grown) return fail(err, "out of memory for a text of %zu bytes", t->len + n);
-        t->bytes = grown;
-        t->cap = cap;
-    }
-    if (n) memcpy(t->bytes + t->len, bytes, n);
-    t->len += n;
-    return 0;
-}
-
-/* Read a whole file, "-" for stdin.  On 0 the caller frees out->bytes. */
-static int read_text(text *out, const char *path, dsv4_err *err) {
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
+/* Read a whole file, "-" for stdin.  The caller frees out->s, which ends in a 0 that out->n does
+ * not count. */
+static int read_file(buffer *out, const char *path, dsv4_err *err) {
     char part[1 << 16];
     size_t got;
-    int rc = 0;
-    *out = (text){0};
-    while (rc == 0 && (got = fread(part, 1, sizeof part, f)) > 0)
-        rc = text_add(out, part, got, err);
-    if (rc == 0 && ferror(f)) rc = fail(err, "read %s: %s", path, strerror(errno));
-    else if (rc == 0 && out->len == 0) rc = fail(err, "%s is empty: nothing to do", path);
+    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
+    while (out->n <= FILE_MAX && !out->failed && (got = fread(part, 1, sizeof part, f)) > 0)
+        put_bytes(out, part, got);
+    int rc = ferror(f)             ? fail(err, "read %s: %s", path, strerror(errno))
+             : out->n > FILE_MAX   ? fail(err, "a text of more than 1 GB: split it")
+             : out->n == 0         ? fail(err, "%s is empty: nothing to do", path) : 0;
     if (f != stdin) fclose(f);
-    if (rc) free(out->bytes);
+    put_bytes(out, "", 1);
+    if (out->failed) return fail(err, "out of memory for %s", path);
+    out->n--;
     return rc;
 }
 
-typedef struct { int32_t *id; size_t n; } id_list;
-
-/* White-space-separated ids.  On 0 the caller frees out->id. */
+/* Ids with white space between.  The caller frees out->id. */
 static int read_ids(id_list *out, const char *path, dsv4_err *err) {
-    text t;
-    if (read_text(&t, path, err)) return -1;
-    int32_t *id = malloc((t.len / 2 + 1) * sizeof *id);
-    size_t n = 0;
-    int rc = id ? 0 : fail(err, "out of memory for the ids of %s", path);
-    for (size_t i = 0; i < t.len && rc == 0;) {
-        unsigned char ch = (unsigned char)t.bytes[i];
-        int64_t v = 0;
-        size_t begin = i;
-        if (strchr(" \t\r\n\v\f", ch) && ch) {
-            i++;
-            continue;
-        }
-        while (i < t.len && t.bytes[i] >= '0' && t.bytes[i] <= '9' && v <= INT32_MAX)
-            v = 10 * v + (t.bytes[i++] - '0');
-        if (i == begin || v > INT32_MAX || (i < t.len && (!t.bytes[i] ||
-                                                          !strchr(" \t\r\n\v\f", t.bytes[i]))))
+    static const char white[] = " \t\r\n\v\f";
+    buffer t = {0};
+    int rc = read_file(&t, path, err);
+    for (char *s = t.s, *end = s + t.n, *next; rc == 0; s = next) {
+        s += strspn(s, white);
+        if (s == end) break;
+        next = s + strspn(s, "0123456789");
+        long long id = strtoll(s, NULL, 10);
+        if (next == s || id > INT32_MAX || (next < end && !strspn(next, white)))
             rc = fail(err, "%s: byte %zu does not begin a token id; write ids as whole numbers "
-                      "with spaces between", path, begin);
-        else
-            id[n++] = (int32_t)v;
+                      "with spaces between", path, (size_t)(s - t.s));
+        else rc = ids_push(out, (int32_t)id, err);
     }
-    free(t.bytes);
-    if (rc == 0 && n == 0) rc = fail(err, "%s holds no ids: nothing to do", path);
-    if (rc) free(id);
-    else *out = (id_list){id, n};
-    return rc;
+    free(t.s);
+    return rc || out->n ? rc : fail(err, "%s holds no ids: nothing to do", path);
 }
 
 /* A file that appears under its name only when it is whole. */
@@ -477,7 +167,39 @@ static bool model_path(char *out, size_t size, const char *what, const char *dir
     return user_path(out, size, "XDG_CACHE_HOME", ".cache", name);
 }
 
-/* === 3. Progress and tables =================================================================== */
+/* A word that is none of ours, and the nearest of ours to put into the message. */
+typedef struct { const char *asked; char perhaps[64]; int distance; } guess;
+
+/* Letters to insert, drop or change between two short words. */
+static int edit_distance(const char *a, const char *b) {
+    int row[64], n = (int)strnlen(b, 63);
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 0; a[i]; i++) {
+        int diagonal = row[0];
+        row[0] = i + 1;
+        for (int j = 1; j <= n; j++) {
+            int best = diagonal + (a[i] != b[j - 1]);
+            diagonal = row[j];
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            row[j] = best;
+        }
+    }
+    return row[n];
+}
+
+static void consider(guess *g, const char *word) {
+    int d = edit_distance(g->asked, word);
+    if (d > (int)strlen(g->asked) / 2 || (*g->perhaps && d >= g->distance)) return;
+    snprintf(g->perhaps, sizeof g->perhaps, ", perhaps %s", word);
+    g->distance = d;
+}
+
+static bool is_effort(const char *s) {
+    return !strcmp(s, "low") || !strcmp(s, "high") || !strcmp(s, "max");
+}
+
+/* === 2. Progress, tables, JSON ================================================================ */
 
 static double rate(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }
 
@@ -512,18 +234,17 @@ static void status_clear(status_line *s) {
 
 /* "[=====>    ] reading 42%: 1234 of 5678 tokens, 12.3 tokens/s, 1.90 GB/s, 0:42 left" */
 static void status_draw(status_line *s, double share, double t) {
-    char line[256];
+    char line[256], tokens[96] = "", disk[32] = "";
     double spent = t - s->began, left = share > 0 ? spent / share * (1 - share) : 0;
-    double tokens = share * (double)s->n_total;
-    int n = snprintf(line, sizeof line, "%s %.0f%%:", s->phase, 100 * share);
+    double n_tokens = share * (double)s->n_total;
     if (s->n_total)
-        n += snprintf(line + n, sizeof line - (size_t)n, " %.0f of %lld tokens, %.1f tokens/s,",
-                      tokens, (long long)s->n_total, rate(tokens, spent));
+        snprintf(tokens, sizeof tokens, " %.0f of %lld tokens, %.1f tokens/s,", n_tokens,
+                 (long long)s->n_total, rate(n_tokens, spent));
     if (s->e)
-        n += snprintf(line + n, sizeof line - (size_t)n, " %.2f GB/s,", rate((double)(
-                      engine_offload_stats(s->e)->read_bytes - s->read_before) / 1e9, spent));
-    n += snprintf(line + n, sizeof line - (size_t)n, " %.0f:%02.0f left", floor(left / 60),
-                  floor(fmod(left, 60)));
+        snprintf(disk, sizeof disk, " %.2f GB/s,", rate((double)(
+                 engine_offload_stats(s->e)->read_bytes - s->read_before) / 1e9, spent));
+    int n = snprintf(line, sizeof line, "%s %.0f%%:%s%s %.0f:%02.0f left", s->phase, 100 * share,
+                     tokens, disk, floor(left / 60), floor(fmod(left, 60)));
     if (!s->bar) {
         fprintf(stderr, "%s\n", line);
         return;
@@ -582,52 +303,77 @@ static void print_plan(const dsv4_engine *e) {
             p->streamed ? " (read layer by layer)" : "", size_of(p->kv).text,
             size_of(p->work).text, p->n_slots, p->n_experts_total, size_of(p->slots).text,
             p->span);
+    if (p->kv_plan.file)
+        fprintf(stderr, "plan: KV %s in a file of --kv-dir\n", size_of(p->kv_plan.file).text);
     if (engine_note(e)) fprintf(stderr, "note: %s\n", engine_note(e));
 }
 
 /* Where the bytes came from, and how fast. */
 static void print_tiers(const dsv4_engine *e) {
+    static const char dense_row[] = "%-10s %12s %8s %12.3f %10.2f\n";
+    static const char phase_row[] = "%-10s %12.0f %8.2f %12.2f\n";
     const dsv4_stats *s = engine_stats(e);
     const cache_stats *x = engine_expert_stats(e);
     const dsv4_plan *p = engine_plan(e);
-    uint64_t peak, hits = s->expert_uses - x->misses;
-    uint64_t dense = engine_offload_stats(e)->read_bytes - s->dense_bytes - x->read_bytes;
     double busy = s->prefill_s + s->decode_s, asked = (double)s->expert_uses;
+    double misses = (double)x->misses, hits = asked - misses, read_gb = (double)x->read_bytes / 1e9;
+    double start_gb = (double)s->dense_bytes / 1e9, hit_gb = hits * (double)p->slot_bytes / 1e9;
+    double all_gb = (double)engine_offload_stats(e)->read_bytes / 1e9;
+    double streamed_gb = all_gb - start_gb - read_gb;
+    double prefill = (double)s->prefill_tokens, decode = (double)s->decode_tokens;
+    uint64_t peak;
     machine_rss(NULL, &peak);
     fprintf(stderr, "\n%-10s %12s %8s %12s %10s\n", "tier", "experts", "share", "GB", "GB/s");
-    fprintf(stderr, "%-10s %12llu %7.1f%% %12.3f %10s\n", "RAM", (unsigned long long)hits,
-            100 * rate((double)hits, asked), (double)hits * (double)p->slot_bytes / 1e9, "-");
-    fprintf(stderr, "%-10s %12llu %7.1f%% %12.3f %10.2f\n", "disk",
-            (unsigned long long)x->misses, 100 * rate((double)x->misses, asked),
-            (double)x->read_bytes / 1e9, rate((double)x->read_bytes / 1e9, busy));
+    fprintf(stderr, "%-10s %12.0f %7.1f%% %12.3f %10s\n", "RAM", hits, 100 * rate(hits, asked),
+            hit_gb, "-");
+    fprintf(stderr, "%-10s %12.0f %7.1f%% %12.3f %10.2f\n", "disk", misses,
+            100 * rate(misses, asked), read_gb, rate(read_gb, busy));
     if (p->streamed)
-        fprintf(stderr, "%-10s %12s %8s %12.3f %10.2f\n", "disk", "dense", "",
-                (double)dense / 1e9, rate((double)dense / 1e9, busy));
-    fprintf(stderr, "%-10s %12s %8s %12.3f %10.2f\n\n", "at start", "dense", "",
-            (double)s->dense_bytes / 1e9, rate((double)s->dense_bytes / 1e9, s->load_s));
-    fprintf(stderr, "%-10s %12s %8s %12s\n", "phase", "tokens", "s", "tokens/s");
-    fprintf(stderr, "%-10s %12llu %8.2f %12.2f\n", "prefill",
-            (unsigned long long)s->prefill_tokens, s->prefill_s,
-            rate((double)s->prefill_tokens, s->prefill_s));
-    fprintf(stderr, "%-10s %12llu %8.2f %12.2f\n", "decode",
-            (unsigned long long)s->decode_tokens, s->decode_s,
-            rate((double)s->decode_tokens, s->decode_s));
+        fprintf(stderr, dense_row, "disk", "dense", "", streamed_gb, rate(streamed_gb, busy));
+    fprintf(stderr, dense_row, "at start", "dense", "", start_gb, rate(start_gb, s->load_s));
+    fprintf(stderr, "\n%-10s %12s %8s %12s\n", "phase", "tokens", "s", "tokens/s");
+    fprintf(stderr, phase_row, "prefill", prefill, s->prefill_s, rate(prefill, s->prefill_s));
+    fprintf(stderr, phase_row, "decode", decode, s->decode_s, rate(decode, s->decode_s));
     fprintf(stderr, "waited %.2f s for the disk; peak memory %s of %s\n",
-            s->expert_wait_s + s->dense_wait_s,
-            size_of(peak).text, size_of(p->budget).text);
+            s->expert_wait_s + s->dense_wait_s, size_of(peak).text, size_of(p->budget).text);
 }
 
-/* One JSON object with every counter (DESIGN.md, "Numbers always at hand"). */
-static int write_stats(FILE *f, const dsv4_engine *e, dsv4_err *err) {
+/* One fact for programs: its name, "experts.uses" being in an object of its own; its value. */
+typedef struct { const char *name; json_t *value; } fact;
+#define N(name, x) {name, json_integer((json_int_t)(x))}
+#define R(name, x) {name, json_real(x)}
+#define B(name, x) {name, json_boolean(x)}
+#define S(name, x) {name, json_string(x)}
+
+/* Write facts, which are used up, as one JSON object.  Whoever closes f sees what could not be
+ * written. */
+static int write_json(FILE *f, const fact *facts, size_t n, dsv4_err *err) {
+    json_t *root = json_object();
+    int rc = 0;
+    for (size_t i = 0; i < n; i++) {
+        const char *name = facts[i].name, *dot = strchr(name, '.');
+        char group[32];
+        snprintf(group, sizeof group, "%.*s", dot ? (int)(dot - name) : 0, name);
+        json_t *in = dot ? json_object_get(root, group) : root;
+        if (!in) rc |= json_object_set_new(root, group, in = json_object());
+        rc |= json_object_set_new(in, dot ? dot + 1 : name, facts[i].value);
+    }
+    if (rc == 0) json_dumpf(root, f, JSON_INDENT(2));
+    fputc('\n', f);
+    json_decref(root);
+    return rc ? fail(err, "out of memory for the JSON output") : 0;
+}
+
+/* Every counter (DESIGN.md, "Numbers always at hand"). */
+static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_err *err) {
     const dsv4_stats *s = engine_stats(e);
     const offload_stats *o = engine_offload_stats(e);
     const cache_stats *x = engine_expert_stats(e);
     const dsv4_plan *p = engine_plan(e);
-    json_t *layers = json_array();
-    double op_total = 0;
+    json_t *ops = json_object(), *layers = json_array();
+    double op_total = 0, wait = s->expert_wait_s + s->dense_wait_s;
     uint64_t peak;
     machine_rss(NULL, &peak);
-    json_t *ops = json_object();
     for (int i = 0; i < OPC_N; i++) {
         json_object_set_new(ops, op_class_name[i], json_real(s->op_s[i]));
         op_total += s->op_s[i];
@@ -636,43 +382,41 @@ static int write_stats(FILE *f, const dsv4_engine *e, dsv4_err *err) {
         group_uses u = engine_layer_uses(e, l);
         json_array_append_new(layers, json_real(rate(u.hits, (double)u.hits + u.misses)));
     }
-    json_t *root = json_pack(
-        "{s:{s:I,s:I}, s:{s:f,s:f,s:f}, s:o, s:{s:I,s:I,s:I,s:I}, s:{s:I,s:I,s:I,s:I,s:I,s:o},"
-        " s:I, s:{s:I}, s:I, s:{s:I,s:I,s:b,s:I,s:I,s:I,s:I}, s:{s:f,s:f,s:f,s:f}}",
-        "tokens", "prefill", (json_int_t)s->prefill_tokens, "decode",
-        (json_int_t)s->decode_tokens,
-        "seconds", "load", s->load_s, "prefill", s->prefill_s, "decode", s->decode_s,
-        "op_seconds", ops,
-        "bytes_read", "dense_from_disk", (json_int_t)s->dense_bytes, "dense_streamed",
-        (json_int_t)(o->read_bytes - s->dense_bytes - x->read_bytes), "experts_from_disk",
-        (json_int_t)x->read_bytes, "reads", (json_int_t)o->reads,
-        "experts", "ram_hits", (json_int_t)(s->expert_uses - x->misses), "disk_reads",
-        (json_int_t)x->misses, "evictions", (json_int_t)x->evictions, "uses",
-        (json_int_t)s->expert_uses, "rows", (json_int_t)s->expert_rows, "hit_rate_by_layer",
-        layers,
-        "passes", (json_int_t)s->passes, "kv_bytes", "ram", (json_int_t)p->kv,
-        "peak_rss", (json_int_t)peak,
-        "plan", "budget", (json_int_t)p->budget, "dense", (json_int_t)p->dense,
-        "dense_streamed", p->streamed, "buffers", (json_int_t)p->work, "slots",
-        (json_int_t)p->n_slots, "slot_bytes",
-        (json_int_t)p->slot_bytes, "span", (json_int_t)p->span,
-        "io", "wait_seconds", s->expert_wait_s + s->dense_wait_s, "expert_wait_seconds",
-        s->expert_wait_s, "busy_seconds", o->busy_s, "compute_seconds",
-        op_total - s->expert_wait_s - s->dense_wait_s);
-    if (!root) return fail(err, "out of memory for the statistics");
-    json_dumpf(root, f, JSON_INDENT(2));       /* out_close sees what could not be written */
-    fputc('\n', f);
-    json_decref(root);
-    return 0;
+    const fact facts[] = {
+        N("tokens.prefill", s->prefill_tokens), N("tokens.decode", s->decode_tokens),
+        N("tokens.reused", s->reused_tokens),
+        R("seconds.load", s->load_s), R("seconds.prefill", s->prefill_s),
+        R("seconds.decode", s->decode_s), {"op_seconds", ops},
+        N("bytes_read.dense_from_disk", s->dense_bytes),
+        N("bytes_read.dense_streamed", o->read_bytes - s->dense_bytes - x->read_bytes),
+        N("bytes_read.experts_from_disk", x->read_bytes), N("bytes_read.reads", o->reads),
+        N("experts.ram_hits", s->expert_uses - x->misses), N("experts.disk_reads", x->misses),
+        N("experts.evictions", x->evictions), N("experts.uses", s->expert_uses),
+        N("experts.rows", s->expert_rows), {"experts.hit_rate_by_layer", layers},
+        N("passes", s->passes), N("peak_rss", peak), N("kv_bytes.ram", p->kv),
+        N("kv_bytes.file", p->kv_plan.file), R("kv_bytes.per_token", p->kv_plan.token_bytes),
+        N("kv_bytes.read", kv->read_bytes), N("kv_bytes.written", kv->written_bytes),
+        N("kv_blocks.read", kv->blocks_read), N("kv_blocks.found", kv->blocks_hit),
+        N("plan.kv", p->kv), N("plan.kv_least", p->kv_plan.least),
+        N("plan.kv_index", p->kv_plan.index), N("plan.kv_entries", p->kv_plan.entries),
+        N("plan.budget", p->budget), N("plan.dense", p->dense),
+        B("plan.dense_streamed", p->streamed), N("plan.buffers", p->work),
+        N("plan.slots", p->n_slots), N("plan.slot_bytes", p->slot_bytes), N("plan.span", p->span),
+        R("io.wait_seconds", wait), R("io.expert_wait_seconds", s->expert_wait_s),
+        R("io.kv_wait_seconds", kv->wait_s),
+        R("io.busy_seconds", o->busy_s), R("io.compute_seconds", op_total - wait),
+    };
+    return write_json(f, facts, sizeof facts / sizeof *facts, err);
 }
 
-/* === 4. The model behind a command ============================================================ */
+/* === 3. The model behind a command ============================================================ */
 
 typedef struct {
     dsv4_config cfg;
     generation gen;
     ckpt *ck;
     tok *tok;                      /* NULL when ids go in and out                               */
+    dsv4_weights *w;               /* only where the checkpoint itself is looked at             */
     dsv4_engine *e;
     dsv4_session *s;
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
@@ -681,7 +425,7 @@ typedef struct {
     const char *note;              /* told with the plan                                        */
     char heat[4096];               /* remembers which experts are used                          */
     char kv_dir[4096];             /* for KV that does not fit, and parked context              */
-    park *park;                    /* or NULL                                                   */
+    park *park;                    /* NULL: no context is parked                                */
     status_line status;
     out_file stats;                /* opened before the work, so that a bad name costs nothing  */
 } model;
@@ -704,6 +448,13 @@ static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, 
     fputc('\n', arg);
 }
 
+/* The directory for KV, or NULL. */
+static const char *kv_place(model *m, const args *a) {
+    if (a->kv_dir) return a->kv_dir;
+    bool home = user_path(m->kv_dir, sizeof m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/");
+    return home ? m->kv_dir : NULL;
+}
+
 /* Plan, load, and open a session with room for `ctx` tokens, `n_prompt` of them at once. */
 static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, dsv4_err *err) {
     dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
@@ -714,8 +465,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
     if (m->trace) o.trace = on_trace, o.trace_arg = m->trace;
     if (model_path(m->heat, sizeof m->heat, "heat", a->model)) o.heat = m->heat;
-    if (a->kv_dir || user_path(m->kv_dir, sizeof m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/"))
-        o.kv_dir = a->kv_dir ? a->kv_dir : m->kv_dir;
+    o.kv_dir = kv_place(m, a);
     if (o.kv_dir && !a->no_cache && park_open(&m->park, o.kv_dir, a->kv_disk, err))
         fprintf(stderr, "note: no context is reused or parked: %s\n", err->msg);
     o.park = m->park;
@@ -739,85 +489,72 @@ static void model_close(model *m) {
     session_close(m->s);
     engine_close(m->e);
     park_close(m->park);
+    weights_close(m->w);
     ckpt_close(m->ck);
     tok_close(m->tok);
     free(m->logits);
 }
 
+/* After the work: statistics, tables, what came up meanwhile. */
 static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
     status_clear(&m->status);
-    if (rc == 0 && a->stats) rc = write_stats(m->stats.f, m->e, err);
+    if (rc == 0 && a->stats) rc = write_stats(m->stats.f, m->e, session_kv_stats(m->s), err);
     rc = out_close(&m->stats, rc, err);
     if (rc == 0 && !a->quiet) print_tiers(m->e);
     if (rc == 0 && !a->quiet && engine_note(m->e) && engine_note(m->e) != m->note)
-        fprintf(stderr, "note: %s\n", engine_note(m->e));     /* it came up during the work */
+        fprintf(stderr, "note: %s\n", engine_note(m->e));
     model_close(m);
     return rc;
 }
 
-/* BOS and the text as it is, special tokens in it included. */
-static int encode_raw(const model *m, const char *s, size_t len, id_list *out, dsv4_err *err) {
-    if (tok_encode(m->tok, s, len, true, &out->id, &out->n, err)) return -1;
-    int32_t *grown = realloc(out->id, (out->n + 1) * sizeof *grown);
-    if (!grown) {
-        free(out->id);
-        return fail(err, "out of memory for the prompt");
-    }
-    memmove(grown + 1, grown, out->n * sizeof *grown);
-    grown[0] = m->cfg.bos_token_id;
-    *out = (id_list){grown, out->n + 1};
-    return 0;
-}
-
-/* The ids of a conversation.  On 0 the caller frees out->id. */
-static int encode_messages(const model *m, json_t *messages, bool think, const char *effort,
-                           id_list *out, dsv4_err *err) {
-    prompt p;
-    json_t *request = json_pack("{s:O, s:b, s:s?}", "messages", messages, "thinking", think,
-                                "reasoning_effort", effort);
-    if (!request) return fail(err, "out of memory for the prompt");
-    int rc = prompt_build(&p, request, m->gen, err);
+/* Append the ids of a conversation behind a system prompt (NULL: none). */
+static int encode_messages(const model *m, const char *system, json_t *messages, bool think,
+                           const char *effort, id_list *out, dsv4_err *err) {
+    prompt p = {0};
+    json_t *all = json_array(), *request;
+    int rc = system ? json_array_append_new(all, prompt_message("system", system, strlen(system)))
+                    : 0;
+    rc |= json_array_extend(all, messages);
+    request = json_pack("{s:o, s:b, s:s?}", "messages", all, "thinking", think, "reasoning_effort",
+                        effort);
+    rc = rc || !request ? fail(err, "out of memory for the prompt")
+                        : prompt_build(&p, request, m->gen, err);
+    if (rc == 0) rc = prompt_encode(m->tok, &p, out, err);
     json_decref(request);
-    if (rc) return rc;
-    rc = prompt_encode(m->tok, &p, &out->id, &out->n, err);
     prompt_free(&p);
     return rc;
 }
 
-/* A system prompt, if any, and one turn. */
-static int encode_turn(const model *m, const args *a, const char *s, size_t len, id_list *out,
-                       dsv4_err *err) {
-    json_t *messages = json_array();
-    int rc = a->system ? json_array_append_new(messages, prompt_message("system", a->system,
-                                                                        strlen(a->system))) : 0;
-    if (rc == 0) rc = json_array_append_new(messages, prompt_message("user", s, len));
-    rc = rc ? fail(err, "out of memory for the prompt")
-            : encode_messages(m, messages, !a->no_think, a->effort, out, err);
-    json_decref(messages);
-    return rc;
-}
-
-/* The prompt's ids, from whichever source the flags name.  On 0 the caller frees out->id. */
+/* The prompt's ids, from whichever source the flags name: as one turn, or `raw`, BOS and the text
+ * as it is, special tokens in it included. */
 static int prompt_ids(const model *m, const args *a, bool raw, id_list *out, dsv4_err *err) {
     if (a->ids) return read_ids(out, a->ids, err);
-    text t = {0};
-    const char *bytes = a->prompt;
-    if (!bytes && read_text(&t, a->file, err)) return -1;
-    size_t len = bytes ? strlen(bytes) : t.len;
-    if (!bytes) bytes = t.bytes;
-    int rc = raw ? encode_raw(m, bytes, len, out, err) : encode_turn(m, a, bytes, len, out, err);
-    free(t.bytes);
+    buffer file = {0};
+    int rc = a->prompt ? 0 : read_file(&file, a->file, err);
+    const char *s = a->prompt ? a->prompt : file.s;
+    size_t n = a->prompt ? strlen(s) : file.n;
+    if (rc == 0 && raw) {
+        rc = ids_push(out, m->cfg.bos_token_id, err);
+        if (rc == 0) rc = tok_encode(m->tok, s, n, true, out, err);
+    } else if (rc == 0) {
+        json_t *messages = json_pack("[o]", prompt_message("user", s, n));
+        rc = encode_messages(m, a->system, messages, !a->no_think, a->effort, out, err);
+        json_decref(messages);
+    }
+    free(file.s);
     return rc;
 }
 
-/* Put ids pos.. through the model, a span at a time; the first time with what is parked of them. */
+/* Put ids pos .. n-1 through the model, a span at a time; from 0 on, less what is parked of them. */
 static int feed(model *m, const int32_t *ids, int64_t pos, int64_t n, dsv4_err *err) {
     int64_t span = engine_plan(m->e)->span;
     int rc = 0;
-    bool anew = pos == 0;
-    if (anew && (pos = session_resume(m->s, ids, n, err)) < 0) return -1;
-    if (anew && pos && m->status.on)
-        fprintf(stderr, "reused %s of %s tokens\n", grouped(pos).text, grouped(n).text);
+    if (pos == 0) {
+        pos = session_resume(m->s, ids, n, err);
+        if (pos < 0) return -1;
+        if (pos && m->status.on)
+            fprintf(stderr, "reused %s of %s tokens\n", grouped(pos).text, grouped(n).text);
+    }
     status_begin(&m->status, "reading", n - pos);
     for (int64_t i = pos; i < n && rc == 0; i += span) {
         m->status.n_now = n - i < span ? n - i : span;
@@ -829,7 +566,7 @@ static int feed(model *m, const int32_t *ids, int64_t pos, int64_t n, dsv4_err *
     return rc;
 }
 
-/* === 5. The answer ============================================================================ */
+/* === 4. The answer ============================================================================ */
 
 typedef enum { END_EOS, END_LENGTH, END_STOP, END_LOOP, END_INTERRUPTED } ending;
 
@@ -837,76 +574,60 @@ typedef struct {                   /* from tokens to what a person sees         
     const model *m;
     const args *a;
     answer *parser;                /* NULL: the text as it comes                                */
-    utf8_stream thought, content;
+    utf8_stream utf8;
     stop_filter stop;
+    buffer part, content;          /* whole characters of a token; all that was said            */
     bool show_thoughts, dim, thinking; /* `thinking`: thoughts were the last thing printed      */
-    text *kept;                    /* the content, for the next turn; NULL: not needed          */
-    int64_t n_content;             /* bytes                                                     */
-    int failed;
     dsv4_err *err;
 } speaker;
 
-static void speak_thought(speaker *sp, const char *bytes, size_t n) {
-    if (n && sp->show_thoughts) {
-        if (!sp->thinking && sp->dim) fputs("\033[2m", stderr);
-        fwrite(bytes, 1, n, stderr);
-        sp->thinking = true;
-    }
+static void speak_thought(speaker *sp, const char *s, size_t n) {
+    if (!sp->show_thoughts || n == 0) return;
+    if (!sp->thinking && sp->dim) fputs("\033[2m", stderr);
+    fwrite(s, 1, n, stderr);
+    sp->thinking = true;
 }
 
-static void speak_content(speaker *sp, const char *bytes, size_t n, bool last) {
-    char out[1024 + MAX_STOP_BYTES];
-    size_t got = n || last ? stop_push(&sp->stop, bytes, n, out) : 0;
-    if (got && sp->thinking) fputs(sp->dim ? "\033[0m\n\n" : "\n\n", stderr);
-    if (got) sp->thinking = false;
-    fwrite(out, 1, got, stdout);
-    sp->n_content += (int64_t)got;
-    if (sp->kept && !sp->failed) sp->failed = text_add(sp->kept, out, got, sp->err);
-}
-
-/* Bytes of either kind, whole characters at a time. */
-static void speak_bytes(speaker *sp, bool thought, const char *bytes, size_t n) {
-    char out[1024];
-    for (size_t i = 0, part; i < n; i += part) {
-        part = n - i < 256 ? n - i : 256;
-        size_t got = utf8_push(thought ? &sp->thought : &sp->content, bytes + i, part, out);
-        if (thought) speak_thought(sp, out, got);
-        else speak_content(sp, out, got, false);
-    }
+/* n 0: no more comes. */
+static void speak_content(speaker *sp, const char *s, size_t n) {
+    size_t before = sp->content.n;
+    stop_push(&sp->stop, s, n, &sp->content);
+    if (sp->content.n == before) return;
+    if (sp->thinking) fputs(sp->dim ? "\033[0m\n\n" : "\n\n", stderr);
+    sp->thinking = false;
+    fwrite(sp->content.s + before, 1, sp->content.n - before, stdout);
 }
 
 static void on_piece(void *arg, const answer_piece *p) {
-    if (p->kind == ANSWER_CALL) speak_bytes(arg, false, p->raw, p->raw_len);
-    else speak_bytes(arg, p->kind == ANSWER_REASONING, p->text, p->len);
+    if (p->kind == ANSWER_REASONING) speak_thought(arg, p->text, p->len);
+    else if (p->kind == ANSWER_CONTENT) speak_content(arg, p->text, p->len);
+    else speak_content(arg, p->raw, p->raw_len);
+}
+
+/* Bytes of the answer; n 0: no more come, and what was held back goes out. */
+static int speak(speaker *sp, const char *s, size_t n) {
+    int rc = 0;
+    sp->part.n = 0;
+    utf8_push(&sp->utf8, s, n, &sp->part);
+    if (sp->parser) rc = answer_push(sp->parser, sp->part.s, sp->part.n, sp->err);
+    else if (sp->part.n) speak_content(sp, sp->part.s, sp->part.n);
+    if (rc == 0 && n == 0 && sp->parser) rc = answer_end(sp->parser, sp->err);
+    if (rc == 0 && n == 0) speak_content(sp, "", 0);
+    if (sp->part.failed || sp->content.failed) rc = fail(sp->err, "out of memory for the answer");
+    return rc;
 }
 
 static int speak_token(speaker *sp, int32_t id, bool first) {
-    if (sp->a->print_ids) {
-        printf("%s%d", first ? "" : " ", id);
-    } else {
-        size_t len;
-        const char *bytes = tok_bytes(sp->m->tok, id, &len);
-        if (!sp->parser) speak_bytes(sp, false, bytes, len);
-        else if (answer_push(sp->parser, bytes, len, sp->err)) sp->failed = -1;
-    }
-    return sp->failed ? sp->failed : check_stdout(sp->err);
+    size_t n = 0;
+    const char *s = sp->a->print_ids ? "" : tok_bytes(sp->m->tok, id, &n);
+    if (sp->a->print_ids) printf("%s%d", first ? "" : " ", id);
+    if (n && speak(sp, s, n)) return -1;
+    return check_stdout(sp->err);
 }
 
-/* No more tokens come: what was held back goes out. */
-static int speak_end(speaker *sp) {
-    char out[16];
-    if (sp->parser && answer_end(sp->parser, sp->err)) sp->failed = -1;
-    speak_thought(sp, out, utf8_push(&sp->thought, "", 0, out));
-    speak_content(sp, out, utf8_push(&sp->content, "", 0, out), false);
-    speak_content(sp, "", 0, true);
-    if (sp->thinking) fputs(sp->dim ? "\033[0m\n" : "\n", stderr);
-    putchar('\n');
-    return sp->failed ? sp->failed : check_stdout(sp->err);
-}
-
-/* Sample up to n tokens behind what the session holds.  `fed` (may be NULL) collects those that
- * went into it. */
-static int generate(model *m, speaker *sp, sampler *draw, int64_t n, id_list *fed, ending *end) {
+/* Sample up to n tokens behind ids, which is what the session holds, and append those that went
+ * into it. */
+static int generate(model *m, speaker *sp, sampler *draw, id_list *ids, int64_t n, ending *end) {
     loop_guard guard = {0};
     bool shown = m->status.on;
     int rc = 0;
@@ -927,7 +648,7 @@ static int generate(model *m, speaker *sp, sampler *draw, int64_t n, id_list *fe
         if (rc || *end != END_LENGTH || i + 1 == n) break;
         m->last = 0;
         rc = session_forward(m->s, &id, 1, sp->err);
-        if (rc == 0 && fed) fed->id[fed->n++] = id;
+        if (rc == 0) rc = ids_push(ids, id, sp->err);
     }
     m->status.on = shown;
     return rc;
@@ -940,7 +661,7 @@ static void print_ending(const speaker *sp, ending end, int64_t n) {
                 "it)\n");
     if (sp->a->quiet || end != END_LENGTH || sp->a->print_ids || sp->a->raw) return;
     fprintf(stderr, "note: cut at %lld tokens%s; -n and --ctx set how many\n", (long long)n,
-            sp->n_content ? "" : ", before the answer began");
+            sp->content.n ? "" : ", before the answer began");
 }
 
 /* Flags over generation_config.json over plain sampling. */
@@ -955,12 +676,13 @@ static int sampling_of(const args *a, sample_opts *o, dsv4_err *err) {
     return 0;
 }
 
-/* One answer to what the session holds; ids [n_ids] is all of the context. */
-static int answer_turn(model *m, const args *a, bool think, const id_list *ids, int64_t n,
-                       text *content, id_list *fed, ending *end, dsv4_err *err) {
+/* One answer of up to n tokens to what the session holds, which is `ids`.  `content` (NULL: not
+ * wanted) becomes what was said beside thoughts; the caller frees it. */
+static int answer_turn(model *m, const args *a, bool think, id_list *ids, int64_t n,
+                       buffer *content, ending *end, dsv4_err *err) {
     sample_opts o;
     sampler *draw = NULL;
-    speaker sp = {.m = m, .a = a, .err = err, .kept = content,
+    speaker sp = {.m = m, .a = a, .err = err,
                   .stop = {.words = a->stop.word, .n_words = a->stop.n}};
     sp.show_thoughts = !a->quiet && isatty(STDERR_FILENO);
     sp.dim = on_terminal() && !getenv("NO_COLOR");
@@ -968,16 +690,21 @@ static int answer_turn(model *m, const args *a, bool think, const id_list *ids, 
     if (rc == 0) rc = sampler_open(&draw, &o, m->cfg.vocab_size, err);
     if (rc == 0 && !a->raw && !a->ids) rc = answer_open(&sp.parser, think, on_piece, &sp, err);
     for (size_t i = 0; i < ids->n && rc == 0; i++) sampler_accept(draw, ids->id[i]);
-    if (rc == 0) rc = generate(m, &sp, draw, n, fed, end);
-    if (rc == 0) rc = speak_end(&sp);
-    else if (sp.thinking && sp.dim) fputs("\033[0m\n", stderr);
+    if (rc == 0) rc = generate(m, &sp, draw, ids, n, end);
+    if (rc == 0) rc = speak(&sp, "", 0);
+    if (sp.thinking) fputs(sp.dim ? "\033[0m\n" : "\n", stderr);
+    if (rc == 0) putchar('\n');
+    if (rc == 0) rc = check_stdout(err);
     if (rc == 0) print_ending(&sp, *end, n);
     answer_close(sp.parser);
     sampler_close(draw);
+    free(sp.part.s);
+    if (content) *content = sp.content;
+    else free(sp.content.s);
     return rc;
 }
 
-/* === 6. run =================================================================================== */
+/* === 5. run =================================================================================== */
 
 static int cmd_run(const args *a, dsv4_err *err) {
     model m;
@@ -985,54 +712,53 @@ static int cmd_run(const args *a, dsv4_err *err) {
     ending end;
     int rc = model_open_files(&m, a->model, !a->ids || !a->print_ids, err);
     if (rc == 0) rc = prompt_ids(&m, a, a->raw, &ids, err);
-    if (rc) {
-        model_close(&m);
-        return rc;
-    }
-    int64_t most = a->ctx ? a->ctx : m.cfg.max_position_embeddings, n = a->n_answer;
-    if ((int64_t)ids.n >= most)
+    int64_t most = a->ctx ? a->ctx : m.cfg.max_position_embeddings, room = most - (int64_t)ids.n;
+    int64_t n = a->n_answer < room ? a->n_answer : room;
+    if (rc == 0 && room <= 0)
         rc = fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; "
                   "shorten it or raise --ctx", ids.n, (long long)most);
-    if (n > most - (int64_t)ids.n) n = most - (int64_t)ids.n;
     if (rc == 0) rc = model_start(&m, a, (int64_t)ids.n, (int64_t)ids.n + n, err);
     if (rc == 0) rc = feed(&m, ids.id, 0, (int64_t)ids.n, err);
-    if (rc == 0) rc = answer_turn(&m, a, !a->no_think, &ids, n, NULL, NULL, &end, err);
+    if (rc == 0) rc = answer_turn(&m, a, !a->no_think, &ids, n, NULL, &end, err);
     free(ids.id);
     return model_finish(&m, a, rc, err);
 }
 
-/* === 7. chat ================================================================================== */
+/* === 6. chat ================================================================================== */
 
 typedef struct {
     model m;
     const args *a;
-    json_t *messages;              /* all of the conversation                                   */
+    json_t *messages;              /* all of the conversation, but for the system prompt        */
+    char *system;                  /* NULL: none                                                */
     bool think;
-    const char *effort;            /* NULL: the model's own                                     */
-    id_list fed;                   /* what the session has seen; room for the whole context     */
+    char effort[8];                /* "": the model's own                                       */
+    id_list fed;                   /* what the session has seen                                 */
     int64_t ctx;
-    text attached;                 /* files for the next message                                */
+    buffer attached;               /* files for the next message                                */
     EditLine *el;                  /* NULL: stdin is no terminal                                */
     History *history;
     char *piped;                   /* getline's                                                 */
     size_t piped_cap;
-    text *pastes;                  /* of several lines; the line edited holds their names       */
+    buffer *pastes;                /* of several lines; the line edited holds their names       */
     int n_pastes;
 } chat;
 
-enum { C_THINK, C_NOTHINK, C_EFFORT, C_FILE, C_SYSTEM, C_CLEAR, C_STATS, C_HELP, C_QUIT };
-static const struct { const char *name, *usage, *help; } chat_commands[] = {
+enum { C_THINK, C_NOTHINK, C_EFFORT, C_FILE, C_SYSTEM, C_CLEAR, C_SAVE, C_LOAD, C_STATS, C_HELP,
+       C_QUIT, C_N };
+static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
     [C_THINK] = {"/think", "", "think before answering"},
     [C_NOTHINK] = {"/nothink", "", "answer at once"},
     [C_EFFORT] = {"/effort", "low|high|max", "how hard to think"},
     [C_FILE] = {"/file", "PATH", "send a text file along with the next message"},
     [C_SYSTEM] = {"/system", "TEXT", "set the system prompt"},
     [C_CLEAR] = {"/clear", "", "begin a new conversation"},
+    [C_SAVE] = {"/save", "NAME", "keep the conversation, with all that was read for it"},
+    [C_LOAD] = {"/load", "NAME", "go on with a conversation that was kept"},
     [C_STATS] = {"/stats", "", "where the bytes came from, and how fast"},
     [C_HELP] = {"/help", "", "this list"},
     [C_QUIT] = {"/quit", "", "leave, as Ctrl-D does; Ctrl-C stops an answer"},
 };
-enum { N_CHAT_COMMANDS = sizeof chat_commands / sizeof *chat_commands };
 
 /* --- reading a line --- */
 
@@ -1062,34 +788,34 @@ static int on_getc(EditLine *el, wchar_t *out) {
  * "[paste 1: 20 lines]" until it is sent. */
 static unsigned char on_paste(EditLine *el, int key) {
     static const char end[] = "\033[201~";
+    const size_t n_end = sizeof end - 1;
     chat *c;
-    text t = {0};
+    buffer t = {0};
     wchar_t wide;
-    dsv4_err err;
     int lines = 1;
     (void)key;
     el_get(el, EL_CLIENTDATA, &c);
-    while (el_wgetc(el, &wide) == 1) {
+    while (!t.failed && el_wgetc(el, &wide) == 1) {
         char bytes[MB_LEN_MAX];
         int n = wctomb(bytes, wide == '\r' ? '\n' : wide);
         lines += wide == '\r' || wide == '\n';
-        if (n > 0 && text_add(&t, bytes, (size_t)n, &err)) break;
-        if (t.len >= sizeof end - 1 && !memcmp(t.bytes + t.len - sizeof end + 1, end,
-                                               sizeof end - 1)) {
-            t.len -= sizeof end - 1;
-            break;
-        }
+        if (n > 0) put_bytes(&t, bytes, (size_t)n);
+        if (t.n < n_end || memcmp(t.s + t.n - n_end, end, n_end)) continue;
+        t.n -= n_end;
+        break;
     }
-    text *grown = lines > 1 ? realloc(c->pastes, (size_t)(c->n_pastes + 1) * sizeof *grown) : NULL;
+    buffer *grown = lines > 1 ? realloc(c->pastes, (size_t)(c->n_pastes + 1) * sizeof *grown)
+                              : NULL;
     if (grown) {
         char name[64];
         c->pastes = grown;
         c->pastes[c->n_pastes++] = t;
         snprintf(name, sizeof name, "[paste %d: %d lines]", c->n_pastes, lines);
         el_insertstr(el, name);
-    } else if (text_add(&t, "", 1, &err) == 0) {
-        el_insertstr(el, t.bytes);
-        free(t.bytes);
+    } else {
+        put_bytes(&t, "", 1);
+        if (!t.failed) el_insertstr(el, t.s);
+        free(t.s);
     }
     return CC_REFRESH;
 }
@@ -1101,44 +827,50 @@ static char *on_prompt(EditLine *el) {
 }
 
 /* Replace the names of pastes by what they stand for. */
-static int add_with_pastes(chat *c, text *out, const char *line, size_t len, dsv4_err *err) {
+static void put_pasted(const chat *c, buffer *out, const char *line, size_t len) {
     for (size_t i = 0; i < len;) {
         int which, lines, used = 0;
-        bool named = line[i] == '[' && sscanf(line + i, "[paste %d: %d lines]%n", &which, &lines,
-                                              &used) == 2 && used && which >= 1 &&
-                     which <= c->n_pastes;
-        const text *t = named ? &c->pastes[which - 1] : NULL;
-        if (text_add(out, t ? t->bytes : line + i, t ? t->len : 1, err)) return -1;
+        bool named = line[i] == '[' && c->n_pastes &&
+                     sscanf(line + i, "[paste %d: %d lines]%n", &which, &lines, &used) == 2 &&
+                     used && which >= 1 && which <= c->n_pastes;
+        if (named) put_bytes(out, c->pastes[which - 1].s, c->pastes[which - 1].n);
+        else put_bytes(out, line + i, 1);
         i += named ? (size_t)used : 1;
     }
-    return 0;
 }
 
-/* The next line without its end: 1, 0 at the end of input, -1 after an error; Ctrl-C gives an
- * empty line. */
-static int chat_line(chat *c, text *out, dsv4_err *err) {
-    out->len = 0;
-    if (!c->el) {
-        ssize_t n = getline(&c->piped, &c->piped_cap, stdin);
-        if (n > 0 && c->piped[n - 1] == '\n') n--;
-        return n < 0 ? 0 : text_add(out, c->piped, (size_t)n, err) ? -1 : 1;
-    }
+/* The next line without its end, and behind it a 0 that out->n does not count.  False at the end of
+ * input; Ctrl-C gives an empty line. */
+static bool chat_line(chat *c, buffer *out) {
+    const char *line;
+    ssize_t n = 0;
     int got;
     HistEvent ev;
-    interrupted = 0;
-    fputs("\033[?2004h", stderr);                      /* say where pastes begin and end */
-    const char *typed = el_gets(c->el, &got);
-    fputs("\033[?2004l", stderr);
-    if (terminated) return 0;
-    if (!typed || got <= 0) {
-        fputc('\n', stderr);
-        if (!interrupted) return 0;
+    if (c->el) {
         interrupted = 0;
-        return 1;
+        fputs("\033[?2004h", stderr);                  /* say where pastes begin and end */
+        line = el_gets(c->el, &got);
+        fputs("\033[?2004l", stderr);
+        if (line && got > 1) history(c->history, &ev, H_ENTER, line);
+        n = line ? got : 0;
+        if (n <= 0) fputc('\n', stderr);
+        if (terminated || (n <= 0 && !interrupted)) return false;
+        interrupted = 0;
+    } else {
+        n = getline(&c->piped, &c->piped_cap, stdin);
+        line = c->piped;
+        if (n < 0) return false;
     }
-    if (got > 1) history(c->history, &ev, H_ENTER, typed);
-    if (typed[got - 1] == '\n') got--;
-    return add_with_pastes(c, out, typed, (size_t)got, err) ? -1 : 1;
+    if (n > 0 && line[n - 1] == '\n') n--;
+    out->n = 0;
+    if (n > 0) put_pasted(c, out, line, (size_t)n);
+    put_bytes(out, "", 1);
+    out->n -= !out->failed;
+    return true;
+}
+
+static bool history_path(char *out, size_t size) {
+    return user_path(out, size, "XDG_STATE_HOME", ".local/state", "chat_history");
 }
 
 static int editor_open(chat *c, dsv4_err *err) {
@@ -1149,8 +881,7 @@ static int editor_open(chat *c, dsv4_err *err) {
     if (!c->el || !c->history) return fail(err, "the line editor does not start on this terminal");
     history(c->history, &ev, H_SETSIZE, HISTORY_LINES);
     history(c->history, &ev, H_SETUNIQUE, 1);
-    if (user_path(path, sizeof path, "XDG_STATE_HOME", ".local/state", "chat_history"))
-        history(c->history, &ev, H_LOAD, path);
+    if (history_path(path, sizeof path)) history(c->history, &ev, H_LOAD, path);
     el_set(c->el, EL_CLIENTDATA, c);
     el_set(c->el, EL_PROMPT, on_prompt);
     el_set(c->el, EL_EDITOR, "emacs");
@@ -1165,9 +896,7 @@ static int editor_open(chat *c, dsv4_err *err) {
 static void editor_close(chat *c) {
     HistEvent ev;
     char path[4096];
-    if (c->history &&
-        user_path(path, sizeof path, "XDG_STATE_HOME", ".local/state", "chat_history"))
-        history(c->history, &ev, H_SAVE, path);
+    if (c->history && history_path(path, sizeof path)) history(c->history, &ev, H_SAVE, path);
     if (c->history) history_end(c->history);
     if (c->el) el_end(c->el);
 }
@@ -1176,89 +905,120 @@ static void editor_close(chat *c) {
 
 static int attach_file(chat *c, const char *path, dsv4_err *err) {
     char full[4096];
-    text t;
-    id_list ids;
+    buffer t = {0};
+    id_list ids = {0};
     const char *home = getenv("HOME"), *name = strrchr(path, '/');
+    bool at_home = !strncmp(path, "~/", 2) && home;
     if (!*path) return fail(err, "/file needs a path");
-    snprintf(full, sizeof full, "%s%s", !strncmp(path, "~/", 2) && home ? home : "",
-             !strncmp(path, "~/", 2) && home ? path + 1 : path);
-    if (read_text(&t, full, err)) return -1;
-    char head[4200];
-    int n = snprintf(head, sizeof head, "[file name]: %s\n[file content begin]\n",
-                     name ? name + 1 : path);
-    int rc = tok_encode(c->m.tok, t.bytes, t.len, false, &ids.id, &ids.n, err);
-    if (rc == 0 && (text_add(&c->attached, head, (size_t)n, err) ||
-                    text_add(&c->attached, t.bytes, t.len, err) ||
-                    text_add(&c->attached, "\n[file content end]\n", 20, err)))
-        rc = -1;
+    snprintf(full, sizeof full, "%s%s", at_home ? home : "", at_home ? path + 1 : path);
+    int rc = read_file(&t, full, err);
+    if (rc == 0) rc = tok_encode(c->m.tok, t.s, t.n, false, &ids, err);
     if (rc == 0) {
+        put_text(&c->attached, "[file name]: ");
+        put_text(&c->attached, name ? name + 1 : path);
+        put_text(&c->attached, "\n[file content begin]\n");
+        put_bytes(&c->attached, t.s, t.n);
+        put_text(&c->attached, "\n[file content end]\n");
         fprintf(stderr, "%s: %zu tokens, goes with your next message\n", full, ids.n);
-        free(ids.id);
     }
-    free(t.bytes);
+    free(ids.id);
+    free(t.s);
     return rc;
 }
 
-static bool has_system(const chat *c) {
-    json_t *first = json_array_get(c->messages, 0);
-    const char *role = json_string_value(json_object_get(first, "role"));
-    return role && !strcmp(role, "system");
-}
-
 static int set_system(chat *c, const char *words, dsv4_err *err) {
-    json_t *now = prompt_message("system", words, strlen(words));
-    if (has_system(c)) json_array_remove(c->messages, 0);
-    return json_array_insert_new(c->messages, 0, now) ? fail(err, "out of memory") : 0;
+    free(c->system);
+    c->system = strdup(words);
+    return c->system ? 0 : fail(err, "out of memory");
 }
 
 static int set_effort(chat *c, const char *level, dsv4_err *err) {
-    static const char *const levels[] = {"low", "high", "max"};
-    for (int i = 0; i < 3; i++) {
-        if (strcmp(level, levels[i])) continue;
-        c->effort = levels[i];
-        c->think = true;
-        return 0;
+    if (!is_effort(level)) return fail(err, "/effort %s is not low, high or max", level);
+    snprintf(c->effort, sizeof c->effort, "%s", level);
+    c->think = true;
+    return 0;
+}
+
+/* What is not in the KV: the conversation as messages. */
+static int chat_save(chat *c, const char *name, dsv4_err *err) {
+    if (session_pos(c->m.s) == 0) return fail(err, "there is nothing to save yet");
+    json_t *root = json_pack("{s:O, s:b, s:s, s:s?}", "messages", c->messages, "think", c->think,
+                             "effort", c->effort, "system", c->system);
+    char *all = json_dumps(root, JSON_COMPACT);
+    int rc = all ? session_save(c->m.s, name, (park_frame){all, strlen(all)}, err)
+                 : fail(err, "out of memory for the conversation");
+    if (rc == 0)
+        fprintf(stderr, "saved %s: %s tokens\n", name, grouped(session_pos(c->m.s)).text);
+    free(all);
+    json_decref(root);
+    return rc;
+}
+
+static int chat_load(chat *c, const char *name, dsv4_err *err) {
+    int32_t *tokens;
+    int64_t n, pos;
+    park_frame saved;
+    const char *effort, *system = NULL;
+    json_t *messages;
+    int think;
+    if ((pos = session_load(c->m.s, name, &tokens, &n, &saved, err)) < 0) {
+        c->fed.n = 0;
+        session_reset(c->m.s);
+        return -1;
     }
-    return fail(err, "/effort %s is not low, high or max", level);
+    free(c->fed.id);
+    c->fed = (id_list){.id = tokens, .n = (size_t)pos, .cap = (size_t)n};
+    json_t *root = json_loadb(saved.data, saved.bytes, 0, NULL);
+    int rc = json_unpack(root, "{s:o, s:b, s:s, s:s?}", "messages", &messages, "think", &think,
+                         "effort", &effort, "system", &system)
+                 ? fail(err, "session %s holds no conversation", name) : 0;
+    if (rc == 0) {
+        json_decref(c->messages);
+        c->messages = json_incref(messages);
+        c->think = think;
+        snprintf(c->effort, sizeof c->effort, "%s", effort);
+        free(c->system);
+        c->system = system ? strdup(system) : NULL;
+        fprintf(stderr, "loaded %s: %s of %s tokens\n", name, grouped(pos).text,
+                grouped(n).text);
+    }
+    free(saved.data);
+    json_decref(root);
+    return rc;
 }
 
 /* Run one /command; 1 to leave. */
 static int chat_command(chat *c, char *line, dsv4_err *err) {
     char *words = line + strcspn(line, " ");
-    size_t keep = has_system(c);
+    guess g = {.asked = line};
     int which = 0;
     if (*words) *words++ = 0;
     words += strspn(words, " ");
     for (size_t n = strlen(words); n && words[n - 1] == ' '; n--) words[n - 1] = 0;
-    while (which < N_CHAT_COMMANDS && strcmp(line, chat_commands[which].name)) which++;
+    while (which < C_N && strcmp(line, chat_commands[which].name)) which++;
     switch (which) {
     case C_THINK:
     case C_NOTHINK: c->think = which == C_THINK; return 0;
     case C_EFFORT: return set_effort(c, words, err);
     case C_FILE: return attach_file(c, words, err);
     case C_SYSTEM: return set_system(c, words, err);
-    case C_CLEAR:
-        while (json_array_size(c->messages) > keep)
-            json_array_remove(c->messages, json_array_size(c->messages) - 1);
-        return 0;
+    case C_CLEAR: json_array_clear(c->messages); return 0;
+    case C_SAVE: return chat_save(c, words, err);
+    case C_LOAD: return chat_load(c, words, err);
     case C_STATS:
         print_tiers(c->m.e);
         fprintf(stderr, "context: %lld of %lld tokens\n", (long long)session_pos(c->m.s),
                 (long long)c->ctx);
         return 0;
     case C_HELP:
-        for (int i = 0; i < N_CHAT_COMMANDS; i++)
+        for (int i = 0; i < C_N; i++)
             fprintf(stderr, "  %-8s %-14s %s\n", chat_commands[i].name, chat_commands[i].usage,
                     chat_commands[i].help);
         return 0;
     case C_QUIT: return 1;
     }
-    const char *best = NULL;
-    int distance = 0;
-    for (int i = 0; i < N_CHAT_COMMANDS; i++)
-        nearer(line, chat_commands[i].name, &best, &distance);
-    return fail(err, "no command %s%s%s; /help lists them", line, best ? ", perhaps " : "",
-                best ? best : "");
+    for (int i = 0; i < C_N; i++) consider(&g, chat_commands[i].name);
+    return fail(err, "no command %s%s; /help lists them", line, g.perhaps);
 }
 
 /* --- a turn --- */
@@ -1285,121 +1045,104 @@ static void announce(const chat *c, int64_t n) {
             bytes / per_s, per_s / 1e9);
 }
 
-/* Read what is new of `ids`; where the session holds something else, all of it. */
-static int chat_feed(chat *c, const id_list *ids, dsv4_err *err) {
+/* Read what is new of `ids`, which becomes c->fed; where the session holds something else, all of
+ * it. */
+static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
     size_t same = 0;
     while (same < c->fed.n && same < ids->n && c->fed.id[same] == ids->id[same]) same++;
-    if (same < c->fed.n || same == ids->n) {
-        session_reset(c->m.s);
-        same = 0;
-    }
-    c->fed.n = 0;
-    announce(c, (int64_t)(ids->n - same));
-    if (feed(&c->m, ids->id, (int64_t)same, (int64_t)ids->n, err)) {
-        session_reset(c->m.s);
-        return -1;
-    }
-    memcpy(c->fed.id, ids->id, ids->n * sizeof *ids->id);
-    c->fed.n = ids->n;
-    return 0;
+    if (same < c->fed.n || same == ids->n) same = 0;
+    free(c->fed.id);
+    c->fed = *ids;
+    *ids = (id_list){0};
+    announce(c, (int64_t)(c->fed.n - same));
+    return feed(&c->m, c->fed.id, (int64_t)same, (int64_t)c->fed.n, err);
 }
 
+/* Answer the conversation, and take the answer into it. */
 static int chat_answer(chat *c, dsv4_err *err) {
     id_list ids = {0};
-    text content = {0};
+    buffer said = {0};
     ending end = END_EOS;
-    if (encode_messages(&c->m, c->messages, c->think, c->effort, &ids, err)) return -1;
+    int rc = encode_messages(&c->m, c->system, c->messages, c->think, *c->effort ? c->effort : NULL,
+                             &ids, err);
     int64_t room = c->ctx - (int64_t)ids.n, n = c->a->n_answer < room ? c->a->n_answer : room;
-    int rc = room > 0 ? 0
-                      : fail(err, "the conversation has %zu tokens and the context holds %lld with "
-                             "the answer; /clear, or start with a larger --ctx", ids.n,
-                             (long long)c->ctx);
+    if (rc == 0 && room <= 0)
+        rc = fail(err, "the conversation has %zu tokens and the context holds %lld with the "
+                  "answer; /clear, or start with a larger --ctx", ids.n, (long long)c->ctx);
     c->m.status.patient = false;
     if (rc == 0) rc = chat_feed(c, &ids, err);
     c->m.status.patient = true;
-    if (rc == 0)
-        rc = answer_turn(&c->m, c->a, c->think, &ids, n, &content, &c->fed, &end, err);
-    if (rc) c->fed.n = 0;
-    if (rc) session_reset(c->m.s);
-    if (rc == 0 && json_array_append_new(c->messages, prompt_message("assistant", content.bytes
-                                                                     ? content.bytes : "",
-                                                                     content.len)))
+    if (rc == 0) rc = answer_turn(&c->m, c->a, c->think, &c->fed, n, &said, &end, err);
+    if (rc) {
+        c->fed.n = 0;
+        session_reset(c->m.s);
+    }
+    if (rc == 0 && json_array_append_new(c->messages, prompt_message("assistant", said.s, said.n)))
         rc = fail(err, "out of memory for the conversation");
     if (end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
-    free(content.bytes);
+    free(said.s);
     free(ids.id);
     return rc;
 }
 
 /* One message and its answer; what fails is taken back. */
-static int chat_turn(chat *c, const text *line, dsv4_err *err) {
-    if (text_add(&c->attached, line->bytes, line->len, err)) return -1;
-    json_t *message = prompt_message("user", c->attached.bytes, c->attached.len);
-    size_t before = json_array_size(c->messages);
-    if (json_array_append_new(c->messages, message)) return fail(err, "out of memory");
-    size_t files = c->attached.len - line->len;
+static int chat_turn(chat *c, const buffer *line, dsv4_err *err) {
+    size_t files = c->attached.n, before = json_array_size(c->messages);
+    put_bytes(&c->attached, line->s, line->n);
+    json_t *message = prompt_message("user", c->attached.s, c->attached.n);
     interrupted = 0;
-    int rc = chat_answer(c, err);
-    while (rc && json_array_size(c->messages) > before)
-        json_array_remove(c->messages, json_array_size(c->messages) - 1);
-    c->attached.len = rc ? files : 0;
+    int rc = c->attached.failed || json_array_append_new(c->messages, message)
+                 ? fail(err, "out of memory for the conversation") : chat_answer(c, err);
+    if (rc && json_array_size(c->messages) > before) json_array_remove(c->messages, before);
+    c->attached.n = rc ? files : 0;
     interrupted = 0;
     return rc;
 }
 
 static int chat_loop(chat *c, dsv4_err *err) {
-    text line = {0};
-    int got = 0, failed = 0;
-    while (!terminated && (got = chat_line(c, &line, err)) > 0) {
-        int rc = 0;
-        if (line.len == 0) continue;
-        if (text_add(&line, "", 1, err)) break;        /* the end that commands look for */
-        line.len--;
-        if (line.bytes[0] == '/') rc = chat_command(c, line.bytes, err);
-        else rc = chat_turn(c, &line, err);
-        if (rc > 0) break;
-        if (rc == 0) continue;
+    buffer line = {0};
+    int rc = 0, failed = 0;
+    while (!terminated && rc <= 0 && !line.failed && chat_line(c, &line)) {
+        if (line.n == 0) continue;
+        rc = *line.s == '/' ? chat_command(c, line.s, err) : chat_turn(c, &line, err);
+        if (rc >= 0) continue;
         fprintf(stderr, "dsv4: %s\n", err->msg);
         failed = 1;
     }
-    free(line.bytes);
+    free(line.s);
     if (terminated) return fail(err, "terminated");
-    if (got < 0) return -1;
+    if (line.failed) return fail(err, "out of memory for the conversation");
     return failed && !c->el ? fail(err, "not every line was answered") : 0;
 }
 
 static int cmd_chat(const args *a, dsv4_err *err) {
-    chat c = {.a = a, .think = !a->no_think, .effort = a->effort, .messages = json_array()};
+    chat c = {.a = a, .think = !a->no_think, .messages = json_array()};
     struct sigaction sa = {.sa_handler = on_signal};
     sigaction(SIGINT, &sa, NULL);              /* again and again, not only once */
     sigaction(SIGWINCH, &sa, NULL);
+    if (a->effort) snprintf(c.effort, sizeof c.effort, "%s", a->effort);
     int rc = model_open_files(&c.m, a->model, true, err);
-    c.ctx = a->ctx ? a->ctx : CHAT_CTX < c.m.cfg.max_position_embeddings
-                                  ? CHAT_CTX : c.m.cfg.max_position_embeddings;
-    if (rc == 0) c.fed.id = malloc((size_t)c.ctx * sizeof *c.fed.id);
-    if (rc == 0 && !c.fed.id) rc = fail(err, "out of memory for %lld ids", (long long)c.ctx);
+    int64_t most = c.m.cfg.max_position_embeddings;
+    c.ctx = a->ctx ? a->ctx : CHAT_CTX < most ? CHAT_CTX : most;
     if (rc == 0 && a->system) rc = set_system(&c, a->system, err);
-    if (rc) {
-        model_close(&c.m);
-        return rc;
-    }
-    rc = model_start(&c.m, a, c.ctx, c.ctx, err);
+    if (rc == 0) rc = model_start(&c.m, a, c.ctx, c.ctx, err);
     if (rc == 0 && isatty(STDIN_FILENO)) rc = editor_open(&c, err);
     if (rc == 0 && c.el)
         fprintf(stderr, "%s. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.\n",
                 c.m.cfg.name);
     if (rc == 0) rc = chat_loop(&c, err);
     editor_close(&c);
-    for (int i = 0; i < c.n_pastes; i++) free(c.pastes[i].bytes);
+    for (int i = 0; i < c.n_pastes; i++) free(c.pastes[i].s);
     free(c.pastes);
-    free(c.attached.bytes);
+    free(c.attached.s);
+    free(c.system);
     free(c.piped);
     free(c.fed.id);
     json_decref(c.messages);
     return model_finish(&c.m, a, rc, err);
 }
 
-/* === 8. eval ================================================================================== */
+/* === 7. eval ================================================================================== */
 
 /* The header of a NumPy file, version 1.0: float32, C order, shape [n, vocab]. */
 static void npy_header(FILE *f, int64_t n, int vocab) {
@@ -1407,25 +1150,22 @@ static void npy_header(FILE *f, int64_t n, int vocab) {
     int len = snprintf(dict, sizeof dict,
                        "{'descr': '<f4', 'fortran_order': False, 'shape': (%lld, %d), }",
                        (long long)n, vocab);
-    memset(dict + len, ' ', sizeof dict - (size_t)len);
-    dict[sizeof dict - 1] = '\n';
     fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, f);
-    fwrite(dict, 1, sizeof dict, f);
+    fprintf(f, "%s%*s\n", dict, (int)sizeof dict - 1 - len, "");
 }
 
-typedef struct { const id_list *ids; FILE *out; double nll; int64_t at; } scores;
+typedef struct { const id_list *ids; FILE *out; double nll; size_t at; } scores;
 
 /* Score and write the rows of the forward just done. */
 static int score_rows(model *m, scores *sc, int n, dsv4_err *err) {
-    int vocab = m->cfg.vocab_size;
+    size_t vocab = (size_t)m->cfg.vocab_size;
     for (int i = 0; i < n; i += EVAL_ROWS) {
         int rows = n - i < EVAL_ROWS ? n - i : EVAL_ROWS;
         if (session_logits(m->s, i, rows, m->logits, err)) return -1;
-        if (sc->out) fwrite(m->logits, sizeof(float), (size_t)rows * (size_t)vocab, sc->out);
-        for (int r = 0; r < rows; r++, sc->at++)
-            if (sc->at + 1 < (int64_t)sc->ids->n)
-                sc->nll += token_nll(m->logits + (size_t)r * (size_t)vocab, vocab,
-                                     sc->ids->id[sc->at + 1]);
+        if (sc->out) fwrite(m->logits, sizeof(float), (size_t)rows * vocab, sc->out);
+        for (const float *row = m->logits; row < m->logits + (size_t)rows * vocab; row += vocab)
+            if (++sc->at < sc->ids->n)
+                sc->nll += token_nll(row, (int)vocab, sc->ids->id[sc->at]);
     }
     return 0;
 }
@@ -1470,53 +1210,48 @@ static int cmd_eval(const args *a, dsv4_err *err) {
     return model_finish(&m, a, rc, err);
 }
 
-/* === 9. prompt, tokenize ====================================================================== */
+/* === 8. prompt, tokenize ====================================================================== */
 
-static int print_ids(const id_list *ids, dsv4_err *err) {
+static void print_ids(const id_list *ids) {
     for (size_t i = 0; i < ids->n; i++) printf("%s%d", i ? " " : "", ids->id[i]);
     putchar('\n');
-    return check_stdout(err);
 }
 
 static int cmd_prompt(const args *a, dsv4_err *err) {
-    text t;
+    buffer t = {0};
     json_error_t where;
     prompt p = {0};
     tok *tk = NULL;
     id_list ids = {0};
     generation gen = a->gen && !strcmp(a->gen, "0731") ? GEN_0731 : GEN_V4;
     if (a->model && !a->gen && config_generation(&gen, a->model, err)) return -1;
-    if (read_text(&t, "-", err)) return -1;
-    json_t *request = json_loadb(t.bytes, t.len, 0, &where);
-    free(t.bytes);
-    if (!request)
-        return fail(err, "stdin is not JSON: line %d, column %d: %s", where.line, where.column,
-                    where.text);
-    int rc = prompt_build(&p, request, gen, err);
+    int rc = read_file(&t, "-", err);
+    json_t *request = rc ? NULL : json_loadb(t.s, t.n, 0, &where);
+    if (rc == 0)
+        rc = request ? prompt_build(&p, request, gen, err)
+                     : fail(err, "stdin is not JSON: line %d, column %d: %s", where.line,
+                            where.column, where.text);
+    if (rc == 0 && a->as_ids) rc = tok_open(&tk, a->model, err);
+    if (rc == 0 && a->as_ids) rc = prompt_encode(tk, &p, &ids, err);
+    if (rc == 0 && a->as_ids) print_ids(&ids);
+    else if (rc == 0) fwrite(p.text, 1, p.len, stdout);
     json_decref(request);
-    if (rc == 0 && a->as_ids) {
-        rc = tok_open(&tk, a->model, err);
-        if (rc == 0) rc = prompt_encode(tk, &p, &ids.id, &ids.n, err);
-        if (rc == 0) rc = print_ids(&ids, err);
-    } else if (rc == 0) {
-        fwrite(p.text, 1, p.len, stdout);
-        rc = check_stdout(err);
-    }
+    free(t.s);
     free(ids.id);
     tok_close(tk);
     prompt_free(&p);
-    return rc;
+    return rc ? rc : check_stdout(err);
 }
 
 static int cmd_tokenize(const args *a, dsv4_err *err) {
     const char *file = a->file ? a->file : "-";
-    text t = {0};
+    buffer t = {0};
     id_list ids = {0};
     tok *tk;
     if (tok_open(&tk, a->model, err)) return -1;
-    int rc = a->decode ? read_ids(&ids, file, err) : read_text(&t, file, err);
-    if (rc == 0 && !a->decode) rc = tok_encode(tk, t.bytes, t.len, true, &ids.id, &ids.n, err);
-    if (rc == 0 && !a->decode) rc = print_ids(&ids, err);
+    int rc = a->decode ? read_ids(&ids, file, err) : read_file(&t, file, err);
+    if (rc == 0 && !a->decode) rc = tok_encode(tk, t.s, t.n, true, &ids, err);
+    if (rc == 0 && !a->decode) print_ids(&ids);
     for (size_t i = 0; i < ids.n && rc == 0 && a->decode; i++) {
         size_t len;
         const char *bytes = tok_bytes(tk, ids.id[i], &len);
@@ -1526,25 +1261,27 @@ static int cmd_tokenize(const args *a, dsv4_err *err) {
         else
             fwrite(bytes, 1, len, stdout);
     }
-    free(t.bytes);
+    free(t.s);
     free(ids.id);
     tok_close(tk);
     return rc ? rc : check_stdout(err);
 }
 
-/* === 10. plan, check ========================================================================== */
+/* === 9. plan, check =========================================================================== */
 
 static void on_survey_line(void *first, const char *line) {
     fprintf(stderr, "%s\n", line);
     if (!*(char *)first) snprintf(first, MAX_NAME, "%s", line);
 }
 
-/* Open the shards; where that fails because a download is not done, say of every shard how far
- * it is. */
-static int open_whole(ckpt **out, const char *dir, dsv4_err *err) {
+/* Open a directory to tell about it.  Where that fails because a download is not done, say of every
+ * shard how far it is. */
+static int model_survey(model *m, const char *dir, dsv4_err *err) {
     dsv4_err survey;
     char first[MAX_NAME] = "";
-    if (ckpt_open(out, dir, err) == 0) return 0;
+    *m = (model){0};
+    if (config_load(&m->cfg, dir, err)) return -1;
+    if (ckpt_open(&m->ck, dir, err) == 0) return weights_bind(&m->w, m->ck, &m->cfg, err);
     int n = ckpt_survey(dir, on_survey_line, first, &survey);
     return n > 0 ? fail(err, "%s: %d shard%s missing or cut short, the first %s; resume the "
                         "download", dir, n, n > 1 ? "s are" : " is", first) : -1;
@@ -1552,36 +1289,69 @@ static int open_whole(ckpt **out, const char *dir, dsv4_err *err) {
 
 typedef struct {                   /* what bounds a phase: seconds of each resource             */
     double memory, compute, disk, tokens;
+    double disk_bytes;
 } bound;
 
-static double bound_s(const bound *b) {
-    double most = b->memory > b->compute ? b->memory : b->compute;
-    return b->disk > most ? b->disk : most;
-}
+typedef struct {                   /* all that plan knows                                       */
+    const dsv4_config *cfg;
+    const dsv4_plan *p;
+    int64_t ctx;
+    uint64_t experts;              /* bytes on disk                                             */
+    disk_info disk;
+    engine_rates r;
+    bound decode, prefill;
+} survey;
+
+static double bound_s(const bound *b) { return fmax(fmax(b->memory, b->compute), b->disk); }
 
 static const char *bound_name(const bound *b) {
     double s = bound_s(b);
     return s <= b->disk ? "the disk" : s <= b->compute ? "the processor" : "memory";
 }
 
-/* Experts chosen evenly: what a cache of n_slots does then, real text does better. */
-static bound decode_bound(const dsv4_plan *p, const engine_rates *r) {
-    double miss = 1 - (double)p->n_slots / p->n_experts_total;
-    return (bound){
-        .memory = (double)(p->token_dense + p->token_experts) / r->exec.read_bytes_s,
-        .compute = (double)p->token_macs / r->exec.macs_s,
-        .disk = (miss * (double)p->token_experts + (p->streamed ? (double)p->token_dense : 0)) /
-                r->disk_bytes_s, .tokens = 1};
+/* Multiply-adds of attention and indexer for a token that sees t others (M3). */
+static double attention_macs(const dsv4_config *c, double t) {
+    double sum = 0, row = 2.0 * c->num_attention_heads * c->head_dim;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        int ratio = c->compress_ratios[l];
+        double entries = ratio ? t / ratio : 0;
+        sum += row * fmin(t, c->sliding_window);
+        sum += row * (ratio == 4 ? fmin(entries, c->index_topk) : entries);
+        if (ratio == 4) sum += entries * c->index_n_heads * c->index_head_dim;
+    }
+    return sum;
 }
 
-/* Every expert is read once a span. */
-static bound prefill_bound(const dsv4_plan *p, const engine_rates *r, int64_t n) {
-    double spans = ceil((double)n / p->span);
+/* One token behind ctx others.  Experts chosen evenly: what a cache of n_slots does then, real text
+ * does better.  Of KV in the file each chosen entry costs a block. */
+static bound decode_bound(const survey *v) {
+    const dsv4_plan *p = v->p;
+    double miss = 1 - (double)p->n_slots / p->n_experts_total, csa = 0;
+    for (int l = 0; l < v->cfg->num_hidden_layers; l++) csa += v->cfg->compress_ratios[l] == 4;
+    bound b = {.tokens = 1, .disk_bytes = miss * (double)p->token_experts};
+    if (p->streamed) b.disk_bytes += (double)p->token_dense;
+    if (p->kv_plan.index_in_file) b.disk_bytes += (double)p->kv_plan.index;
+    if (p->kv_plan.entries_in_file)
+        b.disk_bytes += 4096 * csa * fmin(v->cfg->index_topk, (double)v->ctx / 4);
+    b.memory = (double)(p->token_dense + p->token_experts + p->kv_plan.index) /
+               v->r.exec.read_bytes_s;
+    b.compute = ((double)p->token_macs + attention_macs(v->cfg, (double)v->ctx)) / v->r.exec.macs_s;
+    b.disk = b.disk_bytes / v->r.disk_bytes_s;
+    return b;
+}
+
+/* A prompt of ctx tokens: every expert is read once a span; KV in the file is written once, and read
+ * again by each span that comes after. */
+static bound prefill_bound(const survey *v) {
+    const dsv4_plan *p = v->p;
+    double n = (double)v->ctx, spans = ceil(n / p->span), dense = spans * (double)p->token_dense;
     double experts = spans * p->n_experts_total * (double)p->slot_bytes;
-    double dense = p->streamed ? spans * (double)p->token_dense : 0;
-    return (bound){.memory = (experts + spans * (double)p->token_dense) / r->exec.read_bytes_s,
-                   .compute = (double)n * (double)p->token_macs / r->exec.macs_s,
-                   .disk = (experts + dense) / r->disk_bytes_s, .tokens = (double)n};
+    bound b = {.tokens = n, .disk_bytes = experts + (double)p->kv_plan.file * (1 + (spans - 1) / 2)};
+    if (p->streamed) b.disk_bytes += dense;
+    b.memory = (experts + dense) / v->r.exec.read_bytes_s;
+    b.compute = n * ((double)p->token_macs + attention_macs(v->cfg, n / 2)) / v->r.exec.macs_s;
+    b.disk = b.disk_bytes / v->r.disk_bytes_s;
+    return b;
 }
 
 static void print_bound(const char *name, const bound *b) {
@@ -1590,124 +1360,108 @@ static void print_bound(const char *name, const bound *b) {
            b->compute, b->disk, b->tokens, b->tokens > 1 ? "s" : "");
 }
 
-static void print_place(const char *what, uint64_t bytes, const char *where, const char *more) {
-    printf("%-14s %9s  %s%s%s\n", what, size_of(bytes).text, where, *more ? "   " : "", more);
-}
-
-static void print_plan_table(const dsv4_config *c, const dsv4_plan *p, const weights_bytes *b,
-                             int64_t ctx, const engine_rates *r) {
-    char more[96];
+static void print_survey(const survey *v) {
+    static const char row[] = "%-14s %9s  %s\n";
+    const dsv4_plan *p = v->p;
+    double touched = share_touched(v->cfg, TURN_TOKENS);
+    double turn_bytes = touched * p->n_experts_total * (double)p->slot_bytes;
     printf("--ram %s holds\n", size_of(p->budget).text);
-    print_place("program", p->base, "RAM", "");
-    print_place("dense weights", p->dense, "RAM", p->streamed ? "read layer by layer" : "");
-    snprintf(more, sizeof more, "%lld tokens of context, %.0f bytes each", (long long)ctx,
-             (double)p->kv / (double)ctx);
-    print_place("KV", p->kv, "RAM", more);
-    snprintf(more, sizeof more, "for spans of %d tokens", p->span);
-    print_place("buffers", p->work, "RAM", more);
-    snprintf(more, sizeof more, "%d of %d experts", p->n_slots, p->n_experts_total);
-    print_place("expert slots", p->slots, "RAM", more);
-    print_place("experts", b->experts, "disk", "");
+    printf(row, "program", size_of(p->base).text, "RAM");
+    printf(row, "dense weights", size_of(p->dense).text,
+           p->streamed ? "RAM   read layer by layer" : "RAM");
+    printf("%-14s %9s  RAM   %lld tokens of context, %.0f bytes each\n", "KV",
+           size_of(p->kv).text, (long long)v->ctx, p->kv_plan.token_bytes);
+    if (p->kv_plan.file) printf(row, "more KV", size_of(p->kv_plan.file).text, "disk");
+    printf("%-14s %9s  RAM   for spans of %d tokens\n", "buffers", size_of(p->work).text, p->span);
+    printf("%-14s %9s  RAM   %d of %d experts\n", "expert slots", size_of(p->slots).text,
+           p->n_slots, p->n_experts_total);
+    printf(row, "experts", size_of(v->experts).text, "disk");
     printf("\nmeasured now\n%-10s %8.2f GB/s\n%-10s %8.2f GMAC/s (FP8, 64 tokens at once)\n"
-           "%-10s %8.2f GB/s\n", "memory", r->exec.read_bytes_s / 1e9, "processor",
-           r->exec.macs_s / 1e9, "disk", r->disk_bytes_s / 1e9);
-    bound d = decode_bound(p, r), f = prefill_bound(p, r, ctx);
-    printf("\npredicted bounds, experts taken as chosen evenly, attention left out\n");
-    print_bound("decode", &d);
-    print_bound("prefill", &f);
-    double touched = share_touched(c, TURN_TOKENS);
-    double bytes = touched * p->n_experts_total * (double)p->slot_bytes;
+           "%-10s %8.2f GB/s\n", "memory", v->r.exec.read_bytes_s / 1e9, "processor",
+           v->r.exec.macs_s / 1e9, "disk", v->r.disk_bytes_s / 1e9);
+    printf("\npredicted bounds, experts taken as chosen evenly\n");
+    print_bound("decode", &v->decode);
+    print_bound("prefill", &v->prefill);
+    printf("a prompt of %s tokens: %.0f span%s of %s, %.1f GB of disk, %.0f s\n",
+           grouped(v->ctx).text, ceil((double)v->ctx / p->span), v->ctx > p->span ? "s" : "",
+           grouped(p->span).text, v->prefill.disk_bytes / 1e9, bound_s(&v->prefill));
     printf("a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
-           TURN_TOKENS, 100 * touched, bytes / 1e9, bytes / r->disk_bytes_s);
+           TURN_TOKENS, 100 * touched, turn_bytes / 1e9, turn_bytes / v->r.disk_bytes_s);
 }
 
-static const double ROTATING_GB_S = 0.3;       /* none is faster */
-
-static void print_disk_warnings(const disk_info *d, double bytes_s) {
-    const char *name = d->device[0] ? d->device : d->fs;
-    double gb = bytes_s / 1e9;
-    if (d->rotating && gb < ROTATING_GB_S)     /* virtual disks say so, too */
-        fprintf(stderr, "warning: %s is a rotating disk, %.2f GB/s: move the model to an NVMe "
-                "drive\n", name, gb);
-    else if (d->sata)
-        fprintf(stderr, "warning: %s is on SATA, %.2f GB/s: NVMe drives read 5 to 20 times as "
-                "fast\n", name, gb);
-    if (d->network)
-        fprintf(stderr, "warning: %s is a network file system, %.2f GB/s: copy the model to a "
-                "local drive\n", d->fs, gb);
-    if (d->fuse)
-        fprintf(stderr, "warning: %s is a FUSE file system, %.2f GB/s: copy the model to a local "
-                "drive\n", d->fs, gb);
-    if (d->encrypted)
-        fprintf(stderr, "warning: %s is encrypted, %.2f GB/s as measured: an unencrypted volume "
-                "may be faster\n", name, gb);
+static void print_disk_warnings(const disk_info *d, double gb_s) {
+    const char *device = d->device[0] ? d->device : d->fs;
+    bool rotating = d->rotating && gb_s < 0.3; /* virtual disks say so too, but none is faster */
+    const struct { bool is; const char *name, *what, *advice; } warnings[] = {
+        {rotating, device, "a rotating disk", ": move the model to an NVMe drive"},
+        {d->sata && !rotating, device, "on SATA", ": NVMe drives read 5 to 20 times as fast"},
+        {d->network, d->fs, "a network file system", ": copy the model to a local drive"},
+        {d->fuse, d->fs, "a FUSE file system", ": copy the model to a local drive"},
+        {d->encrypted, device, "encrypted", " as measured: an unencrypted volume may be faster"},
+    };
+    for (size_t i = 0; i < sizeof warnings / sizeof *warnings; i++)
+        if (warnings[i].is)
+            fprintf(stderr, "warning: %s is %s, %.2f GB/s%s\n", warnings[i].name,
+                    warnings[i].what, gb_s, warnings[i].advice);
 }
 
 static json_t *bound_json(const bound *b) {
-    return json_pack("{s:f, s:s, s:f, s:f, s:f, s:f}", "tokens_per_s", b->tokens / bound_s(b),
-                     "binds", bound_name(b), "tokens", b->tokens, "memory_s", b->memory,
-                     "processor_s", b->compute, "disk_s", b->disk);
+    return json_pack("{s:f, s:s, s:f, s:f, s:f, s:f, s:f}", "tokens_per_s",
+                     b->tokens / bound_s(b), "binds", bound_name(b), "tokens", b->tokens,
+                     "memory_s", b->memory, "processor_s", b->compute, "disk_s", b->disk,
+                     "disk_bytes", b->disk_bytes);
 }
 
-static int print_json(json_t *root, dsv4_err *err) {
-    if (!root) return fail(err, "out of memory for the JSON output");
-    json_dumpf(root, stdout, JSON_INDENT(2));
-    putchar('\n');
-    json_decref(root);
-    return check_stdout(err);
+static int write_survey(const survey *v, dsv4_err *err) {
+    const dsv4_plan *p = v->p;
+    const disk_info *d = &v->disk;
+    const fact facts[] = {
+        S("model", v->cfg->name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
+        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes), N("kv_file", p->kv_plan.file), N("dense", p->dense),
+        N("buffers", p->work), N("slots", p->slots), N("slot_bytes", p->slot_bytes),
+        N("experts", v->experts), N("token_bytes", p->token_dense + p->token_experts),
+        N("n_slots", p->n_slots), N("n_experts", p->n_experts_total), N("span", p->span),
+        S("disk.fs", d->fs), S("disk.device", d->device), B("disk.rotating", d->rotating),
+        B("disk.sata", d->sata), B("disk.network", d->network), B("disk.fuse", d->fuse),
+        B("disk.encrypted", d->encrypted), R("measured.memory_bytes_s", v->r.exec.read_bytes_s),
+        R("measured.processor_macs_s", v->r.exec.macs_s),
+        R("measured.disk_bytes_s", v->r.disk_bytes_s), {"decode", bound_json(&v->decode)},
+        {"prefill", bound_json(&v->prefill)},
+    };
+    return write_json(stdout, facts, sizeof facts / sizeof *facts, err);
 }
 
 static int cmd_plan(const args *a, dsv4_err *err) {
-    dsv4_config cfg;
-    ckpt *ck = NULL;
-    dsv4_weights *w = NULL;
-    dsv4_engine *e = NULL;
-    engine_rates r;
-    disk_info d;
-    int rc = config_load(&cfg, a->model, err) || open_whole(&ck, a->model, err) ||
-             weights_bind(&w, ck, &cfg, err) ? -1 : 0;
-    int64_t ctx = a->ctx ? a->ctx : CHAT_CTX;
-    if (!a->ctx && rc == 0 && ctx > cfg.max_position_embeddings) ctx = cfg.max_position_embeddings;
+    model m;
+    int rc = model_survey(&m, a->model, err);
+    int64_t most = m.cfg.max_position_embeddings;
+    survey v = {.cfg = &m.cfg, .ctx = a->ctx ? a->ctx : CHAT_CTX < most ? CHAT_CTX : most};
     const dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
-                         .ctx = ctx};
-    if (rc == 0) rc = engine_open(&e, &cfg, ck, &o, err);
-    if (rc == 0) rc = engine_measure(e, ck, 3, &r, err);
-    if (rc == 0) rc = disk_describe(&d, a->model, "/sys", err);
+                         .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(&m, a)};
+    if (rc == 0) rc = engine_open(&m.e, &m.cfg, m.ck, &o, err);
+    if (rc == 0) rc = engine_measure(m.e, m.ck, 3, &v.r, err);
+    if (rc == 0) rc = disk_describe(&v.disk, a->model, "/sys", err);
     if (rc == 0) {
-        const dsv4_plan *p = engine_plan(e);
-        weights_bytes b = weights_count(w);
-        bound dec = decode_bound(p, &r), pre = prefill_bound(p, &r, ctx);
-        print_disk_warnings(&d, r.disk_bytes_s);
-        if (engine_note(e)) fprintf(stderr, "note: %s\n", engine_note(e));
-        if (!a->json) print_plan_table(&cfg, p, &b, ctx, &r);
-        else rc = print_json(json_pack(
-            "{s:s, s:I, s:I, s:I, s:I, s:f, s:I, s:I, s:I, s:I, s:I, s:I, s:i, s:i, s:i,"
-            " s:{s:s, s:s, s:b, s:b, s:b, s:b, s:b}, s:{s:f, s:f, s:f}, s:o, s:o}",
-            "model", cfg.name, "ram", (json_int_t)p->budget, "ctx", (json_int_t)ctx, "program",
-            (json_int_t)p->base, "kv", (json_int_t)p->kv, "kv_per_token",
-            (double)p->kv / (double)ctx, "dense", (json_int_t)p->dense, "buffers",
-            (json_int_t)p->work, "slots", (json_int_t)p->slots, "slot_bytes",
-            (json_int_t)p->slot_bytes, "experts", (json_int_t)b.experts, "token_bytes",
-            (json_int_t)(p->token_dense + p->token_experts), "n_slots", p->n_slots, "n_experts",
-            p->n_experts_total, "span", p->span,
-            "disk", "fs", d.fs, "device", d.device, "rotating", d.rotating, "sata", d.sata,
-            "network", d.network, "fuse", d.fuse, "encrypted", d.encrypted,
-            "measured", "memory_bytes_s", r.exec.read_bytes_s, "processor_macs_s", r.exec.macs_s,
-            "disk_bytes_s", r.disk_bytes_s, "decode", bound_json(&dec), "prefill",
-            bound_json(&pre)), err);
+        v.p = engine_plan(m.e);
+        v.experts = weights_count(m.w).experts;
+        v.decode = decode_bound(&v);
+        v.prefill = prefill_bound(&v);
+        print_disk_warnings(&v.disk, v.r.disk_bytes_s / 1e9);
+        if (engine_note(m.e)) fprintf(stderr, "note: %s\n", engine_note(m.e));
+        if (a->json) rc = write_survey(&v, err);
+        else print_survey(&v);
     }
-    engine_close(e);
-    weights_close(w);
-    ckpt_close(ck);
+    model_close(&m);
     return rc ? rc : check_stdout(err);
 }
 
-typedef struct { uint64_t n[3]; } layer_kinds;         /* window only, CSA, HCA */
+/* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
+typedef struct { int window, csa, hca; } layer_kinds;
 
 static layer_kinds kinds_of(const dsv4_config *c) {
-    layer_kinds k = {{0}};
+    layer_kinds k = {0};
     for (int l = 0; l < c->num_hidden_layers; l++)
-        k.n[c->compress_ratios[l] == 0 ? 0 : c->compress_ratios[l] == 4 ? 1 : 2]++;
+        ++*(c->compress_ratios[l] == 0 ? &k.window : c->compress_ratios[l] == 4 ? &k.csa : &k.hca);
     return k;
 }
 
@@ -1715,7 +1469,7 @@ static void print_check(const dsv4_config *c, const ckpt *ck, const weights_byte
     layer_kinds k = kinds_of(c);
     printf("%-12s %s\n", "model", c->name);
     printf("%-12s %d: %d window, %d CSA, %d HCA; %d route by token id\n", "layers",
-           c->num_hidden_layers, (int)k.n[0], (int)k.n[1], (int)k.n[2], c->num_hash_layers);
+           c->num_hidden_layers, k.window, k.csa, k.hca, c->num_hash_layers);
     printf("%-12s dim %d, %d heads of %d, vocabulary %d, context %lld\n", "sizes",
            c->hidden_size, c->num_attention_heads, c->head_dim, c->vocab_size,
            (long long)c->max_position_embeddings);
@@ -1730,18 +1484,21 @@ static void print_check(const dsv4_config *c, const ckpt *ck, const weights_byte
     printf("every tensor that the graph needs is there\n");
 }
 
-static json_t *check_json(const dsv4_config *c, const ckpt *ck, const weights_bytes *b) {
+/* `hashes` NULL: none were asked for. */
+static int write_check(const dsv4_config *c, const ckpt *ck, const weights_bytes *b,
+                       json_t *hashes, dsv4_err *err) {
     layer_kinds k = kinds_of(c);
-    return json_pack(
-        "{s:s, s:i, s:I, s:I, s:I, s:i, s:i, s:i, s:i, s:I, s:i, s:i, s:b, s:i, s:I, s:I, s:I,"
-        " s:I, s:I}", "model", c->name, "layers", c->num_hidden_layers, "window",
-        (json_int_t)k.n[0], "csa", (json_int_t)k.n[1], "hca", (json_int_t)k.n[2], "hash_layers",
-        c->num_hash_layers, "dim", c->hidden_size, "heads", c->num_attention_heads, "head_dim",
-        c->head_dim, "context", (json_int_t)c->max_position_embeddings, "experts_a_layer",
-        c->n_routed_experts, "experts_a_token", c->num_experts_per_tok, "mtp", b->has_mtp,
-        "shards", ckpt_n_shards(ck), "tensors", (json_int_t)ckpt_n_tensors(ck), "dense_bytes",
-        (json_int_t)b->dense, "expert_bytes", (json_int_t)b->experts, "mtp_bytes",
-        (json_int_t)b->mtp, "unused_bytes", (json_int_t)b->unused);
+    const fact facts[] = {
+        S("model", c->name), N("layers", c->num_hidden_layers), N("window", k.window),
+        N("csa", k.csa), N("hca", k.hca), N("hash_layers", c->num_hash_layers),
+        N("dim", c->hidden_size), N("heads", c->num_attention_heads), N("head_dim", c->head_dim),
+        N("context", c->max_position_embeddings), N("experts_a_layer", c->n_routed_experts),
+        N("experts_a_token", c->num_experts_per_tok), B("mtp", b->has_mtp),
+        N("shards", ckpt_n_shards(ck)), N("tensors", ckpt_n_tensors(ck)),
+        N("dense_bytes", b->dense), N("expert_bytes", b->experts), N("mtp_bytes", b->mtp),
+        N("unused_bytes", b->unused), {"hashes", json_incref(hashes)},
+    };
+    return write_json(stdout, facts, sizeof facts / sizeof *facts - !hashes, err);
 }
 
 /* What both callbacks of ckpt_hash get; on_progress takes it for the status it begins with. */
@@ -1771,24 +1528,55 @@ static int check_hash(const args *a, const ckpt *ck, json_t *lines, dsv4_err *er
 }
 
 static int cmd_check(const args *a, dsv4_err *err) {
-    dsv4_config cfg;
-    ckpt *ck = NULL;
-    dsv4_weights *w = NULL;
-    json_t *root = NULL, *lines = a->json && a->hash ? json_array() : NULL;
-    int rc = config_load(&cfg, a->operand, err) || open_whole(&ck, a->operand, err) ||
-             weights_bind(&w, ck, &cfg, err) ? -1 : 0;
-    if (rc == 0) {
-        weights_bytes b = weights_count(w);
-        if (a->json) root = check_json(&cfg, ck, &b);
-        else if (!a->quiet) print_check(&cfg, ck, &b);
-    }
-    if (rc == 0 && a->hash) rc = check_hash(a, ck, lines, err);
-    if (root && lines) json_object_set(root, "hashes", lines);
-    if (rc == 0 && a->json) rc = print_json(root, err);
-    else json_decref(root);
+    model m;
+    weights_bytes b = {0};
+    json_t *lines = a->json && a->hash ? json_array() : NULL;
+    int rc = model_survey(&m, a->operand, err);
+    if (rc == 0) b = weights_count(m.w);
+    if (rc == 0 && !a->json && !a->quiet) print_check(&m.cfg, m.ck, &b);
+    if (rc == 0 && a->hash) rc = check_hash(a, m.ck, lines, err);
+    if (rc == 0 && a->json) rc = write_check(&m.cfg, m.ck, &b, lines, err);
     json_decref(lines);
-    weights_close(w);
-    ckpt_close(ck);
+    model_close(&m);
+    return rc ? rc : check_stdout(err);
+}
+
+/* === 10. sessions ============================================================================= */
+
+typedef struct { bool verify; int n_files, n_bad; uint64_t bytes; } listing;
+
+static int on_entry(void *arg, const park_entry *e) {
+    listing *l = arg;
+    time_t used = (time_t)e->used;
+    struct tm tm;
+    char date[32], tokens[48];
+    l->n_files++;
+    l->n_bad += *e->fault != 0;
+    l->bytes += e->bytes;
+    if (l->verify && !*e->fault) return interrupted;
+    strftime(date, sizeof date, "%Y-%m-%d %H:%M", localtime_r(&used, &tm));
+    snprintf(tokens, sizeof tokens, "%s - %s", grouped(e->session ? 0 : e->info.pos).text,
+             grouped(e->info.n_tokens + (e->session ? 0 : e->info.pos)).text);
+    printf("%-32s  %-22s  %9s  %s  %s%s\n", e->name, tokens, size_of(e->bytes).text, date,
+           *e->fault ? e->fault : e->info.model, *e->fault && !e->session ? "; removed" : "");
+    return interrupted;
+}
+
+static int cmd_sessions(const args *a, dsv4_err *err) {
+    model m;
+    const char *dir = kv_place(&m, a);
+    park *p;
+    listing l = {.verify = !strcmp(a->operand, "verify")};
+    if (!dir) return fail(err, "there is no home for parked context: name one with --kv-dir");
+    if (park_open(&p, dir, 0, err)) return -1;
+    int rc = a->operand2 ? park_remove(p, a->operand2, err)
+                         : park_list(p, l.verify, on_entry, &l, err);
+    if (rc == 0 && !a->operand2)
+        printf("%d file%s, %s%s%s\n", l.n_files, l.n_files == 1 ? "" : "s", size_of(l.bytes).text,
+               l.verify ? ", all read" : "", l.n_bad ? ", some damaged" : "");
+    if (rc == 0 && interrupted) rc = fail(err, "interrupted");
+    if (rc == 0 && l.n_bad) rc = fail(err, "%d of %d files were damaged", l.n_bad, l.n_files);
+    park_close(p);
     return rc ? rc : check_stdout(err);
 }
 
@@ -1820,7 +1608,7 @@ static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err
                      op[OPC_GATE] + op[OPC_SHARED] + op[OPC_HEAD] - idle;
     double memory = r->exec.read_bytes_s / 1e9, disk = r->disk_bytes_s / 1e9;
     double got = (double)(o->read_bytes - read.read_bytes) / 1e9;
-    double rest = all - op[OPC_EXPERTS] - idle, most = rest + (experts > busy ? experts : busy);
+    double most = all - op[OPC_EXPERTS] - idle + fmax(experts, busy);
     printf("%-24s %9s %-8s %-24s %9s %7s\n", "what", "measured", "", "bound", "", "ratio");
     print_ratio("experts, computed", n * (double)p->token_experts / 1e9 / experts, "GB/s",
                 "memory read, GB/s", memory);
@@ -1851,7 +1639,86 @@ static int cmd_bench(const args *a, dsv4_err *err) {
     return model_finish(&m, a, rc, err);
 }
 
-/* === 12. help ================================================================================= */
+/* === 12. Flags, help, main ==================================================================== */
+
+enum {                             /* commands, and sets of them that take the same flags       */
+    RUN = 1, CHAT = 2, EVAL = 4, PROMPT = 8, TOKENIZE = 16, PLAN = 32, CHECK = 64, BENCH = 128,
+    VERSION = 256, HELP = 512, SESSIONS = 1024, ANSWER = RUN | CHAT, ENGINE = ANSWER | EVAL | BENCH,
+    BUDGET = ENGINE | PLAN,
+};
+
+typedef enum { ARG_TEXT, ARG_LIST, ARG_WHOLE, ARG_SIZE, ARG_SEED, ARG_REAL, ARG_SWITCH } arg_kind;
+
+typedef struct {
+    const char *name, *value;      /* "--temp", "T"; value NULL for a switch                    */
+    int commands;                  /* which take it                                             */
+    arg_kind kind;
+    size_t at;                     /* its place in args                                         */
+    double lo, hi;                 /* of numbers                                                */
+    const char *help;
+} flag;
+
+#define ARG(kind, field)     ARG_##kind, offsetof(args, field), 0, 0
+#define WHOLE(field, lo, hi) ARG_WHOLE, offsetof(args, field), lo, hi
+#define REAL(field, lo, hi)  ARG_REAL, offsetof(args, field), lo, hi
+static const flag flags[] = {
+    {"-m", "DIR", BUDGET | PROMPT | TOKENIZE, ARG(TEXT, model), "the model's directory"},
+    {"-p", "TEXT", RUN, ARG(TEXT, prompt), "the prompt"},
+    {"-f", "FILE", RUN | EVAL | TOKENIZE, ARG(TEXT, file), "a text file, - for stdin"},
+    {"--ids", "FILE", RUN | EVAL, ARG(TEXT, ids), "a file of token ids, separated by white space"},
+    {"--ids", NULL, PROMPT, ARG(SWITCH, as_ids), "write the token ids (needs -m)"},
+    {"--decode", NULL, TOKENIZE, ARG(SWITCH, decode), "from ids to text"},
+    {"-n", "N", ANSWER, WHOLE(n_answer, 1, 1e9),
+     "tokens of an answer at most, thoughts included (4096)"},
+    {"--system", "TEXT", ANSWER, ARG(TEXT, system), "the system prompt"},
+    {"--no-think", NULL, ANSWER, ARG(SWITCH, no_think), "answer without thinking first"},
+    {"--effort", "LEVEL", ANSWER, ARG(TEXT, effort), "how hard to think: low, high or max"},
+    {"--raw", NULL, RUN, ARG(SWITCH, raw), "continue the text instead of answering it"},
+    {"--temp", "T", ANSWER, REAL(temp, 0, 1e3),
+     "temperature, 0 for the likeliest token (the model's, else 1)"},
+    {"--top-p", "P", ANSWER, REAL(top_p, 0, 1),
+     "draw from the likeliest tokens that hold P (the model's, else 1)"},
+    {"--top-k", "K", ANSWER, WHOLE(top_k, 0, 1e9),
+     "draw from the K likeliest tokens, 0 for all (the model's, else 0)"},
+    {"--min-p", "P", ANSWER, REAL(min_p, 0, 1),
+     "drop tokens below P times the likeliest (the model's, else 0)"},
+    {"--repetition-penalty", "X", ANSWER, REAL(penalty, 0.01, 100),
+     "divide the logits of tokens already there (the model's, else 1)"},
+    {"--seed", "S", ANSWER, ARG(SEED, seed), "same seed, same text (0)"},
+    {"--stop", "TEXT", ANSWER, ARG(LIST, stop),
+     "end the answer where TEXT begins; up to 8 times"},
+    {"--no-loop-guard", NULL, ANSWER, ARG(SWITCH, no_loop_guard),
+     "go on when the answer goes round in circles"},
+    {"--print-ids", NULL, RUN, ARG(SWITCH, print_ids), "print token ids instead of text"},
+    {"--tokens", "N", BENCH, WHOLE(n_bench, 1, 1e6), "tokens to decode (64)"},
+    {"--trace", "FILE", BENCH, ARG(TEXT, trace), "write token, layer and experts of each step"},
+    {"--logits", "OUT.npy", EVAL, ARG(TEXT, logits), "write the logits, float32 [n, vocab]"},
+    {"--decode-from", "K", EVAL, WHOLE(decode_from, 0, 1e9), "ids from K on go one at a time"},
+    {"--no-rounding", NULL, EVAL, ARG(SWITCH, no_rounding),
+     "leave out the model's deliberate roundings"},
+    {"--chunk", "N", EVAL, WHOLE(chunk, 1, 1e9), "tokens to put through at once"},
+    {"--span", "N", EVAL, WHOLE(span, 1, 1e9),
+     "tokens to put through a layer before the next one (what memory allows)"},
+    {"--generation", "GEN", PROMPT, ARG(TEXT, gen),
+     "v4 or 0731, the two prompt formats (the model's, else v4)"},
+    {"-t", "N", BUDGET, WHOLE(threads, 1, MAX_THREADS), "threads (all processors); also --threads"},
+    {"--ram", "SIZE", BUDGET, ARG(SIZE, ram),
+     "memory to use, as 512M or 16G (most of what is free)"},
+    {"--ctx", "N", BUDGET, WHOLE(ctx, 1, 1e9),
+     "tokens of context to make room for (what is needed; chat and plan: 32768)"},
+    {"--kv-ram", "SIZE", BUDGET, ARG(SIZE, kv_ram),
+     "of --ram, for KV; what is more goes to --kv-dir (a quarter of --ram)"},
+    {"--kv-dir", "DIR", BUDGET | SESSIONS, ARG(TEXT, kv_dir),
+     "for KV that does not fit and for parked context (~/.cache/dsv4/kv)"},
+    {"--kv-disk", "SIZE", ANSWER, ARG(SIZE, kv_disk), "what parked context may take (32G)"},
+    {"--no-cache", NULL, ANSWER, ARG(SWITCH, no_cache), "neither use parked context nor park any"},
+    {"--stats", "FILE", ENGINE, ARG(TEXT, stats), "write counters and times as JSON"},
+    {"--hash", NULL, CHECK, ARG(SWITCH, hash),
+     "read every shard whole and compare with the last time"},
+    {"--json", NULL, CHECK | PLAN, ARG(SWITCH, json), "one JSON object instead of a table"},
+    {"-q", NULL, ENGINE | CHECK, ARG(SWITCH, quiet), "no progress, no tables, no thoughts"},
+};
+enum { N_FLAGS = sizeof flags / sizeof *flags };
 
 static int cmd_version(const args *a, dsv4_err *err) {
     (void)a;
@@ -1859,29 +1726,169 @@ static int cmd_version(const args *a, dsv4_err *err) {
     return check_stdout(err);
 }
 
+static int cmd_help(const args *a, dsv4_err *err);
+
+typedef struct {
+    const char *name, *usage, *help;
+    int bit;
+    int (*run)(const args *a, dsv4_err *err);
+} command;
+
+static const command commands[] = {
+    {"run", "-m DIR (-p TEXT | -f FILE | --ids FILE) [flags]", "answer or continue a text", RUN,
+     cmd_run},
+    {"chat", "-m DIR [flags]", "talk with the model; /help lists what it understands", CHAT,
+     cmd_chat},
+    {"eval", "-m DIR (-f FILE | --ids FILE) [flags]", "score a text: mean NLL and perplexity",
+     EVAL, cmd_eval},
+    {"prompt", "[-m DIR] [--generation GEN] [--ids]",
+     "turn an OpenAI-style request on stdin into the model's prompt", PROMPT, cmd_prompt},
+    {"tokenize", "-m DIR [-f FILE] [--decode]", "turn text into token ids, or ids into text",
+     TOKENIZE, cmd_tokenize},
+    {"plan", "-m DIR [--ram SIZE] [--ctx N] [--json]",
+     "say what would live where, and how fast that can be here", PLAN, cmd_plan},
+    {"check", "DIR [--hash] [--json]", "say what a model is and whether it is whole", CHECK,
+     cmd_check},
+    {"sessions", "list | verify | rm NAME [--kv-dir DIR]", "look after parked context", SESSIONS,
+     cmd_sessions},
+    {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
+     "measure decode against memory, processor and disk", BENCH, cmd_bench},
+    {"version", "", "print the version", VERSION, cmd_version},
+    {"help", "[COMMAND]", "print this, or a command's flags", HELP, cmd_help},
+};
+enum { N_COMMANDS = sizeof commands / sizeof *commands };
+
+/* NULL, and the message, where there is none. */
+static const command *find_command(const char *name, dsv4_err *err) {
+    guess g = {.asked = name};
+    for (int i = 0; i < N_COMMANDS; i++) {
+        if (!strcmp(name, commands[i].name)) return &commands[i];
+        consider(&g, commands[i].name);
+    }
+    fail(err, "no command %s%s; see dsv4 help", name, g.perhaps);
+    return NULL;
+}
+
+static const flag *find_flag(const char *name, const command *c, dsv4_err *err) {
+    guess g = {.asked = name};
+    if (!strcmp(name, "--threads")) name = "-t";
+    for (int i = 0; i < N_FLAGS; i++) {
+        if (!(flags[i].commands & c->bit)) continue;
+        if (!strcmp(name, flags[i].name)) return &flags[i];
+        consider(&g, flags[i].name);
+    }
+    fail(err, "%s does not take %s%s; see dsv4 help %s", c->name, name, g.perhaps, c->name);
+    return NULL;
+}
+
 static void print_flags(const command *c) {
     printf("dsv4 %s %s\n\n%s.\n\n", c->name, c->usage, c->help);
-    for (int i = 0; i < N_FLAGS; i++) {
+    for (const flag *f = flags; f < flags + N_FLAGS; f++) {
         char left[40];
-        if (!(flags[i].commands & c->bit)) continue;
-        snprintf(left, sizeof left, "%s %s", flags[i].name, flags[i].value ? flags[i].value : "");
-        printf("  %-23s %s\n", left, flags[i].help);
+        if (!(f->commands & c->bit)) continue;
+        snprintf(left, sizeof left, "%s %s", f->name, f->value ? f->value : "");
+        printf("  %-23s %s\n", left, f->help);
     }
 }
 
 static int cmd_help(const args *a, dsv4_err *err) {
-    const command *c = a->operand ? find_command(a->operand) : NULL;
-    if (a->operand && !c) return unknown_command(a->operand, err);
+    const command *c = a->operand ? find_command(a->operand, err) : NULL;
+    if (a->operand && !c) return -1;
     if (c) {
         print_flags(c);
     } else {
         printf("dsv4 runs DeepSeek-V4 from its official checkpoint.\n\n");
-        for (int i = 0; i < N_COMMANDS; i++)
-            printf("  dsv4 %-8s %-52s %s\n", commands[i].name, commands[i].usage,
-                   commands[i].help);
+        for (c = commands; c < commands + N_COMMANDS; c++)
+            printf("  dsv4 %-8s %-52s %s\n", c->name, c->usage, c->help);
         printf("\ndsv4 help COMMAND lists its flags.\n");
     }
     return check_stdout(err);
+}
+
+/* "512M", "16G", "1.5G" or plain bytes. */
+static bool parse_size(const char *text, uint64_t *out) {
+    static const char units[] = "kmgt";
+    char *end;
+    double v = strtod(text, &end);
+    const char *unit = *end ? strchr(units, tolower((unsigned char)*end)) : NULL;
+    if (unit) v = ldexp(v, 10 * (int)(unit - units + 1));
+    if (end == text || (*end && (!unit || end[1])) || !(v > 0) || v > 1e18) return false;
+    *out = (uint64_t)v;
+    return true;
+}
+
+static int flag_set(args *a, const flag *f, const char *value, dsv4_err *err) {
+    void *place = (char *)a + f->at;
+    word_list *list = place;
+    char *end;
+    double real;
+    switch (f->kind) {
+    case ARG_TEXT: *(const char **)place = value; return 0;
+    case ARG_SWITCH: *(bool *)place = true; return 0;
+    case ARG_LIST:
+        if (!*value || strlen(value) >= MAX_STOP_BYTES)
+            return fail(err, "%s takes 1 to %d bytes", f->name, MAX_STOP_BYTES - 1);
+        if (list->n == MAX_STOPS) return fail(err, "%s at most %d times", f->name, MAX_STOPS);
+        list->word[list->n++] = value;
+        return 0;
+    case ARG_SIZE:
+        if (parse_size(value, place)) return 0;
+        return fail(err, "%s %s is not a size; write it as 512M or 16G", f->name, value);
+    case ARG_SEED:
+        errno = 0;
+        *(uint64_t *)place = strtoull(value, &end, 10);
+        if (*value >= '0' && *value <= '9' && !*end && !errno) return 0;
+        return fail(err, "%s %s is not a whole number from 0 up", f->name, value);
+    case ARG_WHOLE:
+    case ARG_REAL: break;
+    }
+    real = strtod(value, &end);
+    if (end == value || *end || !(real >= f->lo && real <= f->hi) ||
+        (f->kind == ARG_WHOLE && real != floor(real)))
+        return fail(err, "%s %s is not a %snumber from %g to %g", f->name, value,
+                    f->kind == ARG_WHOLE ? "whole " : "", f->lo, f->hi);
+    if (f->kind == ARG_REAL) *(double *)place = real;
+    else *(int64_t *)place = (int64_t)real;
+    return 0;
+}
+
+static int args_check(const args *a, const command *c, dsv4_err *err) {
+    if ((c->bit & (BUDGET | TOKENIZE)) && !a->model) return fail(err, "%s needs -m DIR", c->name);
+    if (a->as_ids && !a->model) return fail(err, "prompt --ids needs -m DIR for its tokenizer");
+    if (c->bit == CHECK && !a->operand) return fail(err, "check needs a directory");
+    const char *word = a->operand ? a->operand : "";
+    if (c->bit == SESSIONS && (strcmp(word, "rm") ? strcmp(word, "list") && strcmp(word, "verify")
+                                                  : !a->operand2))
+        return fail(err, "sessions needs list, verify, or rm and a name");
+    if (a->operand2 && strcmp(word, "rm")) return fail(err, "%s is one too many", a->operand2);
+    if ((c->bit & (RUN | EVAL)) && !!a->prompt + !!a->file + !!a->ids != 1)
+        return fail(err, "%s needs one of %s-f FILE, --ids FILE", c->name,
+                    c->bit == RUN ? "-p TEXT, " : "");
+    if (a->effort && !is_effort(a->effort))
+        return fail(err, "--effort %s is not low, high or max", a->effort);
+    if (a->gen && strcmp(a->gen, "v4") && strcmp(a->gen, "0731"))
+        return fail(err, "--generation %s is not v4 or 0731", a->gen);
+    return 0;
+}
+
+/* Fill *a from the words behind the command; -1 is a usage error. */
+static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err *err) {
+    *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
+                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1,
+                .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & ANSWER)};
+    int n_operands = c->bit == SESSIONS ? 2 : !!(c->bit & (CHECK | HELP)), n = 0;
+    for (int i = 0; i < argc; i++) {
+        if (argv[i][0] != '-' && n < n_operands) {
+            *(n++ ? &a->operand2 : &a->operand) = argv[i];
+            continue;
+        }
+        const flag *f = find_flag(argv[i], c, err);
+        if (!f) return -1;
+        if (f->value && i + 1 == argc)
+            return fail(err, "%s needs %s behind it", argv[i], f->value);
+        if (flag_set(a, f, f->value ? argv[++i] : NULL, err)) return -1;
+    }
+    return args_check(a, c, err);
 }
 
 /* Does this processor have what kernels.c was built for? */
@@ -1905,14 +1912,13 @@ int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "help";
     if (!strcmp(name, "--help") || !strcmp(name, "-h")) name = "help";
     if (!strcmp(name, "--version")) name = "version";
-    const command *c = find_command(name);
+    const command *c = find_command(name, &err);
     args a;
     if (!c || parse_args(&a, c, argc > 2 ? argc - 2 : 0, argv + 2, &err)) {
-        if (!c) unknown_command(name, &err);
         fprintf(stderr, "dsv4: %s\n", err.msg);
         return EXIT_USAGE;
     }
-    int rc = (c->bit & CMD_BUDGET) && !cpu_fits()
+    int rc = (c->bit & BUDGET) && !cpu_fits()
                  ? fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64")
                  : c->run(&a, &err);
     if (rc == 0) return 0;

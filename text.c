@@ -22,7 +22,7 @@
  *             6 no text of people or tools ever becomes a special token of a prompt
  *             7 an answer's pieces do not depend on how its bytes were handed over
  *
- * Contents    1 UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
+ * Contents    1 bytes, UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
  *             5 cutting text   6 merging a word   7 encoding, decoding
  *             8 writing JSON   9 the prompt   10 the answer
  * Not here    HTTP, and running tools
@@ -65,12 +65,27 @@ enum {
 
 static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
 
-/* === 1. UTF-8 =================================================================================
+/* === 1. Bytes, UTF-8 ==========================================================================
  * Broken text is repaired the way Python's bytes.decode(errors="replace") and Unicode (3.9, best
  * practice) do: one U+FFFD for each maximal piece that starts like a character and breaks off.
  *   f0 9f 98 'a'      one U+FFFD, then a        a character without its last byte
  *   ed a0 80          three                     no character starts with ed a0 (a surrogate), so
  *                                               each byte is broken for itself                 */
+
+void put_bytes(buffer *b, const char *s, size_t n) {
+    if (n > b->cap - b->n) {
+        size_t cap = 2 * b->cap + n + 64; /* n is the size of something in memory, so this fits */
+        char *grown = b->failed ? NULL : realloc(b->s, cap);
+        b->failed = !grown;
+        if (!grown) return;
+        b->s = grown;
+        b->cap = cap;
+    }
+    if (n > 0) memcpy(b->s + b->n, s, n);
+    b->n += n;
+}
+
+void put_text(buffer *b, const char *s) { put_bytes(b, s, strlen(s)); }
 
 typedef enum { CH_WHOLE, CH_BROKEN, CH_CUT } ch_state;
 
@@ -102,9 +117,8 @@ static bool utf8_valid(const char *text, size_t len) {
     return state == CH_WHOLE;
 }
 
-size_t utf8_push(utf8_stream *s, const char *bytes, size_t len, char *out) {
+void utf8_push(utf8_stream *s, const char *bytes, size_t len, buffer *out) {
     static const char replacement[] = "\xef\xbf\xbd";
-    size_t n_out = 0;
     for (size_t i = 0; i < len; i++) {
         s->held[s->n_held++] = (unsigned char)bytes[i];
         /* What was held is the start of a character.  The new byte goes on with it, ends it, or
@@ -113,30 +127,23 @@ size_t utf8_push(utf8_stream *s, const char *bytes, size_t len, char *out) {
             ch_state state;
             size_t n = utf8_char(s->held, (size_t)s->n_held, &state);
             if (state == CH_CUT) break;
-            size_t n_new = state == CH_WHOLE ? n : 3;
-            memcpy(out + n_out, state == CH_WHOLE ? (const char *)s->held : replacement, n_new);
-            n_out += n_new;
+            if (state == CH_WHOLE) put_bytes(out, (const char *)s->held, n);
+            else put_text(out, replacement);
             s->n_held -= (int)n;
             memmove(s->held, s->held + n, (size_t)s->n_held);
         }
         assert(s->n_held < 4);
     }
     if (len == 0 && s->n_held > 0) {
-        memcpy(out, replacement, 3);
-        n_out = 3;
+        put_text(out, replacement);
         s->n_held = 0;
     }
-    return n_out;
 }
 
-/* A repaired copy of text, to be freed, and its length; NULL when there is no memory. */
-static char *utf8_repair(const char *text, size_t *len) {
+static void put_repaired(buffer *out, const char *text, size_t len) {
     utf8_stream s = {0};
-    char *out = malloc(3 * (*len + 4));
-    if (!out) return NULL;
-    size_t n = utf8_push(&s, text, *len, out);
-    *len = n + utf8_push(&s, NULL, 0, out + n);
-    return out;
+    if (len > 0) utf8_push(&s, text, len, out);
+    utf8_push(&s, NULL, 0, out);
 }
 
 /* === 2. The tables ============================================================================
@@ -359,18 +366,18 @@ typedef struct {
  * characters and characters cut in half are replaced: a message is one line of UTF-8. */
 __attribute__((format(printf, 2, 3)))
 static int refuse(const reader *r, const char *fmt, ...) {
-    char raw[256], line[3 * (sizeof raw + 4) + 1];
-    utf8_stream s = {0};
+    char raw[256];
+    buffer line = {0};
     va_list args;
     va_start(args, fmt);
     vsnprintf(raw, sizeof raw, fmt, args);
     va_end(args);
     for (char *p = raw; *p; p++)
         if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
-    size_t n = utf8_push(&s, raw, strlen(raw), line);
-    n += utf8_push(&s, NULL, 0, line + n);
-    line[n] = 0;
-    return fail(r->err, "%s: %s", r->where, line);
+    put_repaired(&line, raw, strlen(raw));
+    fail(r->err, "%s: %.*s", r->where, (int)line.n, line.failed ? "" : line.s);
+    free(line.s);
+    return -1;
 }
 
 /* Absent, null, false or "": a setting that does nothing. */
@@ -727,7 +734,7 @@ int tok_open(tok **out, const char *dir, dsv4_err *err) {
 
 typedef struct {                   /* a word that this text had before                          */
     uint32_t at, len;              /* its bytes, in encoder.text                                */
-    uint32_t first, n;             /* its ids, in encoder.ids                                   */
+    uint32_t first, n;             /* its ids, in *encoder.ids                                  */
 } seen_word;
 
 typedef struct {                   /* a part of the word that is being merged                   */
@@ -741,8 +748,7 @@ typedef struct {                   /* one tok_encode                            
     const char *text;              /* all of it, valid UTF-8                                    */
     const size_t *cuts;            /* [n_cuts] as in a prompt: no added token touches these     */
     size_t n_cuts, cut[2];         /* and how many of them each pass has behind it              */
-    int32_t *ids;
-    size_t n, cap;
+    id_list *ids;
     seen_word *seen;               /* [seen_mask + 1] by hash                                   */
     uint32_t seen_mask;
     symbol *sym;                   /* [n_sym] of the word that is merged                        */
@@ -756,19 +762,6 @@ typedef struct {                   /* one tok_encode                            
 } encoder;
 
 static int word(encoder *e, const char *s, size_t len); /* section 6 */
-
-/* Append to the result. */
-static int push_id(encoder *e, int32_t id) {
-    if (e->n == e->cap) {
-        size_t cap = e->cap ? 2 * e->cap : 64;
-        int32_t *ids = realloc(e->ids, cap * sizeof *ids);
-        if (!ids) return oom(e->err);
-        e->ids = ids;
-        e->cap = cap;
-    }
-    e->ids[e->n++] = id;
-    return 0;
-}
 
 static double cpu_seconds(void) {
     struct timespec now;
@@ -885,7 +878,7 @@ static int cut_added(encoder *e, int pass, const char *s, size_t len) {
             continue;
         }
         if (i > done && cut_added(e, pass + 1, s + done, i - done)) return -1;
-        if (push_id(e, added->id)) return -1;
+        if (ids_push(e->ids, added->id, e->err)) return -1;
         done = i += added->len;
     }
     return done < len ? cut_added(e, pass + 1, s + done, len - done) : 0;
@@ -962,7 +955,7 @@ static int merge_word(encoder *e, const unsigned char *s, size_t len) {
         if (left->prev != n) offer_pair(e, left->prev, n);
     }
     for (uint32_t i = 0; i != n; i = e->sym[i].next)
-        if (push_id(e, e->sym[i].id)) return -1;
+        if (ids_push(e->ids, e->sym[i].id, e->err)) return -1;
     return 0;
 }
 
@@ -972,7 +965,8 @@ static int new_word(encoder *e, const char *s, size_t len) {
     const named key = {.s = s, .len = (uint32_t)len};
     const named *whole = NULL;
     if (t->words) whole = bsearch(&key, t->words, t->n_words, sizeof key, by_bytes);
-    return whole ? push_id(e, whole->id) : merge_word(e, (const unsigned char *)s, len);
+    return whole ? ids_push(e->ids, whole->id, e->err)
+                 : merge_word(e, (const unsigned char *)s, len);
 }
 
 /* OPT: most words of a text occurred in it before; then their ids are copied.  A slot keeps the
@@ -984,48 +978,50 @@ static int word(encoder *e, const char *s, size_t len) {
     seen_word *seen = &e->seen[(hash ^ hash >> 15) & e->seen_mask];
     if (seen->len == len && memcmp(e->text + seen->at, s, len) == 0) {
         for (uint32_t i = 0; i < seen->n; i++)
-            if (push_id(e, e->ids[seen->first + i])) return -1;
+            if (ids_push(e->ids, e->ids->id[seen->first + i], e->err)) return -1;
         return 0;
     }
-    size_t first = e->n;
+    size_t first = e->ids->n;
     if (new_word(e, s, len)) return -1;
     /* Where it stands now is remembered, not a copy: text and ids stay to the end. */
     *seen = (seen_word){(uint32_t)(s - e->text), (uint32_t)len, (uint32_t)first,
-                        (uint32_t)(e->n - first)};
+                        (uint32_t)(e->ids->n - first)};
     return 0;
 }
 
 /* === 7. Encoding, decoding ==================================================================== */
 
-/* Encode e->text, len bytes of valid UTF-8; what e holds is the caller's to free, on -1 too. */
-static int encode_valid(encoder *e, size_t len) {
-    size_t n_seen = 64;
+int ids_push(id_list *l, int32_t id, dsv4_err *err) {
+    if (l->n == l->cap) {
+        size_t cap = 2 * l->cap + 64;
+        int32_t *grown = realloc(l->id, cap * sizeof *grown);
+        if (!grown) return oom(err);
+        l->id = grown;
+        l->cap = cap;
+    }
+    l->id[l->n++] = id;
+    return 0;
+}
+
+/* Encode e->text, len bytes of valid UTF-8. */
+static int encode(encoder *e, size_t len) {
+    size_t n_seen = 64, before = e->ids->n;
     while (n_seen < len / 16 && n_seen < SEEN_SLOTS) n_seen *= 2;
     e->seen_mask = (uint32_t)(n_seen - 1);
     e->seen = calloc(n_seen, sizeof *e->seen);
     e->match = pcre2_match_data_create(1, NULL);
     e->limits = pcre2_match_context_create(NULL);
-    e->cap = len / 4 + 16;         /* English has one id in 4 or 5 bytes                        */
-    e->ids = malloc(e->cap * sizeof *e->ids);
-    if (!e->seen || !e->match || !e->limits || !e->ids) return oom(e->err);
-    /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s even
-     * without a JIT; these limits are far above both. */
-    pcre2_set_match_limit(e->limits, 100000u + (len < UINT32_MAX / 8 ? 4u * (uint32_t)len
-                                                                     : UINT32_MAX / 2));
-    pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
-    e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
-    return len > 0 ? cut_added(e, 0, e->text, len) : 0;
-}
-
-/* encode_valid and what belongs around it. */
-static int encode(encoder *e, size_t len, int32_t **ids, size_t *n) {
-    int rc = encode_valid(e, len);
-    if (rc) {
-        free(e->ids);
-    } else {
-        *ids = e->ids;
-        *n = e->n;
+    int rc = e->seen && e->match && e->limits ? 0 : oom(e->err);
+    if (!rc) {
+        /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s
+         * even without a JIT; these limits are far above both. */
+        uint32_t steps = len < UINT32_MAX / 8 ? 4u * (uint32_t)len : UINT32_MAX / 2;
+        pcre2_set_match_limit(e->limits, 100000u + steps);
+        pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
+        e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
+        if (len > 0) rc = cut_added(e, 0, e->text, len);
     }
+    if (rc) e->ids->n = before;
     pcre2_match_context_free(e->limits);
     pcre2_match_data_free(e->match);
     free(e->heap);
@@ -1034,37 +1030,35 @@ static int encode(encoder *e, size_t len, int32_t **ids, size_t *n) {
     return rc;
 }
 
-int tok_encode(const tok *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
+int tok_encode(const tok *t, const char *text, size_t len, bool special, id_list *out,
                dsv4_err *err) {
-    char *repaired = NULL;
-    *ids = NULL;
-    *n = 0;
+    buffer repaired = {0};
     if (len > MAX_TEXT_BYTES / 3)  /* each byte of broken text may become three                 */
         return fail(err, "text of %zu bytes is over the limit of %d", len, MAX_TEXT_BYTES / 3);
     if (!utf8_valid(text, len)) {
-        repaired = utf8_repair(text, &len);
-        if (!repaired) return oom(err);
+        put_repaired(&repaired, text, len);
+        text = repaired.s;
+        len = repaired.n;
     }
     const size_t all[2] = {0, len}; /* where nothing may be special, all of it is cut out       */
-    encoder e = {.t = t, .text = repaired ? repaired : text, .cuts = all,
-                 .n_cuts = special ? 0 : 2, .err = err};
-    int rc = encode(&e, len, ids, n);
-    free(repaired);
+    encoder e = {.t = t, .text = text, .cuts = all, .n_cuts = special ? 0 : 2, .ids = out,
+                 .err = err};
+    int rc = repaired.failed ? oom(err) : encode(&e, len);
+    free(repaired.s);
     return rc;
 }
 
-int prompt_encode(const tok *t, const prompt *p, int32_t **ids, size_t *n, dsv4_err *err) {
+int prompt_encode(const tok *t, const prompt *p, id_list *out, dsv4_err *err) {
     static const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
                                         "<｜Assistant｜>", "<think>", "</think>"};
-    encoder e = {.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts, .err = err};
-    *ids = NULL;
-    *n = 0;
+    encoder e = {.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts, .ids = out,
+                 .err = err};
     for (size_t i = 0; i < sizeof frame / sizeof *frame; i++)
         if (tok_special(t, frame[i]) < 0) return fail(err, "the tokenizer has no %s", frame[i]);
     if (p->len > MAX_TEXT_BYTES)
         return fail(err, "text of %zu bytes is over the limit of %d", p->len, MAX_TEXT_BYTES);
     assert(utf8_valid(p->text, p->len));
-    return encode(&e, p->len, ids, n);
+    return encode(&e, p->len);
 }
 
 int tok_n_ids(const tok *t) { return t->n_ids; }
@@ -1087,42 +1081,23 @@ int32_t tok_special(const tok *t, const char *content) {
 /* === 8. Writing JSON ==========================================================================
  * As Python's json.dumps(ensure_ascii=False) writes it, for the model was trained on that.       */
 
-/* Grows as it is written to.  Once there is no memory, nothing more goes in and `failed` stays
- * set, so that many writes need one look. */
-typedef struct { char *s; size_t n, cap; bool failed; } buffer;
-
-static void put(buffer *b, const char *s, size_t n) {
-    if (n > b->cap - b->n) {
-        size_t cap = 2 * b->cap + n + 64; /* n is the size of something in memory, so this fits */
-        char *grown = b->failed ? NULL : realloc(b->s, cap);
-        b->failed = !grown;
-        if (!grown) return;
-        b->s = grown;
-        b->cap = cap;
-    }
-    if (n > 0) memcpy(b->s + b->n, s, n);
-    b->n += n;
-}
-
-static void put_str(buffer *b, const char *s) { put(b, s, strlen(s)); }
-
 /* Of valid UTF-8 only what JSON wants escaped is; what stands between escapes goes in at once. */
 static void put_json_string(buffer *b, const char *s, size_t n) {
     static const char plain[] = "\"\\\n\r\t\b\f", escaped[] = "\"\\nrtbf";
     size_t done = 0;
-    put_str(b, "\"");
+    put_text(b, "\"");
     for (size_t i = 0; i < n; i++) {
         const char *named_escape = s[i] ? strchr(plain, s[i]) : NULL;
         char escape[8];
         if (!named_escape && (unsigned char)s[i] >= ' ') continue;
         if (named_escape) snprintf(escape, sizeof escape, "\\%c", escaped[named_escape - plain]);
         else snprintf(escape, sizeof escape, "\\u%04x", (unsigned)s[i]);
-        put(b, s + done, i - done);
-        put_str(b, escape);
+        put_bytes(b, s + done, i - done);
+        put_text(b, escape);
         done = i + 1;
     }
-    put(b, s + done, n - done);
-    put_str(b, "\"");
+    put_bytes(b, s + done, n - done);
+    put_text(b, "\"");
 }
 
 /* Python's repr: the fewest digits that give x again, with an exponent only when that is below
@@ -1137,7 +1112,7 @@ static void put_json_real(buffer *b, double x) {
     int exponent = (int)strtol(strchr(s, 'e') + 1, NULL, 10), decimals = digits - 1 - exponent;
     if (exponent >= -4 && exponent < 16)
         snprintf(s, sizeof s, "%.*f", decimals > 0 ? decimals : 1, x);
-    put_str(b, s);
+    put_text(b, s);
 }
 
 /* As deep as v, and jansson reads 2048 levels at most. */
@@ -1148,20 +1123,20 @@ static void put_json(buffer *b, json_t *v) {
     size_t i;
     if (json_is_string(v)) put_json_string(b, json_string_value(v), json_string_length(v));
     else if (json_is_real(v)) put_json_real(b, json_real_value(v));
-    else if (json_is_array(v) || json_is_object(v)) put_str(b, json_is_array(v) ? "[" : "{");
-    else put(b, word, json_dumpb(v, word, sizeof word, JSON_ENCODE_ANY));
+    else if (json_is_array(v) || json_is_object(v)) put_text(b, json_is_array(v) ? "[" : "{");
+    else put_bytes(b, word, json_dumpb(v, word, sizeof word, JSON_ENCODE_ANY));
     json_array_foreach(v, i, item) {
-        put_str(b, i ? ", " : "");
+        put_text(b, i ? ", " : "");
         put_json(b, item);
     }
     json_object_foreach(v, key, item) {
-        put_str(b, sep);
+        put_text(b, sep);
         put_json_string(b, key, strlen(key));
-        put_str(b, ": ");
+        put_text(b, ": ");
         put_json(b, item);
         sep = ", ";
     }
-    put_str(b, json_is_array(v) ? "]" : json_is_object(v) ? "}" : "");
+    put_text(b, json_is_array(v) ? "]" : json_is_object(v) ? "}" : "");
 }
 
 /* === 9. The prompt ============================================================================
@@ -1224,7 +1199,7 @@ static void cut(writer *w) {
     size_t last = 0, n = w->cuts.n;
     if (n) memcpy(&last, w->cuts.s + n - sizeof last, sizeof last);
     if (n && last == w->text.n) w->cuts.n -= sizeof last;
-    else put(&w->cuts, (const char *)&w->text.n, sizeof last);
+    else put_bytes(&w->cuts, (const char *)&w->text.n, sizeof last);
 }
 
 /* Our own text; what others wrote stands where it says %s (a string) or %j (JSON, but of a string
@@ -1233,17 +1208,18 @@ static void emit(writer *w, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
     for (const char *p; (p = strchr(fmt, '%')); fmt = p + 2) {
-        put(&w->text, fmt, (size_t)(p - fmt));
+        put_bytes(&w->text, fmt, (size_t)(p - fmt));
         const char *s = p[1] == 's' ? va_arg(args, const char *) : NULL;
         json_t *v = s ? NULL : va_arg(args, json_t *);
         cut(w);
-        if (s) put_str(&w->text, s);
-        else if (json_is_string(v)) put(&w->text, json_string_value(v), json_string_length(v));
+        if (s) put_text(&w->text, s);
+        else if (json_is_string(v))
+            put_bytes(&w->text, json_string_value(v), json_string_length(v));
         else put_json(&w->text, v);
         cut(w);
     }
     va_end(args);
-    put_str(&w->text, fmt);
+    put_text(&w->text, fmt);
 }
 
 /* Message i, which errors now name. */
@@ -1481,9 +1457,11 @@ void prompt_free(prompt *p) {
 }
 
 struct json_t *prompt_message(const char *role_name, const char *text, size_t len) {
-    char *repaired = utf8_repair(text, &len);
-    json_t *content = repaired ? json_stringn(repaired, len) : NULL;
-    free(repaired);
+    buffer repaired = {0};
+    put_repaired(&repaired, text, len);
+    json_t *content = repaired.failed ? NULL : json_stringn(repaired.n ? repaired.s : "",
+                                                            repaired.n);
+    free(repaired.s);
     return json_pack("{s:s, s:o}", "role", role_name, "content", content);
 }
 
@@ -1510,8 +1488,8 @@ static bool ends(const char *s, size_t n, const char *word) {
 
 static bool is_white(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
-size_t stop_push(stop_filter *f, const char *bytes, size_t len, char *out) {
-    size_t i = 0, n_out = 0;
+void stop_push(stop_filter *f, const char *bytes, size_t len, buffer *out) {
+    size_t i = 0;
     do {
         if (i < len && !f->hit) f->held[f->n_held++] = bytes[i];
         while (f->n_held > 0) {    /* the same again from each place, until one may be a word   */
@@ -1523,11 +1501,10 @@ size_t stop_push(stop_filter *f, const char *bytes, size_t len, char *out) {
             f->hit = best == WHOLE;
             if (f->hit) f->n_held = 0;
             if (f->hit || (best == BEGINS && len > 0)) break;
-            out[n_out++] = f->held[0];
+            put_bytes(out, f->held, 1);
             memmove(f->held, f->held + 1, --f->n_held);
         }
     } while (++i < len);
-    return n_out;
 }
 
 struct answer {
@@ -1567,7 +1544,7 @@ static void hand_over(answer *a) {
 
 /* The first n bytes that are held are certain. */
 static void release(answer *a, size_t n) {
-    put(&a->out, a->held.s, n);
+    put_bytes(&a->out, a->held.s, n);
     a->held.n -= n;
     if (a->held.n) memmove(a->held.s, a->held.s + n, a->held.n);
 }
@@ -1607,7 +1584,7 @@ static void end_value(answer *a) {
     while (from < to && is_white(s[from])) from++;
     while (to > from && is_white(s[to - 1])) to--;
     json_t *json = a->string ? NULL : json_loadb(s + from, to - from, flags, NULL);
-    if (json) put(&a->arguments, s + from, to - from);
+    if (json) put_bytes(&a->arguments, s + from, to - from);
     else put_json_string(&a->arguments, s, n);
     json_decref(json);
     a->state = PARAMETER;
@@ -1623,15 +1600,15 @@ static bool end_open_tag(answer *a, const char *s, size_t n) {
         a->name = (size_t)(s - a->held.s);
         a->name_len = len;
         a->arguments.n = 0;
-        put_str(&a->arguments, "{");
+        put_text(&a->arguments, "{");
         a->state = PARAMETER;
         return true;
     }
     a->string = quote && like(quote, n - len, PARAMETER_TRUE) == WHOLE;
     if (!a->string && !(quote && like(quote, n - len, PARAMETER_FALSE) == WHOLE)) return false;
-    put_str(&a->arguments, a->arguments.n > 1 ? ", " : "");
+    put_text(&a->arguments, a->arguments.n > 1 ? ", " : "");
     put_json_string(&a->arguments, s, len);
-    put_str(&a->arguments, ": ");
+    put_text(&a->arguments, ": ");
     a->state = VALUE;
     return true;
 }
@@ -1641,7 +1618,7 @@ static bool end_close_tag(answer *a) {
     if (a->state == INVOKE && !a->called) return false;
     a->called = a->state == PARAMETER;
     a->state = a->called ? INVOKE : CONTENT;
-    put_str(&a->arguments, "}");
+    put_text(&a->arguments, "}");
     hand_over(a);
     if (a->called && !a->arguments.failed)
         a->each(a->arg, &(answer_piece){
@@ -1689,7 +1666,7 @@ static int answer_check(const answer *a, dsv4_err *err) {
 /* Once there was no memory, the answer is of no more use: indices may point to what is not held. */
 int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err) {
     for (size_t i = 0; i < len; i++) {
-        put(&a->held, bytes + i, 1);
+        put_bytes(&a->held, bytes + i, 1);
         if (answer_check(a, err)) return -1;
         if (a->state == REASONING || a->state == CONTENT) settle(a);
         else block_byte(a);

@@ -42,12 +42,6 @@ static _Noreturn void die(const char *what) {
     exit(1);
 }
 
-static double now_s(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static int n_processors(void) {
     int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
     return n < MAX_THREADS ? n : MAX_THREADS;

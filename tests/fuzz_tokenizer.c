@@ -57,34 +57,34 @@ static char *build(const char *data, size_t size, size_t *len, const char **text
 static void round_trip(const tok *t, const char *text, size_t len, bool special) {
     dsv4_err err = {""};
     utf8_stream in = {0};
-    int32_t *ids;
-    size_t n, n_bytes, at = 0;
-    if (tok_encode(t, text, len, special, &ids, &n, &err)) {
-        demand(err.msg[0] != 0, "an error without a message");
+    id_list ids = {0};
+    buffer want = {0};
+    size_t n_bytes, at = 0;
+    if (tok_encode(t, text, len, special, &ids, &err)) {
+        demand(err.msg[0] != 0 && !ids.n, "an error without a message, or with ids");
+        free(ids.id);
         return;
     }
-    char *want = malloc(3 * (len + 4) + 12);
-    demand(want != NULL, "no memory");
-    size_t n_want = utf8_push(&in, text, len, want);
-    n_want += utf8_push(&in, NULL, 0, want + n_want);
-    for (size_t i = 0; i < n; i++) {
-        const char *bytes = tok_bytes(t, ids[i], &n_bytes);
-        demand(ids[i] >= 0 && ids[i] < tok_n_ids(t), "an id out of range");
-        demand(n_bytes > 0 && n_bytes <= n_want - at, "ids of too much or nothing");
-        demand(memcmp(want + at, bytes, n_bytes) == 0, "another text came back");
+    utf8_push(&in, text, len, &want);
+    utf8_push(&in, NULL, 0, &want);
+    demand(!want.failed, "no memory");
+    for (size_t i = 0; i < ids.n; i++) {
+        const char *bytes = tok_bytes(t, ids.id[i], &n_bytes);
+        demand(ids.id[i] >= 0 && ids.id[i] < tok_n_ids(t), "an id out of range");
+        demand(n_bytes > 0 && n_bytes <= want.n - at, "ids of too much or nothing");
+        demand(memcmp(want.s + at, bytes, n_bytes) == 0, "another text came back");
         at += n_bytes;
     }
-    demand(at == n_want, "text was lost");
-    free(want);
-    free(ids);
+    demand(at == want.n, "text was lost");
+    free(want.s);
+    free(ids.id);
 }
 
 static void use(const tok *t, const char *more, size_t n_more) {
     static const char text[] = "Ab ab's  12345\r\n\t\xe4\xbd\xa0\xe5\xbd <x><xy>\xf0\x9f\x98\x80 "
                                "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\xff";
     dsv4_err err = {""};
-    int32_t *ids;
-    size_t n;
+    id_list ids = {0};
     prompt p;
     for (int special = 0; special < 2; special++) {
         round_trip(t, text, sizeof text - 1, special);
@@ -92,8 +92,8 @@ static void use(const tok *t, const char *more, size_t n_more) {
     }
     json_t *request = json_pack("{s:[o]}", "messages", prompt_message("user", more, n_more));
     demand(request && prompt_build(&p, request, GEN_V4, &err) == 0, "no prompt");
-    if (prompt_encode(t, &p, &ids, &n, &err) == 0) free(ids);
-    else demand(err.msg[0] != 0, "an error without a message");
+    if (prompt_encode(t, &p, &ids, &err)) demand(err.msg[0] != 0, "an error without a message");
+    free(ids.id);
     prompt_free(&p);
     json_decref(request);
 }

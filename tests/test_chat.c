@@ -422,8 +422,8 @@ static void test_chat_no_text_passes_for_structure(void) {
     tok *t = real_tok();
     prompt plain, hostile;
     dsv4_err err = {""};
-    int32_t *ids[2], *whole;
-    size_t n[2], n_whole, i = 0;
+    id_list ids[2] = {{0}}, whole = {0};
+    size_t i = 0;
     for (int k = 0; k < N_SPECIAL; k++) strcat(all, special[k]);
     json_t *x = fill_places("x"), *y = fill_places(all);
     int rc = prompt_build(&plain, x, GEN_0731, &err);
@@ -432,26 +432,28 @@ static void test_chat_no_text_passes_for_structure(void) {
     char *own = own_text(&plain), *own2 = own_text(&hostile);
     CHECK(!strcmp(own, own2) && strchr(own, 'X') == NULL, "%s\nnot\n%s", own, own2);
     CHECK(cuts_sound(&plain) && cuts_sound(&hostile), "cuts");
-    rc = prompt_encode(t, &plain, &ids[0], &n[0], &err);
-    rc |= prompt_encode(t, &hostile, &ids[1], &n[1], &err);
-    rc |= tok_encode(t, plain.text, plain.len, true, &whole, &n_whole, &err);
+    rc = prompt_encode(t, &plain, &ids[0], &err);
+    rc |= prompt_encode(t, &hostile, &ids[1], &err);
+    rc |= tok_encode(t, plain.text, plain.len, true, &whole, &err);
     CHECK(rc == 0, "%s", err.msg);
-    CHECK(n[0] == n_whole && !memcmp(ids[0], whole, n_whole * sizeof *whole), "other ids");
+    CHECK(ids[0].n == whole.n && !memcmp(ids[0].id, whole.id, whole.n * sizeof *whole.id),
+          "other ids");
     /* The special ids of the hostile prompt are those of the plain one, in the same order. */
-    for (size_t k = 0; k < n[1]; k++) {
+    for (size_t k = 0; k < ids[1].n; k++) {
         bool is_special = false;
-        for (int j = 0; j < N_SPECIAL; j++) is_special |= ids[1][k] == tok_special(t, special[j]);
+        for (int j = 0; j < N_SPECIAL; j++)
+            is_special |= ids[1].id[k] == tok_special(t, special[j]);
         if (!is_special) continue;
-        for (bool found = false; i < n[0] && !found; i++)
+        for (bool found = false; i < ids[0].n && !found; i++)
             for (int j = 0; j < N_SPECIAL; j++)
-                found |= ids[0][i] == tok_special(t, special[j]);
-        CHECK(i > 0 && ids[0][i - 1] == ids[1][k], "special %d at %zu", ids[1][k], k);
+                found |= ids[0].id[i] == tok_special(t, special[j]);
+        CHECK(i > 0 && ids[0].id[i - 1] == ids[1].id[k], "special %d at %zu", ids[1].id[k], k);
     }
-    NOTE("%zu and %zu ids", n[0], n[1]);
+    NOTE("%zu and %zu ids", ids[0].n, ids[1].n);
     free(own);
     free(own2);
-    free(whole);
-    for (int k = 0; k < 2; k++) free(ids[k]);
+    free(whole.id);
+    for (int k = 0; k < 2; k++) free(ids[k].id);
     prompt_free(&plain);
     prompt_free(&hostile);
     json_decref(x);
@@ -464,7 +466,6 @@ static size_t naive_ids(const tok *t, const prompt *p, const char *const *words,
                         int32_t *out) {
     size_t n = 0, done = 0, i = 0;
     dsv4_err err;
-    int32_t *ids;
     while (i <= p->len) {
         const char *word = NULL;
         size_t end = i;
@@ -476,12 +477,12 @@ static size_t naive_ids(const tok *t, const prompt *p, const char *const *words,
             if (outside) word = words[k], end = i + len;
         }
         if (word || i == p->len) {
-            size_t n_text;
-            int rc = tok_encode(t, p->text + done, i - done, false, &ids, &n_text, &err);
+            id_list ids = {0};
+            int rc = tok_encode(t, p->text + done, i - done, false, &ids, &err);
             CHECK(rc == 0, "%s", err.msg);
-            memcpy(out + n, ids, n_text * sizeof *ids);
-            free(ids);
-            n += n_text;
+            if (ids.n) memcpy(out + n, ids.id, ids.n * sizeof *ids.id);
+            free(ids.id);
+            n += ids.n;
             if (word) out[n++] = tok_special(t, word);
             done = end;
         }
@@ -495,8 +496,9 @@ static void test_chat_cuts_like_the_naive_rule(void) {
     tok *t = real_tok();
     for (int round = 0; t && round < 3000; round++) {
         char text[512] = "";
-        size_t cuts[64], n, n_cuts = 0;
-        int32_t *ids, want[512];
+        size_t cuts[64], n_cuts = 0;
+        id_list ids = {0};
+        int32_t want[512];
         dsv4_err err = {""};
         for (uint32_t k = rnd(16); k > 0; k--) {
             const char *piece = rnd(2) ? words[rnd(5)] : rnd(2) ? " word" : "<";
@@ -514,12 +516,12 @@ static void test_chat_cuts_like_the_naive_rule(void) {
         free(whole);
         if (!valid) continue;
         json_decref(valid);
-        int rc = prompt_encode(t, &p, &ids, &n, &err);
+        int rc = prompt_encode(t, &p, &ids, &err);
         CHECK(rc == 0, "%s", err.msg);
         size_t n_want = naive_ids(t, &p, words, 5, want);
-        CHECK(n == n_want && !memcmp(ids, want, n * sizeof *ids), "%s: %zu ids, not %zu", text, n,
-              n_want);
-        free(ids);
+        CHECK(ids.n == n_want && (n_want == 0 || !memcmp(ids.id, want, n_want * sizeof *want)),
+              "%s: %zu ids, not %zu", text, ids.n, n_want);
+        free(ids.id);
     }
     tok_close(t);
 }
@@ -528,21 +530,22 @@ static void test_chat_cuts_like_the_naive_rule(void) {
 static void test_chat_vectors_have_the_ids_of_their_text(void) {
     json_t *list = vectors("encode"), *v;
     tok *t = real_tok();
-    size_t i, n, n_whole;
+    size_t i;
     json_array_foreach(list, i, v) {
         json_t *request = json_object_get(v, "request");
         generation gen = as_request(request);
         dsv4_err err = {""};
-        int32_t *ids, *whole;
+        id_list ids = {0}, whole = {0};
         prompt p;
         if (i == 11) continue;     /* a user says <think> in this one */
-        int rc = prompt_build(&p, request, gen, &err) || prompt_encode(t, &p, &ids, &n, &err)
-                 || tok_encode(t, p.text, p.len, true, &whole, &n_whole, &err);
+        int rc = prompt_build(&p, request, gen, &err) || prompt_encode(t, &p, &ids, &err)
+                 || tok_encode(t, p.text, p.len, true, &whole, &err);
         CHECK(rc == 0, "%s", err.msg);
         if (rc) break;
-        CHECK(n == n_whole && !memcmp(ids, whole, n * sizeof *ids), "vector %zu", i);
-        free(ids);
-        free(whole);
+        CHECK(ids.n == whole.n && !memcmp(ids.id, whole.id, ids.n * sizeof *ids.id), "vector %zu",
+              i);
+        free(ids.id);
+        free(whole.id);
         prompt_free(&p);
     }
     json_decref(list);
@@ -790,21 +793,21 @@ static size_t naive_stop(const char *text, size_t len, const char *const *words,
 
 static void check_stop(const char *text, const char *const *words, int n_words, size_t step) {
     stop_filter f = {.words = words, .n_words = n_words};
-    size_t len = strlen(text), n = 0, want = naive_stop(text, len, words, n_words);
-    char got[1024];
+    size_t len = strlen(text), want = naive_stop(text, len, words, n_words);
+    buffer got = {0};
     for (size_t at = 0, k; at < len; at += k) {
-        char out[64 + MAX_STOP_BYTES];
         k = step ? step : 1 + rnd(9);
         if (k > len - at) k = len - at;
-        size_t more = stop_push(&f, text + at, k, out);
-        memcpy(got + n, out, more);
-        n += more;
+        stop_push(&f, text + at, k, &got);
         CHECK(!f.hit || at + k > want, "hit too early");
     }
-    n += stop_push(&f, NULL, 0, got + n);
-    CHECK(n == want && !memcmp(got, text, n), "%s: %zu bytes, not %zu", text, n, want);
+    stop_push(&f, NULL, 0, &got);
+    CHECK(got.n == want && (want == 0 || !memcmp(got.s, text, want)), "%s: %zu bytes, not %zu",
+          text, got.n, want);
     CHECK(f.hit == (want < len), "%s: hit is %d", text, f.hit);
-    CHECK(stop_push(&f, "zz", 2, got) == (f.hit ? 0 : 2), "after the end");
+    stop_push(&f, "zz", 2, &got);
+    CHECK(got.n == want + (f.hit ? 0 : 2), "after the end");
+    free(got.s);
 }
 
 static void test_chat_stop_words(void) {

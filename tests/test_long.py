@@ -1,7 +1,7 @@
 """Long prompts: spans, KV that does not fit, context that is parked and found again.
 
-usage: test_long.py DSV4 MKMODEL [--stress].  The model has one layer of each kind; --stress puts
-200,000 tokens through it where the tests take 12,000.
+usage: test_long.py DSV4 MKMODEL [--stress].  The model has four layers of each compressed kind;
+--stress puts 200,000 tokens through it where the tests take 12,000.
 """
 
 import glob
@@ -16,11 +16,11 @@ from harness import DSV4, TMP, dsv4, eval_logits, ids_file, mkmodel, need, refus
 
 STRESS = "--stress" in sys.argv
 N = 200_000 if STRESS else 12_000
-SEGMENT = 4096
+SEGMENT, LAYERS = 4096, 9
 
 
 def model():
-    return mkmodel("1m", "1m", "--experts", 32)
+    return mkmodel("1m", "1m", "--experts", 32, "--layers", LAYERS)
 
 
 def tokens(n, seed=1):
@@ -41,6 +41,12 @@ def answer(ids, *flags):
     return out.decode(), err
 
 
+def least(n, command="run"):
+    """The smallest --kv-ram for n tokens."""
+    s = stats(command, tokens(100), "--ctx", n, "--ram", "256M", "--kv-dir", os.path.join(TMP, "x"))
+    return s["plan"]["kv_least"]
+
+
 def segments(folder):
     return sorted(glob.glob(os.path.join(TMP, folder, "*.seg")), key=os.path.getmtime)
 
@@ -50,15 +56,14 @@ def same_logits_wherever_kv_lies():
     ids, ctx = tokens(N), ("--decode-from", N - 40, "--ram", "2G" if STRESS else "400M")
     all_in_ram, _ = eval_logits(model(), ids, *ctx)
     kv = stats("eval", ids[:100], "--ctx", N, *ctx[2:])["plan"]
-    for ram in (kv["kv_least"], kv["kv_least"] + kv["kv_index"], kv["kv"] - 4096):
+    for ram in (kv["kv_least"], kv["kv_least"] + kv["kv_index"], kv["kv"] - (1 << 16)):
         got, _ = eval_logits(model(), ids, *ctx, "--kv-ram", ram, "--kv-dir", TMP)
         need((got == all_in_ram).all(), f"--kv-ram {ram} changes logits")
         used = stats("eval", ids, *ctx, "--kv-ram", ram, "--kv-dir", TMP)["kv_bytes"]
         need(used["file"] > 0 and used["read"] > 0, f"--kv-ram {ram}: nothing was in the file")
     if not STRESS:
         plain, _ = eval_logits(model(), ids, *ctx, "--no-rounding")
-        got, _ = eval_logits(model(), ids, *ctx, "--no-rounding", "--kv-ram", 4 * kv["kv_least"],
-                             "--kv-dir", TMP)
+        got, _ = eval_logits(model(), ids, *ctx, "--no-rounding", "--kv-ram", "3M", "--kv-dir", TMP)
         need((got == plain).all(), "without roundings logits change")
 
 
@@ -74,11 +79,10 @@ def same_logits_for_every_span_and_chunk():
 @test
 def each_expert_is_read_once_a_span():
     for n, span in ((8192, 1024), (5000, 4096), (3000, 3000)):
-        s = stats("eval", tokens(n), "--ram", "64M", "--span", span)
+        s = stats("eval", tokens(n), "--ram", "256M", "--span", span)
         passes = -(-n // span)
         need(s["passes"] == passes, f"{n} by {span}: {s['passes']} passes")
-        need(s["experts"]["uses"] == passes * 3 * 32, f"{n} by {span}: {s['experts']}")
-        need(s["experts"]["disk_reads"] <= passes * 3 * 32, str(s["experts"]))
+        need(s["experts"]["uses"] == passes * LAYERS * 32, f"{n} by {span}: {s['experts']}")
 
 
 @test
@@ -104,21 +108,24 @@ def a_prompt_seen_before_is_not_read_again():
 def a_resumed_prompt_gives_the_same_answer_wherever_kv_lies():
     ids, kv = tokens(10_000, 4), ("--kv-dir", os.path.join(TMP, "kv-b"))
     want, _ = answer(ids, *kv)
-    for flags in (("--kv-ram", "1500K"), ("--kv-ram", "800K")):
-        got, said = answer(ids, *kv, *flags)
-        need("reused 8,192" in said, said)
-        need(got == want, f"{flags} change the answer")
-        other = os.path.join(TMP, "kv-b" + flags[1])
-        need(answer(ids, "--kv-dir", other, *flags)[0] == want, f"{flags}, parked from the file")
-        for a, b in zip(segments("kv-b"), segments("kv-b" + flags[1])):
-            need(open(a, "rb").read() == open(b, "rb").read(), f"{flags}: other segments")
+    for more in (0, 1 << 20):
+        ram, other = least(10_008) + more, os.path.join(TMP, f"kv-b{more}")
+        got, said = answer(ids, *kv, "--kv-ram", ram)
+        need("reused 8,192" in said and "in a file" in said, said)
+        need(got == want, f"--kv-ram {ram} changes the answer")
+        need(answer(ids, "--kv-dir", other, "--kv-ram", ram)[0] == want, "parked from the file")
+        names = [{os.path.basename(p) for p in segments(d)} for d in ("kv-b", f"kv-b{more}")]
+        need(len(names[0]) == 2 and names[0] == names[1], "other segments")
+        for name in names[0]:
+            a, b = (open(os.path.join(TMP, d, name), "rb").read() for d in ("kv-b", f"kv-b{more}"))
+            need(a == b, "other bytes in a segment")
 
 
 @test
 def another_model_or_rounding_finds_nothing():
     ids, kv = tokens(5000, 5), ("--kv-dir", os.path.join(TMP, "kv-c"))
     answer(ids, *kv)
-    other = mkmodel("1m-other", "1m", "--experts", 32, "--seed", 9)
+    other = mkmodel("1m-other", "1m", "--experts", 32, "--layers", LAYERS, "--seed", 9)
     _, said = dsv4("run", "-m", other, "--ids", ids_file(ids), "--print-ids", "-n", 2, "--ram",
                    "256M", *kv)
     need("reused" not in said, said)
@@ -128,8 +135,9 @@ def another_model_or_rounding_finds_nothing():
 def a_damaged_segment_is_read_again():
     ids, kv = tokens(13_000, 6), ("--kv-dir", os.path.join(TMP, "kv-d"))
     want, _ = answer(ids, *kv)
+    in_order = segments("kv-d")
     for which, reused in ((2, "8,192"), (0, None)):
-        path = segments("kv-d")[which]
+        path = in_order[which]
         data = bytearray(open(path, "rb").read())
         data[len(data) // 2] ^= 16
         open(path, "wb").write(data)
@@ -176,7 +184,7 @@ def a_full_disk_is_said_and_changes_nothing():
         need("not parked" in said and "No space" in said, said)
         need(got == want, "the answer differs")
         refuses("No space", "run", "-m", model(), "--ids", ids_file(ids), "--print-ids", "-n", 8,
-                "--ram", "256M", "--no-cache", "--kv-ram", "800K", "--kv-dir", small)
+                "--ram", "256M", "--no-cache", "--kv-ram", least(10_008), "--kv-dir", small)
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -185,7 +193,7 @@ def a_full_disk_is_said_and_changes_nothing():
 def kv_that_cannot_fit_is_refused_with_the_numbers():
     line = ("run", "-m", model(), "--ids", ids_file(tokens(10_000)), "--print-ids", "--ram", "256M")
     refuses("--kv-ram", *line, "--kv-ram", "100K")
-    refuses("no-such", *line, "--kv-ram", "800K", "--kv-dir", "/proc/no-such")
+    refuses("no-such", *line, "-n", 8, "--kv-ram", least(10_008), "--kv-dir", "/proc/no-such")
 
 
 if __name__ == "__main__":

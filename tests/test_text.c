@@ -77,19 +77,18 @@ static tok *make_tok(const char *vocab, const char *merges, const char *added, c
 /* Does text have the wanted ids ("97 256")? */
 static void check_ids(const tok *t, const char *text, size_t len, bool special, const char *want) {
     dsv4_err err = {""};
-    int32_t *ids;
-    size_t n;
+    id_list ids = {0};
     char got[1024];
     int used = 0;
     CHECK(t != NULL, "no tokenizer");
     if (!t) return;
-    int rc = tok_encode(t, text, len, special, &ids, &n, &err);
+    int rc = tok_encode(t, text, len, special, &ids, &err);
     CHECK(rc == 0, "%s", err.msg);
     got[0] = 0;
-    for (size_t i = 0; i < n && used < 1000; i++)
-        used += snprintf(got + used, sizeof got - (size_t)used, "%s%d", i ? " " : "", ids[i]);
+    for (size_t i = 0; i < ids.n && used < 1000; i++)
+        used += snprintf(got + used, sizeof got - (size_t)used, "%s%d", i ? " " : "", ids.id[i]);
     CHECK(strcmp(got, want) == 0, "\"%.*s\" gives %s, not %s", (int)len, text, got, want);
-    free(ids);
+    free(ids.id);
 }
 
 static uint32_t rng_state = 12345;
@@ -183,18 +182,18 @@ static void test_text_merges_like_the_naive_rule(void) {
         for (int i = 0; i < 20 && t; i++) {
             char text[50] = "", want[256], got[256] = "";
             dsv4_err err;
-            int32_t *ids;
-            size_t n_ids, len;
+            id_list ids = {0};
+            size_t len;
             for (uint32_t k = rnd(40); k > 0; k--) strcat(text, rnd(3) ? "a" : "b");
             naive_bpe((const short_string(*)[2])pairs, n, text, want);
-            int rc = tok_encode(t, text, strlen(text), true, &ids, &n_ids, &err);
+            int rc = tok_encode(t, text, strlen(text), true, &ids, &err);
             CHECK(rc == 0, "%s", err.msg);
-            for (size_t k = 0; k < n_ids; k++) {
-                const char *bytes = tok_bytes(t, ids[k], &len);
+            for (size_t k = 0; k < ids.n; k++) {
+                const char *bytes = tok_bytes(t, ids.id[k], &len);
                 strncat(strcat(got, k ? "|" : ""), bytes, len);
             }
             CHECK(!strcmp(got, want), "%s: %s, not %s, merges %s", text, got, want, merges);
-            free(ids);
+            free(ids.id);
         }
         tok_close(t);
     }
@@ -282,18 +281,19 @@ static void test_text_cuts_the_same_at_any_place_of_a_long_text(void) {
     enum { N_LETTERS = 700, PADS = 1100 };
     char text[PADS + 2 * N_LETTERS + 5];
     for (size_t pad = 0; t && pad < PADS; pad++) { /* letters of two bytes, dots, xyxxy */
-        size_t len = pad + 2 * N_LETTERS, n;
-        int32_t *ids;
+        size_t len = pad + 2 * N_LETTERS;
+        id_list ids = {0};
         dsv4_err err = {""};
         for (size_t i = 0; i < N_LETTERS; i++) memcpy(text + 2 * i, "é", 2);
         memset(text + 2 * N_LETTERS, '.', pad);
         memcpy(text + len, "xyxxy", 5);
-        int rc = tok_encode(t, text, len + 5, true, &ids, &n, &err);
+        int rc = tok_encode(t, text, len + 5, true, &ids, &err);
         CHECK(rc == 0, "%s", err.msg);
         if (rc) break;
-        CHECK(n == pad + N_LETTERS + 3, "pad %zu: %zu ids", pad, n);
-        CHECK(ids[0] == 257 && ids[n - 3] == 256 && ids[n - 1] == 256, "pad %zu", pad);
-        free(ids);
+        CHECK(ids.n == pad + N_LETTERS + 3, "pad %zu: %zu ids", pad, ids.n);
+        CHECK(ids.id[0] == 257 && ids.id[ids.n - 3] == 256 && ids.id[ids.n - 1] == 256,
+              "pad %zu", pad);
+        free(ids.id);
     }
     tok_close(t);
 }
@@ -303,28 +303,30 @@ static void test_text_encodes_a_word_alike_wherever_it_stands(void) {
     tok *t = make_tok(LETTERS, "'a b', 'b c', 'a a'", "", SPLIT("[a-c]+"), "");
     enum { WORDS = 3000 };
     char text[8 * WORDS];
-    size_t len = 0, n, n_word, at = 0;
-    int32_t *ids, *word;
+    size_t len = 0, at = 0;
+    id_list ids = {0};
     dsv4_err err = {""};
     for (int i = 0; i < WORDS; i++) {
         for (uint32_t k = 2 + rnd(5); k > 0; k--) text[len++] = "abc"[rnd(3)];
         text[len++] = ' ';
     }
-    if (!t || tok_encode(t, text, len, true, &ids, &n, &err)) {
+    if (!t || tok_encode(t, text, len, true, &ids, &err)) {
         CHECK(false, "%s", err.msg);
         tok_close(t);
         return;
     }
     for (size_t i = 0, end; i < len; i = end) { /* each word, and the space behind it, alone */
         end = (size_t)((char *)memchr(text + i, ' ', len - i) - text) + 1;
-        int rc = tok_encode(t, text + i, end - i, true, &word, &n_word, &err);
-        CHECK(rc == 0 && at + n_word <= n && !memcmp(word, ids + at, n_word * sizeof *ids),
+        id_list word = {0};
+        int rc = tok_encode(t, text + i, end - i, true, &word, &err);
+        CHECK(rc == 0 && at + word.n <= ids.n
+                  && !memcmp(word.id, ids.id + at, word.n * sizeof *word.id),
               "\"%.*s\" at %zu", (int)(end - i), text + i, i);
-        at += n_word;
-        free(word);
+        at += word.n;
+        free(word.id);
     }
-    CHECK(at == n, "%zu ids, not %zu", n, at);
-    free(ids);
+    CHECK(at == ids.n, "%zu ids, not %zu", ids.n, at);
+    free(ids.id);
     tok_close(t);
 }
 
@@ -363,25 +365,29 @@ static void test_text_utf8_push_equals_replacing_the_whole(void) {
                                            0xe4, 0xed, 0xef, 0xf0, 0xf1, 0xf4, 0xf5, 0xff, 'a'};
     for (int round = 0; round < 200000; round++) {
         unsigned char text[24];
-        char got[3 * 28 + 12], want[3 * 28];
-        size_t len = rnd(sizeof text + 1), n = 0;
+        char want[3 * 28];
+        size_t len = rnd(sizeof text + 1);
+        buffer got = {0};
         utf8_stream s = {0};
         for (size_t i = 0; i < len; i++)
             text[i] = rnd(4) ? likely[rnd(sizeof likely)] : (unsigned char)rnd(256);
         for (size_t at = 0; at < len;) {
             size_t step = 1 + rnd((uint32_t)(rnd(2) ? 3 : len - at));
             if (step > len - at) step = len - at;
-            n += utf8_push(&s, (const char *)text + at, step, got + n);
+            utf8_push(&s, (const char *)text + at, step, &got);
             at += step;
             /* What is out already is whole characters, and as much as can be known. */
             size_t known = replace_naively(text, at, want);
-            CHECK(n == known || n + 3 == known, "held back %zu of %zu", known - n, known);
-            CHECK(n == 0 || memcmp(got, want, n) == 0, "early output differs");
+            CHECK(got.n == known || got.n + 3 == known, "held back %zu of %zu", known - got.n,
+                  known);
+            CHECK(got.n == 0 || memcmp(got.s, want, got.n) == 0, "early output differs");
         }
-        n += utf8_push(&s, NULL, 0, got + n);
+        utf8_push(&s, NULL, 0, &got);
         size_t n_want = replace_naively(text, len, want);
-        CHECK(n == n_want && memcmp(got, want, n) == 0, "%zu bytes, not %zu", n, n_want);
+        CHECK(got.n == n_want && (n_want == 0 || memcmp(got.s, want, n_want) == 0),
+              "%zu bytes, not %zu", got.n, n_want);
         CHECK(s.n_held == 0, "still held: %d", s.n_held);
+        free(got.s);
     }
 }
 
@@ -394,28 +400,28 @@ static void test_text_repairs_broken_utf8_before_encoding(void) {
     tok *t = make_tok("", "", ADDED(300, "x<", true, false), SPLIT("\\\\p{S}+"), "");
     for (size_t i = 0; t && i < sizeof cases / sizeof *cases; i++) {
         char want[256] = "";
-        int32_t *ids;
-        size_t n;
+        id_list ids = {0};
         dsv4_err err;
-        int rc = tok_encode(t, cases[i].repaired, strlen(cases[i].repaired), true, &ids, &n, &err);
+        int rc = tok_encode(t, cases[i].repaired, strlen(cases[i].repaired), true, &ids, &err);
         CHECK(rc == 0, "%s", err.msg);
-        for (size_t k = 0; k < n; k++) sprintf(want + strlen(want), "%s%d", k ? " " : "", ids[k]);
+        for (size_t k = 0; k < ids.n; k++)
+            sprintf(want + strlen(want), "%s%d", k ? " " : "", ids.id[k]);
         check_ids(t, cases[i].broken, strlen(cases[i].broken), true, want);
-        free(ids);
+        free(ids.id);
     }
     tok_close(t);
 }
 
 /* === Prompt =================================================================================== */
 
-static int encode_user_turn(const tok *t, const char *text, bool think, int32_t **ids, size_t *n,
+static int encode_user_turn(const tok *t, const char *text, bool think, id_list *ids,
                             dsv4_err *err) {
     json_t *message = prompt_message("user", text, strlen(text));
     json_t *request = json_pack("{s:[o], s:b}", "messages", message, "thinking", think);
     prompt p;
     int rc = prompt_build(&p, request, GEN_V4, err);
     CHECK(rc == 0, "%s", err->msg);
-    if (!rc) rc = prompt_encode(t, &p, ids, n, err);
+    if (!rc) rc = prompt_encode(t, &p, ids, err);
     prompt_free(&p);
     json_decref(request);
     return rc;
@@ -428,23 +434,23 @@ static void test_text_prompt_of_a_user_turn(void) {
         ADDED(303, "<think>", true, false) ", " ADDED(304, "</think>", true, false);
     char added[2048];
     dsv4_err err = {""};
-    int32_t *ids;
-    size_t n;
     snprintf(added, sizeof added, "%s, %s, %s", bos, user, rest);
     tok *t = make_tok(LETTERS, "'a b'", added, NO_SPLIT, "");
     for (int think = 0; t && think < 2; think++) {
         const int32_t want[] = {300, 301, 256, 60, 116, 104, 105, 110, 107, 62, 302,
                                 think ? 303 : 304};
-        int rc = encode_user_turn(t, "ab<think>", think, &ids, &n, &err);
+        id_list ids = {0};
+        int rc = encode_user_turn(t, "ab<think>", think, &ids, &err);
         CHECK(rc == 0, "%s", err.msg);
-        CHECK(n == 12 && !memcmp(ids, want, sizeof want), "wrong ids, %zu of them", n);
-        free(ids);
+        CHECK(ids.n == 12 && !memcmp(ids.id, want, sizeof want), "wrong ids, %zu of them", ids.n);
+        free(ids.id);
     }
     tok_close(t);
     snprintf(added, sizeof added, "%s, %s", bos, rest);
     t = make_tok("", "", added, NO_SPLIT, "");
-    int rc = t ? encode_user_turn(t, "a", false, &ids, &n, &err) : 0;
-    CHECK(rc == -1 && strstr(err.msg, "<｜User｜>") && !ids && !n, "%s", err.msg);
+    id_list none = {0};
+    int rc = t ? encode_user_turn(t, "a", false, &none, &err) : 0;
+    CHECK(rc == -1 && strstr(err.msg, "<｜User｜>") && !none.n, "%s", err.msg);
     tok_close(t);
 }
 
@@ -468,16 +474,17 @@ static void test_text_finds_added_tokens_outside_of_cuts(void) {
     tok *t = make_tok("", "", added, NO_SPLIT, "");
     for (size_t i = 0; t && i < sizeof cases / sizeof *cases; i++) {
         char text[8], got[64] = "";
-        size_t cuts[4], n;
-        int32_t *ids;
+        size_t cuts[4];
+        id_list ids = {0};
         dsv4_err err = {""};
         memcpy(cuts, cases[i].cuts, sizeof cuts);
         prompt p = {strcpy(text, cases[i].text), strlen(text), cuts, cases[i].n_cuts, false, false};
-        int rc = prompt_encode(t, &p, &ids, &n, &err);
+        int rc = prompt_encode(t, &p, &ids, &err);
         CHECK(rc == 0, "%s", err.msg);
-        for (size_t k = 0; k < n; k++) sprintf(got + strlen(got), "%s%d", k ? " " : "", ids[k]);
+        for (size_t k = 0; k < ids.n; k++)
+            sprintf(got + strlen(got), "%s%d", k ? " " : "", ids.id[k]);
         CHECK(!strcmp(got, cases[i].want), "case %zu: %s, not %s", i, got, cases[i].want);
-        free(ids);
+        free(ids.id);
     }
     tok_close(t);
 }
@@ -500,19 +507,18 @@ static void test_text_long_line_of_one_character(void) {
         {'7', '7', LEN}};
     char *text = malloc(LEN), note[128] = "";
     for (size_t i = 0; t && text && i < sizeof cases / sizeof *cases; i++) {
-        int32_t *ids;
-        size_t n;
+        id_list ids = {0};
         dsv4_err err = {""};
         memset(text, cases[i].c, LEN);
         text[LEN - 1] = cases[i].last;
         double start = seconds();
-        int rc = tok_encode(t, text, LEN, true, &ids, &n, &err);
+        int rc = tok_encode(t, text, LEN, true, &ids, &err);
         double took = seconds() - start;
         CHECK(rc == 0, "%s", err.msg);
-        CHECK(n == cases[i].n_ids, "case %zu: %zu ids, not %zu", i, n, cases[i].n_ids);
+        CHECK(ids.n == cases[i].n_ids, "case %zu: %zu ids, not %zu", i, ids.n, cases[i].n_ids);
         CHECK(took < 100, "case %zu took %.1f s", i, took);
         sprintf(note + strlen(note), "%s%.2f", i ? ", " : "", took);
-        free(ids);
+        free(ids.id);
     }
     NOTE("CPU seconds for 10 MB: %s", note);
     free(text);
@@ -529,24 +535,24 @@ static void test_text_slow_regexes_end_in_an_error(void) {
     char note[128] = "";
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         tok *t = make_tok("", "", "", cases[i].pre, "");
-        size_t unit = strlen(cases[i].unit), n;
+        size_t unit = strlen(cases[i].unit);
         char *text = malloc(unit * cases[i].n);
         for (size_t k = 0; text && k < cases[i].n; k++)
             memcpy(text + k * unit, cases[i].unit, unit);
-        int32_t *ids = NULL;
+        id_list ids = {0};
         dsv4_err err = {""};
         double start = seconds();
-        int rc = t && text ? tok_encode(t, text, unit * cases[i].n, true, &ids, &n, &err) : 1;
+        int rc = t && text ? tok_encode(t, text, unit * cases[i].n, true, &ids, &err) : 1;
         double took = seconds() - start;
         sprintf(note + strlen(note), "%s%.2f", i ? ", " : "", took);
         if (cases[i].fragment) {
             CHECK(rc == -1 && strstr(err.msg, cases[i].fragment), "case %zu: %s", i, err.msg);
-            CHECK(!ids && !n, "case %zu left ids", i);
+            CHECK(!ids.n, "case %zu left ids", i);
         } else {
-            CHECK(rc == 0 && n == unit * cases[i].n, "case %zu: %s", i, err.msg);
+            CHECK(rc == 0 && ids.n == unit * cases[i].n, "case %zu: %s", i, err.msg);
         }
         CHECK(took < 60, "case %zu took %.1f s", i, took);
-        free(ids);
+        free(ids.id);
         free(text);
         tok_close(t);
     }
@@ -717,10 +723,9 @@ static void test_text_bounds_what_a_file_can_cost(void) {
 
 static void test_text_refuses_too_large_a_text(void) {
     tok *t = make_tok("", "", "", NO_SPLIT, "");
-    int32_t *ids;
-    size_t n;
+    id_list ids = {0};
     dsv4_err err = {""};
-    int rc = t ? tok_encode(t, "", (size_t)1 << 30, true, &ids, &n, &err) : 0;
+    int rc = t ? tok_encode(t, "", (size_t)1 << 30, true, &ids, &err) : 0;
     CHECK(rc == -1 && strstr(err.msg, "limit"), "%s", err.msg);
     tok_close(t);
 }

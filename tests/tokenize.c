@@ -32,30 +32,27 @@ static unsigned char *next_record(uint32_t *len) {
 
 static int encode(const tok *t, const unsigned char *text, uint32_t len, bool special,
                   dsv4_err *err) {
-    int32_t *ids;
-    size_t n;
-    if (tok_encode(t, (const char *)text, len, special, &ids, &n, err)) return -1;
-    put_u32((uint32_t)n);
-    for (size_t i = 0; i < n; i++) put_u32((uint32_t)ids[i]);
-    free(ids);
+    id_list ids = {0};
+    if (tok_encode(t, (const char *)text, len, special, &ids, err)) return -1;
+    put_u32((uint32_t)ids.n);
+    for (size_t i = 0; i < ids.n; i++) put_u32((uint32_t)ids.id[i]);
+    free(ids.id);
     return 0;
 }
 
 static int decode(const tok *t, const unsigned char *ids, uint32_t len, dsv4_err *err) {
     utf8_stream stream = {0};
-    size_t n = 0, cap = 16;
-    char *out = malloc(cap);
-    for (uint32_t i = 0; out && i + 4 <= len; i += 4) {
+    buffer out = {0};
+    for (uint32_t i = 0; i + 4 <= len; i += 4) {
         size_t n_bytes;
         const char *bytes = tok_bytes(t, (int32_t)get_u32(ids + i), &n_bytes);
-        while (out && cap < n + 3 * (n_bytes + 4) + 12) out = realloc(out, cap *= 2);
-        if (out && n_bytes) n += utf8_push(&stream, bytes, n_bytes, out + n);
+        if (n_bytes) utf8_push(&stream, bytes, n_bytes, &out);
     }
-    if (!out) return fail(err, "out of memory");
-    n += utf8_push(&stream, NULL, 0, out + n);
-    put_u32((uint32_t)n);
-    fwrite(out, 1, n, stdout);
-    free(out);
+    utf8_push(&stream, NULL, 0, &out);
+    if (out.failed) return fail(err, "out of memory");
+    put_u32((uint32_t)out.n);
+    fwrite(out.s, 1, out.n, stdout);
+    free(out.s);
     return 0;
 }
 
