@@ -38,6 +38,8 @@
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint64_t u64x4 __attribute__((vector_size(32)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
@@ -335,24 +337,16 @@ static inline f32x8 exp8(f32x8 x) {
     return p * a * b;
 }
 
-/* |x|, which must not exceed the format's largest, on the grid of a small float format: as
- * small_code in kernels.cu.  *steps tells how many steps of the grid at *exponent it is. */
-static inline f32x8 small_round8(f32x8 x, float least, uint32_t mant, u32x8 *exponent,
-                                 u32x8 *steps) {
-    *exponent = (u32x8)max8(x, splat8(least)) >> 23;
-    f32x8 big = (f32x8)((*exponent + (23 - mant)) << 23);
-    f32x8 sum = x + big;
-    *steps = (u32x8)sum - (u32x8)big;
-    return sum - big;
-}
-
-/* Eight values as e4m3 (values, or codes in the low bytes of lanes).  A NaN stays one. */
+/* Eight values as e4m3 (values, or codes in the low bytes of lanes), as small_code in kernels.cu
+ * makes them.  A NaN stays one. */
 static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
-    u32x8 sign = (u32x8)x & (u32x8)(x == x) & 0x80000000u, exponent, steps;
-    f32x8 y = small_round8(min8(splat8(448), abs8(x)), 0x1p-6f, 3, &exponent, &steps);
-    u32x8 mag = ((exponent - (127 - 6)) << 3) + steps;
-    *code = ((mag | (u32x8)(x != x)) & 127) | sign >> 24;
-    return (f32x8)((u32x8)y | sign);
+    u32x8 sign = (u32x8)x & (u32x8)(x == x) & 0x80000000u;
+    f32x8 mag = min8(splat8(448), abs8(x));
+    u32x8 exponent = (u32x8)max8(mag, splat8(0x1p-6f)) >> 23;
+    f32x8 big = (f32x8)((exponent + (23 - 3)) << 23), sum = mag + big;
+    u32x8 steps = ((exponent - (127 - 6)) << 3) + ((u32x8)sum - (u32x8)big);
+    *code = ((steps | (u32x8)(x != x)) & 127) | sign >> 24;
+    return (f32x8)((u32x8)(sum - big) | sign);
 }
 
 /* One block of at most 128 values, zero-padded to whole vectors. */
@@ -477,23 +471,13 @@ static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, 
 static void kv_round_row(const void *arg, int64_t t) {
     const row_args *a = arg;
     size_t bytes = kv_row_bytes(a->d, a->rope_dim, a->packed);
-    const float *x = a->x + t * a->d;
-    uint16_t *rope = (uint16_t *)(void *)(a->rows + (size_t)t * bytes);
-    uint8_t *code = (uint8_t *)(rope + a->rope_dim);
-    int n_codes = a->d - a->rope_dim;
-    if (!a->packed) {
-        memcpy(rope, x, bytes);
-        return;
-    }
-    memset((uint8_t *)rope + bytes - 8, 0, 8);               /* what pads lies in these */
-    for (int c = 0; c < a->rope_dim; c++) rope[c] = f32_to_bf16(x[n_codes + c]);
-    e4m3_row(NULL, code, code + n_codes, x, n_codes, 64);
+    ops_ref.kv_round(a->rows + (size_t)t * bytes, a->x + t * a->d, 1, a->d, a->rope_dim, a->packed,
+                     NULL);
 }
 
-/* Differs: nothing, to the bit. */
+/* Differs: the reference, row by row. */
 static void kv_round_cpu(void *rows, const float *x, int n, int head_dim, int rope_dim,
                          bool packed, dsv4_exec *ex) {
-    assert(rope_dim <= head_dim);
     for_rows(ex, n, kv_round_row, (row_args){.rows = rows, .x = x, .d = head_dim,
                                              .rope_dim = rope_dim, .packed = packed});
 }
@@ -510,46 +494,14 @@ static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, 
     for_rows(ex, n, act_values_row, (row_args){.y = y, .from = code, .from_scale = scale, .d = d});
 }
 
-/* x [d] as an index row. */
-static void e2m1_row(uint8_t *pairs, const float *x, int d) {
-    uint8_t *scale = pairs + (d + 1) / 2;
-    memset(pairs, 0, index_row_bytes(d, true));
-    for (int at = 0; at < d; at += 32) {
-        round_block b;
-        int len = min_int(32, d - at);
-        float amax = block_load(&b, x + at, len);
-        scale[at / 32] = ceil_pow2_code((amax > 6 * 0x1p-126f ? amax : 6 * 0x1p-126f) / 6);
-        float inverse = 1 / e8m0_to_f32(scale[at / 32]);
-        for (int i = 0; i < len; i += 8) {
-            f32x8 v = load8(b.x + i) * splat8(inverse);
-            u32x8 exponent, steps;
-            (void)small_round8(min8(splat8(6), abs8(v)), 1, 1, &exponent, &steps);
-            u32x8 code = ((exponent - 127) << 1) + steps + ((u32x8)v >> 31 << 3);
-            for (int j = 0; j < min_int(8, len - i); j++)
-                pairs[(at + i + j) / 2] |= (uint8_t)(code[j] << (4 * (j & 1)));
-        }
-    }
-}
-
 static void index_round_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    size_t bytes = index_row_bytes(a->d, a->packed);
-    float *x = a->y + t * a->d, norm = (float)(1 / sqrt((double)a->d));
-    for (int dist = 1; dist < a->d; dist *= 2)               /* butterflies, as the contract */
-        for (int i = 0; i < a->d; i += 2 * dist)
-            for (int j = i; j < i + dist; j++) {
-                float p = x[j], q = x[j + dist];
-                x[j] = p + q;
-                x[j + dist] = p - q;
-            }
-    for (int i = 0; i < a->d; i++) x[i] *= norm;
-    if (a->packed) e2m1_row(a->rows + (size_t)t * bytes, x, a->d);
-    else memcpy(a->rows + (size_t)t * bytes, x, bytes);
+    ops_ref.index_round(a->rows + (size_t)t * index_row_bytes(a->d, a->packed), a->y + t * a->d, 1,
+                        a->d, a->packed, NULL);
 }
 
-/* Differs: nothing, to the bit. */
+/* Differs: the reference, row by row. */
 static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
-    assert(d > 0 && (d & (d - 1)) == 0);
     for_rows(ex, n, index_round_row, (row_args){.rows = rows, .y = x, .d = d, .packed = packed});
 }
 
@@ -929,53 +881,157 @@ static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, in
 }
 
 /* === 8. Index scores and top-k ================================================================
- * An item of scores is a block of entries for one token: keys are read once from memory and then
- * from the cache for all tokens.  top-k reads a token's scores four times, and never sorts.     */
+ * Packed rows: an item is SCORE_BLOCK keys for SCORE_TOKENS tokens.  Keys are decoded once, eight
+ * at a time: each has a dword of a vector, so that a sum over 32 dims is one vector for eight keys.
+ *
+ *   u[i], u[4 + i]   of eight keys dims 8i .. 8i+7 of a block, the even ones and the odd ones, as
+ *                    pairs lie: 2*e2m1 + 12, for vpmaddubsw wants one factor unsigned
+ *   q[i], q[4 + i]   of one head the same dims: 2*e2m1; 12 * their sum is subtracted
+ *
+ * F32 rows are left to the reference.                                                           */
 
-enum { SCORE_BLOCK = 256 };        /* entries of an item */
+enum {
+    SCORE_BLOCK = 256,             /* keys of an item: 36 KB decoded, for Flash                 */
+    SCORE_TOKENS = 8,
+    SCORE_HEADS = 16,              /* heads decoded at once                                     */
+};
 
-typedef struct { float *scores; const dsv4_index *in; int n; } index_args;
+typedef struct { u8x32 u[8]; f32x8 scale; } key_block;       /* a quarter of each key's scale   */
+typedef struct { int32_t q[8], offset; float scale; } head_block; /* offset: in the low 16 bits */
 
-/* Scores of entries e0 .. e0+n-1, n <= TILE_ROWS, for token t: heads ascending. */
-static void score_tile(float *scores, const dsv4_index *in, int t, int64_t e0, int n) {
-    const float *w = in->w + (size_t)t * (size_t)in->n_heads;
-    tile_rows k = {.ahead = 0};
-    float sum[TILE_ROWS] = {0};
-    float key[TILE_ROWS][MAX_HEAD_DIM], q[MAX_HEAD_DIM];
-    size_t bytes = index_row_bytes(in->d, in->packed);
-    const uint8_t *head = (const uint8_t *)in->q + (size_t)t * (size_t)in->n_heads * bytes;
-    for (int r = 0; r < TILE_ROWS; r++) {
-        const uint8_t *row = (const uint8_t *)in->keys + (size_t)(e0 + min_int(r, n - 1)) * bytes;
-        index_row_read(key[r], row, in->d, in->packed);
-        k.data[r] = key[r];
-    }
-    for (int h = 0; h < in->n_heads; h++) {
-        float dot[TILE_VECS][TILE_ROWS] = {{0}};
-        index_row_read(q, head + (size_t)h * bytes, in->d, in->packed);
-        dot_f32(dot, &k, q, 0, in->d, 1);
-        for (int r = 0; r < TILE_ROWS; r++)
-            sum[r] += w[h] * in->w_scale * (dot[0][r] > 0 ? dot[0][r] : 0);
-    }
-    memcpy(scores + e0, sum, (size_t)n * sizeof *sum);
+typedef struct { float *scores; const dsv4_index *in; int n; size_t row; } index_args;
+
+/* 2*e2m1 + 12 of 32 nibbles. */
+static inline u8x32 e2m1_twice(u8x32 nibble) {
+    static const uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+#ifdef __AVX2__
+    __m128i half = _mm_loadu_si128((const __m128i *)(const void *)table);
+    return (u8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), (__m256i)nibble);
+#else
+    for (int i = 0; i < 32; i++) nibble[i] = table[nibble[i]];
+    return nibble;
+#endif
 }
 
-/* Item: block i / n of the entries, token i % n, so that neighbours share the keys. */
+/* The sums of u * q over a block, plus q's offset, for eight keys.  In 16 bits: an offset is at
+ * most 12 * 12 * 32 = 4608, and so are sixteen products of at most 24 * 12. */
+static inline __attribute__((always_inline))
+i32x8 block_dot(const u8x32 u[8], const head_block *h) {
+#ifdef __AVX2__
+    __m256i sum = _mm256_set1_epi32(h->offset);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)u[i],
+                                                         _mm256_set1_epi32(h->q[i])));
+    return (i32x8)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+#else
+    i32x8 sum = (i32x8){0} + (int16_t)h->offset;
+    for (int i = 0; i < 256; i++)
+        sum[i / 4 % 8] += u[i / 32][i % 32] * (int8_t)(h->q[i / 32] >> (8 * (i % 4)));
+    return sum;
+#endif
+}
+
+/* Block b of the n keys whose rows begin at `rows`; the last one stands for those up to eight. */
+static void key_decode(key_block *k, const uint8_t *rows, size_t row, int d, int b, int n) {
+    const uint8_t *key[8];
+    u32x8 pairs, code;
+    for (int r = 0; r < 8; r++) {
+        key[r] = rows + (size_t)min_int(r, n - 1) * row;
+        code[r] = key[r][d / 2 + b];
+    }
+    for (int i = 0; i < 4; i++) {
+        for (int r = 0; r < 8; r++) {
+            uint32_t four;
+            memcpy(&four, key[r] + 16 * b + 4 * i, sizeof four);
+            pairs[r] = four;
+        }
+        k->u[i] = e2m1_twice((u8x32)(pairs & 0x0f0f0f0f));
+        k->u[4 + i] = e2m1_twice((u8x32)(pairs >> 4 & 0x0f0f0f0f));
+    }
+    u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22; /* which mean 2^-127 and NaN */
+    k->scale = (f32x8)(code << 23 | ends) * splat8(0.25f);
+}
+
+/* Block b of a head's row. */
+static void head_decode(head_block *h, const uint8_t *row, int d, int b) {
+    static const u32x8 shift = {0, 0, 0, 0, 4, 4, 4, 4};
+    u8x32 ones[8], q;
+    u32x8 pairs;
+    memset(ones, 1, sizeof ones);
+    memcpy(&pairs, row + 16 * b, 16);
+    memcpy((uint8_t *)&pairs + 16, row + 16 * b, 16);
+    q = e2m1_twice((u8x32)(pairs >> shift & 0x0f0f0f0f)) - 12;
+    memcpy(h->q, &q, sizeof h->q);
+    h->offset = 0;
+    h->offset = (uint16_t)(-12 * block_dot(ones, h)[0]);
+    h->scale = e8m0_to_f32(row[d / 2 + b]);
+}
+
+/* sum [n_heads] += one block of eight keys times that of heads, which lie `stride` apart. */
+static void score_block(f32x8 *sum, const key_block *k, const head_block *h, int stride,
+                        int n_heads) {
+    u8x32 u[8];
+    memcpy(u, k->u, sizeof u);
+    for (int i = 0; i < n_heads; i++, h += stride)
+        sum[i] = fma8(__builtin_convertvector(block_dot(u, h), f32x8) * k->scale, splat8(h->scale),
+                      sum[i]);
+}
+
+/* Scores of decoded keys, as many as the one token sees. */
+static void score_token(float *scores, const dsv4_index *in, const key_block *keys, size_t row) {
+    const uint8_t *q = in->q;
+    int n = (int)in->t0 + 1, n_blocks = in->d / 32;
+    head_block head[SCORE_HEADS * (MAX_HEAD_DIM / 32)];
+    f32x8 total[SCORE_BLOCK / 8] = {{0}};
+    for (int h0 = 0; h0 < in->n_heads; h0 += SCORE_HEADS) {
+        int n_now = min_int(SCORE_HEADS, in->n_heads - h0);
+        for (int h = 0; h < n_now; h++, q += row)
+            for (int b = 0; b < n_blocks; b++) head_decode(&head[h * n_blocks + b], q, in->d, b);
+        for (int k = 0; k < (n + 7) / 8; k++) {
+            f32x8 sum[SCORE_HEADS] = {{0}};
+            for (int b = 0; b < n_blocks; b++)
+                score_block(sum, &keys[k * n_blocks + b], head + b, n_blocks, n_now);
+            for (int h = 0; h < n_now; h++)
+                total[k] = fma8(splat8(in->w[h0 + h] * in->w_scale), max8(sum[h], splat8(0)),
+                                total[k]);
+        }
+    }
+    memcpy(scores, total, (size_t)n * sizeof *scores);
+}
+
+/* Item: block i / n_groups of the keys, group i % n_groups of the tokens. */
 static void score_item(const void *arg, int64_t i) {
     const index_args *a = arg;
-    int t = (int)(i % a->n);
-    int64_t e = i / a->n * SCORE_BLOCK, visible = (a->in->t0 + t + 1) / a->in->ratio;
-    int64_t stop = min_i64(e + SCORE_BLOCK, visible);
-    float *scores = a->scores + (size_t)t * a->in->stride;
-    for (; e < stop; e += TILE_ROWS)
-        score_tile(scores, a->in, t, e, (int)min_i64(TILE_ROWS, stop - e));
+    const dsv4_index *in = a->in;
+    key_block keys[SCORE_BLOCK / 8 * (MAX_HEAD_DIM / 32)];
+    int n_groups = (a->n + SCORE_TOKENS - 1) / SCORE_TOKENS, n_blocks = in->d / 32;
+    int t = (int)(i % n_groups) * SCORE_TOKENS, end = min_int(t + SCORE_TOKENS, a->n);
+    int64_t e0 = i / n_groups * SCORE_BLOCK, visible = (in->t0 + end) / in->ratio;
+    const uint8_t *rows = (const uint8_t *)in->keys + (size_t)e0 * a->row;
+    for (int k = 0, n = (int)min_i64(SCORE_BLOCK, visible - e0); in->packed && k < n; k += 8)
+        for (int b = 0; b < n_blocks; b++)
+            key_decode(&keys[k / 8 * n_blocks + b], rows + (size_t)k * a->row, a->row, in->d, b,
+                       n - k);
+    for (; t < end; t++) {
+        int n = (int)min_i64(SCORE_BLOCK, (in->t0 + t + 1) / in->ratio - e0);
+        size_t head = (size_t)t * (size_t)in->n_heads;
+        float *scores = a->scores + (size_t)t * in->stride + e0;
+        dsv4_index part = {(const uint8_t *)in->q + head * a->row, in->w + head, in->w_scale, rows,
+                           in->n_heads, in->d, 1, in->packed, n - 1, 0};
+        if (n <= 0) continue;
+        if (in->packed) score_token(scores, &part, keys, a->row);
+        else ops_ref.index_scores(scores, &part, 1, NULL);
+    }
 }
 
-/* Differs: F32. */
+/* Differs: nothing, to the bit. */
 static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
-    index_args a = {scores, in, n};
-    int64_t most = (in->t0 + n) / in->ratio;
-    assert(((size_t)most <= in->stride || n == 1) && in->d <= MAX_HEAD_DIM);
-    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK * n, 1, score_item, &a);
+    index_args a = {scores, in, n, index_row_bytes(in->d, in->packed)};
+    int64_t most = (in->t0 + n) / in->ratio, n_blocks = (most + SCORE_BLOCK - 1) / SCORE_BLOCK;
+    assert((size_t)most <= in->stride || n == 1);
+    assert(!in->packed || (in->d % 32 == 0 && in->d <= MAX_HEAD_DIM));
+    exec_for(ex, n_blocks * ((n + SCORE_TOKENS - 1) / SCORE_TOKENS), 1, score_item, &a);
 }
 
 typedef struct {
@@ -986,27 +1042,35 @@ typedef struct {
     int64_t t0;
 } topk_args;
 
-/* Bits that sort as the numbers do; -0 becomes 0. */
-static inline uint32_t sort_key(float x) {
-    uint32_t u;
-    x += 0.0f;
-    memcpy(&u, &x, sizeof u);
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
+/* Bits of scores e .. e+7, or to n, that sort as the numbers do; -0 becomes 0. */
+static inline u32x8 sort_keys(const float *s, int64_t e, int64_t n) {
+    u32x8 u = (u32x8)(load_upto8(s + e, (int)min_i64(8, n - e)) + splat8(0));
+    return u ^ ((u32x8)((i32x8)u >> 31) | 0x80000000u);
+}
+
+/* Is any lane of a comparison true? */
+static inline bool any8(i32x8 v) {
+    u64x4 q = (u64x4)v;
+    return (q[0] | q[1] | q[2] | q[3]) != 0;
 }
 
 /* The key of the k-th largest of n > k scores, found 11 bits at a time from the top;
- * *n_equal says how many with that very key belong to the k. */
+ * *n_equal says how many with that very key belong to the k.  Two counts take turns, for equal
+ * scores in a row would wait for each other. */
 static uint32_t kth_key(const float *s, int64_t n, int k, int *n_equal) {
     static const int shift[3] = {21, 10, 0};
     uint32_t found = 0, known = 0;                           /* the bits found, and their mask  */
     for (int pass = 0; pass < 3; pass++) {
-        uint32_t count[2048] = {0}, digits = pass == 2 ? 1023 : 2047;
-        for (int64_t e = 0; e < n; e++) {
-            uint32_t key = sort_key(s[e]);
-            if ((key & known) == found) count[key >> shift[pass] & digits]++;
+        uint32_t count[2][2048] = {{0}}, digits = pass == 2 ? 1023 : 2047, digit = digits;
+        for (int64_t e = 0; e < n; e += 8) {
+            u32x8 key = sort_keys(s, e, n);
+            i32x8 match = (i32x8)((key & known) == found);
+            if (!any8(match)) continue;
+            for (int j = 0; j < (int)min_i64(8, n - e); j++)
+                count[j & 1][key[j] >> shift[pass] & digits] -= (uint32_t)match[j];
         }
-        uint32_t digit = digits;
-        for (; count[digit] < (uint32_t)k; digit--) k -= (int)count[digit];
+        for (; count[0][digit] + count[1][digit] < (uint32_t)k; digit--)
+            k -= (int)(count[0][digit] + count[1][digit]);
         found |= digit << shift[pass];
         known |= digits << shift[pass];
     }
@@ -1020,13 +1084,15 @@ static void topk_row(const void *arg, int64_t t) {
     const float *s = a->scores + (size_t)t * a->stride;
     int32_t *idx = a->idx + t * a->k, visible, n = 0;
     int n_equal = a->k;
-    assert((a->t0 + t + 1) / a->ratio <= INT32_MAX);
+    assert((a->t0 + t + 1) / a->ratio <= INT32_MAX - 8);
     visible = (int32_t)((a->t0 + t + 1) / a->ratio);
     a->count[t] = min_int(visible, a->k);
     uint32_t least = visible > a->k ? kth_key(s, visible, a->k, &n_equal) : 0;
-    for (int32_t e = 0; n < a->count[t]; e++) {
-        uint32_t key = sort_key(s[e]);
-        if (key > least || (key == least && n_equal-- > 0)) idx[n++] = e;
+    for (int32_t e = 0; n < a->count[t]; e += 8) {
+        u32x8 key = sort_keys(s, e, visible);
+        if (!any8((i32x8)(key >= least))) continue;
+        for (int j = 0; j < min_int(8, visible - e); j++)
+            if (key[j] > least || (key[j] == least && n_equal-- > 0)) idx[n++] = e + j;
     }
 }
 
@@ -1038,17 +1104,17 @@ static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t s
 }
 
 /* === 9. attend ================================================================================
- * Differs: F32, in one pass.  An item is HEAD_GROUP heads of a token.  The list is taken in
+ * Differs: F32, in one pass.  An item is a group of heads of a token.  The list is taken in
  * blocks of ATTEND_BLOCK items, whose rows become F32 once for all these heads; with m the largest
  * score so far, o and the denominator l are kept relative to exp(m) and scaled down when m grows.
  * The sink is where m and l begin.                                                              */
 
 enum {
-    HEAD_GROUP = 8,                /* heads that share each KV row while it is in the cache     */
+    HEAD_GROUP = 16,               /* heads, at most, that share a row once it is decoded       */
     ATTEND_BLOCK = 64,             /* items between two looks at the maximum                    */
 };
 
-typedef struct { float *o; const dsv4_attend *in; int n_groups; } attend_args;
+typedef struct { float *o; const dsv4_attend *in; int group, n_groups; } attend_args;
 
 /* One block: list items [n], padded to a multiple of TILE_ROWS by repeating the last, and each
  * head's scores, then probabilities. */
@@ -1059,28 +1125,26 @@ typedef struct {
     float x[ATTEND_BLOCK * MAX_HEAD_DIM];
 } attend_block;
 
-/* kv_row_read for packed rows; what is rare, NaN and scales near F32's end, is left to it. */
+/* kv_row_read for packed rows.  Left to it: odd sizes, NaN, and scales that times 256 overflow. */
 static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) {
     const uint16_t *rope = (const uint16_t *)(const void *)row;
-    const uint8_t *code = row + 2 * rope_dim, *scale = code + head_dim - rope_dim;
-    int n_codes = head_dim - rope_dim;
-    bool rare = false;
-    for (int c = 0; c < n_codes; c++) rare |= (code[c] & 127) == 127;
-    for (int b = 0; b < n_codes; b += 64) rare |= scale[b / 64] > 254 - 8;
-    if (rare) {
+    int n_codes = head_dim - rope_dim, c = 0;
+    const uint8_t *code = row + 2 * rope_dim, *scale = code + n_codes;
+    bool rare = n_codes % 16 || rope_dim % 8;
+    f32x8 top = splat8(0);
+    for (; c < n_codes && !rare; c += 16) {
+        f32x8 v[2], s = (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23);
+        e4m3_load16(v, code + c);
+        rare |= scale[c / 64] > 254 - 8;
+        top = max8(max8(abs8(v[0]), abs8(v[1])), top);
+        store8(x + c, v[0] * s);
+        store8(x + c + 8, v[1] * s);
+    }
+    if (rare || max_lane8(top) > 448 * 0x1p-8f) {
         kv_row_read(x, row, head_dim, rope_dim, true);
         return;
     }
-    for (int c = 0; c < n_codes; c += 16) {
-        f32x8 v[2], s = (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23);
-        int len = min_int(16, n_codes - c);
-        uint8_t last[16] = {0};
-        if (len < 16) memcpy(last, code + c, (size_t)len);
-        e4m3_load16(v, len < 16 ? last : code + c);
-        store_upto8(x + c, v[0] * s, len);
-        if (len > 8) store_upto8(x + c + 8, v[1] * s, len - 8);
-    }
-    for (int c = 0; c < rope_dim; c++) x[n_codes + c] = bf16_to_f32(rope[c]);
+    for (; c < head_dim; c += 8) store8(x + c, bf16_load8(rope + c - n_codes));
 }
 
 /* Items j0 .. of the list of token t0 + row, which has n_items. */
@@ -1184,8 +1248,8 @@ static void attend_mix(float *o, const attend_block *b, int n_heads, int d) {
 static void attend_item(const void *arg, int64_t item) {
     const attend_args *a = arg;
     const dsv4_attend *in = a->in;
-    int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * HEAD_GROUP;
-    int d = in->head_dim, n_heads = min_int(HEAD_GROUP, in->n_heads - h0);
+    int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * a->group;
+    int d = in->head_dim, n_heads = min_int(a->group, in->n_heads - h0);
     int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
     if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
     size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h0) * (size_t)d;
@@ -1205,7 +1269,11 @@ static void attend_item(const void *arg, int64_t item) {
 
 static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     assert(in->window > 0 && in->head_dim <= MAX_HEAD_DIM);
-    attend_args a = {o, in, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
+    attend_args a = {o, in, HEAD_GROUP, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
+    while (a.group > 2 && (int64_t)n * a.n_groups <= ex->n_workers) {
+        a.group /= 2;                                        /* something for every thread */
+        a.n_groups = (in->n_heads + a.group - 1) / a.group;
+    }
     exec_for(ex, (int64_t)n * a.n_groups, 1, attend_item, &a);
 }
 

@@ -442,25 +442,49 @@ static void compress_ref(float *entries, const dsv4_compress *in, int64_t g0, in
 /* === 14. index_scores: how much each token wants each visible entry ================= M3, indexer
  *   scores[t][e] = sum_h w[t][h] * w_scale * relu(q[t][h] . keys[e]), e < (t0 + t + 1) / ratio
  * out  scores rows `stride` floats apart; entries that are not visible are left alone
- * in   see dsv4_index                                                                           */
+ * in   see dsv4_index
+ * req  packed: d % 32 == 0
+ *
+ * Packed: BIT-DEFINED.  All in F32; a product of blocks of 32 dims b, ascending from +0:
+ *   dot   = fma(sum_b * key_scale, q_scale, dot), sum_b = sum of e2m1 * e2m1, which is exact;
+ *           key_scale and q_scale e8m0
+ *   score = fma(w * w_scale, dot > 0 ? dot : 0, score), h ascending from +0                      */
+static float index_dot_ref(const uint8_t *q, const uint8_t *k, int d) {
+    float dot = 0;
+    for (int b = 0; b < d / 32; b++) {
+        int32_t sum = 0;                                     /* of 4 times the products */
+        for (int i = 16 * b; i < 16 * b + 16; i++)
+            sum += e2m1_int(q[i] & 15) * e2m1_int(k[i] & 15)
+                 + e2m1_int(q[i] >> 4) * e2m1_int(k[i] >> 4);
+        dot = fmaf((float)sum / 4 * e8m0_to_f32(k[d / 2 + b]), e8m0_to_f32(q[d / 2 + b]), dot);
+    }
+    return dot;
+}
+
 static void index_scores_ref(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
-    float q[MAX_HEAD_DIM], k[MAX_HEAD_DIM];
     size_t bytes = index_row_bytes(in->d, in->packed);
-    assert(in->d <= MAX_HEAD_DIM);
+    assert(!in->packed || in->d % 32 == 0);
     for (int t = 0; t < n; t++) {
         int64_t visible = (in->t0 + t + 1) / in->ratio;
         assert((size_t)visible <= in->stride || n == 1);
         for (int64_t e = 0; e < visible; e++) {
+            float score = 0;
             double sum = 0;
-            index_row_read(k, (const uint8_t *)in->keys + (size_t)e * bytes, in->d, in->packed);
             for (int h = 0; h < in->n_heads; h++) {
                 size_t head = (size_t)t * (size_t)in->n_heads + (size_t)h;
+                const uint8_t *q = (const uint8_t *)in->q + head * bytes;
+                const uint8_t *k = (const uint8_t *)in->keys + (size_t)e * bytes;
+                if (in->packed) {
+                    float dot = index_dot_ref(q, k, in->d);
+                    score = fmaf(in->w[head] * in->w_scale, dot > 0 ? dot : 0, score);
+                    continue;
+                }
                 double dot = 0;
-                index_row_read(q, (const uint8_t *)in->q + head * bytes, in->d, in->packed);
-                for (int c = 0; c < in->d; c++) dot += (double)q[c] * k[c];
+                for (int c = 0; c < in->d; c++)
+                    dot += (double)((const float *)q)[c] * ((const float *)k)[c];
                 sum += (double)in->w[head] * in->w_scale * fmax(dot, 0);
             }
-            scores[(size_t)t * in->stride + (size_t)e] = (float)sum;
+            scores[(size_t)t * in->stride + (size_t)e] = in->packed ? score : (float)sum;
         }
     }
 }

@@ -339,13 +339,10 @@ static int config_yarn(dsv4_config *cfg, const config_in *in) {
 
 /* What two keys say together. */
 static int config_check(const dsv4_config *c, const config_in *in) {
-    int64_t ratio = 0, heads = (int64_t)c->num_attention_heads * c->head_dim;
+    int heads = c->num_attention_heads * c->head_dim;        /* MAX_DIM times MAX_HEAD_DIM fits  */
     int hadamard = c->index_head_dim, rope = c->qk_rope_head_dim;
     bool csa = false;              /* ratio 4 brings the indexer                                */
-    for (int l = 0; l <= c->num_hidden_layers; l++) {
-        if (ratio < c->compress_ratios[l]) ratio = c->compress_ratios[l];
-        csa |= c->compress_ratios[l] == 4;
-    }
+    for (int l = 0; l <= c->num_hidden_layers; l++) csa |= c->compress_ratios[l] == 4;
     const struct { bool ok; const char *key, *accepted; } rules[] = {
         {rope < c->head_dim, "qk_rope_head_dim", "less than head_dim"},
         {rope <= c->index_head_dim, "qk_rope_head_dim", "at most index_head_dim"},
@@ -363,11 +360,7 @@ static int config_check(const dsv4_config *c, const config_in *in) {
         if (!rules[i].ok) return refuse(in, rules[i].key, "%s", rules[i].accepted);
 
     const struct { const char *what; int64_t value; } sizes[] = { /* an int somewhere later     */
-        {"num_attention_heads * head_dim", heads},
         {"o_groups * o_lora_rank", (int64_t)c->o_groups * c->o_lora_rank},
-        {"index_n_heads * index_head_dim", (int64_t)c->index_n_heads * c->index_head_dim},
-        {"sliding_window * head_dim", (int64_t)c->sliding_window * c->head_dim},
-        {"4 * the largest of compress_ratios * head_dim", 4 * ratio * c->head_dim},
         {"hidden_size * moe_intermediate_size",
          (int64_t)c->hidden_size * c->moe_intermediate_size},
         {"n_routed_experts * hidden_size", (int64_t)c->n_routed_experts * c->hidden_size},

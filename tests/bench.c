@@ -1,6 +1,6 @@
 /* bench.c -- one repetition of each measurement asked for, a line "name value unit" each.
  *
- *   bench read fma fp4 fp4l2 fp8 fp8l2 bf16 gemm raw DIR N SEED cache DIR N SEED start DIR
+ *   bench read fma fp4 fp4l2 fp8 fp8l2 bf16 gemm index raw DIR N SEED cache DIR N SEED start DIR
  *
  * What is compared stands side by side on the command line, and tests/bench.py takes medians over
  * many runs: on a shared machine only neighbours in time can be compared.  Of kernels and of their
@@ -26,6 +26,7 @@ enum {
     DIM = 4096, INTER = 2048,      /* V4-Flash's experts                                        */
     ROWS = 8192,                   /* of a dense matrix with DIM columns                        */
     GEMM_ROWS = 64,
+    INDEX_HEADS = 64, INDEX_DIM = 128, INDEX_KEYS = 2048, INDEX_TOKENS = 16,
     NEAR_DIM = 1024, NEAR_INTER = 640, NEAR_ROWS = 512, /* 1 MB of weights: in L2, or in a small
                                       L2's L3, which no kernel outruns                          */
     IO_ALIGN = 4096, IO_PIECE = 1 << 20, IO_DEPTH = 128, /* as in offload.c                     */
@@ -299,6 +300,24 @@ static void bench_gemm(dsv4_exec *ex, int threads) {
     macs_rate("gemm8", threads, linear_kernel(ex, DT_F8_E4M3, ROWS, DIM, GEMM_ROWS), linear_once);
 }
 
+/* Index scores; rows of queries, then of keys. */
+static void index_once(kernel *k) {
+    dsv4_index in = {.q = k->code, .w = k->x, .w_scale = 1, .n_heads = INDEX_HEADS,
+                     .d = INDEX_DIM, .ratio = 1, .packed = true, .t0 = INDEX_KEYS - INDEX_TOKENS,
+                     .stride = INDEX_KEYS};
+    in.keys = k->code + INDEX_TOKENS * INDEX_HEADS * index_row_bytes(INDEX_DIM, true);
+    ops_cpu.index_scores(k->y, &in, INDEX_TOKENS, k->ex);
+}
+
+static void bench_index(dsv4_exec *ex, int threads) {
+    kernel k = {.ex = ex, .rows = INDEX_KEYS, .cols = INDEX_HEADS * INDEX_DIM, .bytes = ARENA};
+    kernel_open(&k);
+    ops_cpu.index_round(k.code, k.x, INDEX_TOKENS * INDEX_HEADS + INDEX_KEYS, INDEX_DIM, true, ex);
+    double macs = (double)k.rows * k.cols * INDEX_TOKENS;
+    say("index", threads, runs_per_s(&k, index_once) * macs / 1e9, "GMAC/s");
+    kernel_close(&k);
+}
+
 /* === 4. Experts from disk ===================================================================== */
 
 typedef struct {                   /* every routed expert of a checkpoint                       */
@@ -506,6 +525,7 @@ static void bench_start(const char *dir) {
 static const struct { const char *name; void (*run)(dsv4_exec *ex, int threads); } kernels[] = {
     {"read", bench_read}, {"fma", bench_fma}, {"fp4", bench_fp4}, {"fp4l2", bench_fp4l2},
     {"fp8", bench_fp8}, {"fp8l2", bench_fp8l2}, {"bf16", bench_bf16}, {"gemm", bench_gemm},
+    {"index", bench_index},
 };
 static const struct { const char *name; void (*run)(const char *, size_t, uint64_t); } disks[] = {
     {"raw", bench_raw}, {"cache", bench_cache},

@@ -104,7 +104,7 @@ def real_headers(path):
 
 def measure_kernels(results, reps):
     for _ in range(reps):
-        bench(results, "read", "fp4", "fp4l2", "fp8", "fp8l2", "bf16", "fma", "gemm")
+        bench(results, "read", "fp4", "fp4l2", "fp8", "fp8l2", "bf16", "index", "fma", "gemm")
         measure_blas(results)
 
 
@@ -235,6 +235,8 @@ def table_rows(r):
     for kind, key in (("FP4 expert", "gemm4"), ("FP8 dense", "gemm8")):
         rows += [row(r, f"{kind}, 64 tokens, {t}", f"{key}.{n}", f"fma.{n}", 0.4, "GMAC/s",
                      scale="F32 FMA peak") for n, t in NAMES]
+    rows += [row(r, f"index scores, {t}", f"index.{n}", f"fma.{n}", 0.9, "GMAC/s",
+                 scale="F32 FMA peak") for n, t in NAMES]
     rows += [row(r, f"experts by us, {t}", f"fp4.experts.{n}", f"blas.experts.{n}", 1, "1/s",
                  scale="OpenBLAS F32") for n, t in NAMES]
     rows += [

@@ -431,7 +431,7 @@ static void run_add(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, 
 #define COMPRESS(ratio, d, n) \
     {"compress", run_compress, n, {ratio, d}, 2 * (ratio), STRIDE(4 * (d))}
 #define INDEX(heads, d, ratio, t0, packed, n) \
-    {"index_scores", run_index_scores, n, {heads, d, ratio, t0, packed}, (heads) * (d), \
+    {"index_scores", run_index_scores, n, {heads, d, ratio, t0, packed}, 0, \
      STRIDE(4 * (((t0) + (n)) / (ratio) + 5))}
 #define TOPK(k, ratio, t0, distinct, n) \
     {"topk", run_topk, n, {k, ratio, t0, distinct}, 0, STRIDE(4 * (k) + 4)}
@@ -472,7 +472,8 @@ static const op_case cases[] = {
     COMPRESS(4, 128, 9), COMPRESS(4, 20, 5), COMPRESS(4, 1, 3), COMPRESS(8, 13, 4),
     COMPRESS(128, 72, 5), COMPRESS(1, 16, 6),
     INDEX(4, 64, 4, 0, 1, 40), INDEX(1, 16, 4, 1100, 0, 9), INDEX(5, 32, 4, 77, 0, 17),
-    INDEX(64, 128, 4, 1500, 1, 6),
+    INDEX(64, 128, 4, 1500, 1, 6), INDEX(17, 32, 1, 600, 1, 19), INDEX(33, 1024, 4, 40, 1, 3),
+    INDEX(7, 512, 2, 0, 1, 20),
     TOPK(8, 4, 0, 0, 60), TOPK(8, 4, 100, 3, 20), TOPK(512, 4, 2040, 0, 40),
     TOPK(64, 1, 3000, 2, 9), TOPK(1, 1, 0, 1, 30),
     ATTEND(4, 128, 16, 0, 0, 0, 64, 0, 40), ATTEND(1, 8, 1, 0, 0, 5, -1, 0, 3),
@@ -561,17 +562,16 @@ static void test_kernels_same_bits(void) {
 
 /* === Rows of KV =============================================================================== */
 
-/* What M2 makes of a block x [len], in its own words: the least power of two >= unit / top is the
- * scale, and no value is beyond top times it. */
-static void round_block(float *y, const float *x, int len, double least, double top, bool e2m1) {
-    double amax = least;
+/* What M2 makes of a block x [len], in its own words. */
+static void round_block(float *y, const float *x, int len, bool e2m1) {
+    double amax = e2m1 ? 6 * 0x1p-126 : (double)1e-4f, top = e2m1 ? 6 : 448;
     int exponent;
     for (int i = 0; i < len; i++) amax = fmax(amax, fabs((double)x[i]));
     double s = e2m1 ? (double)((float)amax / 6) : (double)((float)amax * (1.0f / 448));
     s = frexp(s, &exponent) == 0.5 ? s : ldexp(1, exponent);
     for (int i = 0; i < len; i++) {
         float r = (float)(x[i] / s);
-        CHECK(!(fabsf(r) > (float)top), "%g is beyond the format", (double)r);
+        CHECK(!(fabs(r) > top), "%g is beyond the format", (double)r);
         r = e2m1 ? e2m1_to_f32(f32_to_e2m1(r)) : e4m3_to_f32(f32_to_e4m3(r));
         y[i] = r * (float)s;
     }
@@ -596,23 +596,21 @@ static void test_kernels_rows_hold_the_roundings(void) {
      * with one entry and no sink gives that entry. */
     static const int dims[2] = {128, 512}, index_dims[3] = {32, 64, 128};
     float x[512], want[512], got[512], q[512] = {0}, sink = -INFINITY;
-    uint8_t row[2][1024];
+    uint8_t row[1024];
     double entry = (double)kv_row_bytes(512, 64, true), key = (double)index_row_bytes(128, true);
     CHECK(entry == 584 && key == 68, "Flash: %g and %g bytes", entry, key);
     CHECK((entry + key) / 4 * 21 + entry / 128 * 20 == 3514.25, "bytes a token of Flash");
     for (int round = 0; round < 2000; round++) {
         int d = dims[round % 2], cut = d - 64;
         row_inputs(x, d, round);
-        for (int b = 0; b < cut; b += 64) round_block(want + b, x + b, 64, 1e-4f, 448, false);
+        for (int b = 0; b < cut; b += 64) round_block(want + b, x + b, 64, false);
         for (int c = cut; c < d; c++) want[c] = bf16_to_f32(f32_to_bf16(x[c]));
-        for (int i = 0; i < 2; i++) {
-            memset(row[i], 0xa5, sizeof row[i]);
-            (i ? &ops_cpu : &ops_ref)->kv_round(row[i], x, 1, d, 64, true, execs[0]);
-            kv_row_read(got, row[i], d, 64, true);
-            CHECK(!memcmp(got, want, (size_t)d * 4), "round %d", round);
-        }
-        CHECK(!memcmp(row[0], row[1], sizeof row[0]), "round %d: rows differ", round);
-        dsv4_attend in = {q, row[1], row[1], NULL, NULL, NULL, &sink, 1, d, 64, 1, 0, 0, true, 0};
+        memset(row, 0xa5, sizeof row);
+        ops_cpu.kv_round(row, x, 1, d, 64, true, execs[0]);
+        kv_row_read(got, row, d, 64, true);
+        CHECK(!memcmp(got, want, (size_t)d * 4), "round %d", round);
+        CHECK(!row[kv_row_bytes(d, 64, true) - 1], "round %d: padding", round);
+        dsv4_attend in = {q, row, row, NULL, NULL, NULL, &sink, 1, d, 64, 1, 0, 0, true, 0};
         ops_cpu.attend(got, &in, 1, execs[0]);
         for (int c = 0; c < d; c++)
             CHECK(got[c] == want[c], "round %d dim %d: attend sees %g, not %g", round, c,
@@ -623,15 +621,13 @@ static void test_kernels_rows_hold_the_roundings(void) {
         for (int c = 0; c < d; c++) x[c] = fminf(fmaxf(x[c], -1e36f), 1e36f);
         memcpy(got, x, sizeof got);
         ops_ref.index_round(want, got, 1, d, false, NULL);
-        for (int b = 0; b < d; b += 32) round_block(want + b, want + b, 32, 6 * 0x1p-126, 6, true);
-        for (int i = 0; i < 2; i++) {
-            memcpy(got, x, sizeof got);
-            memset(row[i], 0xa5, sizeof row[i]);
-            (i ? &ops_cpu : &ops_ref)->index_round(row[i], got, 1, d, true, execs[0]);
-            index_row_read(got, row[i], d, true);
-            CHECK(!memcmp(got, want, (size_t)d * 4), "index, round %d", round);
-        }
-        CHECK(!memcmp(row[0], row[1], sizeof row[0]), "index, round %d: rows differ", round);
+        for (int b = 0; b < d; b += 32) round_block(want + b, want + b, 32, true);
+        memcpy(got, x, sizeof got);
+        memset(row, 0xa5, sizeof row);
+        ops_cpu.index_round(row, got, 1, d, true, execs[0]);
+        index_row_read(got, row, d, true);
+        CHECK(!memcmp(got, want, (size_t)d * 4), "index, round %d", round);
+        CHECK(d == 128 || !row[index_row_bytes(d, true) - 1], "index, round %d: padding", round);
     }
 }
 
@@ -656,6 +652,27 @@ static void test_kernels_rows_keep_nan(void) {
             }
             CHECK(isnan(got[c]), "%g", (double)got[c]);      /* q.k is one as well */
         }
+}
+
+static void test_kernels_index_any_row(void) {
+    /* Goal: index scores are exact sums at their limits, and what their contract says of any row.
+     * Method: values of 6 and -6 throughout; rows of random bytes, every scale code among them;
+     * equal to the reference, NaN to NaN. */
+    enum { HEADS = 5, D = 128, KEYS = 300, ROW = 68 };
+    static uint8_t q[HEADS * ROW], keys[KEYS * ROW];
+    static const uint8_t edge[4] = {0x77, 0xff, 0x7f, 0x07};
+    float w[HEADS] = {1, -0.5f, 3e38f, -1e-30f, 0}, want[KEYS], got[KEYS];
+    dsv4_index in = {q, w, 0.5f, keys, HEADS, D, 1, true, KEYS - 1, KEYS};
+    for (int round = 0; round < 40; round++) {
+        for (int i = 0; i < KEYS * ROW; i++)
+            keys[i] = round < 16 ? i % ROW < 64 ? edge[round % 4] : 130 : (uint8_t)random_u32();
+        for (int i = 0; i < HEADS * ROW; i++)
+            q[i] = round < 16 ? i % ROW < 64 ? edge[round / 4] : 120 : (uint8_t)random_u32();
+        ops_ref.index_scores(want, &in, 1, NULL);
+        ops_cpu.index_scores(got, &in, 1, execs[round % N_EXECS]);
+        CHECK(same_bytes((uint8_t *)got, (uint8_t *)want, sizeof got), "round %d: %g, not %g",
+              round, (double)got[0], (double)want[0]);
+    }
 }
 
 /* === exp ====================================================================================== */
@@ -839,6 +856,35 @@ static void test_kernels_reads_within(void) {
     free(scratch);
 }
 
+static void test_kernels_rows_read_within(void) {
+    /* Goal: nothing is read behind rows.  Method: keys and queries, and entries of even and odd
+     * sizes, each before a page that may not be read; the same results as elsewhere. */
+    static const int dims[4][2] = {{128, 64}, {512, 64}, {39, 4}, {50, 18}};
+    enum { N = 13, D = 64, HEADS = 3 };
+    float want[HEADS * 512], got[HEADS * 512], w[HEADS] = {1, 2, -3};
+    size_t bytes = index_row_bytes(D, true);
+    void *keys = index_rows(5, N, D, true), *q = index_rows(77777, HEADS, D, true);
+    dsv4_index in = {q, w, 1, keys, HEADS, D, 1, true, N - 1, N}, near = in;
+    near.q = fenced(q, HEADS * bytes), near.keys = fenced(keys, N * bytes);
+    ops_cpu.index_scores(want, &in, 1, execs[0]);
+    ops_cpu.index_scores(got, &near, 1, execs[0]);
+    CHECK(!memcmp(want, got, N * 4), "keys");
+    free(keys), free(q);
+    for (int i = 0; i < 4; i++) {
+        int d = dims[i][0], rope = dims[i][1];
+        size_t row = kv_row_bytes(d, rope, true);
+        void *kv = kv_rows(9, N, d, rope);
+        for (int far = 0; far < 2; far++) {
+            const uint8_t *ring = far ? kv : fenced(kv, N * row), *now = ring + (N - 1) * row;
+            dsv4_attend at = {f32_pool, now, ring, NULL, NULL, NULL, w, HEADS, d, rope, N, 0, 0,
+                              true, N - 1};
+            ops_cpu.attend(far ? want : got, &at, 1, execs[0]);
+        }
+        CHECK(!memcmp(want, got, (size_t)(HEADS * d) * 4), "entries of %d dims", d);
+        free(kv);
+    }
+}
+
 static const float *sort_scores;
 
 static int by_score(const void *a, const void *b) {
@@ -875,28 +921,42 @@ static void test_kernels_route_ties(void) {
     }
 }
 
+/* Scores of a kind, n of them. */
+static void topk_scores(float *s, int n, int kind) {
+    for (int i = 0; i < n; i++) {
+        float x = random_f32();
+        switch (kind) {
+        case 0: s[i] = x; break;
+        case 1: s[i] = roundf(x * 1000); break;              /* many -0 and 0 as well */
+        case 2: s[i] = roundf(x * 1.5f); break;
+        case 3: s[i] = -1.5f; break;
+        case 4: s[i] = i % 3 ? 0 : -0.0f; break;
+        case 5: s[i] = x < 0 ? -1 : 1; break;
+        case 6: s[i] = i % 997 ? 0 : x + 2; break;           /* the 512th may lie among zeros */
+        default: s[i] = (float)(kind == 7 ? i : n - i);      /* ascending, descending */
+        }
+    }
+}
+
 static void test_kernels_topk_long(void) {
-    /* Goal: right for any number of entries.  Method: past 49,140, 232,436 and 779,424 of them,
-     * with distinct, few and all equal scores, against a plain sort. */
-    static const int counts[3] = {49141, 232437, 779425}, kinds[4] = {0, 3, 1000, -1};
-    enum { K = 512 };
-    for (int c = 0; c < 3; c++)
-        for (int kind = 0; kind < 4; kind++) {
+    /* Goal: right for any number of entries.  Method: those of a little more than 49,140, 232,436
+     * and 779,424 tokens and of a million, and as many entries as that; distinct scores, and equal
+     * ones with the k-th in a run of them; against a plain sort. */
+    static const int counts[] = {513, 12286, 58110, 194857, 262144, 49141, 232437, 779425, 1 << 20};
+    enum { K = 512, KINDS = 9, MOST = 1 << 20 };
+    static float scores[MOST];
+    static int32_t order[MOST];
+    int32_t idx[K], count;
+    for (int c = 0; c < 9; c++)
+        for (int kind = c > 5 ? c % 2 : 0; kind < KINDS; kind += c > 5 ? 2 : 1) {
             int n = counts[c];
-            float *scores = room((size_t)n * sizeof *scores);
-            int32_t *order = room((size_t)n * sizeof *order), idx[K], count;
-            for (int i = 0; i < n; i++) {
-                float x = random_f32() * 2;
-                scores[i] = kinds[kind] > 0 ? roundf(x * (float)kinds[kind]) : kinds[kind] ? 0 : x;
-                order[i] = i;
-            }
+            topk_scores(scores, n, kind);
+            for (int i = 0; i < n; i++) order[i] = i;
             sort_scores = scores;
             qsort(order, (size_t)n, sizeof *order, by_score);
             qsort(order, K, sizeof *order, by_id);
             ops_cpu.topk(idx, &count, scores, (size_t)n, 1, K, 1, n - 1, execs[0]);
-            CHECK(count == K && !memcmp(idx, order, sizeof idx), "%d entries, kind %d", n,
-                  kinds[kind]);
-            free(scores), free(order);
+            CHECK(count == K && !memcmp(idx, order, sizeof idx), "%d entries, kind %d", n, kind);
         }
 }
 
@@ -967,12 +1027,14 @@ int main(void) {
     RUN(test_kernels_same_bits);
     RUN(test_kernels_rows_hold_the_roundings);
     RUN(test_kernels_rows_keep_nan);
+    RUN(test_kernels_index_any_row);
     RUN(test_kernels_exp);
     RUN(test_kernels_exp_vector);
     RUN(test_kernels_bf16_f16);
     RUN(test_kernels_expert_extremes);
     RUN(test_kernels_expert_clamps);
     RUN(test_kernels_reads_within);
+    RUN(test_kernels_rows_read_within);
     RUN(test_kernels_route_ties);
     RUN(test_kernels_topk_long);
     RUN(test_kernels_pool_covers);
