@@ -209,7 +209,7 @@ static int read_body(park *p, int fd, const park_info *want, int32_t **tokens, p
     return rc;
 }
 
-/* Read a file: its header and, where `frames`, its body.  1; 0: there is none; -1: err says what is
+/* Read a file: its header and, where `tokens`, its body.  1; 0: there is none; -1: err says what is
  * wrong, and a segment that is damaged is gone. */
 static int park_take(park *p, const char *file, const park_info *want, int32_t **tokens,
                 park_frame *frames, dsv4_err *err) {
@@ -223,7 +223,7 @@ static int park_take(park *p, const char *file, const park_info *want, int32_t *
     int rc = read_header(p, fd, &why);
     segment_file(own, p->h.info.key);
     if (!rc && segment && strcmp(file, own)) rc = fail(&why, "it is %s", own);
-    if (!rc && frames) rc = read_body(p, fd, want, tokens, frames, &why);
+    if (!rc && tokens) rc = read_body(p, fd, want, tokens, frames, &why);
     (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);    /* memory is for experts */
     close(fd);
     if (rc && segment) (void)unlinkat(p->dir, file, 0);
@@ -355,7 +355,7 @@ int park_list(park *p, bool verify, park_fn each, void *arg, dsv4_err *err) {
         dsv4_err fault;
         int32_t *tokens = NULL;
         int good = f->kind == PARK_PART ? 0
-                   : park_take(p, f->file, NULL, &tokens, verify ? frames : NULL, &fault);
+                   : park_take(p, f->file, NULL, verify ? &tokens : NULL, frames, &fault);
         free(tokens);
         if (!good) continue;       /* not there yet, or not any more */
         park_entry e = {.name = f->file, .session = f->kind == PARK_SESSION, .bytes = f->bytes,
