@@ -30,7 +30,8 @@ OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o kv.o text.o)
 SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c kv.c text.c main.c
 C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_kv test_park test_text \
              test_chat test_model)
-FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer)
+FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer \
+             fuzz_segment)
 VENV     = build/venv/bin/python3
 
 all: $(BIN)

@@ -459,7 +459,7 @@ enum {
     PARK_NAME = 100,               /* bytes of a session's name                                 */
     PARK_LEVEL = 1,                /* of zstd: rows are noise of skewed bytes, so that all there
                                       is to gain is entropy coding, and more search is in vain  */
-    PARK_ALIGN = 64,               /* of the frames in one block                                */
+    PARK_ALIGN = 16,               /* of frames in one block, as malloc's own                   */
 };
 static const uint64_t park_magic = 0x6b72617034767364; /* "dsv4park"                              */
 
@@ -487,10 +487,6 @@ struct park {
 
 typedef enum { PARK_OTHER, PARK_PART, PARK_SEGMENT, PARK_SESSION } park_kind;
 typedef struct { char file[MAX_NAME]; park_kind kind; uint64_t bytes; int64_t used_ns; } parked;
-
-static size_t park_pad(uint64_t n) {
-    return ((size_t)n + PARK_ALIGN - 1) / PARK_ALIGN * PARK_ALIGN;
-}
 
 static size_t header_bytes(int n_frames) {
     return offsetof(park_header, frame) + ((size_t)n_frames + 1) * sizeof(park_slice);
@@ -568,15 +564,14 @@ static int read_header(park *p, int fd, dsv4_err *err) {
     if (n < 0 || n > PARK_FRAMES || size < header_bytes(n) || h->hash != header_hash(h))
         return fail(err, "its header is damaged");
     end = header_bytes(n);
-    p->block = 0;
     for (int i = 0; i <= n; i++) {
         const park_slice *f = &h->frame[i];
         if (f->stored > f->bytes || f->bytes > PARK_BYTES - bytes || f->stored > size - end)
             return fail(err, "frame %d does not fit", i);
         end += f->stored;
         bytes += f->bytes;
-        p->block += park_pad(f->bytes);
     }
+    p->block = (size_t)bytes + ((size_t)n + 1) * PARK_ALIGN;
     if (end != size || h->info.n_tokens < 0 || h->info.pos < 0 || h->info.model[MAX_NAME - 1] ||
         h->frame[0].bytes != (uint64_t)h->info.n_tokens * sizeof(int32_t))
         return fail(err, "its header contradicts itself");
@@ -593,16 +588,14 @@ static int park_room(park *p, size_t n) {
     return p->buf ? 0 : -1;
 }
 
-static int read_frame(park *p, int fd, int i, void *dst, dsv4_err *err) {
-    const park_slice *f = &p->h.frame[i];
-    size_t stored = (size_t)f->stored, bytes = (size_t)f->bytes;
+static int read_frame(park *p, int fd, int i, uint64_t off, void *dst, dsv4_err *err) {
+    size_t stored = (size_t)p->h.frame[i].stored, bytes = (size_t)p->h.frame[i].bytes;
     bool packed = stored < bytes;
-    uint64_t off = header_bytes(p->h.info.n_frames);
-    for (int j = 0; j < i; j++) off += p->h.frame[j].stored;
     if (packed && park_room(p, stored)) return fail(err, "out of memory");
     void *to = packed ? p->buf : dst;
     if (park_io(fd, false, to, stored, off)) return fail(err, "%s", strerror(errno));
-    if (XXH3_64bits(to, stored) != f->hash) return fail(err, "frame %d is damaged", i);
+    if (XXH3_64bits(to, stored) != p->h.frame[i].hash)
+        return fail(err, "frame %d is damaged", i);
     if (packed && ZSTD_decompressDCtx(p->unpack, dst, bytes, to, stored) != bytes)
         return fail(err, "frame %d does not unpack", i);
     return 0;
@@ -616,23 +609,26 @@ static int read_body(park *p, int fd, const park_info *want, int32_t **tokens, p
     for (int i = 0; want && same && i < want->n_frames; i++)
         same = frames[i].bytes == h->frame[i + 1].bytes;
     if (!same) return fail(err, "it is of another model");
-    size_t at = park_pad(h->frame[0].bytes);
-    uint8_t *block = malloc((want ? at : p->block) + 1);
-    int rc = block ? read_frame(p, fd, 0, block, err) : fail(err, "out of memory");
-    for (int i = 0; !rc && i < h->info.n_frames; i++) {
-        if (!want) frames[i] = (park_frame){block + at, (size_t)h->frame[i + 1].bytes};
-        if (frames[i].data) rc = read_frame(p, fd, i + 1, frames[i].data, err);
-        at += park_pad(frames[i].bytes);
+    uint8_t *block = malloc(want ? (size_t)h->frame[0].bytes + 1 : p->block);
+    uint64_t off = header_bytes(h->info.n_frames);
+    int rc = block ? 0 : fail(err, "out of memory");
+    for (size_t i = 0, at = 0; !rc && i <= (size_t)h->info.n_frames; i++) {
+        size_t bytes = (size_t)h->frame[i].bytes;
+        if (i && !want) frames[i - 1] = (park_frame){block + at, bytes};
+        void *dst = i ? frames[i - 1].data : block;
+        if (dst) rc = read_frame(p, fd, (int)i, off, dst, err);
+        off += h->frame[i].stored;
+        at += (bytes + PARK_ALIGN - 1) / PARK_ALIGN * PARK_ALIGN;
     }
     if (rc) free(block);
     *tokens = rc ? NULL : (int32_t *)(void *)block;
     return rc;
 }
 
-/* Read a file: its header and, where `frames`, its body.  1; 0: there is none; -1: err says what is
+/* Read a file: its header and, where `tokens`, its body.  1; 0: there is none; -1: err says what is
  * wrong, and a segment that is damaged is gone. */
 static int park_take(park *p, const char *file, const park_info *want, int32_t **tokens,
-                park_frame *frames, dsv4_err *err) {
+                     park_frame *frames, dsv4_err *err) {
     dsv4_err why;
     char own[MAX_NAME];
     bool segment = kind_of(file) == PARK_SEGMENT;
@@ -640,10 +636,11 @@ static int park_take(park *p, const char *file, const park_info *want, int32_t *
     err->msg[0] = 0;
     if (fd < 0 && errno == ENOENT) return 0;
     if (fd < 0) return fail(err, "open %.300s/%s: %s", p->path, file, strerror(errno));
+    (void)posix_fadvise(fd, 0, 0, tokens ? POSIX_FADV_SEQUENTIAL : POSIX_FADV_RANDOM);
     int rc = read_header(p, fd, &why);
     segment_file(own, p->h.info.key);
     if (!rc && segment && strcmp(file, own)) rc = fail(&why, "it is %s", own);
-    if (!rc && frames) rc = read_body(p, fd, want, tokens, frames, &why);
+    if (!rc && tokens) rc = read_body(p, fd, want, tokens, frames, &why);
     (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);    /* memory is for experts */
     close(fd);
     if (rc && segment) (void)unlinkat(p->dir, file, 0);
@@ -775,7 +772,7 @@ int park_list(park *p, bool verify, park_fn each, void *arg, dsv4_err *err) {
         dsv4_err fault;
         int32_t *tokens = NULL;
         int good = f->kind == PARK_PART ? 0
-                   : park_take(p, f->file, NULL, &tokens, verify ? frames : NULL, &fault);
+                   : park_take(p, f->file, NULL, verify ? &tokens : NULL, frames, &fault);
         free(tokens);
         if (!good) continue;       /* not there yet, or not any more */
         park_entry e = {.name = f->file, .session = f->kind == PARK_SESSION, .bytes = f->bytes,
@@ -832,18 +829,6 @@ static int make_room(park *p, const char *file, park_key before, dsv4_err *err) 
     return rc;
 }
 
-/* One frame at `off`, and in *f what became of it; -1 with errno. */
-static int write_frame(park *p, int fd, park_slice *f, void *data, size_t bytes, uint64_t off) {
-    size_t room = bytes - bytes * 15 / 100, got = 0;
-    if (bytes && !park_room(p, room))
-        got = ZSTD_compressCCtx(p->pack, p->buf, room, data, bytes, PARK_LEVEL);
-    bool packed = got && !ZSTD_isError(got) && got < bytes;        /* an error: it saves less */
-    if (packed) data = p->buf;
-    *f = (park_slice){.bytes = bytes, .stored = packed ? got : bytes};
-    f->hash = XXH3_64bits(data, (size_t)f->stored);
-    return park_io(fd, true, data, (size_t)f->stored, off);
-}
-
 /* All of a file, on the disk; -1 with errno. */
 static int write_file(park *p, int fd, const park_info *info, const int32_t *tokens,
                       const park_frame *frames) {
@@ -854,11 +839,18 @@ static int write_file(park *p, int fd, const park_info *info, const int32_t *tok
     for (int i = 0; i <= info->n_frames; i++) {
         park_frame f = i ? frames[i - 1]
                        : (park_frame){(void *)tokens, (size_t)info->n_tokens * sizeof *tokens};
+        size_t room = f.bytes - f.bytes * 15 / 100, got = 0;
         errno = EFBIG;
-        if (f.bytes > PARK_BYTES - bytes || write_frame(p, fd, &h->frame[i], f.data, f.bytes, off))
-            return -1;
+        if (f.bytes > PARK_BYTES - bytes) return -1;
+        if (f.bytes && !park_room(p, room))
+            got = ZSTD_compressCCtx(p->pack, p->buf, room, f.data, f.bytes, PARK_LEVEL);
+        bool packed = got && !ZSTD_isError(got) && got < f.bytes;  /* an error: it saves less */
+        void *data = packed ? p->buf : f.data;
+        size_t stored = packed ? got : f.bytes;
+        h->frame[i] = (park_slice){f.bytes, stored, XXH3_64bits(data, stored)};
+        if (park_io(fd, true, data, stored, off)) return -1;
         bytes += f.bytes;
-        off += h->frame[i].stored;
+        off += stored;
     }
     h->hash = header_hash(h);
     return park_io(fd, true, h, header_bytes(info->n_frames), 0) || fsync(fd) ? -1 : 0;
@@ -892,7 +884,7 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
     int fd = make_part(p, part);
     int rc = fd < 0 || write_file(p, fd, info, tokens, frames) ? -1 : 0, told = 0;
     if (!rc) {
-        mark_used(p, part, name ? 0 : info->pos);
+        if (!name) mark_used(p, part, info->pos);
         mark_chain(p, info->before);
         told = rc = make_room(p, file, info->before, err);
     }
