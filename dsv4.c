@@ -1363,9 +1363,8 @@ static int moe_next(const span_work *m, int e, int n_experts) {
     return e;
 }
 
-static int expert_get(dsv4_engine *e, int layer, int expert, dsv4_err *err) {
-    size_t id = (size_t)layer * (size_t)e->cfg->n_routed_experts + (size_t)expert;
-    return cache_get(e->experts, id, err);
+static size_t expert_id(const dsv4_engine *e, int layer, int expert) {
+    return (size_t)layer * (size_t)e->cfg->n_routed_experts + (size_t)expert;
 }
 
 /* Wait for an expert's bytes, and say where they lie. */
@@ -1396,12 +1395,12 @@ static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
     dsv4_acts x = {m->code, m->scale, m->x};
     for (int i = moe_next(m, 0, c->n_routed_experts); i < c->n_routed_experts;
          i = moe_next(m, i + 1, c->n_routed_experts)) {
-        held[n] = cache_holds(e->experts, (size_t)layer * (size_t)c->n_routed_experts + (size_t)i);
+        held[n] = cache_holds(e->experts, expert_id(e, layer, i));
         expert[n++] = i;
     }
     if (e->opts.trace) e->opts.trace(e->opts.trace_arg, s->pos, layer, expert, n);
     for (; asked < n && rc == 0; asked += rc == 0) {
-        slot[asked] = expert_get(e, layer, expert[asked], err);
+        slot[asked] = cache_get(e->experts, expert_id(e, layer, expert[asked]), err);
         if (slot[asked] < 0) rc = -1;
     }
     memset(m->expert_y, 0, (size_t)n * dim * sizeof(float));
@@ -1425,7 +1424,8 @@ static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
     return rc;
 }
 
-/* y += every chosen expert in ascending id, each asked for once, the next ones on their way. */
+/* y += every chosen expert in ascending id, each asked for once, the next ones on their way.  A
+ * prompt comes by all of them: what decode has learned to keep must stay. */
 static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
@@ -1437,7 +1437,7 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
     for (int cur = ask; cur < n_experts && rc == 0; cur = moe_next(m, cur + 1, n_experts)) {
         while (ask < n_experts && asked - done < LOOKAHEAD) {
             err->msg[0] = 0;
-            int slot = expert_get(e, layer, ask, err);
+            int slot = cache_pass(e->experts, expert_id(e, layer, ask), err);
             if (slot < 0 && err->msg[0]) rc = -1;
             if (slot < 0) break;
             slot_of[asked++ % LOOKAHEAD] = slot;
@@ -1560,8 +1560,8 @@ static void ask_hash_experts(dsv4_engine *e, int32_t token) {
     for (int l = 0; l < c->num_hash_layers && (l + 2) * topk <= e->plan.n_slots; l++)
         for (int k = 0; k < topk; k++) {
             dsv4_err err;                              /* shows when they are waited for */
-            int slot = expert_get(e, l, e->w->layer[l].tid2eid[(size_t)token * (size_t)topk +
-                                                               (size_t)k], &err);
+            int expert = e->w->layer[l].tid2eid[(size_t)token * (size_t)topk + (size_t)k];
+            int slot = cache_get(e->experts, expert_id(e, l, expert), &err);
             if (slot >= 0) cache_unpin(e->experts, slot);
         }
 }

@@ -384,6 +384,10 @@ void cache_close(cache *c);
  * err->msg: every slot is pinned, unpin one first; -1 with text: an error.  Waits only where all
  * that is in the way are reads that nobody has pinned any more. */
 int cache_get(cache *c, size_t id, dsv4_err *err);
+/* The same for what many tokens come by once: what the cache holds is used in place and stays as
+ * cold as it is; the rest is read into free slots, or into as many of the coldest as are pinned at
+ * a time.  What lies in these goes first then. */
+int cache_pass(cache *c, size_t id, dsv4_err *err);
 /* Is `id` in, so that cache_get need not read? */
 bool cache_holds(const cache *c, size_t id);
 /* Read `id` into a free slot when nothing that was asked for by cache_get waits for the disk;

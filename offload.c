@@ -978,6 +978,12 @@ typedef struct {                   /* parts of a group that touch in their file 
  *          +--ask only, and none of its reads has begun: another one needs the slot            */
 typedef enum { SLOT_FREE, SLOT_READING, SLOT_READY, SLOT_FAILED } slot_state;
 
+typedef enum {                     /* where a slot goes when it is READY and has no pin         */
+    USED,                          /* the hot end of the idle ones                              */
+    ASKED,                         /* the cold end: nobody came for it yet                      */
+    PASSING,                       /* before all idle ones, the last one first                  */
+} slot_rank;
+
 typedef struct { struct cache_slot *first, *last; } slot_list;
 
 typedef struct cache_slot {
@@ -986,7 +992,7 @@ typedef struct cache_slot {
     struct cache_slot *prev, *next;
     slot_state state;
     int pins;
-    bool asked;                    /* by cache_ask(), and nobody came for it yet                */
+    slot_rank rank;
     size_t id;                     /* group; not of a FREE slot                                 */
     int n_runs, run;               /* the cursor: run, and bytes of it asked for                */
     uint64_t at;
@@ -1012,7 +1018,8 @@ struct cache {
     int first_buf, end_buf;        /* ours in the table of buffers, buf_slots in each           */
     int buf_slots, n_bufs;         /* registered so far                                         */
     bool refused;
-    slot_list free, idle;          /* idle: READY without a pin, coldest first                  */
+    slot_list free, passing, idle; /* the last two: READY, in the order in which they go; with
+                                      pins only where cache_pass() found them there             */
     cache_stats stats;
 };
 
@@ -1709,7 +1716,14 @@ static void slot_feed(offload *o) {
     }
 }
 
-/* All that was asked for has come or failed.  What nobody came for yet is the first to go. */
+/* READY and without a pin: its place among those that may go.  A slot that cache_pass() found there
+ * has never left it. */
+static void slot_rest(cache_slot *s) {
+    cache *c = s->c;
+    if (!s->list) list_put(s->rank == PASSING ? &c->passing : &c->idle, s, s->rank != USED);
+}
+
+/* All that was asked for has come or failed. */
 static void slot_settle(cache_slot *s) {
     cache *c = s->c;
     bool orphan = s->pins == 0;
@@ -1720,7 +1734,8 @@ static void slot_settle(cache_slot *s) {
     }
     if (!orphan) return;
     c->n_orphans--;
-    list_put(s->state == SLOT_FREE ? &c->free : &c->idle, s, s->asked);
+    if (s->state == SLOT_FREE) list_put(&c->free, s, false);
+    else slot_rest(s);
 }
 
 /* A piece has come or failed.  The last one settles the slot; until then even a failed slot
@@ -1738,15 +1753,22 @@ static void slot_piece_in(cache_slot *s, const io_req *r, bool failed) {
     if (s->in_flight == 0 && s->run == s->n_runs) slot_settle(s);
 }
 
-/* A slot to fill: a free one; else the last one that was asked for in the background, if none of
- * its reads has begun; else the coldest idle one; else NULL. */
+static cache_slot *first_unpinned(const slot_list *l) {
+    cache_slot *s = l->first;
+    while (s && s->pins) s = s->next;
+    return s;
+}
+
+/* A slot to fill: a free one; else what passes; else the last one that was asked for in the
+ * background, if none of its reads has begun; else the coldest idle one; else NULL. */
 static cache_slot *slot_take(cache *c) {
-    offload *o = c->o;
-    cache_slot *s = c->free.first ? c->free.first : o->background.last;
-    while (s && s->list == &o->background && (s->c != c || s->run || s->at)) s = s->prev;
-    if (s) c->n_orphans -= s->state == SLOT_READING;
-    else if ((s = c->idle.first)) c->stats.evictions++;
-    else return NULL;
+    cache_slot *s = c->free.first ? c->free.first : first_unpinned(&c->passing);
+    if (!s)
+        for (s = c->o->background.last; s && (s->c != c || s->run || s->at);) s = s->prev;
+    if (!s) s = first_unpinned(&c->idle);
+    if (!s) return NULL;
+    c->n_orphans -= s->state == SLOT_READING;
+    c->stats.evictions += s->list == &c->idle;
     list_take(s);
     assert(s->pins == 0);              /* never while somebody may still read it                */
     assert(s->in_flight == 0);         /* never while a read is landing in it                   */
@@ -1759,13 +1781,13 @@ static cache_slot *slot_take(cache *c) {
 }
 
 /* Fill a slot that was taken. */
-static void slot_fill(cache_slot *s, size_t id, int pins) {
+static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     cache *c = s->c;
-    int n_runs;
+    int n_runs, pins = rank != ASKED;
     size_t bytes = lay_out(&c->groups[id], s->runs, &n_runs);
     assert(bytes <= c->slot_bytes);
     c->stats.read_bytes += bytes;
-    *s = (cache_slot){.c = c, .state = SLOT_READING, .pins = pins, .asked = pins == 0, .id = id,
+    *s = (cache_slot){.c = c, .state = SLOT_READING, .pins = pins, .rank = rank, .id = id,
                       .n_runs = n_runs, .runs = s->runs};
     c->slot_of[id] = s;
     arena_register(c, (int)(s - c->slots));
@@ -1777,7 +1799,7 @@ static void slot_fill(cache_slot *s, size_t id, int pins) {
 
 /* The whole policy, in this order: a hit, a slot to fill, a wait, a refusal.  What the background
  * has read, or has begun to, is a hit too: this get need not ask for it. */
-int cache_get(cache *c, size_t id, dsv4_err *err) {
+static int slot_get(cache *c, size_t id, slot_rank rank, dsv4_err *err) {
     offload *o = c->o;
     assert(id < c->n_groups);
     err->msg[0] = 0;
@@ -1786,14 +1808,14 @@ int cache_get(cache *c, size_t id, dsv4_err *err) {
     if (s) {
         c->stats.hits++;
         c->uses[id].hits++;
-        s->asked = false;
+        if (rank == USED) s->rank = USED;
         if (s->list == &o->background) { /* what is left of it, behind all that came before     */
             list_take(s);
             list_put(&o->demand, s, false);
             io_kick(o);
         }
-        if (s->pins++ == 0 && s->state == SLOT_READY) list_take(s);
-        else if (s->pins == 1) c->n_orphans--;
+        if (s->state == SLOT_READY && s->list && rank == USED) list_take(s);
+        if (s->pins++ == 0 && s->state == SLOT_READING) c->n_orphans--;
         return (int)(s - c->slots);
     }
     /* Slots without a pin but with a read on its way: the caller has nothing to give back, so
@@ -1805,9 +1827,13 @@ int cache_get(cache *c, size_t id, dsv4_err *err) {
     if (!s) return -1;
     c->stats.misses++;
     c->uses[id].misses++;
-    slot_fill(s, id, 1);
+    slot_fill(s, id, rank);
     return (int)(s - c->slots);
 }
+
+int cache_get(cache *c, size_t id, dsv4_err *err) { return slot_get(c, id, USED, err); }
+
+int cache_pass(cache *c, size_t id, dsv4_err *err) { return slot_get(c, id, PASSING, err); }
 
 bool cache_holds(const cache *c, size_t id) {
     assert(id < c->n_groups);
@@ -1819,7 +1845,7 @@ void cache_ask(cache *c, size_t id) {
     cache_slot *s = c->free.first;
     if (c->slot_of[id] || !s || c->o->ring_error) return;
     list_take(s);
-    slot_fill(s, id, 0);
+    slot_fill(s, id, ASKED);
 }
 
 static cache_slot *pinned(const cache *c, int slot) {
@@ -1865,8 +1891,12 @@ void cache_unpin(cache *c, int slot) {
         c->n_orphans++;
         return;
     }
-    if (s->state == SLOT_FAILED) s->state = SLOT_FREE;
-    list_put(s->state == SLOT_FREE ? &c->free : &c->idle, s, false);
+    if (s->state == SLOT_READY) {
+        slot_rest(s);
+        return;
+    }
+    s->state = SLOT_FREE;
+    list_put(&c->free, s, false);
 }
 
 const cache_stats *cache_get_stats(const cache *c) { return &c->stats; }

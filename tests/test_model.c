@@ -572,6 +572,44 @@ static void test_model_same_bits_when_dense_weights_stream(void) {
     for_both_roundings(same_for_streaming);
 }
 
+/* Goal: a prompt leaves in the cache what decode had there, but for the slots that it borrowed (not
+ * more than a layer has experts here), and comes by each expert once in a span. */
+static void test_model_prefill_leaves_the_cache_as_it_is(void) {
+    enum { SLOTS = 20, SPAN = 100, DECODED = 40 };
+    rig r;
+    dsv4_err err;
+    st_file f = golden("tiny-a/golden.safetensors");
+    int32_t *tokens = st_i32(&f, "prompt.tokens");
+    rig_open(&r, (dsv4_opts){.span_hint = SPAN, .chunk = 50});
+    dsv4_engine *e = r.e;
+    size_t n = (size_t)e->plan.n_experts_total, lost = 0, was = 0;
+    bool *in = calloc(n, sizeof *in);
+    group_uses *used = calloc(n, sizeof *used);
+    cache_close(e->experts);
+    if (cache_open(&e->experts, e->off, e->w->expert_group, n, SLOTS, &err)) die(&err);
+    for (int i = 0; i < DECODED; i++) forward(&r, tokens + i, 1);
+    memcpy(used, cache_uses(e->experts), n * sizeof *used);
+    for (size_t g = 0; g < n; g++) was += in[g] = cache_holds(e->experts, g);
+    uint64_t passes = e->stats.passes;
+    session_reset(r.s);
+    for (int at = 0; at < N; at += SPAN) forward(&r, tokens + at, SPAN);
+    CHECK(e->stats.passes - passes == (N + SPAN - 1) / SPAN, "%d passes",
+          (int)(e->stats.passes - passes));
+    for (size_t g = 0; g < n; g++) {
+        group_uses now = cache_uses(e->experts)[g];
+        uint32_t times = now.hits + now.misses - used[g].hits - used[g].misses;
+        CHECK(times <= e->stats.passes - passes, "expert %zu was asked for %u times", g, times);
+        lost += in[g] && !cache_holds(e->experts, g);
+    }
+    CHECK(was == SLOTS && lost > 0 && lost <= (size_t)r.cfg.n_routed_experts, "%zu of %zu lost",
+          lost, was);
+    free(in);
+    free(used);
+    free(tokens);
+    st_close(&f);
+    rig_close(&r);
+}
+
 /* === Refusals ================================================================================= */
 
 /* Goal: the plan refuses one byte too little with the numbers, and takes the least; one byte less
@@ -795,6 +833,7 @@ int main(int argc, char **argv) {
     RUN(test_model_same_bits_for_any_threads);
     RUN(test_model_same_bits_for_any_split);
     RUN(test_model_same_bits_for_any_cache_size);
+    RUN(test_model_prefill_leaves_the_cache_as_it_is);
     RUN(test_model_same_bits_when_dense_weights_stream);
     RUN(test_model_plan_refuses_too_little);
     RUN(test_model_weights_bind_names_what_is_wrong);

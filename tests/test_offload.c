@@ -1129,13 +1129,16 @@ static bool group_right(const cache *k, int id, int slot) {
 /* A cache's own bookkeeping: every slot is in exactly one place. */
 static bool cache_sound(const cache *k) {
     const offload *o = k->o;
-    int idle = 0, pinned_ones = 0, orphans = 0, in_flight = 0;
-    for (int way = 0; way < 2; way++) {
-        const slot_list *l = way ? &k->idle : &k->free;
+    int idle = 0, n = 0, pinned_ones = 0, orphans = 0, in_flight = 0;
+    const slot_list *const lists[] = {&k->free, &k->passing, &k->idle};
+    for (int way = 0; way < 3; way++) {
+        const slot_list *l = lists[way];
         const cache_slot *last = NULL;
         for (const cache_slot *s = l->first; s; last = s, s = s->next) {
-            if (s->pins || s->in_flight || s->list != l || s->prev != last) return false;
-            if (s->state != (way ? SLOT_READY : SLOT_FREE) || ++idle > k->n_slots) return false;
+            if (s->in_flight || s->list != l || s->prev != last || ++n > k->n_slots) return false;
+            if (s->state != (way ? SLOT_READY : SLOT_FREE) || (!way && s->pins)) return false;
+            if (way && (s->rank == PASSING) != (way == 1)) return false;
+            idle += s->pins == 0;
         }
         if (l->last != last) return false;
     }
@@ -1146,8 +1149,9 @@ static bool cache_sound(const cache *k) {
         in_flight += s->in_flight;
         orphans += s->pins == 0 && s->state == SLOT_READING;
         if (queued != (s->state == SLOT_READING && s->run < s->n_runs)) return false;
-        if ((s->pins || s->in_flight) && s->list && !queued) return false;
+        if (s->in_flight && s->list && !queued) return false;
         if (s->pins && s->list == &o->background) return false;
+        if (!s->pins && !s->list && !s->in_flight) return false;
         bool mapped = s->state == SLOT_READING || s->state == SLOT_READY;
         if (mapped && k->slot_of[s->id] != s) return false;
     }
@@ -1444,25 +1448,49 @@ static void test_cache_when_the_ring_breaks(void) {
 }
 
 /* What a cache must do, in one page: which groups are in, how often pinned, which goes next. */
+typedef struct { int id[64], n; } row;         /* what goes first comes first                   */
 typedef struct {
     cache *k;
-    int n, n_used, n_idle;
-    int pins[64], slot[64], idle[64];          /* idle: coldest first                           */
+    int n, n_used;
+    int pins[64], slot[64];
+    slot_rank rank[64];
+    row passing, idle;             /* pinned ones among them were found there by cache_pass()   */
     bool in[64];
 } model;
 
-static void model_drop(model *m, int at) {
-    memmove(m->idle + at, m->idle + at + 1, (size_t)(--m->n_idle - at) * sizeof(int));
+static void row_put(row *r, int id, bool first) {
+    if (first) memmove(r->id + 1, r->id, (size_t)r->n * sizeof *r->id);
+    r->id[first ? 0 : r->n] = id;
+    r->n++;
+}
+
+static bool row_take(row *r, int id) {
+    int i = 0;
+    while (i < r->n && r->id[i] != id) i++;
+    if (i == r->n) return false;
+    memmove(r->id + i, r->id + i + 1, (size_t)(--r->n - i) * sizeof *r->id);
+    return true;
+}
+
+/* The first without a pin leaves the row: its id, or -1. */
+static int row_next(row *r, const int *pins) {
+    for (int i = 0; i < r->n; i++)
+        if (!pins[r->id[i]]) {
+            int id = r->id[i];
+            row_take(r, id);
+            return id;
+        }
+    return -1;
 }
 
 /* With nothing in flight the model knows everything; else it knows what is pinned. */
-static void model_get(model *m, int id, bool exact) {
+static void model_get(model *m, int id, bool pass, bool exact) {
     dsv4_err err = {"old"};
-    int n_pinned = 0, i = 0;
+    int n_pinned = 0;
     uint64_t evictions = m->k->stats.evictions, hits = m->k->stats.hits;
     bool held = cache_holds(m->k, (size_t)id), was = m->in[id];
     for (int g = 0; g < m->n; g++) n_pinned += m->pins[g] > 0;
-    int slot = cache_get(m->k, (size_t)id, &err);
+    int slot = (pass ? cache_pass : cache_get)(m->k, (size_t)id, &err);
     bool refused = !m->pins[id] && n_pinned == m->k->n_slots;
     CHECK(refused ? slot == -1 && !err.msg[0] : slot >= 0, "slot %d: %s", slot, err.msg);
     CHECK(!m->pins[id] || slot == m->slot[id], "a pinned group moved");
@@ -1472,42 +1500,52 @@ static void model_get(model *m, int id, bool exact) {
         CHECK(g == id || !m->pins[g] || m->slot[g] != slot, "a pinned slot was given away");
     if (exact) {
         int out = -1;
-        while (i < m->n_idle && m->idle[i] != id) i++;
-        if (was && !m->pins[id]) model_drop(m, i);
+        bool evicts = false;
+        if (was && !pass) (void)(row_take(&m->passing, id) || row_take(&m->idle, id));
         else if (!was && m->n_used < m->k->n_slots) m->n_used++;
-        else if (!was) out = m->idle[0], model_drop(m, 0);
+        else if (!was && (out = row_next(&m->passing, m->pins)) < 0)
+            evicts = (out = row_next(&m->idle, m->pins)) >= 0;
         CHECK((m->k->stats.hits == hits + 1) == was, "hit");
-        CHECK(m->k->stats.evictions == evictions + (out >= 0), "evictions");
+        CHECK(m->k->stats.evictions == evictions + evicts, "evictions");
         if (out >= 0) m->in[out] = false;
+        if (!was || !pass) m->rank[id] = pass ? PASSING : USED;
         m->in[id] = true;
     }
     m->pins[id]++;
     m->slot[id] = slot;
 }
 
+static void model_unpin(model *m, int id) {
+    row *r = m->rank[id] == PASSING ? &m->passing : &m->idle;
+    cache_unpin(m->k, m->slot[id]);
+    if (--m->pins[id] > 0) return;
+    bool there = false;
+    for (int i = 0; i < r->n; i++) there |= r->id[i] == id;
+    if (!there) row_put(r, id, m->rank[id] != USED);
+}
+
 static void model_step(model *m, bool exact) {
-    uint32_t dice = hook_random() % 8;
+    uint32_t dice = hook_random() % 9;
     int id = (int)(hook_random() % (uint32_t)m->n);
     dsv4_err err = {""};
-    if (dice < 3) {
-        model_get(m, id, exact);
-    } else if (dice < 5) {
+    if (dice < 4) {
+        model_get(m, id, dice < 2, exact);
+    } else if (dice < 6) {
         bool room = m->n_used < m->k->n_slots && !m->in[id];
         cache_ask(m->k, (size_t)id);
         if (exact && room) {
-            memmove(m->idle + 1, m->idle, (size_t)m->n_idle++ * sizeof(int));
-            m->idle[0] = id;
+            row_put(&m->idle, id, true);
+            m->rank[id] = ASKED;
             m->in[id] = true;
             m->n_used++;
         }
     } else {
         for (int tries = 0; tries < m->n && !m->pins[id]; tries++) id = (id + 1) % m->n;
         if (!m->pins[id]) return;
-        if (dice < 7)
+        if (dice < 8)
             CHECK(!cache_wait(m->k, m->slot[id], &err) && group_right(m->k, id, m->slot[id]),
                   "group %d: %s", id, err.msg);
-        cache_unpin(m->k, m->slot[id]);
-        if (--m->pins[id] == 0) m->idle[m->n_idle++] = id;
+        model_unpin(m, id);
     }
 }
 
@@ -1531,7 +1569,7 @@ static void share(const char *dir, uint32_t seed, int depth, bool exact) {
     for (int step = 0; step < 500; step++) {
         model *one = &m[hook_random() % 2];
         model_step(one, exact);
-        if (!exact) m[0].n_idle = m[1].n_idle = 0;
+        if (!exact) m[0].idle.n = m[1].idle.n = m[0].passing.n = m[1].passing.n = 0;
         if (exact) drain(b.o);
         if (step % 50 == 49) {     /* a load between                                            */
             const ckpt_tensor *t = b.part[hook_random() % (N * EXPERT_PARTS)];
@@ -1671,6 +1709,70 @@ static void test_background_gives_slots_back(void) {
         CHECK(!cache_wait(b.k, y, &err) && group_right(b.k, 10, y), "%s", err.msg);
         CHECK(!cache_wait(b.k, z, &err) && group_right(b.k, 8, z), "%s", err.msg);
         CHECK(!cache_wait(b.k, w, &err) && group_right(b.k, 7, w), "%s", err.msg);
+        bank_close(&b);
+    }
+    hook.refuse_ring = false;
+    remove_tree(dir);
+}
+
+/* What many tokens come by once: the cache holds what it held, but for as many of the coldest as
+ * were pinned at a time, and goes on in the same order. */
+static void test_passing_leaves_the_cache_as_it_is(void) {
+    enum { N = 24, SLOTS = 10, AHEAD = 3 };
+    const char *dir = fresh_dir();
+    set_mood(CALM, 0, 0);
+    write_experts(dir, N, 512, 544, CONTIGUOUS);
+    for (int way = 0; way < 2; way++) {
+        bank b;
+        dsv4_err err = {""};
+        int slot[N];
+        hook.refuse_ring = way;
+        if (!bank_open(&b, dir, N, SLOTS)) return;
+        for (int i = 0; i < SLOTS; i++) CHECK(use_group(b.k, 2 * i, &err), "%s", err.msg);
+        for (int round = 0; round < 3; round++) {
+            cache_stats before = b.k->stats;
+            for (int i = 0; i < N; i++) {
+                slot[i] = cache_pass(b.k, (size_t)i, &err);
+                int done = i - AHEAD + 1;
+                CHECK(slot[i] >= 0, "%s", err.msg);
+                if (done < 0) continue;
+                CHECK(!cache_wait(b.k, slot[done], &err) && group_right(b.k, done, slot[done]),
+                      "%s", err.msg);
+                cache_unpin(b.k, slot[done]);
+            }
+            for (int i = N - AHEAD + 1; i < N; i++) cache_unpin(b.k, slot[i]);
+            drain(b.o);
+            int lost = 0;
+            for (int i = 0; i < SLOTS; i++) {
+                bool in = cache_holds(b.k, (size_t)(2 * i));
+                CHECK(in || i < AHEAD, "round %d: %d is out", round, 2 * i);
+                lost += !in;
+            }
+            const cache_stats *x = &b.k->stats;
+            CHECK(lost > 0 && x->evictions == (uint64_t)lost && cache_sound(b.k), "%d", lost);
+            CHECK(x->hits + x->misses == before.hits + before.misses + N, "counted");
+            CHECK(x->read_bytes > before.read_bytes, "counted");
+        }
+        uint64_t evictions = b.k->stats.evictions;
+        for (int i = 0; i < AHEAD; i++) CHECK(use_group(b.k, 2 * i + 1, &err), "%s", err.msg);
+        CHECK(b.k->stats.evictions == evictions, "what passed goes first");
+        for (int i = AHEAD; i < SLOTS; i++) {  /* then the coldest                              */
+            CHECK(cache_holds(b.k, (size_t)(2 * i)), "%d", i);
+            CHECK(use_group(b.k, 2 * i + 1, &err), "%s", err.msg);
+            CHECK(!cache_holds(b.k, (size_t)(2 * i)) && cache_sound(b.k), "%d", i);
+        }
+        bank_close(&b);
+
+        if (!bank_open(&b, dir, N, SLOTS)) return;     /* an empty cache keeps what comes first */
+        for (int round = 0; round < 2; round++)
+            for (int i = 0; i < N; i++) {
+                int at = cache_pass(b.k, (size_t)i, &err);
+                CHECK(at >= 0 && !cache_wait(b.k, at, &err) && group_right(b.k, i, at), "%s",
+                      err.msg);
+                cache_unpin(b.k, at);
+            }
+        CHECK(b.k->stats.hits == SLOTS - 1 && b.k->stats.evictions == 0, "%d hits",
+              (int)b.k->stats.hits);
         bank_close(&b);
     }
     hook.refuse_ring = false;
@@ -2863,6 +2965,7 @@ int main(int argc, char **argv) {
     RUN(test_caches_share_an_offload);
     RUN(test_background_never_delays);
     RUN(test_background_gives_slots_back);
+    RUN(test_passing_leaves_the_cache_as_it_is);
     RUN(test_cache_close_waits);
     RUN(test_every_read_may_fail);
     RUN(test_buffers_are_registered);
