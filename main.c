@@ -68,30 +68,18 @@ static void on_signal(int sig) {
 
 /* === 1. Files and output ====================================================================== */
 
-/* Read a whole file, "-" for stdin.  The caller frees out->s, which ends in a 0 that out->n does
- * not count. */
-static int read_file(buffer *out, const char *path, dsv4_err *err) {
-    char part[1 << 16];
-    size_t got;
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
-    while (out->n <= FILE_MAX && !out->failed && (got = fread(part, 1, sizeof part, f)) > 0)
-        put_bytes(out, part, got);
-    int rc = ferror(f)             ? fail(err, "read %s: %s", path, strerror(errno))
-             : out->n > FILE_MAX   ? fail(err, "a text of more than 1 GB: split it")
-             : out->n == 0         ? fail(err, "%s is empty: nothing to do", path) : 0;
-    if (f != stdin) fclose(f);
-    put_bytes(out, "", 1);
-    if (out->failed) return fail(err, "out of memory for %s", path);
-    out->n--;
-    return rc;
+/* Read what a person gave.  The caller frees out->s. */
+static int read_text(buffer *out, const char *path, dsv4_err *err) {
+    if (read_file(out, path, FILE_MAX, err)) return -1;
+    if (out->n > FILE_MAX) return fail(err, "a text of more than 1 GB: split it");
+    return out->n ? 0 : fail(err, "%s is empty: nothing to do", path);
 }
 
 /* Ids with white space between.  The caller frees out->id. */
 static int read_ids(id_list *out, const char *path, dsv4_err *err) {
     static const char white[] = " \t\r\n\v\f";
     buffer t = {0};
-    int rc = read_file(&t, path, err);
+    int rc = read_text(&t, path, err);
     for (char *s = t.s, *end = s + t.n, *next; rc == 0; s = next) {
         s += strspn(s, white);
         if (s == end) break;
@@ -477,7 +465,7 @@ static int encode_messages(const model *m, const char *system, json_t *messages,
 static int prompt_ids(const model *m, const args *a, bool raw, id_list *out, dsv4_err *err) {
     if (a->ids) return read_ids(out, a->ids, err);
     buffer file = {0};
-    int rc = a->prompt ? 0 : read_file(&file, a->file, err);
+    int rc = a->prompt ? 0 : read_text(&file, a->file, err);
     const char *s = a->prompt ? a->prompt : file.s;
     size_t n = a->prompt ? strlen(s) : file.n;
     if (rc == 0 && raw) {
@@ -861,7 +849,7 @@ static int attach_file(chat *c, const char *path, dsv4_err *err) {
     bool at_home = !strncmp(path, "~/", 2) && home;
     if (!*path) return fail(err, "/file needs a path");
     snprintf(full, sizeof full, "%s%s", at_home ? home : "", at_home ? path + 1 : path);
-    int rc = read_file(&t, full, err);
+    int rc = read_text(&t, full, err);
     if (rc == 0) rc = tok_encode(c->m.tok, t.s, t.n, false, &ids, err);
     if (rc == 0) {
         put_text(&c->attached, "[file name]: ");
@@ -1096,7 +1084,7 @@ static int cmd_prompt(const args *a, dsv4_err *err) {
     id_list ids = {0};
     generation gen = a->gen && !strcmp(a->gen, "0731") ? GEN_0731 : GEN_V4;
     if (a->model && !a->gen && config_generation(&gen, a->model, err)) return -1;
-    int rc = read_file(&t, "-", err);
+    int rc = read_text(&t, "-", err);
     json_t *request = rc ? NULL : json_loadb(t.s, t.n, 0, &where);
     if (rc == 0)
         rc = request ? prompt_build(&p, request, gen, err)
@@ -1120,7 +1108,7 @@ static int cmd_tokenize(const args *a, dsv4_err *err) {
     id_list ids = {0};
     tok *tk;
     if (tok_open(&tk, a->model, err)) return -1;
-    int rc = a->decode ? read_ids(&ids, file, err) : read_file(&t, file, err);
+    int rc = a->decode ? read_ids(&ids, file, err) : read_text(&t, file, err);
     if (rc == 0 && !a->decode) rc = tok_encode(tk, t.s, t.n, true, &ids, err);
     if (rc == 0 && !a->decode) print_ids(&ids);
     for (size_t i = 0; i < ids.n && rc == 0 && a->decode; i++) {
