@@ -61,8 +61,6 @@ enum {
 
 #define NO_RANK UINT32_MAX
 
-static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
-
 /* === 1. Bytes, UTF-8 ==========================================================================
  * Broken text is repaired the way Python's bytes.decode(errors="replace") and Unicode (3.9, best
  * practice) do: one U+FFFD for each maximal piece that starts like a character and breaks off.
@@ -132,10 +130,9 @@ void utf8_push(utf8_stream *s, const char *bytes, size_t len, buffer *out) {
         }
         assert(s->n_held < 4);
     }
-    if (len == 0 && s->n_held > 0) {
-        put_text(out, replacement);
-        s->n_held = 0;
-    }
+    if (len > 0) return;
+    put_text(out, s->n_held ? replacement : "");
+    s->n_held = 0;
 }
 
 static void put_repaired(buffer *out, const char *text, size_t len) {
@@ -143,6 +140,23 @@ static void put_repaired(buffer *out, const char *text, size_t len) {
     if (len > 0) utf8_push(&s, text, len, out);
     utf8_push(&s, NULL, 0, out);
 }
+
+/* A message is one line of UTF-8, whatever names and files it quotes, and where it was cut off. */
+int fail(dsv4_err *err, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(err->msg, sizeof err->msg, fmt, args);
+    va_end(args);
+    for (size_t i = 0, n, len = strlen(err->msg); i < len; i += n) {
+        ch_state state;
+        n = utf8_char((unsigned char *)err->msg + i, len - i, &state);
+        if (state != CH_WHOLE || (unsigned char)err->msg[i] < ' ' || err->msg[i] == 0x7f)
+            memset(err->msg + i, '?', n);
+    }
+    return -1;
+}
+
+static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
 
 /* === 2. The tables ============================================================================
  * Everything an open tokenizer is.  For V4: 1.5 MB of pieces, 1 MB of bytes, 3.6 MB of merges. */
@@ -211,6 +225,11 @@ static int by_bytes(const void *a, const void *b) {
     const named *x = a, *y = b;
     int order = memcmp(x->s, y->s, x->len < y->len ? x->len : y->len);
     return order ? order : (x->len > y->len) - (x->len < y->len);
+}
+
+static const named *find_named(const named *table, size_t n, const char *s, size_t len) {
+    const named key = {.s = s, .len = (uint32_t)len};
+    return table ? bsearch(&key, table, n, sizeof key, by_bytes) : NULL;
 }
 
 /* === 3. Patterns ==============================================================================
@@ -300,29 +319,30 @@ static bool group_known(const char *s) {
 /* Rewrite pattern into out.  Returns NULL, or the place of what is not understood. */
 static const char *put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
-    for (const char *s = pattern; *s;) {
-        size_t len = 1;            /* of what is read and, but for escapes, copied as it is     */
+    size_t len;                    /* of what is read and, but for escapes, copied as it is     */
+    for (const char *s = pattern; *s; s += len) {
+        bool known = true;
+        len = 1;
         if (*s == '\\') {
             len = put_escape(out, s, in_brackets);
             if (len == 0) return s;
-            s += len;
             continue;
         }
         if (in_brackets) {
-            if (*s == '[' || (*s == '&' && s[1] == '&')) return s; /* classes within classes    */
+            known = *s != '[' && (*s != '&' || s[1] != '&'); /* classes within classes          */
             in_brackets = *s != ']';
         } else if (*s == '[') {
             in_brackets = true;
             if (s[1] == '^') len = 2;
-            if (s[len] == ']') return s;
+            known = s[len] != ']';
         } else if (*s == '{') {
             len = quantifier(s);
-            if (len == 0) return s;
-        } else if (*s == '(' && !group_known(s)) {
-            return s;
+            known = len > 0;
+        } else if (*s == '(') {
+            known = group_known(s);
         }
+        if (!known) return s;
         put_bytes(out, s, len);
-        s += len;
     }
     return NULL;
 }
@@ -343,25 +363,19 @@ typedef struct {
                                       so no file can make its look-ups slow                     */
     char *scratch;                 /* as long as the file: any string in it fits                */
     size_t n_bytes;                /* of tok.bytes in use                                       */
+    int byte_of[0x144];            /* a character of GPT-2's alphabet, as 1 + its byte, or 0    */
     dsv4_err *err;
 } reader;
 
-/* fail() with the file's name.  Strings of the file may stand in the message, so control
- * characters and characters cut in half are replaced: a message is one line of UTF-8. */
+/* fail() with the file's name. */
 __attribute__((format(printf, 2, 3)))
 static int refuse(const reader *r, const char *fmt, ...) {
-    char raw[256];
-    buffer line = {0};
+    char line[256];
     va_list args;
     va_start(args, fmt);
-    vsnprintf(raw, sizeof raw, fmt, args);
+    vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
-    for (char *p = raw; *p; p++)
-        if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
-    put_repaired(&line, raw, strlen(raw));
-    fail(r->err, "%s: %.*s", r->where, (int)line.n, line.failed ? "" : line.s);
-    free(line.s);
-    return -1;
+    return fail(r->err, "%s: %s", r->where, line);
 }
 
 /* Absent, null, false or "": a setting that does nothing. */
@@ -429,18 +443,22 @@ static int32_t id_of(const reader *r, const json_t *v) {
 }
 
 /* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
- * other 68 in order.  Decodes s; returns its length, or 0 if a character is not in the alphabet. */
-static size_t from_byte_level(char *out, const char *s) {
+ * other 68 in order. */
+static void make_alphabet(reader *r) {
+    for (int b = 0, next = 0x100; b < 256; b++) {
+        bool printable = (b > ' ' && b < 0x7f) || (b > 0xa0 && b != 0xad);
+        r->byte_of[printable ? b : next++] = b + 1;
+    }
+}
+
+/* Decodes s; returns its length, or 0 if a character is not in the alphabet. */
+static size_t from_byte_level(const reader *r, char *out, const char *s) {
     size_t n = 0;
-    for (const unsigned char *p = (const unsigned char *)s; *p;) {
-        unsigned c = *p++;
-        if (c >= 0xc2 && c < 0xe0) c = (c & 0x1f) << 6 | (*p++ & 0x3f); /* jansson checked UTF-8 */
-        else if (c >= 0x80) return 0;
-        if (c >= 0x100 && c <= 0x120) c -= 0x100;                       /* 00..20 */
-        else if (c >= 0x121 && c <= 0x142) c = c - 0x121 + 0x7f;        /* 7f..a0 */
-        else if (c == 0x143) c = 0xad;
-        else if (c <= 0x20 || (c >= 0x7f && c <= 0xa0) || c == 0xad || c > 0xff) return 0;
-        out[n++] = (char)c;
+    for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
+        unsigned c = *p++;         /* jansson checked UTF-8                                     */
+        if (c >= 0x80) c = c < 0xc6 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : 0;
+        if (c >= 0x144 || !r->byte_of[c]) return 0;
+        out[n] = (char)(r->byte_of[c] - 1);
     }
     return n;
 }
@@ -457,6 +475,7 @@ static int read_vocab(reader *r) {
     tok *t = r->t;
     json_t *value;
     const char *key;
+    make_alphabet(r);
     for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
     if (!is_off(json_object_get(r->model, "ignore_merges"))) {
         t->words = calloc(json_object_size(r->vocab) + 1, sizeof *t->words);
@@ -465,7 +484,7 @@ static int read_vocab(reader *r) {
     json_object_foreach(r->vocab, key, value) {
         int32_t id = id_of(r, value);
         char *s = t->bytes + r->n_bytes;
-        size_t n = from_byte_level(s, key);
+        size_t n = from_byte_level(r, s, key);
         if (id < 0 || !*key)
             return refuse(r, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
         if (t->pieces[id].known)
@@ -481,91 +500,78 @@ static int read_vocab(reader *r) {
     return 0;
 }
 
-/* One merge: "left right", or ["left", "right"] as newer files have it. */
-static int read_merge(const reader *r, const json_t *v, uint32_t rank) {
-    tok *t = r->t;
-    const char *left = json_string_value(json_is_string(v) ? v : json_array_get(v, 0));
-    const char *right = json_string_value(json_array_get(v, 1));
-    size_t n = !left ? 0 : json_is_string(v) ? strcspn(left, " ") : strlen(left);
-    if (json_is_string(v)) right = left[n] ? left + n + 1 : NULL;
-    if (!left || !right || json_array_size(v) > 2)
-        return refuse(r, "model.merges[%u] is no pair of strings", rank);
-    char *both = r->scratch;       /* at first only the left one                                */
-    snprintf(both, n + 1, "%s", left);
-    int32_t l = id_of(r, json_object_get(r->vocab, both));
-    int32_t m = id_of(r, json_object_get(r->vocab, right));
-    if (l >= 0 && m >= 0) strcpy(both + n, right);
-    t->merged[rank] = id_of(r, json_object_get(r->vocab, both));
-    if (l < 0 || m < 0 || t->merged[rank] < 0)
-        return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank,
-                      l >= 0 && m < 0 ? right : both);
-    merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
-    if (!slot) return refuse(r, "model.merges[%u]: too many pairs collide", rank);
-    if (slot->rank != NO_RANK)
-        return refuse(r, "model.merges[%u] is the same pair as [%u]", rank, slot->rank);
-    *slot = (merge_slot){(uint32_t)l, (uint32_t)m, rank};
-    return 0;
-}
-
+/* A merge is "left right", or ["left", "right"] as newer files have it. */
 static int read_merges(reader *r) {
     tok *t = r->t;
-    const json_t *merges = json_object_get(r->model, "merges"), *value;
-    size_t n = json_array_size(merges), n_slots = 2, i;
+    const json_t *merges = json_object_get(r->model, "merges"), *v;
+    size_t n_slots = 2, i;
+    char *both = r->scratch;
     if (!json_is_array(merges)) return refuse(r, "model.merges is not an array");
-    while (n_slots < 2 * n) n_slots *= 2;
+    while (n_slots < 2 * json_array_size(merges)) n_slots *= 2;
     t->slots = malloc(n_slots * sizeof *t->slots);
-    t->merged = malloc((n + 1) * sizeof *t->merged);
+    t->merged = malloc((json_array_size(merges) + 1) * sizeof *t->merged);
     if (!t->slots || !t->merged) return oom(r->err);
     memset(t->slots, 0xff, n_slots * sizeof *t->slots); /* all NO_RANK */
     t->slot_mask = (uint32_t)(n_slots - 1);
-    json_array_foreach(merges, i, value)
-        if (read_merge(r, value, (uint32_t)i)) return -1;
+    json_array_foreach(merges, i, v) {
+        const char *left = json_string_value(json_is_string(v) ? v : json_array_get(v, 0));
+        const char *right = json_string_value(json_array_get(v, 1));
+        size_t n = !left ? 0 : json_is_string(v) ? strcspn(left, " ") : strlen(left);
+        if (json_is_string(v)) right = left[n] ? left + n + 1 : NULL;
+        if (!left || !right || json_array_size(v) > 2)
+            return refuse(r, "model.merges[%zu] is no pair of strings", i);
+        snprintf(both, n + 1, "%s", left);
+        int32_t l = id_of(r, json_object_get(r->vocab, both));
+        int32_t m = id_of(r, json_object_get(r->vocab, right));
+        if (l >= 0 && m >= 0) strcpy(both + n, right);
+        t->merged[i] = id_of(r, json_object_get(r->vocab, both));
+        if (l < 0 || m < 0 || t->merged[i] < 0)
+            return refuse(r, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
+                          l >= 0 && m < 0 ? right : both);
+        merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
+        if (!slot) return refuse(r, "model.merges[%zu]: too many pairs collide", i);
+        if (slot->rank != NO_RANK)
+            return refuse(r, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
+        *slot = (merge_slot){(uint32_t)l, (uint32_t)m, (uint32_t)i};
+    }
     return 0;
 }
 
 /* An added token stands for its content as it is written, never for bytes of the alphabet. */
-static int read_added_token(reader *r, json_t *v) {
-    tok *t = r->t;
-    json_t *id_value;
-    json_error_t why;
-    const char *content;
-    size_t n;
-    int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
-    if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &content, &n,
-                       "id", &id_value, "special", &special, "normalized", &normalized,
-                       "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
-        return refuse(r, "added_tokens[%zu]: %s", t->n_added, why.text);
-    if (n == 0 || n > MAX_ADDED_BYTES)
-        return refuse(r, "added_tokens[%zu]: %zu bytes, not 1 to %d", t->n_added, n,
-                      MAX_ADDED_BYTES);
-    if (lstrip || rstrip || single_word)
-        return refuse(r, "added token \"%.60s\": lstrip, rstrip, single_word are not supported",
-                      content);
-    int32_t id = id_of(r, id_value);
-    if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", content, MAX_IDS - 1);
-    /* It may stand in vocab too, but then as the same id for the same bytes. */
-    const json_t *in_vocab = json_object_get(r->vocab, content);
-    const piece *known = &t->pieces[id];
-    if (in_vocab ? id_of(r, in_vocab) != id || known->len != n
-                       || memcmp(t->bytes + known->at, content, n) != 0
-                 : known->known)
-        return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
-                      content, id);
-    int pass = normalized < 0 ? !special : normalized;
-    char *s = memcpy(t->bytes + r->n_bytes, content, n);
-    place(r, id, n);
-    t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
-    t->starts[pass][(unsigned char)*s] = true;
-    return 0;
-}
-
 static int read_added(reader *r) {
     tok *t = r->t;
-    json_t *added = json_object_get(r->root, "added_tokens"), *value;
-    size_t i;
+    json_t *added = json_object_get(r->root, "added_tokens"), *v, *id_value;
+    json_error_t why;
+    size_t i, n;
     if (!is_off(added) && !json_is_array(added)) return refuse(r, "added_tokens is not an array");
-    json_array_foreach(added, i, value)
-        if (read_added_token(r, value)) return -1;
+    json_array_foreach(added, i, v) {
+        const char *s;
+        int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
+        if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n,
+                           "id", &id_value, "special", &special, "normalized", &normalized,
+                           "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
+            return refuse(r, "added_tokens[%zu]: %s", i, why.text);
+        if (n == 0 || n > MAX_ADDED_BYTES)
+            return refuse(r, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
+        if (lstrip || rstrip || single_word)
+            return refuse(r, "added token \"%.60s\": lstrip, rstrip, single_word are not supported",
+                          s);
+        int32_t id = id_of(r, id_value);
+        if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", s, MAX_IDS - 1);
+        /* It may stand in vocab too, but then as the same id for the same bytes. */
+        const json_t *in_vocab = json_object_get(r->vocab, s);
+        const piece *known = &t->pieces[id];
+        if (in_vocab ? id_of(r, in_vocab) != id || known->len != n
+                           || memcmp(t->bytes + known->at, s, n) != 0
+                     : known->known)
+            return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
+                          s, id);
+        int pass = normalized < 0 ? !special : normalized;
+        s = memcpy(t->bytes + r->n_bytes, s, n);
+        place(r, id, n);
+        t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
+        t->starts[pass][(unsigned char)*s] = true;
+    }
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
     for (i = 1; i < t->n_added; i++)
         if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
@@ -934,8 +940,7 @@ static int merge_word(encoder *e, const unsigned char *s, size_t len) {
 
 /* A word's ids, by the vocabulary as a whole where the file asks for that, else by merging. */
 static int word(encoder *e, const char *s, size_t len) {
-    const named key = {.s = s, .len = (uint32_t)len}, *whole = NULL;
-    if (e->t->words) whole = bsearch(&key, e->t->words, e->t->n_words, sizeof key, by_bytes);
+    const named *whole = find_named(e->t->words, e->t->n_words, s, len);
     return whole ? ids_push(e->ids, whole->id, e->err)
                  : merge_word(e, (const unsigned char *)s, len);
 }
@@ -1018,11 +1023,8 @@ const char *tok_bytes(const tok *t, int32_t id, size_t *len) {
 }
 
 int32_t tok_special(const tok *t, const char *content) {
-    size_t len = strlen(content);
-    for (size_t i = 0; i < t->n_added; i++)
-        if (t->added[i].len == len && memcmp(t->added[i].s, content, len) == 0)
-            return t->added[i].id;
-    return -1;
+    const named *added = find_named(t->added, t->n_added, content, strlen(content));
+    return added ? added->id : -1;
 }
 
 /* === 8. Writing JSON ==========================================================================
