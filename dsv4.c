@@ -27,7 +27,6 @@
 #include <assert.h>
 #include <math.h>
 #include <sched.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,16 +45,6 @@ const char *const op_class_name[OPC_N] = {
     "embed", "hyper-connections", "projections", "compressor", "indexer", "attention",
     "gate", "experts", "shared expert", "head", "mtp",
 };
-
-int fail(dsv4_err *err, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(err->msg, sizeof err->msg, fmt, ap);
-    va_end(ap);
-    for (char *p = err->msg; *p; p++)          /* one line, whatever a file name holds */
-        if ((unsigned char)*p < ' ') *p = '?';
-    return -1;
-}
 
 /* === 1. Arenas and time ======================================================================= */
 

@@ -556,6 +556,10 @@ typedef struct { char *s; size_t n, cap; bool failed; } buffer;
 void put_bytes(buffer *b, const char *s, size_t n);
 void put_text(buffer *b, const char *s);
 
+/* Append a file ("-": stdin), and behind it a 0 that out->n does not count.  Of one with more than
+ * `most` bytes some more than that come. */
+int read_file(buffer *out, const char *path, size_t most, dsv4_err *err);
+
 /* Tokens, likewise. */
 typedef struct { int32_t *id; size_t n, cap; } id_list;
 int ids_push(id_list *l, int32_t id, dsv4_err *err);

@@ -20,7 +20,6 @@
 #include <histedit.h>
 #include <jansson.h>
 #include <langinfo.h>
-#include <limits.h>
 #include <locale.h>
 #include <math.h>
 #include <poll.h>
@@ -64,40 +63,25 @@ typedef struct {                   /* everything a command line can say         
 static volatile sig_atomic_t interrupted, terminated, resized;
 
 static void on_signal(int sig) {
-    if (sig == SIGWINCH) {
-        resized = 1;
-    } else {
-        interrupted++;
-        terminated |= sig == SIGTERM;
-    }
+    resized |= sig == SIGWINCH;
+    interrupted += sig != SIGWINCH;
+    terminated |= sig == SIGTERM;
 }
 
 /* === 1. Files and output ====================================================================== */
 
-/* Read a whole file, "-" for stdin.  The caller frees out->s, which ends in a 0 that out->n does
- * not count. */
-static int read_file(buffer *out, const char *path, dsv4_err *err) {
-    char part[1 << 16];
-    size_t got;
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
-    while (out->n <= FILE_MAX && !out->failed && (got = fread(part, 1, sizeof part, f)) > 0)
-        put_bytes(out, part, got);
-    int rc = ferror(f)             ? fail(err, "read %s: %s", path, strerror(errno))
-             : out->n > FILE_MAX   ? fail(err, "a text of more than 1 GB: split it")
-             : out->n == 0         ? fail(err, "%s is empty: nothing to do", path) : 0;
-    if (f != stdin) fclose(f);
-    put_bytes(out, "", 1);
-    if (out->failed) return fail(err, "out of memory for %s", path);
-    out->n--;
-    return rc;
+/* Read what a person gave.  The caller frees out->s. */
+static int read_text(buffer *out, const char *path, dsv4_err *err) {
+    if (read_file(out, path, FILE_MAX, err)) return -1;
+    if (out->n > FILE_MAX) return fail(err, "a text of more than 1 GB: split it");
+    return out->n ? 0 : fail(err, "%s is empty: nothing to do", path);
 }
 
 /* Ids with white space between.  The caller frees out->id. */
 static int read_ids(id_list *out, const char *path, dsv4_err *err) {
     static const char white[] = " \t\r\n\v\f";
     buffer t = {0};
-    int rc = read_file(&t, path, err);
+    int rc = read_text(&t, path, err);
     for (char *s = t.s, *end = s + t.n, *next; rc == 0; s = next) {
         s += strspn(s, white);
         if (s == end) break;
@@ -170,29 +154,15 @@ static bool model_path(char *out, size_t size, const char *what, const char *dir
 /* A word that is none of ours, and the nearest of ours to put into the message. */
 typedef struct { const char *asked; char perhaps[64]; int distance; } guess;
 
-/* Letters to insert, drop or change between two short words. */
-static int edit_distance(const char *a, const char *b) {
-    int row[64], n = (int)strnlen(b, 63);
-    for (int j = 0; j <= n; j++) row[j] = j;
-    for (int i = 0; a[i]; i++) {
-        int diagonal = row[0];
-        row[0] = i + 1;
-        for (int j = 1; j <= n; j++) {
-            int best = diagonal + (a[i] != b[j - 1]);
-            diagonal = row[j];
-            if (row[j] + 1 < best) best = row[j] + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            row[j] = best;
-        }
-    }
-    return row[n];
-}
-
+/* Near are words of nearly the same letters: most slips swap two, or drop or add one. */
 static void consider(guess *g, const char *word) {
-    int d = edit_distance(g->asked, word);
-    if (d > (int)strlen(g->asked) / 2 || (*g->perhaps && d >= g->distance)) return;
+    int spare[256] = {0}, distance = 0;
+    for (const char *c = g->asked; *c; c++) spare[(unsigned char)*c]++;
+    for (const char *c = word; *c; c++) spare[(unsigned char)*c]--;
+    for (int i = 0; i < 256; i++) distance += abs(spare[i]);
+    if (distance > (int)strlen(g->asked) / 2 || (*g->perhaps && distance >= g->distance)) return;
     snprintf(g->perhaps, sizeof g->perhaps, ", perhaps %s", word);
-    g->distance = d;
+    g->distance = distance;
 }
 
 static bool is_effort(const char *s) {
@@ -200,6 +170,8 @@ static bool is_effort(const char *s) {
 }
 
 /* === 2. Progress, tables, JSON ================================================================ */
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 static double rate(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }
 
@@ -530,7 +502,7 @@ static int encode_messages(const model *m, const char *system, json_t *messages,
 static int prompt_ids(const model *m, const args *a, bool raw, id_list *out, dsv4_err *err) {
     if (a->ids) return read_ids(out, a->ids, err);
     buffer file = {0};
-    int rc = a->prompt ? 0 : read_file(&file, a->file, err);
+    int rc = a->prompt ? 0 : read_text(&file, a->file, err);
     const char *s = a->prompt ? a->prompt : file.s;
     size_t n = a->prompt ? strlen(s) : file.n;
     if (rc == 0 && raw) {
@@ -545,22 +517,43 @@ static int prompt_ids(const model *m, const args *a, bool raw, id_list *out, dsv
     return rc;
 }
 
-/* Put ids pos .. n-1 through the model, a span at a time; from 0 on, less what is parked of them. */
-static int feed(model *m, const int32_t *ids, int64_t pos, int64_t n, dsv4_err *err) {
-    int64_t span = engine_plan(m->e)->span;
-    int rc = 0;
-    if (pos == 0) {
-        pos = session_resume(m->s, ids, n, err);
-        if (pos < 0) return -1;
-        if (pos && m->status.on)
-            fprintf(stderr, "reused %s of %s tokens\n", grouped(pos).text, grouped(n).text);
+typedef struct { FILE *out; double nll; size_t at; } scores;
+
+/* Score and write the logits of the n tokens just forwarded. */
+static int score_rows(model *m, const id_list *ids, scores *sc, int n, dsv4_err *err) {
+    size_t vocab = (size_t)m->cfg.vocab_size;
+    for (int i = 0; i < n; i += EVAL_ROWS) {
+        int rows = n - i < EVAL_ROWS ? n - i : EVAL_ROWS;
+        if (session_logits(m->s, i, rows, m->logits, err)) return -1;
+        if (sc->out) fwrite(m->logits, sizeof(float), (size_t)rows * vocab, sc->out);
+        for (const float *row = m->logits; row < m->logits + (size_t)rows * vocab; row += vocab)
+            if (++sc->at < ids->n) sc->nll += token_nll(row, (int)vocab, ids->id[sc->at]);
     }
-    status_begin(&m->status, "reading", n - pos);
-    for (int64_t i = pos; i < n && rc == 0; i += span) {
-        m->status.n_now = n - i < span ? n - i : span;
-        m->status.n_done = i - pos;
-        m->last = (int)m->status.n_now - 1;
-        rc = session_forward(m->s, ids + i, (int)m->status.n_now, err);
+    return 0;
+}
+
+/* Put ids from `from` on through the model, a span at a time, those from `decode_from` on one by
+ * one; `sc` (NULL: not wanted) scores them.  From 0 on, what is parked of them is not read again. */
+static int feed(model *m, const id_list *ids, size_t from, size_t decode_from, scores *sc,
+                dsv4_err *err) {
+    size_t span = (size_t)engine_plan(m->e)->span;
+    int rc = 0;
+    if (from == 0 && !sc) {
+        int64_t reused = session_resume(m->s, ids->id, (int64_t)ids->n, err);
+        if (reused < 0) return -1;
+        from = (size_t)reused;
+        if (from && m->status.on)
+            fprintf(stderr, "reused %s of %s tokens\n", grouped(reused).text,
+                    grouped((int64_t)ids->n).text);
+    }
+    status_begin(&m->status, sc ? "scoring" : "reading", (int64_t)(ids->n - from));
+    for (size_t i = from, n; i < ids->n && rc == 0; i += n) {
+        n = i < decode_from ? min_size(min_size(decode_from, ids->n) - i, span) : 1;
+        m->status.n_now = (int64_t)n;
+        m->status.n_done = (int64_t)(i - from);
+        m->last = (int)n - 1;
+        rc = session_forward(m->s, ids->id + i, (int)n, err);
+        if (rc == 0 && sc) rc = score_rows(m, ids, sc, (int)n, err);
     }
     status_clear(&m->status);
     return rc;
@@ -570,13 +563,17 @@ static int feed(model *m, const int32_t *ids, int64_t pos, int64_t n, dsv4_err *
 
 typedef enum { END_EOS, END_LENGTH, END_STOP, END_LOOP, END_INTERRUPTED } ending;
 
-typedef struct {                   /* from tokens to what a person sees                         */
-    const model *m;
+typedef struct {                   /* one answer: from what the session holds to a person       */
+    model *m;
     const args *a;
+    id_list *ids;                  /* what the session holds; what goes into it is appended     */
+    bool think;                    /* the answer begins with thoughts                           */
+    int64_t n;                     /* tokens, at most                                           */
+    ending end;
     answer *parser;                /* NULL: the text as it comes                                */
     utf8_stream utf8;
     stop_filter stop;
-    buffer part, content;          /* whole characters of a token; all that was said            */
+    buffer part, content;          /* whole characters of a token; all that was said: to be freed */
     bool show_thoughts, dim, thinking; /* `thinking`: thoughts were the last thing printed      */
     dsv4_err *err;
 } speaker;
@@ -625,42 +622,34 @@ static int speak_token(speaker *sp, int32_t id, bool first) {
     return check_stdout(sp->err);
 }
 
-/* Sample up to n tokens behind ids, which is what the session holds, and append those that went
- * into it. */
-static int generate(model *m, speaker *sp, sampler *draw, id_list *ids, int64_t n, ending *end) {
+/* Sample until something ends it. */
+static int generate(speaker *sp, sampler *draw) {
+    model *m = sp->m;
     loop_guard guard = {0};
-    bool shown = m->status.on;
-    int rc = 0;
-    *end = END_LENGTH;
-    m->status.on = false;          /* the answer itself shows how far it is */
-    for (int64_t i = 0; i < n && rc == 0; i++) {
-        rc = session_logits(m->s, m->last, 1, m->logits, sp->err);
-        if (rc) break;
+    sp->end = END_LENGTH;
+    for (int64_t i = 0; i < sp->n; i++) {
+        if (session_logits(m->s, m->last, 1, m->logits, sp->err)) return -1;
         int32_t id = sampler_next(draw, m->logits);
-        if (id == m->cfg.eos_token_id) {
-            *end = END_EOS;
-            break;
-        }
-        rc = speak_token(sp, id, i == 0);
-        if (!sp->a->no_loop_guard && loop_push(&guard, id)) *end = END_LOOP;
-        if (sp->stop.hit) *end = END_STOP;
-        if (m->status.patient && interrupted) *end = END_INTERRUPTED;
-        if (rc || *end != END_LENGTH || i + 1 == n) break;
+        if (id == m->cfg.eos_token_id) sp->end = END_EOS;
+        if (sp->end == END_EOS) return 0;
+        if (speak_token(sp, id, i == 0)) return -1;
+        if (!sp->a->no_loop_guard && loop_push(&guard, id)) sp->end = END_LOOP;
+        if (sp->stop.hit) sp->end = END_STOP;
+        if (m->status.patient && interrupted) sp->end = END_INTERRUPTED;
+        if (sp->end != END_LENGTH || i + 1 == sp->n) return 0;
         m->last = 0;
-        rc = session_forward(m->s, &id, 1, sp->err);
-        if (rc == 0) rc = ids_push(ids, id, sp->err);
+        if (session_forward(m->s, &id, 1, sp->err) || ids_push(sp->ids, id, sp->err)) return -1;
     }
-    m->status.on = shown;
-    return rc;
+    return 0;
 }
 
 /* What a person should know about how it ended. */
-static void print_ending(const speaker *sp, ending end, int64_t n) {
-    if (end == END_LOOP)
+static void print_ending(const speaker *sp) {
+    if (sp->end == END_LOOP)
         fprintf(stderr, "note: stopped, the answer goes round in circles (--no-loop-guard lets "
                 "it)\n");
-    if (sp->a->quiet || end != END_LENGTH || sp->a->print_ids || sp->a->raw) return;
-    fprintf(stderr, "note: cut at %lld tokens%s; -n and --ctx set how many\n", (long long)n,
+    if (sp->a->quiet || sp->end != END_LENGTH || sp->a->print_ids || sp->a->raw) return;
+    fprintf(stderr, "note: cut at %lld tokens%s; -n and --ctx set how many\n", (long long)sp->n,
             sp->content.n ? "" : ", before the answer began");
 }
 
@@ -676,31 +665,30 @@ static int sampling_of(const args *a, sample_opts *o, dsv4_err *err) {
     return 0;
 }
 
-/* One answer of up to n tokens to what the session holds, which is `ids`.  `content` (NULL: not
- * wanted) becomes what was said beside thoughts; the caller frees it. */
-static int answer_turn(model *m, const args *a, bool think, id_list *ids, int64_t n,
-                       buffer *content, ending *end, dsv4_err *err) {
+static int speak_answer(speaker *sp) {
+    const args *a = sp->a;
     sample_opts o;
     sampler *draw = NULL;
-    speaker sp = {.m = m, .a = a, .err = err,
-                  .stop = {.words = a->stop.word, .n_words = a->stop.n}};
-    sp.show_thoughts = !a->quiet && isatty(STDERR_FILENO);
-    sp.dim = on_terminal() && !getenv("NO_COLOR");
-    int rc = sampling_of(a, &o, err);
-    if (rc == 0) rc = sampler_open(&draw, &o, m->cfg.vocab_size, err);
-    if (rc == 0 && !a->raw && !a->ids) rc = answer_open(&sp.parser, think, on_piece, &sp, err);
-    for (size_t i = 0; i < ids->n && rc == 0; i++) sampler_accept(draw, ids->id[i]);
-    if (rc == 0) rc = generate(m, &sp, draw, ids, n, end);
-    if (rc == 0) rc = speak(&sp, "", 0);
-    if (sp.thinking) fputs(sp.dim ? "\033[0m\n" : "\n", stderr);
+    bool shown = sp->m->status.on;
+    sp->m->status.on = false;      /* the answer itself shows how far it is */
+    sp->stop = (stop_filter){.words = a->stop.word, .n_words = a->stop.n};
+    sp->show_thoughts = !a->quiet && isatty(STDERR_FILENO);
+    sp->dim = on_terminal() && !getenv("NO_COLOR");
+    int rc = sampling_of(a, &o, sp->err);
+    if (rc == 0) rc = sampler_open(&draw, &o, sp->m->cfg.vocab_size, sp->err);
+    if (rc == 0 && !a->raw && !a->ids)
+        rc = answer_open(&sp->parser, sp->think, on_piece, sp, sp->err);
+    for (size_t i = 0; i < sp->ids->n && rc == 0; i++) sampler_accept(draw, sp->ids->id[i]);
+    if (rc == 0) rc = generate(sp, draw);
+    if (rc == 0) rc = speak(sp, "", 0);
+    if (sp->thinking) fputs(sp->dim ? "\033[0m\n" : "\n", stderr);
     if (rc == 0) putchar('\n');
-    if (rc == 0) rc = check_stdout(err);
-    if (rc == 0) print_ending(&sp, *end, n);
-    answer_close(sp.parser);
+    if (rc == 0) rc = check_stdout(sp->err);
+    if (rc == 0) print_ending(sp);
+    sp->m->status.on = shown;
+    answer_close(sp->parser);
     sampler_close(draw);
-    free(sp.part.s);
-    if (content) *content = sp.content;
-    else free(sp.content.s);
+    free(sp->part.s);
     return rc;
 }
 
@@ -709,17 +697,18 @@ static int answer_turn(model *m, const args *a, bool think, id_list *ids, int64_
 static int cmd_run(const args *a, dsv4_err *err) {
     model m;
     id_list ids = {0};
-    ending end;
     int rc = model_open_files(&m, a->model, !a->ids || !a->print_ids, err);
     if (rc == 0) rc = prompt_ids(&m, a, a->raw, &ids, err);
     int64_t most = a->ctx ? a->ctx : m.cfg.max_position_embeddings, room = most - (int64_t)ids.n;
-    int64_t n = a->n_answer < room ? a->n_answer : room;
+    speaker sp = {.m = &m, .a = a, .ids = &ids, .think = !a->no_think, .err = err,
+                  .n = a->n_answer < room ? a->n_answer : room};
     if (rc == 0 && room <= 0)
         rc = fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; "
                   "shorten it or raise --ctx", ids.n, (long long)most);
-    if (rc == 0) rc = model_start(&m, a, (int64_t)ids.n, (int64_t)ids.n + n, err);
-    if (rc == 0) rc = feed(&m, ids.id, 0, (int64_t)ids.n, err);
-    if (rc == 0) rc = answer_turn(&m, a, !a->no_think, &ids, n, NULL, &end, err);
+    if (rc == 0) rc = model_start(&m, a, (int64_t)ids.n, (int64_t)ids.n + sp.n, err);
+    if (rc == 0) rc = feed(&m, &ids, 0, ids.n, NULL, err);
+    if (rc == 0) rc = speak_answer(&sp);
+    free(sp.content.s);
     free(ids.id);
     return model_finish(&m, a, rc, err);
 }
@@ -791,21 +780,18 @@ static unsigned char on_paste(EditLine *el, int key) {
     const size_t n_end = sizeof end - 1;
     chat *c;
     buffer t = {0};
-    wchar_t wide;
     int lines = 1;
     (void)key;
     el_get(el, EL_CLIENTDATA, &c);
-    while (!t.failed && el_wgetc(el, &wide) == 1) {
-        char bytes[MB_LEN_MAX];
-        int n = wctomb(bytes, wide == '\r' ? '\n' : wide);
-        lines += wide == '\r' || wide == '\n';
-        if (n > 0) put_bytes(&t, bytes, (size_t)n);
+    for (char byte; !t.failed && read(STDIN_FILENO, &byte, 1) == 1;) {
+        put_bytes(&t, byte == '\r' ? "\n" : &byte, 1);
+        lines += byte == '\r' || byte == '\n';
         if (t.n < n_end || memcmp(t.s + t.n - n_end, end, n_end)) continue;
         t.n -= n_end;
         break;
     }
-    buffer *grown = lines > 1 ? realloc(c->pastes, (size_t)(c->n_pastes + 1) * sizeof *grown)
-                              : NULL;
+    buffer *grown = lines == 1 ? NULL
+                               : realloc(c->pastes, (size_t)(c->n_pastes + 1) * sizeof *grown);
     if (grown) {
         char name[64];
         c->pastes = grown;
@@ -911,7 +897,7 @@ static int attach_file(chat *c, const char *path, dsv4_err *err) {
     bool at_home = !strncmp(path, "~/", 2) && home;
     if (!*path) return fail(err, "/file needs a path");
     snprintf(full, sizeof full, "%s%s", at_home ? home : "", at_home ? path + 1 : path);
-    int rc = read_file(&t, full, err);
+    int rc = read_text(&t, full, err);
     if (rc == 0) rc = tok_encode(c->m.tok, t.s, t.n, false, &ids, err);
     if (rc == 0) {
         put_text(&c->attached, "[file name]: ");
@@ -1055,32 +1041,33 @@ static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
     c->fed = *ids;
     *ids = (id_list){0};
     announce(c, (int64_t)(c->fed.n - same));
-    return feed(&c->m, c->fed.id, (int64_t)same, (int64_t)c->fed.n, err);
+    return feed(&c->m, &c->fed, same, c->fed.n, NULL, err);
 }
 
 /* Answer the conversation, and take the answer into it. */
 static int chat_answer(chat *c, dsv4_err *err) {
     id_list ids = {0};
-    buffer said = {0};
-    ending end = END_EOS;
     int rc = encode_messages(&c->m, c->system, c->messages, c->think, *c->effort ? c->effort : NULL,
                              &ids, err);
-    int64_t room = c->ctx - (int64_t)ids.n, n = c->a->n_answer < room ? c->a->n_answer : room;
+    int64_t room = c->ctx - (int64_t)ids.n;
+    speaker sp = {.m = &c->m, .a = c->a, .ids = &c->fed, .think = c->think, .err = err,
+                  .n = c->a->n_answer < room ? c->a->n_answer : room};
     if (rc == 0 && room <= 0)
         rc = fail(err, "the conversation has %zu tokens and the context holds %lld with the "
                   "answer; /clear, or start with a larger --ctx", ids.n, (long long)c->ctx);
     c->m.status.patient = false;
     if (rc == 0) rc = chat_feed(c, &ids, err);
     c->m.status.patient = true;
-    if (rc == 0) rc = answer_turn(&c->m, c->a, c->think, &c->fed, n, &said, &end, err);
+    if (rc == 0) rc = speak_answer(&sp);
     if (rc) {
         c->fed.n = 0;
         session_reset(c->m.s);
     }
-    if (rc == 0 && json_array_append_new(c->messages, prompt_message("assistant", said.s, said.n)))
+    if (sp.end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
+    if (rc == 0 && json_array_append_new(c->messages, prompt_message("assistant", sp.content.s,
+                                                                     sp.content.n)))
         rc = fail(err, "out of memory for the conversation");
-    if (end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
-    free(said.s);
+    free(sp.content.s);
     free(ids.id);
     return rc;
 }
@@ -1154,35 +1141,6 @@ static void npy_header(FILE *f, int64_t n, int vocab) {
     fprintf(f, "%s%*s\n", dict, (int)sizeof dict - 1 - len, "");
 }
 
-typedef struct { const id_list *ids; FILE *out; double nll; size_t at; } scores;
-
-/* Score and write the rows of the forward just done. */
-static int score_rows(model *m, scores *sc, int n, dsv4_err *err) {
-    size_t vocab = (size_t)m->cfg.vocab_size;
-    for (int i = 0; i < n; i += EVAL_ROWS) {
-        int rows = n - i < EVAL_ROWS ? n - i : EVAL_ROWS;
-        if (session_logits(m->s, i, rows, m->logits, err)) return -1;
-        if (sc->out) fwrite(m->logits, sizeof(float), (size_t)rows * vocab, sc->out);
-        for (const float *row = m->logits; row < m->logits + (size_t)rows * vocab; row += vocab)
-            if (++sc->at < sc->ids->n)
-                sc->nll += token_nll(row, (int)vocab, sc->ids->id[sc->at]);
-    }
-    return 0;
-}
-
-static int eval_all(model *m, const args *a, scores *sc, dsv4_err *err) {
-    int64_t n = (int64_t)sc->ids->n, span = engine_plan(m->e)->span;
-    int64_t decode_from = a->decode_from < 0 || a->decode_from > n ? n : a->decode_from;
-    for (int64_t i = 0, step; i < n; i += step) {
-        step = i >= decode_from ? 1 : decode_from - i < span ? decode_from - i : span;
-        m->status.n_now = step;
-        m->status.n_done = i;
-        if (session_forward(m->s, sc->ids->id + i, (int)step, err)) return -1;
-        if (score_rows(m, sc, (int)step, err)) return -1;
-    }
-    return 0;
-}
-
 static int cmd_eval(const args *a, dsv4_err *err) {
     model m;
     id_list ids = {0};
@@ -1195,17 +1153,13 @@ static int cmd_eval(const args *a, dsv4_err *err) {
                       ids.id[i], i, m.cfg.vocab_size);
     if (rc == 0) rc = model_start(&m, a, (int64_t)ids.n, (int64_t)ids.n, err);
     if (rc == 0 && a->logits) rc = out_open(&out, a->logits, err);
-    scores sc = {.ids = &ids, .out = out.f};
+    scores sc = {.out = out.f};
     if (rc == 0 && out.f) npy_header(out.f, (int64_t)ids.n, m.cfg.vocab_size);
-    if (rc == 0) status_begin(&m.status, "scoring", (int64_t)ids.n);
-    if (rc == 0) rc = eval_all(&m, a, &sc, err);
+    if (rc == 0)
+        rc = feed(&m, &ids, 0, a->decode_from < 0 ? ids.n : (size_t)a->decode_from, &sc, err);
     rc = out_close(&out, rc, err);
-    if (rc == 0) {
-        double nll = ids.n > 1 ? sc.nll / (double)(ids.n - 1) : 0;
-        status_clear(&m.status);
-        printf("tokens %zu  nll %.6f  perplexity %.4f\n", ids.n, nll, exp(nll));
-        rc = check_stdout(err);
-    }
+    double nll = ids.n > 1 ? sc.nll / (double)(ids.n - 1) : 0;
+    if (rc == 0) printf("tokens %zu  nll %.6f  perplexity %.4f\n", ids.n, nll, exp(nll));
     free(ids.id);
     return model_finish(&m, a, rc, err);
 }
@@ -1225,7 +1179,7 @@ static int cmd_prompt(const args *a, dsv4_err *err) {
     id_list ids = {0};
     generation gen = a->gen && !strcmp(a->gen, "0731") ? GEN_0731 : GEN_V4;
     if (a->model && !a->gen && config_generation(&gen, a->model, err)) return -1;
-    int rc = read_file(&t, "-", err);
+    int rc = read_text(&t, "-", err);
     json_t *request = rc ? NULL : json_loadb(t.s, t.n, 0, &where);
     if (rc == 0)
         rc = request ? prompt_build(&p, request, gen, err)
@@ -1240,7 +1194,7 @@ static int cmd_prompt(const args *a, dsv4_err *err) {
     free(ids.id);
     tok_close(tk);
     prompt_free(&p);
-    return rc ? rc : check_stdout(err);
+    return rc;
 }
 
 static int cmd_tokenize(const args *a, dsv4_err *err) {
@@ -1249,7 +1203,7 @@ static int cmd_tokenize(const args *a, dsv4_err *err) {
     id_list ids = {0};
     tok *tk;
     if (tok_open(&tk, a->model, err)) return -1;
-    int rc = a->decode ? read_ids(&ids, file, err) : read_file(&t, file, err);
+    int rc = a->decode ? read_ids(&ids, file, err) : read_text(&t, file, err);
     if (rc == 0 && !a->decode) rc = tok_encode(tk, t.s, t.n, true, &ids, err);
     if (rc == 0 && !a->decode) print_ids(&ids);
     for (size_t i = 0; i < ids.n && rc == 0 && a->decode; i++) {
@@ -1264,7 +1218,7 @@ static int cmd_tokenize(const args *a, dsv4_err *err) {
     free(t.s);
     free(ids.id);
     tok_close(tk);
-    return rc ? rc : check_stdout(err);
+    return rc;
 }
 
 /* === 9. plan, check =========================================================================== */
@@ -1452,7 +1406,7 @@ static int cmd_plan(const args *a, dsv4_err *err) {
         else print_survey(&v);
     }
     model_close(&m);
-    return rc ? rc : check_stdout(err);
+    return rc;
 }
 
 /* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
@@ -1538,7 +1492,7 @@ static int cmd_check(const args *a, dsv4_err *err) {
     if (rc == 0 && a->json) rc = write_check(&m.cfg, m.ck, &b, lines, err);
     json_decref(lines);
     model_close(&m);
-    return rc ? rc : check_stdout(err);
+    return rc;
 }
 
 /* === 10. sessions ============================================================================= */
@@ -1577,7 +1531,7 @@ static int cmd_sessions(const args *a, dsv4_err *err) {
     if (rc == 0 && interrupted) rc = fail(err, "interrupted");
     if (rc == 0 && l.n_bad) rc = fail(err, "%d of %d files were damaged", l.n_bad, l.n_files);
     park_close(p);
-    return rc ? rc : check_stdout(err);
+    return rc;
 }
 
 /* === 11. bench ================================================================================ */
@@ -1616,26 +1570,27 @@ static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err
                 "memory read, GB/s", memory);
     print_ratio("reads, while any is on", rate(got, busy), "GB/s", "disk alone, GB/s", disk);
     print_ratio("decode", n / all, "tokens/s", "dense + max(experts, disk)", n / most);
-    return check_stdout(err);
+    return 0;
 }
 
 static int cmd_bench(const args *a, dsv4_err *err) {
     model m;
     engine_rates r;
     out_file trace = {0};
-    int32_t prompt_ids[BENCH_PROMPT];
+    id_list ids = {0};
     int64_t ctx = BENCH_PROMPT + a->n_bench;
     int rc = model_open_files(&m, a->model, false, err);
-    for (int i = 0; i < BENCH_PROMPT; i++)
-        prompt_ids[i] = rc ? 0 : (int32_t)((uint64_t)i * 7919 % (uint64_t)m.cfg.vocab_size);
+    for (int64_t i = 0; i < BENCH_PROMPT && rc == 0; i++)
+        rc = ids_push(&ids, (int32_t)(i * 7919 % m.cfg.vocab_size), err);
     if (rc == 0 && a->trace) rc = out_open(&trace, a->trace, err);
     m.trace = trace.f;
     if (rc == 0) rc = model_start(&m, a, BENCH_PROMPT, ctx, err);
     if (rc == 0) rc = engine_measure(m.e, m.ck, 4, &r, err);
-    if (rc == 0) rc = feed(&m, prompt_ids, 0, BENCH_PROMPT, err);
+    if (rc == 0) rc = feed(&m, &ids, 0, ids.n, NULL, err);
     m.status.on = false;
     if (rc == 0) rc = bench_decode(&m, a, &r, err);
     rc = out_close(&trace, rc, err);
+    free(ids.id);
     return model_finish(&m, a, rc, err);
 }
 
@@ -1722,8 +1677,9 @@ enum { N_FLAGS = sizeof flags / sizeof *flags };
 
 static int cmd_version(const args *a, dsv4_err *err) {
     (void)a;
+    (void)err;
     printf("dsv4 %s\n", DSV4_VERSION);
-    return check_stdout(err);
+    return 0;
 }
 
 static int cmd_help(const args *a, dsv4_err *err);
@@ -1802,7 +1758,7 @@ static int cmd_help(const args *a, dsv4_err *err) {
             printf("  dsv4 %-8s %-52s %s\n", c->name, c->usage, c->help);
         printf("\ndsv4 help COMMAND lists its flags.\n");
     }
-    return check_stdout(err);
+    return 0;
 }
 
 /* "512M", "16G", "1.5G" or plain bytes. */
@@ -1921,6 +1877,7 @@ int main(int argc, char **argv) {
     int rc = (c->bit & BUDGET) && !cpu_fits()
                  ? fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64")
                  : c->run(&a, &err);
+    if (rc == 0) rc = check_stdout(&err);
     if (rc == 0) return 0;
     fprintf(stderr, "dsv4: %s\n", err.msg);
     return interrupted ? EXIT_INTERRUPTED : 1;

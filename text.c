@@ -57,13 +57,9 @@ enum {
     SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try           */
     CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
     REGEX_HEAP_KIB = 256 << 10,    /* for a pattern that nests too deep for the JIT's stack     */
-    SEEN_SLOTS = 1 << 14,          /* words remembered while one text is encoded                */
-    SEEN_WORD_BYTES = 64,          /* longer ones are not                                       */
 };
 
 #define NO_RANK UINT32_MAX
-
-static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
 
 /* === 1. Bytes, UTF-8 ==========================================================================
  * Broken text is repaired the way Python's bytes.decode(errors="replace") and Unicode (3.9, best
@@ -134,10 +130,9 @@ void utf8_push(utf8_stream *s, const char *bytes, size_t len, buffer *out) {
         }
         assert(s->n_held < 4);
     }
-    if (len == 0 && s->n_held > 0) {
-        put_text(out, replacement);
-        s->n_held = 0;
-    }
+    if (len > 0) return;
+    put_text(out, s->n_held ? replacement : "");
+    s->n_held = 0;
 }
 
 static void put_repaired(buffer *out, const char *text, size_t len) {
@@ -145,6 +140,23 @@ static void put_repaired(buffer *out, const char *text, size_t len) {
     if (len > 0) utf8_push(&s, text, len, out);
     utf8_push(&s, NULL, 0, out);
 }
+
+/* A message is one line of UTF-8, whatever names and files it quotes, and where it was cut off. */
+int fail(dsv4_err *err, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(err->msg, sizeof err->msg, fmt, args);
+    va_end(args);
+    for (size_t i = 0, n, len = strlen(err->msg); i < len; i += n) {
+        ch_state state;
+        n = utf8_char((unsigned char *)err->msg + i, len - i, &state);
+        if (state != CH_WHOLE || (unsigned char)err->msg[i] < ' ' || err->msg[i] == 0x7f)
+            memset(err->msg + i, '?', n);
+    }
+    return -1;
+}
+
+static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
 
 /* === 2. The tables ============================================================================
  * Everything an open tokenizer is.  For V4: 1.5 MB of pieces, 1 MB of bytes, 3.6 MB of merges. */
@@ -215,6 +227,11 @@ static int by_bytes(const void *a, const void *b) {
     return order ? order : (x->len > y->len) - (x->len < y->len);
 }
 
+static const named *find_named(const named *table, size_t n, const char *s, size_t len) {
+    const named key = {.s = s, .len = (uint32_t)len};
+    return table ? bsearch(&key, table, n, sizeof key, by_bytes) : NULL;
+}
+
 /* === 3. Patterns ==============================================================================
  * `tokenizers` runs its regexes with Oniguruma, we with PCRE2.  Only what both read alike passes,
  * by being listed here; the rest is refused by name.  Two things are rewritten:
@@ -246,40 +263,39 @@ static const struct { char category; const char *added; } unicode_16[] = {
 };
 
 /* "9-d 20" as "\x{9}-\x{d}\x{20}", to stand in brackets. */
-static void put_ranges(FILE *out, const char *ranges) {
-    for (const char *s = ranges; *s;) {
-        int n = (int)strspn(s, "0123456789abcdef");
-        fprintf(out, "\\x{%.*s}", n, s);
-        s += n;
-        if (*s == '-') fputc('-', out);
-        if (*s) s++;
+static void put_ranges(buffer *out, const char *ranges) {
+    for (const char *s = ranges; *s; s += strspn(s, " ")) {
+        size_t n = strspn(s, "0123456789abcdef");
+        put_text(out, "\\x{");
+        put_bytes(out, s, n);
+        put_text(out, s[n] == '-' ? "}-" : "}");
+        s += n + (s[n] == '-');
     }
 }
 
 /* Rewrite the escape at s into out.  Returns its length in s, or 0 if it is not one we know. */
-static size_t put_escape(FILE *out, const char *s, bool in_brackets) {
-    const char *added = NULL;
-    size_t len = 2;
+static size_t put_escape(buffer *out, const char *s, bool in_brackets) {
+    const char *added = s[1] == 's' || s[1] == 'S' ? white_space : NULL;
     bool negated = s[1] == 'S' || s[1] == 'P';
-    if (s[1] == 's' || s[1] == 'S') added = white_space;
+    size_t len = 2;
     if ((s[1] == 'p' || s[1] == 'P') && s[2] == '{' && s[3] && s[4] == '}') {
+        len = 5;
         for (size_t i = 0; i < sizeof unicode_16 / sizeof *unicode_16; i++)
             if (unicode_16[i].category == s[3]) added = unicode_16[i].added;
-        len = 5;
     }
-    if (added) {
-        /* "a-\s" is no range, and [^...] cannot stand in brackets. */
-        if (in_brackets && (negated || s[-1] == '-' || (s[len] == '-' && s[len + 1] != ']')))
-            return 0;
-        if (!in_brackets) fputs(negated ? "[^" : "[", out);
-        if (len == 5) fprintf(out, "\\p{%c}", s[3]);
-        put_ranges(out, added);
-        if (!in_brackets) fputc(']', out);
-        return len;
+    if (!added) {
+        if (!s[1] || !strchr("rnt!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", s[1])) return 0;
+        put_bytes(out, s, 2);
+        return 2;
     }
-    if (!s[1] || !strchr("rnt!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", s[1])) return 0;
-    fprintf(out, "\\%c", s[1]);
-    return 2;
+    /* "a-\s" is no range, and [^...] cannot stand in brackets. */
+    if (in_brackets && (negated || s[-1] == '-' || (s[len] == '-' && s[len + 1] != ']'))) return 0;
+    put_text(out, in_brackets ? "" : negated ? "[^" : "[");
+    put_text(out, len == 5 ? "\\p" : "");
+    put_bytes(out, s + 2, len - 2);
+    put_ranges(out, added);
+    put_text(out, in_brackets ? "" : "]");
+    return len;
 }
 
 /* Length of the quantifier {n}, {n,} or {n,m} at s; 0 if it is none, or has a + or ? behind it,
@@ -301,45 +317,33 @@ static bool group_known(const char *s) {
 }
 
 /* Rewrite pattern into out.  Returns NULL, or the place of what is not understood. */
-static const char *put_pattern(FILE *out, const char *pattern) {
+static const char *put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
-    for (const char *s = pattern; *s;) {
-        size_t len = 1;            /* of what is read and, but for escapes, copied as it is     */
+    size_t len;                    /* of what is read and, but for escapes, copied as it is     */
+    for (const char *s = pattern; *s; s += len) {
+        bool known = true;
+        len = 1;
         if (*s == '\\') {
             len = put_escape(out, s, in_brackets);
             if (len == 0) return s;
-            s += len;
             continue;
         }
         if (in_brackets) {
-            if (*s == '[' || (*s == '&' && s[1] == '&')) return s; /* classes within classes    */
+            known = *s != '[' && (*s != '&' || s[1] != '&'); /* classes within classes          */
             in_brackets = *s != ']';
         } else if (*s == '[') {
             in_brackets = true;
             if (s[1] == '^') len = 2;
-            if (s[len] == ']') return s;
+            known = s[len] != ']';
         } else if (*s == '{') {
             len = quantifier(s);
-            if (len == 0) return s;
-        } else if (*s == '(' && !group_known(s)) {
-            return s;
+            known = len > 0;
+        } else if (*s == '(') {
+            known = group_known(s);
         }
-        fwrite(s, 1, len, out);
-        s += len;
+        if (!known) return s;
+        put_bytes(out, s, len);
     }
-    return NULL;
-}
-
-/* A copy of an Oniguruma pattern for PCRE2, to be freed.  NULL when there is no memory, or with
- * *unknown set to the place of what is not understood. */
-static char *to_pcre2(const char *pattern, const char **unknown) {
-    char *text = NULL;
-    size_t len = 0;
-    FILE *out = open_memstream(&text, &len);
-    if (!out) return NULL;
-    *unknown = put_pattern(out, pattern);
-    if (fclose(out) == 0 && !*unknown) return text;
-    free(text);
     return NULL;
 }
 
@@ -359,25 +363,19 @@ typedef struct {
                                       so no file can make its look-ups slow                     */
     char *scratch;                 /* as long as the file: any string in it fits                */
     size_t n_bytes;                /* of tok.bytes in use                                       */
+    int byte_of[0x144];            /* a character of GPT-2's alphabet, as 1 + its byte, or 0    */
     dsv4_err *err;
 } reader;
 
-/* fail() with the file's name.  Strings of the file may stand in the message, so control
- * characters and characters cut in half are replaced: a message is one line of UTF-8. */
+/* fail() with the file's name. */
 __attribute__((format(printf, 2, 3)))
 static int refuse(const reader *r, const char *fmt, ...) {
-    char raw[256];
-    buffer line = {0};
+    char line[256];
     va_list args;
     va_start(args, fmt);
-    vsnprintf(raw, sizeof raw, fmt, args);
+    vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
-    for (char *p = raw; *p; p++)
-        if ((unsigned char)*p < ' ' || *p == 0x7f) *p = '?';
-    put_repaired(&line, raw, strlen(raw));
-    fail(r->err, "%s: %.*s", r->where, (int)line.n, line.failed ? "" : line.s);
-    free(line.s);
-    return -1;
+    return fail(r->err, "%s: %s", r->where, line);
 }
 
 /* Absent, null, false or "": a setting that does nothing. */
@@ -445,18 +443,22 @@ static int32_t id_of(const reader *r, const json_t *v) {
 }
 
 /* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
- * other 68 in order.  Decodes s; returns its length, or 0 if a character is not in the alphabet. */
-static size_t from_byte_level(char *out, const char *s) {
+ * other 68 in order. */
+static void make_alphabet(reader *r) {
+    for (int b = 0, next = 0x100; b < 256; b++) {
+        bool printable = (b > ' ' && b < 0x7f) || (b > 0xa0 && b != 0xad);
+        r->byte_of[printable ? b : next++] = b + 1;
+    }
+}
+
+/* Decodes s; returns its length, or 0 if a character is not in the alphabet. */
+static size_t from_byte_level(const reader *r, char *out, const char *s) {
     size_t n = 0;
-    for (const unsigned char *p = (const unsigned char *)s; *p;) {
-        unsigned c = *p++;
-        if (c >= 0xc2 && c < 0xe0) c = (c & 0x1f) << 6 | (*p++ & 0x3f); /* jansson checked UTF-8 */
-        else if (c >= 0x80) return 0;
-        if (c >= 0x100 && c <= 0x120) c -= 0x100;                       /* 00..20 */
-        else if (c >= 0x121 && c <= 0x142) c = c - 0x121 + 0x7f;        /* 7f..a0 */
-        else if (c == 0x143) c = 0xad;
-        else if (c <= 0x20 || (c >= 0x7f && c <= 0xa0) || c == 0xad || c > 0xff) return 0;
-        out[n++] = (char)c;
+    for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
+        unsigned c = *p++;         /* jansson checked UTF-8                                     */
+        if (c >= 0x80) c = c < 0xc6 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : 0;
+        if (c >= 0x144 || !r->byte_of[c]) return 0;
+        out[n] = (char)(r->byte_of[c] - 1);
     }
     return n;
 }
@@ -473,6 +475,7 @@ static int read_vocab(reader *r) {
     tok *t = r->t;
     json_t *value;
     const char *key;
+    make_alphabet(r);
     for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
     if (!is_off(json_object_get(r->model, "ignore_merges"))) {
         t->words = calloc(json_object_size(r->vocab) + 1, sizeof *t->words);
@@ -481,7 +484,7 @@ static int read_vocab(reader *r) {
     json_object_foreach(r->vocab, key, value) {
         int32_t id = id_of(r, value);
         char *s = t->bytes + r->n_bytes;
-        size_t n = from_byte_level(s, key);
+        size_t n = from_byte_level(r, s, key);
         if (id < 0 || !*key)
             return refuse(r, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
         if (t->pieces[id].known)
@@ -497,96 +500,78 @@ static int read_vocab(reader *r) {
     return 0;
 }
 
-/* One merge: "left right", or ["left", "right"] as newer files have it. */
-static int read_merge(const reader *r, const json_t *v, uint32_t rank) {
-    tok *t = r->t;
-    const char *left = json_string_value(json_array_get(v, 0));
-    const char *right = json_string_value(json_array_get(v, 1));
-    if (json_is_string(v)) {
-        left = strcpy(r->scratch, json_string_value(v));
-        right = strchr(r->scratch, ' ');
-        if (right) r->scratch[right++ - left] = 0;
-    }
-    if (!left || !right || json_array_size(v) > 2)
-        return refuse(r, "model.merges[%u] is no pair of strings", rank);
-    int32_t l = id_of(r, json_object_get(r->vocab, left));
-    int32_t m = id_of(r, json_object_get(r->vocab, right));
-    if (l < 0 || m < 0)
-        return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank,
-                      l < 0 ? left : right);
-    size_t n = strlen(left);       /* left and right may lie in scratch themselves              */
-    memmove(r->scratch, left, n);
-    memmove(r->scratch + n, right, strlen(right) + 1);
-    t->merged[rank] = id_of(r, json_object_get(r->vocab, r->scratch));
-    if (t->merged[rank] < 0)
-        return refuse(r, "model.merges[%u]: \"%.60s\" is not in vocab", rank, r->scratch);
-    merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
-    if (!slot) return refuse(r, "model.merges[%u]: too many pairs collide", rank);
-    if (slot->rank != NO_RANK)
-        return refuse(r, "model.merges[%u] is the same pair as [%u]", rank, slot->rank);
-    *slot = (merge_slot){(uint32_t)l, (uint32_t)m, rank};
-    return 0;
-}
-
+/* A merge is "left right", or ["left", "right"] as newer files have it. */
 static int read_merges(reader *r) {
     tok *t = r->t;
-    const json_t *merges = json_object_get(r->model, "merges"), *value;
-    size_t n = json_array_size(merges), n_slots = 2, i;
+    const json_t *merges = json_object_get(r->model, "merges"), *v;
+    size_t n_slots = 2, i;
+    char *both = r->scratch;
     if (!json_is_array(merges)) return refuse(r, "model.merges is not an array");
-    while (n_slots < 2 * n) n_slots *= 2;
+    while (n_slots < 2 * json_array_size(merges)) n_slots *= 2;
     t->slots = malloc(n_slots * sizeof *t->slots);
-    t->merged = malloc((n + 1) * sizeof *t->merged);
+    t->merged = malloc((json_array_size(merges) + 1) * sizeof *t->merged);
     if (!t->slots || !t->merged) return oom(r->err);
     memset(t->slots, 0xff, n_slots * sizeof *t->slots); /* all NO_RANK */
     t->slot_mask = (uint32_t)(n_slots - 1);
-    json_array_foreach(merges, i, value)
-        if (read_merge(r, value, (uint32_t)i)) return -1;
+    json_array_foreach(merges, i, v) {
+        const char *left = json_string_value(json_is_string(v) ? v : json_array_get(v, 0));
+        const char *right = json_string_value(json_array_get(v, 1));
+        size_t n = !left ? 0 : json_is_string(v) ? strcspn(left, " ") : strlen(left);
+        if (json_is_string(v)) right = left[n] ? left + n + 1 : NULL;
+        if (!left || !right || json_array_size(v) > 2)
+            return refuse(r, "model.merges[%zu] is no pair of strings", i);
+        snprintf(both, n + 1, "%s", left);
+        int32_t l = id_of(r, json_object_get(r->vocab, both));
+        int32_t m = id_of(r, json_object_get(r->vocab, right));
+        if (l >= 0 && m >= 0) strcpy(both + n, right);
+        t->merged[i] = id_of(r, json_object_get(r->vocab, both));
+        if (l < 0 || m < 0 || t->merged[i] < 0)
+            return refuse(r, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
+                          l >= 0 && m < 0 ? right : both);
+        merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
+        if (!slot) return refuse(r, "model.merges[%zu]: too many pairs collide", i);
+        if (slot->rank != NO_RANK)
+            return refuse(r, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
+        *slot = (merge_slot){(uint32_t)l, (uint32_t)m, (uint32_t)i};
+    }
     return 0;
 }
 
 /* An added token stands for its content as it is written, never for bytes of the alphabet. */
-static int read_added_token(reader *r, json_t *v) {
-    tok *t = r->t;
-    json_t *id_value;
-    json_error_t why;
-    const char *content;
-    size_t n;
-    int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
-    if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &content, &n,
-                       "id", &id_value, "special", &special, "normalized", &normalized,
-                       "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
-        return refuse(r, "added_tokens[%zu]: %s", t->n_added, why.text);
-    if (n == 0 || n > MAX_ADDED_BYTES)
-        return refuse(r, "added_tokens[%zu]: %zu bytes, not 1 to %d", t->n_added, n,
-                      MAX_ADDED_BYTES);
-    if (lstrip || rstrip || single_word)
-        return refuse(r, "added token \"%.60s\": lstrip, rstrip, single_word are not supported",
-                      content);
-    int32_t id = id_of(r, id_value);
-    if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", content, MAX_IDS - 1);
-    /* It may stand in vocab too, but then as the same id for the same bytes. */
-    const json_t *in_vocab = json_object_get(r->vocab, content);
-    const piece *known = &t->pieces[id];
-    if (in_vocab ? id_of(r, in_vocab) != id || known->len != n
-                       || memcmp(t->bytes + known->at, content, n) != 0
-                 : known->known)
-        return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
-                      content, id);
-    int pass = normalized < 0 ? !special : normalized;
-    char *s = memcpy(t->bytes + r->n_bytes, content, n);
-    place(r, id, n);
-    t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
-    t->starts[pass][(unsigned char)*s] = true;
-    return 0;
-}
-
 static int read_added(reader *r) {
     tok *t = r->t;
-    json_t *added = json_object_get(r->root, "added_tokens"), *value;
-    size_t i;
+    json_t *added = json_object_get(r->root, "added_tokens"), *v, *id_value;
+    json_error_t why;
+    size_t i, n;
     if (!is_off(added) && !json_is_array(added)) return refuse(r, "added_tokens is not an array");
-    json_array_foreach(added, i, value)
-        if (read_added_token(r, value)) return -1;
+    json_array_foreach(added, i, v) {
+        const char *s;
+        int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
+        if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n,
+                           "id", &id_value, "special", &special, "normalized", &normalized,
+                           "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
+            return refuse(r, "added_tokens[%zu]: %s", i, why.text);
+        if (n == 0 || n > MAX_ADDED_BYTES)
+            return refuse(r, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
+        if (lstrip || rstrip || single_word)
+            return refuse(r, "added token \"%.60s\": lstrip, rstrip, single_word are not supported",
+                          s);
+        int32_t id = id_of(r, id_value);
+        if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", s, MAX_IDS - 1);
+        /* It may stand in vocab too, but then as the same id for the same bytes. */
+        const json_t *in_vocab = json_object_get(r->vocab, s);
+        const piece *known = &t->pieces[id];
+        if (in_vocab ? id_of(r, in_vocab) != id || known->len != n
+                           || memcmp(t->bytes + known->at, s, n) != 0
+                     : known->known)
+            return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
+                          s, id);
+        int pass = normalized < 0 ? !special : normalized;
+        s = memcpy(t->bytes + r->n_bytes, s, n);
+        place(r, id, n);
+        t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
+        t->starts[pass][(unsigned char)*s] = true;
+    }
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
     for (i = 1; i < t->n_added; i++)
         if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
@@ -598,37 +583,34 @@ static int read_added(reader *r) {
 /* Compile a pattern and append it to tok.split. */
 static int add_split(reader *r, const char *pattern, bool literal) {
     tok *t = r->t;
-    size_t at;
-    int code = 0;
     /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
      * of the text: with search()'s windows that would be quadratic. */
     uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
     uint32_t may_be_empty = 1;
+    buffer text = {0};
     const char *unknown = NULL;
+    int code = 0;
+    size_t at;
     if (t->n_splits == MAX_SPLITS) return refuse(r, "pre_tokenizer has over %d splits", MAX_SPLITS);
     if (strlen(pattern) > MAX_PATTERN_BYTES)
         return refuse(r, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
-    char *text = literal ? strdup(pattern) : to_pcre2(pattern, &unknown);
+    /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
+    options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
+    put_text(&text, literal ? pattern : "(*LF)");
+    if (!literal) unknown = put_pattern(&text, pattern);
+    put_bytes(&text, "", 1);
+    pcre2_code *re = text.failed ? NULL : pcre2_compile((PCRE2_SPTR)text.s, PCRE2_ZERO_TERMINATED,
+                                                        options, &code, &at, NULL);
+    free(text.s);
+    t->split[t->n_splits] = re;
+    t->n_splits += re != NULL;
     if (unknown) return refuse(r, "pre_tokenizer: pattern not supported from \"%.60s\"", unknown);
-    pcre2_compile_context *context = pcre2_compile_context_create(NULL);
-    bool ready = text && context;
-    if (ready) {
-        /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
-        pcre2_set_newline(context, PCRE2_NEWLINE_LF);
-        options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
-        t->split[t->n_splits] = pcre2_compile((PCRE2_SPTR)text, PCRE2_ZERO_TERMINATED, options,
-                                              &code, &at, context);
-    }
-    pcre2_compile_context_free(context);
-    free(text);
-    if (!ready) return oom(r->err);
-    pcre2_code *re = t->split[t->n_splits];
+    if (text.failed) return oom(r->err);
     if (!re) {
         PCRE2_UCHAR why[128];
         pcre2_get_error_message(code, why, sizeof why);
         return refuse(r, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
     }
-    t->n_splits++;
     pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
     if (may_be_empty) return refuse(r, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
     pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
@@ -691,13 +673,9 @@ int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_e
     r.vocab = json_object_get(r.model, "vocab");
     r.t = calloc(1, sizeof *r.t);
     r.scratch = malloc(len);
-    int rc = r.t && r.scratch ? 0 : oom(err);
-    if (!rc) rc = check_settings(&r);
-    if (!rc) rc = make_room(&r, len);
-    if (!rc) rc = read_vocab(&r);
-    if (!rc) rc = read_merges(&r);
-    if (!rc) rc = read_added(&r);
-    if (!rc) rc = read_pre_tokenizer(&r);
+    int rc = r.t && r.scratch ? check_settings(&r) : oom(err);
+    rc = rc || make_room(&r, len) || read_vocab(&r) || read_merges(&r) || read_added(&r) ||
+         read_pre_tokenizer(&r) ? -1 : 0;
     free(r.scratch);
     json_decref(root);
 #ifdef __GLIBC__
@@ -708,22 +686,30 @@ int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_e
     return rc;
 }
 
+int read_file(buffer *out, const char *path, size_t most, dsv4_err *err) {
+    char part[1 << 16];
+    size_t got;
+    FILE *f = strcmp(path, "-") ? fopen(path, "rbe") : stdin;
+    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
+    while (out->n <= most && !out->failed && (got = fread(part, 1, sizeof part, f)) > 0)
+        put_bytes(out, part, got);
+    int rc = ferror(f) ? fail(err, "read %s: %s", path, strerror(errno)) : 0;
+    if (f != stdin) fclose(f);
+    put_bytes(out, "", 1);
+    if (out->failed) return fail(err, "out of memory for %s", path);
+    out->n--;
+    return rc;
+}
+
 int tok_open(tok **out, const char *dir, dsv4_err *err) {
     char path[4096];
+    buffer json = {0};
     *out = NULL;
-    int n = snprintf(path, sizeof path, "%s/tokenizer.json", dir);
-    if (n < 0 || (size_t)n >= sizeof path) return fail(err, "%s: path is too long", dir);
-    FILE *f = fopen(path, "rbe");
-    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
-    /* One byte more than the limit is enough for tok_parse to refuse the file. */
-    char *json = malloc(MAX_JSON_BYTES + 1);
-    size_t len = json ? fread(json, 1, MAX_JSON_BYTES + 1, f) : 0;
-    int rc = 0;
-    if (!json) rc = oom(err);
-    else if (ferror(f)) rc = fail(err, "read %s: %s", path, strerror(errno));
-    fclose(f);
-    if (!rc) rc = tok_parse(out, json, len, path, err);
-    free(json);
+    if (snprintf(path, sizeof path, "%s/tokenizer.json", dir) >= (int)sizeof path)
+        return fail(err, "%s: path is too long", dir);
+    int rc = read_file(&json, path, MAX_JSON_BYTES, err);
+    if (!rc) rc = tok_parse(out, json.s, json.n, path, err);
+    free(json.s);
     return rc;
 }
 
@@ -731,11 +717,6 @@ int tok_open(tok **out, const char *dir, dsv4_err *err) {
  * Each stage hands its pieces to the next one at once, so that no list of pieces is ever made:
  *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
  * The recursion is as deep as there are stages, whatever the text.                              */
-
-typedef struct {                   /* a word that this text had before                          */
-    uint32_t at, len;              /* its bytes, in encoder.text                                */
-    uint32_t first, n;             /* its ids, in *encoder.ids                                  */
-} seen_word;
 
 typedef struct {                   /* a part of the word that is being merged                   */
     int32_t id;
@@ -749,8 +730,6 @@ typedef struct {                   /* one tok_encode                            
     const size_t *cuts;            /* [n_cuts] as in a prompt: no added token touches these     */
     size_t n_cuts, cut[2];         /* and how many of them each pass has behind it              */
     id_list *ids;
-    seen_word *seen;               /* [seen_mask + 1] by hash                                   */
-    uint32_t seen_mask;
     symbol *sym;                   /* [n_sym] of the word that is merged                        */
     uint64_t *heap;                /* [2 * n_sym] its pairs: rank << 32 | place                 */
     size_t n_sym, n_heap;
@@ -960,33 +939,10 @@ static int merge_word(encoder *e, const unsigned char *s, size_t len) {
 }
 
 /* A word's ids, by the vocabulary as a whole where the file asks for that, else by merging. */
-static int new_word(encoder *e, const char *s, size_t len) {
-    const tok *t = e->t;
-    const named key = {.s = s, .len = (uint32_t)len};
-    const named *whole = NULL;
-    if (t->words) whole = bsearch(&key, t->words, t->n_words, sizeof key, by_bytes);
+static int word(encoder *e, const char *s, size_t len) {
+    const named *whole = find_named(e->t->words, e->t->n_words, s, len);
     return whole ? ids_push(e->ids, whole->id, e->err)
                  : merge_word(e, (const unsigned char *)s, len);
-}
-
-/* OPT: most words of a text occurred in it before; then their ids are copied.  A slot keeps the
- * last word that hashed to it, so a text of colliding words only gains nothing. */
-static int word(encoder *e, const char *s, size_t len) {
-    uint32_t hash = 2166136261u;   /* FNV-1a; long words are rare, and rarely come back         */
-    if (len > SEEN_WORD_BYTES) return new_word(e, s, len);
-    for (size_t i = 0; i < len; i++) hash = (hash ^ (unsigned char)s[i]) * 16777619u;
-    seen_word *seen = &e->seen[(hash ^ hash >> 15) & e->seen_mask];
-    if (seen->len == len && memcmp(e->text + seen->at, s, len) == 0) {
-        for (uint32_t i = 0; i < seen->n; i++)
-            if (ids_push(e->ids, e->ids->id[seen->first + i], e->err)) return -1;
-        return 0;
-    }
-    size_t first = e->ids->n;
-    if (new_word(e, s, len)) return -1;
-    /* Where it stands now is remembered, not a copy: text and ids stay to the end. */
-    *seen = (seen_word){(uint32_t)(s - e->text), (uint32_t)len, (uint32_t)first,
-                        (uint32_t)(e->ids->n - first)};
-    return 0;
 }
 
 /* === 7. Encoding, decoding ==================================================================== */
@@ -1005,28 +961,24 @@ int ids_push(id_list *l, int32_t id, dsv4_err *err) {
 
 /* Encode e->text, len bytes of valid UTF-8. */
 static int encode(encoder *e, size_t len) {
-    size_t n_seen = 64, before = e->ids->n;
-    while (n_seen < len / 16 && n_seen < SEEN_SLOTS) n_seen *= 2;
-    e->seen_mask = (uint32_t)(n_seen - 1);
-    e->seen = calloc(n_seen, sizeof *e->seen);
+    size_t before = e->ids->n;
     e->match = pcre2_match_data_create(1, NULL);
     e->limits = pcre2_match_context_create(NULL);
-    int rc = e->seen && e->match && e->limits ? 0 : oom(e->err);
-    if (!rc) {
+    int rc = e->match && e->limits ? 0 : oom(e->err);
+    if (!rc && len > 0) {
         /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s
          * even without a JIT; these limits are far above both. */
         uint32_t steps = len < UINT32_MAX / 8 ? 4u * (uint32_t)len : UINT32_MAX / 2;
         pcre2_set_match_limit(e->limits, 100000u + steps);
         pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
         e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
-        if (len > 0) rc = cut_added(e, 0, e->text, len);
+        rc = cut_added(e, 0, e->text, len);
     }
     if (rc) e->ids->n = before;
     pcre2_match_context_free(e->limits);
     pcre2_match_data_free(e->match);
     free(e->heap);
     free(e->sym);
-    free(e->seen);
     return rc;
 }
 
@@ -1071,11 +1023,8 @@ const char *tok_bytes(const tok *t, int32_t id, size_t *len) {
 }
 
 int32_t tok_special(const tok *t, const char *content) {
-    size_t len = strlen(content);
-    for (size_t i = 0; i < t->n_added; i++)
-        if (t->added[i].len == len && memcmp(t->added[i].s, content, len) == 0)
-            return t->added[i].id;
-    return -1;
+    const named *added = find_named(t->added, t->n_added, content, strlen(content));
+    return added ? added->id : -1;
 }
 
 /* === 8. Writing JSON ==========================================================================
