@@ -623,7 +623,7 @@ struct dsv4_engine {
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
     kv_opts kv_opts;               /* of a session                                              */
-    char note[sizeof(dsv4_err) + 64]; /* on context that is not parked, or empty                   */
+    char note[sizeof(dsv4_err) + 64]; /* on context that is not parked, or empty                */
 };
 
 struct dsv4_session {
@@ -756,8 +756,8 @@ static void plan_token(const dsv4_engine *e, dsv4_plan *p) {
     }
 }
 
-/* KV: all of it in RAM if that takes a quarter of the budget or somebody said so; else that quarter,
- * and the rest to the file. */
+/* KV: all of it in RAM if that takes a quarter of the budget or somebody said so; else that
+ * quarter, and the rest to the file. */
 static int plan_kv(dsv4_engine *e, dsv4_err *err) {
     kv_opts *o = &e->kv_opts;
     dsv4_plan *p = &e->plan;

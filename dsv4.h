@@ -455,13 +455,13 @@ const kv_plan *kv_get_plan(const kv_cache *kv);
 const kv_stats *kv_get_stats(const kv_cache *kv);
 kv_state kv_get_state(const kv_cache *kv, int layer);
 /* Have a layer's rows in place for the next n tokens; valid until kv_ahead() or another kv_begin().
- * entries is NULL where they are in the file and n is 1: then kv_gather() has those wanted.  After -1
- * (a fault of the file) only kv_reset() helps. */
+ * entries is NULL where they are in the file and n is 1: then kv_gather() has those wanted.
+ * After -1 (a fault of the file) only kv_reset() helps. */
 int kv_begin(kv_cache *kv, int layer, int n, kv_layer *out, dsv4_err *err);
 /* n rows behind those that are in. */
 int kv_append(kv_cache *kv, int layer, kv_kind kind, const void *rows, int64_t n, dsv4_err *err);
-/* *rows = rows idx[0..count-1] of a layer's entries (idx NULL: 0, 1, ...), one behind the other, valid
- * until the next call; count <= index_topk. */
+/* *rows = rows idx[0..count-1] of a layer's entries (idx NULL: 0, 1, ...), one behind the other,
+ * valid until the next call; count <= index_topk. */
 int kv_gather(kv_cache *kv, int layer, const int32_t *idx, int count, const void **rows,
               dsv4_err *err);
 /* What was appended since kv_begin() goes to the file; it is not waited for. */
@@ -529,22 +529,23 @@ int park_list(park *p, bool verify, park_fn each, void *arg, dsv4_err *err);
 int park_remove(park *p, const char *name, dsv4_err *err);
 
 /* What a session parks of itself and begins with.  All need opts.park. */
-/* Copy a layer's state at position pos, a multiple of SEGMENT_TOKENS, into the mark of that segment's
- * end [kv_mark_bytes()], while the layer stands there. */
+/* Copy a layer's state at position pos, a multiple of SEGMENT_TOKENS, into the mark of that
+ * segment's end [kv_mark_bytes()], while the layer stands there. */
 uint64_t kv_mark_bytes(const dsv4_config *cfg, const kv_opts *o);
 void kv_mark(const kv_cache *kv, int layer, int64_t pos, uint8_t *mark);
-/* Park the segments that end in (pos0, pos1]; their marks lie one behind the other; tokens are all of
- * the context, [pos1].  On -1 some are not parked; nothing else is wrong. */
+/* Park the segments that end in (pos0, pos1]; their marks lie one behind the other; tokens are all
+ * of the context, [pos1].  On -1 some are not parked; nothing else is wrong. */
 int kv_park(kv_cache *kv, const int32_t *tokens, int64_t pos0, int64_t pos1, uint8_t *marks,
             dsv4_err *err);
-/* Begin with the longest parked prefix of tokens [n], of which at least one is left to do; returns the
- * position, a multiple of SEGMENT_TOKENS, or -1 (only kv_reset() helps). */
+/* Begin with the longest parked prefix of tokens [n], of which at least one is left to do; returns
+ * the position, a multiple of SEGMENT_TOKENS, or -1 (only kv_reset() helps). */
 int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, dsv4_err *err);
-/* Save where the session stands, at position pos, under a name; with `extra` bytes of the caller's. */
+/* Save where the session stands, at position pos, under a name, with `extra` of the caller's. */
 int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
             dsv4_err *err);
-/* Go on from there: returns the position, n if nothing was lost meanwhile, else less: then tokens from
- * there on are to be put in again.  The caller frees *tokens [*n] and extra->data, unless -1. */
+/* Go on from there: returns the position, n if nothing was lost meanwhile, else less: then tokens
+ * from there on are to be put in again.  The caller frees *tokens [*n] and extra->data, but for
+ * -1. */
 int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, park_frame *extra,
                 dsv4_err *err);
 
@@ -734,8 +735,8 @@ const kv_stats *session_kv_stats(const dsv4_session *s);
 /* Put n tokens (1 <= n <= plan.span) through the model at the session's position.  One token
  * after a prompt is decode; there is one path for both.  After -1 the session must be reset. */
 int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err);
-/* Begin anew with the longest parked prefix of tokens [n]; returns the position: tokens from there on
- * are to be put in, at least one.  0 without opts.park. */
+/* Begin anew with the longest parked prefix of tokens [n]; returns the position: tokens from there
+ * on are to be put in, at least one.  0 without opts.park. */
 int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, dsv4_err *err);
 /* Save where the session stands under a name, and go on from there (kv_save(), kv_load()). */
 int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *err);

@@ -163,8 +163,9 @@ static void lay_out(kv_cache *kv, arena *a, bool index_in_file, bool entries_in_
         for (int k = 0; k < KV_KINDS; k++) {
             bool in_file = r[k].stage == STAGE_ENTRIES ? entries_in_file : index_in_file;
             if (r[k].max) take_rows(kv, &r[k], a, in_file, &stage[r[k].stage]);
-            if (r[k].max && in_file) parked += (uint64_t)(SEGMENT_TOKENS / ratio + 1) * r[k].row_bytes;
             if (r[k].max) p->token_bytes += (double)r[k].row_bytes / ratio;
+            if (r[k].max && in_file)
+                parked += (uint64_t)(SEGMENT_TOKENS / ratio + 1) * r[k].row_bytes;
             rows[r[k].stage] += (uint64_t)r[k].max * r[k].row_bytes;
             if (kv->rows) kv->rows[l][k] = r[k];
         }
@@ -210,8 +211,8 @@ int kv_plan_make(kv_plan *p, const dsv4_config *cfg, const kv_opts *o, dsv4_err 
                     (double)p->least / (1 << 20) + 1);
     if (p->file && !o->dir)
         return fail(err, "--kv-ram %.0fM holds not all of a context of %lld tokens and there is no "
-                    "place for the rest: name a directory with --kv-dir", (double)o->ram / (1 << 20),
-                    (long long)o->ctx);
+                    "place for the rest: name a directory with --kv-dir",
+                    (double)o->ram / (1 << 20), (long long)o->ctx);
     return 0;
 }
 
@@ -899,12 +900,12 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
 
 /* === 4. A session's parked context ============================================================
  * A segment's frames: entries and keys of each block, then one of all states at its end.  A saved
- * session has the rows behind its last segment, the states where it stands, and the caller's own. */
+ * session has the rows behind its last segment, the states where it stands, the caller's own.   */
 
 typedef enum { MOVE_COUNT, MOVE_SAVE, MOVE_LOAD } move_mode;
 
-/* Move what a layer carries beyond its rows, between its rings at position pos and `at`: the window,
- * and the tokens that its compressors want once more.  Returns its bytes, which pos decides. */
+/* Move what a layer carries beyond its rows, between its rings at position pos and `at`: the
+ * window, and the tokens that its compressors want once more.  Returns its bytes: pos decides. */
 static uint64_t state_move(const kv_cache *kv, int layer, int64_t pos, uint8_t *at,
                            move_mode mode) {
     const dsv4_config *c = kv->cfg;

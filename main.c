@@ -533,7 +533,7 @@ static int score_rows(model *m, const id_list *ids, scores *sc, int n, dsv4_err 
 }
 
 /* Put ids from `from` on through the model, a span at a time, those from `decode_from` on one by
- * one; `sc` (NULL: not wanted) scores them.  From 0 on, what is parked of them is not read again. */
+ * one; `sc` (NULL: not wanted) scores them.  From 0 on, what is parked is not read again. */
 static int feed(model *m, const id_list *ids, size_t from, size_t decode_from, scores *sc,
                 dsv4_err *err) {
     size_t span = (size_t)engine_plan(m->e)->span;
@@ -1294,13 +1294,14 @@ static bound decode_bound(const survey *v) {
     return b;
 }
 
-/* A prompt of ctx tokens: every expert is read once a span; KV in the file is written once, and read
- * again by each span that comes after. */
+/* A prompt of ctx tokens: every expert is read once a span; KV in the file is written once, and
+ * read again by each span that comes after. */
 static bound prefill_bound(const survey *v) {
     const dsv4_plan *p = v->p;
     double n = (double)v->ctx, spans = ceil(n / p->span), dense = spans * (double)p->token_dense;
     double experts = spans * p->n_experts_total * (double)p->slot_bytes;
-    bound b = {.tokens = n, .disk_bytes = experts + (double)p->kv_plan.file * (1 + (spans - 1) / 2)};
+    double kv = (double)p->kv_plan.file * (1 + (spans - 1) / 2);
+    bound b = {.tokens = n, .disk_bytes = experts + kv};
     if (p->streamed) b.disk_bytes += dense;
     b.memory = (experts + dense) / v->r.exec.read_bytes_s;
     b.compute = n * ((double)p->token_macs + attention_macs(v->cfg, n / 2)) / v->r.exec.macs_s;
@@ -1371,7 +1372,8 @@ static int write_survey(const survey *v, dsv4_err *err) {
     const disk_info *d = &v->disk;
     const fact facts[] = {
         S("model", v->cfg->name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
-        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes), N("kv_file", p->kv_plan.file), N("dense", p->dense),
+        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes),
+        N("kv_file", p->kv_plan.file), N("dense", p->dense),
         N("buffers", p->work), N("slots", p->slots), N("slot_bytes", p->slot_bytes),
         N("experts", v->experts), N("token_bytes", p->token_dense + p->token_experts),
         N("n_slots", p->n_slots), N("n_experts", p->n_experts_total), N("span", p->span),

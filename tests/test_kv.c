@@ -99,7 +99,7 @@ static int turn(rig *r, int l, int n, dsv4_err *err) {
         if (rows->max && kv_append(r->kv, l, (kv_kind)k, fresh, more, err)) return -1;
         *have += more;
         const uint8_t *all = k == KV_KEYS ? at.keys : at.entries;
-        if (rows->max && (k == KV_KEYS || ratio != 4 || n > 1)) CHECK(all, "layer %d has no rows", l);
+        if (rows->max && (k == KV_KEYS || ratio != 4 || n > 1)) CHECK(all, "layer %d: none", l);
         if (all && rows->max) CHECK(same(r, l, k, 0, *have, all), "layer %d kind %d", l, k);
     }
     err->msg[0] = 0;
@@ -142,8 +142,8 @@ static kv_plan plan_of(uint64_t ram) {
     return p;
 }
 
-/* Goal: what was appended is there, bit by bit, wherever it lies, in any order of spans; twice, since
- * a reset must leave nothing. */
+/* Goal: what was appended is there, bit by bit, wherever it lies, in any order of spans; twice,
+ * since a reset must leave nothing. */
 static void test_kv_rows_are_the_same_wherever_they_lie(void) {
     kv_plan all = plan_of(0);
     const uint64_t ram[] = {0, all.least, all.least + all.index, all.ram - 1};
@@ -164,7 +164,7 @@ static void test_kv_rows_are_the_same_wherever_they_lie(void) {
     }
 }
 
-/* Goal: a token reads the blocks that its choice names, once; what is in a frame is not read again. */
+/* Goal: a token reads the blocks that its choice names, once; what a frame has, never again. */
 static void test_kv_gather_reads_only_what_is_chosen(void) {
     rig r;
     dsv4_err err;
@@ -175,7 +175,8 @@ static void test_kv_gather_reads_only_what_is_chosen(void) {
     size_t row = r.kv->rows[1][KV_ENTRIES].row_bytes, blocks = 0;
     for (size_t b = 0; b < CTX / 4 * row / BLOCK; b++)
         for (int i = 0; i < 5; i++)
-            if ((size_t)idx[i] * row / BLOCK <= b && ((size_t)(idx[i] + 1) * row - 1) / BLOCK >= b) {
+            if ((size_t)idx[i] * row / BLOCK <= b &&
+                ((size_t)(idx[i] + 1) * row - 1) / BLOCK >= b) {
                 blocks++;
                 break;
             }
