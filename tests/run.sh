@@ -28,6 +28,7 @@ try "$build/test_model"
 try $venv tests/test_ref.py
 try $venv tests/test_tokenizer.py "$build/tokenize"
 try $venv tests/test_cli.py "$dsv4" "$build/mkmodel"
+try $venv tests/test_long.py "$dsv4" "$build/mkmodel"
 try $venv tests/test_terminal.py "$dsv4" "$build/mkmodel"
 try $venv tests/cachesim.py --selftest
 passed=$(grep -c '^ok ' "$log")

@@ -205,5 +205,68 @@ def kv_that_cannot_fit_is_refused_with_the_numbers():
     refuses("no-such", *line, "--ctx", CTX, "--kv-ram", least(), "--kv-dir", "/proc/no-such")
 
 
+def chat(lines, *flags):
+    """The answers to piped lines, and what was said beside them."""
+    out, err = dsv4("chat", "-m", model(), "--temp", 0, "-n", 6, "--no-think", "--ram", "256M",
+                    "--ctx", CTX, *flags, stdin="".join(s + "\n" for s in lines).encode())
+    return out, err
+
+
+@test
+def a_saved_conversation_goes_on_as_if_it_had_not_stopped():
+    kv = ("--kv-dir", os.path.join(TMP, "kv-f"))
+    text = " ".join(str(i) for i in range(9000))         # more than one segment
+    book = os.path.join(TMP, "book.txt")
+    open(book, "w").write(text)
+    whole, _ = chat([f"/file {book}", "what is this?", "and then?", "why?"], "--no-cache")
+    _, said = chat([f"/file {book}", "what is this?", "/save one", "and then?", "/save two"], *kv)
+    need("saved one" in said and "saved two" in said, said)
+    for name, rest in (("one", ["and then?", "why?"]), ("two", ["why?"])):
+        out, said = chat([f"/load {name}", *rest], *kv)
+        need(f"loaded {name}" in said and "reused" not in said, said)
+        need(whole.endswith(out) and out, f"after {name}: {out!r} and not {whole!r}")
+        s = os.path.join(TMP, "loaded.json")
+        chat([f"/load {name}", *rest], *kv, "--stats", s)
+        need(json.load(open(s))["tokens"]["prefill"] < 100, "the book was read again")
+    for path in segments("kv-f"):                        # then only the tokens are left
+        os.remove(path)
+    out, said = chat(["/load two", "why?"], *kv)
+    need("loaded two: 0 of" in said and whole.endswith(out), said)
+    p = subprocess.run([DSV4, "chat", "-m", model(), "--ram", "256M", *kv], capture_output=True,
+                       input=b"/save\n/save a/b\n/load nobody\n/save empty\n")
+    said = p.stderr.decode()
+    need(p.returncode == 1 and "there is no session nobody" in said and "nothing to save" in said,
+         said)
+
+
+@test
+def sessions_are_listed_verified_and_removed():
+    folder = os.path.join(TMP, "kv-g")
+    kv = ("--kv-dir", folder)
+    answer(tokens(9000, 10), *kv)
+    out, _ = dsv4("sessions", "list", *kv)
+    need(out.decode().count("4,096 - 8,192") == 1 and b"2 files" in out, out.decode())
+    out, _ = dsv4("sessions", "verify", *kv)
+    need(out.startswith(b"2 files") and b"all read" in out, out.decode())
+    path = in_order("kv-g")[1]
+    data = bytearray(open(path, "rb").read())
+    data[-9] ^= 1
+    open(path, "wb").write(data)
+    p = subprocess.run([DSV4, "sessions", "verify", *kv], capture_output=True)
+    need(p.returncode == 1 and b"1 of 2 files were damaged" in p.stderr, p.stderr.decode())
+    need(not os.path.exists(path), "a damaged segment is still there")
+    name = os.path.basename(segments("kv-g")[0])[:-4]
+    dsv4("sessions", "rm", name, *kv)
+    need(not segments("kv-g"), "it is still there")
+    refuses(name, "sessions", "rm", name, *kv)
+    refuses("needs list", "sessions", code=2)
+    refuses("needs list", "sessions", "rm", code=2)
+    refuses("one too many", "sessions", "list", "x", code=2)
+    answer(tokens(30_000, 11), *kv, "--kv-disk", "3M")
+    size = sum(os.path.getsize(p) for p in segments("kv-g"))
+    need(0 < size <= 3 << 20, f"--kv-disk 3M holds {size} bytes")
+    need("reused 4,096" in answer(tokens(4100, 11), *kv)[1], "the first tokens went first")
+
+
 if __name__ == "__main__":
     sys.exit(run("long"))
