@@ -418,8 +418,8 @@ void park_close(park *p);
 park_key park_next(park_key before, const int32_t *tokens, int n);
 bool park_has(const park *p, park_key key);
 /* Write a file: name NULL is the segment info->key, else session `name`.  frames [info->n_frames].
- * Writes a temporary file, fsyncs it, renames it.  A segment that is there already is left.  -1 also
- * where the budget could only be kept at the cost of segments that this file continues. */
+ * Writes a temporary file, fsyncs it, renames it.  A segment that is there already is left.  -1
+ * also where the budget could only be kept at the cost of segments that this file continues. */
 int park_put(park *p, const char *name, const park_info *info, const int32_t *tokens,
              const park_frame *frames, dsv4_err *err);
 /* Read frames into frames[i].data (NULL: skip it); frames[i].bytes must be the file's, and key,
