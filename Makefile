@@ -4,6 +4,7 @@
 # make goldens   regenerate our own goldens      make flash    Flash's widths, 4 layers, 16 GB
 # make install PREFIX=/usr/local                 make clean
 # make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
+# make stress    200 writers killed, processes that share a directory for longer (1 minute)
 
 CC      ?= gcc
 PREFIX  ?= /usr/local
@@ -105,6 +106,10 @@ bench:
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/bench
 	@$(VENV) tests/bench.py $(B)/bench ./$(BIN) $(B)/mkmodel
 
+stress: deps
+	@$(MAKE) --no-print-directory $(B)/test_park
+	@$(B)/test_park 200
+
 install: $(BIN)
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dsv4
@@ -116,5 +121,5 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps demo test fuzz goldens flash bench install clean
+.PHONY: all deps demo test fuzz goldens flash bench stress install clean
 .DELETE_ON_ERROR:

@@ -490,8 +490,9 @@ typedef struct {                   /* what a file says of itself                
 } park_info;
 typedef struct { void *data; size_t bytes; } park_frame;
 
-/* `dir` is made where it is missing.  budget: bytes that park_put() keeps it under by removing the
- * segments that were used least recently (sessions stay); 0: no limit. */
+/* `dir` is made where it is missing; what killed writers left in it is removed.  budget: bytes that
+ * park_put() keeps it under by removing the segments that were used least recently, of a chain the
+ * last one first (sessions stay); 0: no limit.  One thread at a time may use a park. */
 int park_open(park **out, const char *dir, uint64_t budget, dsv4_err *err);
 void park_close(park *p);
 /* XXH3-128 of `before` and the ids: the key of what comes behind `before`.  The first `before` is
@@ -499,12 +500,13 @@ void park_close(park *p);
 park_key park_next(park_key before, const int32_t *tokens, int n);
 bool park_has(const park *p, park_key key);
 /* Write a file: name NULL is the segment info->key, else session `name`.  frames [info->n_frames].
- * Writes a temporary file, fsyncs it, renames it.  A segment that is there already is left. */
+ * Writes a temporary file, fsyncs it, renames it.  A segment that is there already is left.  -1
+ * also where the budget could only be kept at the cost of segments that this file continues. */
 int park_put(park *p, const char *name, const park_info *info, const int32_t *tokens,
              const park_frame *frames, dsv4_err *err);
 /* Read frames into frames[i].data (NULL: skip it); frames[i].bytes must be the file's, and key,
- * tokens and n_tokens those of info, else it is foreign.  1: all are in; 0: there is none, or it
- * was damaged and is removed (a line in err->msg; data is garbage then).  Marks it as used. */
+ * tokens and n_tokens those of info, else it is foreign.  1: all are in; 0: there is none, or, with
+ * a line in err->msg, it was damaged and is removed (data is garbage then).  Marks it as used. */
 int park_get(park *p, const park_info *info, const int32_t *tokens, park_frame *frames,
              dsv4_err *err);
 /* A session by name: info, its tokens [info->n_tokens] (check them: an id may be any number) and

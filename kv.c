@@ -522,7 +522,7 @@ static park_kind kind_of(const char *file) {
         return PARK_SEGMENT;
     for (size_t i = 0; i < n; i++)
         if (file[i] == '/' || iscntrl((unsigned char)file[i])) return PARK_OTHER;
-    bool session = !strcmp(end, ".session") && n > 0 && n <= PARK_NAME && file[0] != '.';
+    bool session = !strcmp(end, ".session") && n <= PARK_NAME && file[0] != '.';
     return session ? PARK_SESSION : PARK_OTHER;
 }
 
@@ -562,18 +562,19 @@ static int read_header(park *p, int fd, dsv4_err *err) {
     int n = h->info.n_frames;
     if (h->magic != park_magic || h->version != PARK_VERSION)
         return fail(err, "it is not parked context of format %d", PARK_VERSION);
-    if (n < 0 || n > PARK_FRAMES || size < header_bytes(n) || h->hash != header_hash(h))
+    if (n < 0 || n > PARK_FRAMES || h->hash != header_hash(h))
         return fail(err, "its header is damaged");
     end = header_bytes(n);
-    for (int i = 0; i <= n; i++) {
+    for (int i = 0; i <= n; i++) { /* no sum can wrap: none is above PARK_BYTES and a header    */
         const park_slice *f = &h->frame[i];
-        if (f->stored > f->bytes || f->bytes > PARK_BYTES - bytes || f->stored > size - end)
-            return fail(err, "frame %d does not fit", i);
+        if (f->stored > f->bytes || f->bytes > PARK_BYTES - bytes)
+            return fail(err, "the size of frame %d is absurd", i);
         end += f->stored;
         bytes += f->bytes;
     }
     p->block = (size_t)bytes + ((size_t)n + 1) * PARK_ALIGN;
-    if (end != size || h->info.n_tokens < 0 || h->info.pos < 0 || h->info.model[MAX_NAME - 1] ||
+    if (end != size) return fail(err, "it is cut, or longer than it should be");
+    if (h->info.pos < 0 || h->info.model[MAX_NAME - 1] ||
         h->frame[0].bytes != (uint64_t)h->info.n_tokens * sizeof(int32_t))
         return fail(err, "its header contradicts itself");
     for (char *c = h->info.model; *c; c++)         /* it will be printed */
@@ -802,9 +803,11 @@ static void mark_chain(park *p, park_key key) {
     char file[MAX_NAME];
     dsv4_err ignored;
     int64_t pos = INT64_MAX;       /* falls, so that no ring of files holds us                  */
-    for (segment_file(file, key); park_take(p, file, NULL, NULL, NULL, &ignored) > 0 &&
-         p->h.info.pos < pos; segment_file(file, p->h.info.before))
+    segment_file(file, key);
+    while (park_take(p, file, NULL, NULL, NULL, &ignored) > 0 && p->h.info.pos < pos) {
         mark_used(p, file, pos = p->h.info.pos);
+        segment_file(file, p->h.info.before);
+    }
 }
 
 /* Keep the budget with `file`, whose part is in the directory already, at the cost of segments; but
@@ -881,7 +884,7 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
     assert(info->n_tokens >= 0 && info->pos >= 0);
     segment_file(file, info->key);
     if (name && session_file(file, name, err)) return -1;
-    if (!name && park_has(p, info->key)) return 0;
+    if (!name && park_has(p, info->key)) return mark_chain(p, info->key), 0;
     int fd = make_part(p, part);
     int rc = fd < 0 || write_file(p, fd, info, tokens, frames) ? -1 : 0, told = 0;
     if (!rc) {

@@ -17,6 +17,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
@@ -220,6 +221,14 @@ static void path_of(char path[PATH_MAX], const char *dir, const sample *s) {
     snprintf(path, PATH_MAX, "%.2000s/%s", dir, file);
 }
 
+static void set_used(park *p, const sample *s, int seconds_ago) {
+    char file[MAX_NAME];
+    struct timespec t[2] = {{.tv_sec = time(NULL) - seconds_ago}};
+    t[1] = t[0];
+    segment_file(file, s->info.key);
+    CHECK(!utimensat(p->dir, file, t, 0), "no file %s", file);
+}
+
 static uint8_t *read_file(const char *path, size_t *n) {
     FILE *f = fopen(path, "rb");
     uint8_t *all = malloc(1 << 20);
@@ -250,7 +259,13 @@ static void test_park_segment_comes_back(void) {
     CHECK(p->h.frame[1].stored == p->h.frame[1].bytes, "a tenth is not worth it");
     CHECK(p->h.frame[2].stored < p->h.frame[2].bytes * 85 / 100, "skewed bytes are packed");
     CHECK(park_has(p, s.info.key) && get(p, &s, &err) == 1, "%s", err.msg);
-    CHECK(put(p, &s, &err) && count_files(dir, ".seg") == 1, "twice is once: %s", err.msg);
+    char path[PATH_MAX];
+    struct stat st, again;
+    path_of(path, dir, &s);
+    set_used(p, &s, 1000);
+    CHECK(!stat(path, &st) && put(p, &s, &err) && !stat(path, &again) && st.st_ino == again.st_ino,
+          "twice is once: %s", err.msg);
+    CHECK(again.st_mtime > st.st_mtime + 900, "and a use of it");
     park_close(p);
     p = must_open(dir, 0);         /* another process */
     CHECK(get(p, &s, &err) == 1, "%s", err.msg);
@@ -465,13 +480,18 @@ static void test_park_headers_are_not_believed(void) {
     uint8_t *file = read_file(path, &n);
     static park_header good, h;
     memcpy(&good, file, header_bytes(N_SAMPLE));
-    for (int way = 0; way < 15; way++) {
+    static const char *const says[] = {
+        "", "header is damaged", "header is damaged", "is cut", "contradicts", "contradicts",
+        "contradicts", "contradicts", "absurd", "absurd", "absurd", "not unpack", "not unpack",
+        "is cut", "absurd", "is cut", "format",
+    };
+    for (int way = 0; way < (int)(sizeof says / sizeof *says); way++) {
         h = good;
         switch (way) {
         case 0: h.info.before.byte[3]++; break;    /* is as good as any */
         case 1: h.info.n_frames = -1; break;
         case 2: h.info.n_frames = PARK_FRAMES + 1; break;
-        case 3: h.info.n_frames = PARK_FRAMES; break;
+        case 3: h.info.n_frames--; break;
         case 4: h.info.n_tokens = -1; break;
         case 5: h.info.n_tokens--; break;
         case 6: h.info.pos = -1; break;
@@ -482,14 +502,16 @@ static void test_park_headers_are_not_believed(void) {
         case 11: h.frame[2].bytes++; break;
         case 12: h.frame[3].bytes--; break;
         case 13: h.frame[1].stored--; break;
-        case 14: h.version++; break;
+        case 14: h.frame[5].bytes = 0; break;
+        case 15: h.frame[4].bytes = h.frame[4].stored = 100; break;
+        case 16: h.version++; break;
         }
-        if (h.info.n_frames >= 0 && h.info.n_frames <= PARK_FRAMES) h.hash = header_hash(&h);
+        if (h.info.n_frames <= PARK_FRAMES) h.hash = header_hash(&h);
         memcpy(file, &h, header_bytes(N_SAMPLE));
         write_bytes(path, file, n);
         int rc = park_load(p, "x", &info, &tokens, frames, &err);
         CHECK(rc == (way ? -1 : 1), "way %d: %d %s", way, rc, err.msg);
-        CHECK(!way || (one_line(&err, "x.session: ") && !tokens), "way %d: %s", way, err.msg);
+        CHECK(!way || (one_line(&err, says[way]) && !tokens), "way %d: %s", way, err.msg);
         free(tokens);
     }
     strcpy(good.info.model, "a\033[2Jb");         /* what is printed cannot move a cursor */
@@ -498,6 +520,10 @@ static void test_park_headers_are_not_believed(void) {
     write_bytes(path, file, n);
     CHECK(park_load(p, "x", &info, &tokens, frames, &err) == 1 && !strcmp(info.model, "a?[2Jb"),
           "%s %s", info.model, err.msg);
+    free(tokens);
+    memset(s.info.model, 'x', MAX_NAME);           /* we do not write what we would not read */
+    CHECK(!park_put(p, "x", &s.info, s.tokens, s.frames, &err) &&
+          park_load(p, "x", &info, &tokens, frames, &err) == 1, "%s", err.msg);
     free(tokens);
     free(file);
     park_close(p);
@@ -531,6 +557,9 @@ static void test_park_foreign_segments(void) {
         CHECK(park_has(p, s.info.key) == (way == 3), "way %d: it is gone", way);
         (void)unlink(path);
     }
+    CHECK(put(p, &s, &err), "%s", err.msg);
+    s.info.n_frames--;             /* no more frames come than there is room for */
+    CHECK(get(p, &s, &err) == 0 && one_line(&err, "another model"), "%s", err.msg);
     CHECK(!mkfifo(path, 0600) && get(p, &s, &err) == 0 && one_line(&err, "regular"), "%s", err.msg);
     CHECK(!mkdir(path, 0700) && get(p, &s, &err) == 0 && one_line(&err, "regular"), "%s", err.msg);
     write_bytes(theirs, "", 0);
@@ -585,6 +614,14 @@ static void test_park_reading_may_fail(void) {
               nth, err.msg);
     }
     CHECK(rc == 1 && nth == 7, "header, 5 frames that are not empty; %d", nth);
+    struct rlimit was, none = {0};
+    CHECK(!getrlimit(RLIMIT_NOFILE, &was), "getrlimit");
+    none.rlim_max = was.rlim_max;
+    CHECK(!setrlimit(RLIMIT_NOFILE, &none), "setrlimit");
+    rc = get(p, &s, &err);
+    CHECK(!setrlimit(RLIMIT_NOFILE, &was), "setrlimit");
+    CHECK(rc == 0 && one_line(&err, strerror(EMFILE)) && get(p, &s, &err) == 1,
+          "what could not be opened is not damaged: %s", err.msg);
     park_close(p);
     remove_tree(dir);
 }
@@ -657,14 +694,6 @@ static void test_park_open_makes_or_says(void) {
 }
 
 /* === 5. The directory ========================================================================= */
-
-static void set_used(park *p, const sample *s, int seconds_ago) {
-    char file[MAX_NAME];
-    struct timespec t[2] = {{.tv_sec = time(NULL) - seconds_ago}};
-    t[1] = t[0];
-    segment_file(file, s->info.key);
-    CHECK(!utimensat(p->dir, file, t, 0), "no file %s", file);
-}
 
 static uint64_t file_bytes(const char *path) {
     struct stat st;
@@ -813,6 +842,10 @@ static void test_park_list(void) {
     CHECK(!park_put(p, "talk", &s[1].info, s[1].tokens, s[1].frames, &err), "%s", err.msg);
     set_used(p, &s[0], 100);
     set_used(p, &s[1], 200);
+    snprintf(path, sizeof path, "%.2000s/.dsv4-1-2.part", dir);
+    write_bytes(path, "half", 4);
+    int part = open(path, O_RDWR);
+    CHECK(part >= 0 && !flock(part, LOCK_EX), "lock");
     seen all = {0}, some = {.stop_at = 2}, bad = {0}, left = {0};
     CHECK(!park_list(p, false, see, &all, &err) && all.n == 3 && !all.faults, "%s", err.msg);
     CHECK(all.e[0].session && !strcmp(all.name[0], "talk") && all.e[0].info.n_tokens == 9 &&
@@ -832,6 +865,7 @@ static void test_park_list(void) {
     CHECK(!park_list(p, true, see, &bad, &err) && bad.n == 3 && bad.faults == 1 &&
           strstr(bad.fault, "frame 5 is damaged"), "%d %s", bad.faults, bad.fault);
     CHECK(!park_has(p, s[0].info.key), "it is gone");
+    close(part);
     park_close(p);
     remove_tree(dir);
 }
@@ -879,7 +913,7 @@ static void test_park_killed_writers(void) {
         if (all.n > most) most = all.n;
         park_close(p);
     }
-    CHECK(most > n_kills / 4 && left > n_kills / 4, "writers were killed too soon");
+    CHECK(most > 5 && left > n_kills / 4, "killed too soon: %d files, %d parts", most, left);
     NOTE("%d killed, %d of them left a part", n_kills, left);
     remove_tree(dir);
 }
