@@ -546,8 +546,8 @@ int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, dsv4_err *err)
 int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
             dsv4_err *err);
 /* Go on from there: returns the position, n if nothing was lost meanwhile, else less: then tokens
- * from there on are to be put in again.  The caller frees *tokens [*n] and extra->data, but for
- * -1. */
+ * from there on are to be put in again.  The caller frees *tokens [*n], unless -1; extra->data lies
+ * behind them in the same block. */
 int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, park_frame *extra,
                 dsv4_err *err);
 

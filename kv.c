@@ -1105,8 +1105,6 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
         else if ((pos = kv_resume(kv, *tokens, info.pos + 1, err)) == info.pos)
             pos = tail_accept(kv, pos, *n, frame, err) ? -1 : *n;
     }
-    for (int i = 0; i <= last; i++)
-        if (i < last || pos < 0) free(frame[i].data);
     if (pos < 0) free(*tokens);
     else *extra = frame[last];
     return pos;

@@ -928,7 +928,7 @@ static int set_effort(chat *c, const char *level, dsv4_err *err) {
 /* What is not in the KV: the conversation as messages. */
 static int chat_save(chat *c, const char *name, dsv4_err *err) {
     if (session_pos(c->m.s) == 0) return fail(err, "there is nothing to save yet");
-    json_t *root = json_pack("{s:O, s:b, s:s, s:s?}", "messages", c->messages, "think", c->think,
+    json_t *root = json_pack("{s:O, s:b, s:s, s:s*}", "messages", c->messages, "think", c->think,
                              "effort", c->effort, "system", c->system);
     char *all = json_dumps(root, JSON_COMPACT);
     int rc = all ? session_save(c->m.s, name, (park_frame){all, strlen(all)}, err)
@@ -955,7 +955,7 @@ static int chat_load(chat *c, const char *name, dsv4_err *err) {
     free(c->fed.id);
     c->fed = (id_list){.id = tokens, .n = (size_t)pos, .cap = (size_t)n};
     json_t *root = json_loadb(saved.data, saved.bytes, 0, NULL);
-    int rc = json_unpack(root, "{s:o, s:b, s:s, s:s?}", "messages", &messages, "think", &think,
+    int rc = json_unpack(root, "{s:o, s:b, s:s, s?s}", "messages", &messages, "think", &think,
                          "effort", &effort, "system", &system)
                  ? fail(err, "session %s holds no conversation", name) : 0;
     if (rc == 0) {
@@ -968,7 +968,6 @@ static int chat_load(chat *c, const char *name, dsv4_err *err) {
         fprintf(stderr, "loaded %s: %s of %s tokens\n", name, grouped(pos).text,
                 grouped(n).text);
     }
-    free(saved.data);
     json_decref(root);
     return rc;
 }

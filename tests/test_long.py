@@ -215,7 +215,7 @@ def chat(lines, *flags):
 @test
 def a_saved_conversation_goes_on_as_if_it_had_not_stopped():
     kv = ("--kv-dir", os.path.join(TMP, "kv-f"))
-    text = " ".join(str(i) for i in range(9000))         # more than one segment
+    text = " ".join(str(i) for i in range(5000))         # more than one segment
     book = os.path.join(TMP, "book.txt")
     open(book, "w").write(text)
     whole, _ = chat([f"/file {book}", "what is this?", "and then?", "why?"], "--no-cache")
