@@ -896,7 +896,7 @@ enum {
     SCORE_HEADS = 16,              /* heads decoded at once                                     */
 };
 
-typedef struct { u8x32 u[8]; f32x8 scale; } key_block;       /* a quarter of each key's scale   */
+typedef struct { u8x32 u[8]; f32x8 scale; } key_block;       /* 32 dims of eight keys           */
 typedef struct { int32_t q[8], offset; float scale; } head_block; /* offset: in the low 16 bits */
 
 typedef struct { float *scores; const dsv4_index *in; int n; size_t row; } index_args;
@@ -950,7 +950,7 @@ static void key_decode(key_block *k, const uint8_t *rows, size_t row, int d, int
         k->u[4 + i] = e2m1_twice((u8x32)(pairs >> 4 & 0x0f0f0f0f));
     }
     u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22; /* which mean 2^-127 and NaN */
-    k->scale = (f32x8)(code << 23 | ends) * splat8(0.25f);
+    k->scale = (f32x8)(code << 23 | ends);
 }
 
 /* Block b of a head's row. */
@@ -993,8 +993,8 @@ static void score_token(float *scores, const dsv4_index *in, const key_block *ke
             for (int b = 0; b < n_blocks; b++)
                 score_block(sum, &keys[k * n_blocks + b], head + b, n_blocks, n_now);
             for (int h = 0; h < n_now; h++)
-                total[k] = fma8(splat8(in->w[h0 + h] * in->w_scale), max8(sum[h], splat8(0)),
-                                total[k]);
+                total[k] = fma8(splat8(in->w[h0 + h] * (in->w_scale / 4)),
+                                max8(sum[h], splat8(0)), total[k]);
         }
     }
     memcpy(scores, total, (size_t)n * sizeof *scores);
