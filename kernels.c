@@ -412,8 +412,8 @@ typedef struct {                   /* arguments of these operations; each sets w
     const float *x, *w;
     uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
     const uint8_t *from, *from_scale; /* the same, read                                         */
-    uint8_t *rows;                 /* [n] rows of KV                                            */
-    int d, block, copies, rope_dim;
+    uint8_t *rows;                 /* [n] index rows                                            */
+    int d, block, copies;
     float eps, limit;
     bool packed;
 } row_args;
@@ -468,18 +468,10 @@ static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, 
                                           .block = 128});
 }
 
-static void kv_round_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    size_t bytes = kv_row_bytes(a->d, a->rope_dim, a->packed);
-    ops_ref.kv_round(a->rows + (size_t)t * bytes, a->x + t * a->d, 1, a->d, a->rope_dim, a->packed,
-                     NULL);
-}
-
-/* Differs: the reference, row by row. */
+/* Differs: nothing; a token has one row. */
 static void kv_round_cpu(void *rows, const float *x, int n, int head_dim, int rope_dim,
                          bool packed, dsv4_exec *ex) {
-    for_rows(ex, n, kv_round_row, (row_args){.rows = rows, .x = x, .d = head_dim,
-                                             .rope_dim = rope_dim, .packed = packed});
+    ops_ref.kv_round(rows, x, n, head_dim, rope_dim, packed, ex);
 }
 
 static void act_values_row(const void *arg, int64_t t) {
