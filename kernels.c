@@ -412,8 +412,8 @@ typedef struct {                   /* arguments of these operations; each sets w
     const float *x, *w;
     uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
     const uint8_t *from, *from_scale; /* the same, read                                         */
-    uint8_t *rows;                 /* [n] rows of KV                                            */
-    int d, block, copies, rope_dim;
+    uint8_t *rows;                 /* [n] index rows                                            */
+    int d, block, copies;
     float eps, limit;
     bool packed;
 } row_args;
@@ -468,18 +468,10 @@ static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, 
                                           .block = 128});
 }
 
-static void kv_round_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    size_t bytes = kv_row_bytes(a->d, a->rope_dim, a->packed);
-    ops_ref.kv_round(a->rows + (size_t)t * bytes, a->x + t * a->d, 1, a->d, a->rope_dim, a->packed,
-                     NULL);
-}
-
-/* Differs: the reference, row by row. */
+/* Differs: nothing; a token has one row. */
 static void kv_round_cpu(void *rows, const float *x, int n, int head_dim, int rope_dim,
                          bool packed, dsv4_exec *ex) {
-    for_rows(ex, n, kv_round_row, (row_args){.rows = rows, .x = x, .d = head_dim,
-                                             .rope_dim = rope_dim, .packed = packed});
+    ops_ref.kv_round(rows, x, n, head_dim, rope_dim, packed, ex);
 }
 
 static void act_values_row(const void *arg, int64_t t) {
@@ -896,7 +888,7 @@ enum {
     SCORE_HEADS = 16,              /* heads decoded at once                                     */
 };
 
-typedef struct { u8x32 u[8]; f32x8 scale; } key_block;       /* a quarter of each key's scale   */
+typedef struct { u8x32 u[8]; f32x8 scale; } key_block;       /* 32 dims of eight keys           */
 typedef struct { int32_t q[8], offset; float scale; } head_block; /* offset: in the low 16 bits */
 
 typedef struct { float *scores; const dsv4_index *in; int n; size_t row; } index_args;
@@ -950,7 +942,7 @@ static void key_decode(key_block *k, const uint8_t *rows, size_t row, int d, int
         k->u[4 + i] = e2m1_twice((u8x32)(pairs >> 4 & 0x0f0f0f0f));
     }
     u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22; /* which mean 2^-127 and NaN */
-    k->scale = (f32x8)(code << 23 | ends) * splat8(0.25f);
+    k->scale = (f32x8)(code << 23 | ends);
 }
 
 /* Block b of a head's row. */
@@ -993,8 +985,8 @@ static void score_token(float *scores, const dsv4_index *in, const key_block *ke
             for (int b = 0; b < n_blocks; b++)
                 score_block(sum, &keys[k * n_blocks + b], head + b, n_blocks, n_now);
             for (int h = 0; h < n_now; h++)
-                total[k] = fma8(splat8(in->w[h0 + h] * in->w_scale), max8(sum[h], splat8(0)),
-                                total[k]);
+                total[k] = fma8(splat8(in->w[h0 + h] * (in->w_scale / 4)),
+                                max8(sum[h], splat8(0)), total[k]);
         }
     }
     memcpy(scores, total, (size_t)n * sizeof *scores);

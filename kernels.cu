@@ -445,18 +445,18 @@ static void compress_ref(float *entries, const dsv4_compress *in, int64_t g0, in
  * in   see dsv4_index
  * req  packed: d % 32 == 0
  *
- * Packed: BIT-DEFINED.  All in F32; a product of blocks of 32 dims b, ascending from +0:
- *   dot   = fma(sum_b * key_scale, q_scale, dot), sum_b = sum of e2m1 * e2m1, which is exact;
- *           key_scale and q_scale e8m0
- *   score = fma(w * w_scale, dot > 0 ? dot : 0, score), h ascending from +0                      */
+ * Packed: BIT-DEFINED.  In F32, over blocks b of 32 dims ascending, then over h ascending, from +0:
+ *   sum_b = sum over 32 dims of (2 * e2m1) * (2 * e2m1), an exact integer
+ *   dot   = fma(sum_b * key_scale, q_scale, dot), scales e8m0
+ *   score = fma(w * (w_scale / 4), dot > 0 ? dot : 0, score)                                     */
 static float index_dot_ref(const uint8_t *q, const uint8_t *k, int d) {
     float dot = 0;
     for (int b = 0; b < d / 32; b++) {
-        int32_t sum = 0;                                     /* of 4 times the products */
+        int32_t sum = 0;
         for (int i = 16 * b; i < 16 * b + 16; i++)
             sum += e2m1_int(q[i] & 15) * e2m1_int(k[i] & 15)
                  + e2m1_int(q[i] >> 4) * e2m1_int(k[i] >> 4);
-        dot = fmaf((float)sum / 4 * e8m0_to_f32(k[d / 2 + b]), e8m0_to_f32(q[d / 2 + b]), dot);
+        dot = fmaf((float)sum * e8m0_to_f32(k[d / 2 + b]), e8m0_to_f32(q[d / 2 + b]), dot);
     }
     return dot;
 }
@@ -476,7 +476,7 @@ static void index_scores_ref(float *scores, const dsv4_index *in, int n, dsv4_ex
                 const uint8_t *k = (const uint8_t *)in->keys + (size_t)e * bytes;
                 if (in->packed) {
                     float dot = index_dot_ref(q, k, in->d);
-                    score = fmaf(in->w[head] * in->w_scale, dot > 0 ? dot : 0, score);
+                    score = fmaf(in->w[head] * (in->w_scale / 4), dot > 0 ? dot : 0, score);
                     continue;
                 }
                 double dot = 0;

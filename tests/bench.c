@@ -26,7 +26,7 @@ enum {
     DIM = 4096, INTER = 2048,      /* V4-Flash's experts                                        */
     ROWS = 8192,                   /* of a dense matrix with DIM columns                        */
     GEMM_ROWS = 64,
-    INDEX_HEADS = 64, INDEX_DIM = 128, INDEX_KEYS = 2048, INDEX_TOKENS = 16,
+    INDEX_HEADS = 64, INDEX_DIM = 128, INDEX_KEYS = 1024, INDEX_TOKENS = 8,
     NEAR_DIM = 1024, NEAR_INTER = 640, NEAR_ROWS = 512, /* 1 MB of weights: in L2, or in a small
                                       L2's L3, which no kernel outruns                          */
     IO_ALIGN = 4096, IO_PIECE = 1 << 20, IO_DEPTH = 128, /* as in offload.c                     */
