@@ -1282,12 +1282,10 @@ typedef struct {                   /* of a row of weights, decoded              
 
 static inline size_t n_groups_of(int cols) { return (size_t)(cols + GROUP - 1) / GROUP; }
 
-/* One row of e4m3 codes [cols] and their scales, one for 128 columns. */
-static void pack_row(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
-    memset(x, 0, n_groups_of(cols) * sizeof *x);
+/* One group, or the cols that are left, of e4m3 codes and their scales, one for 128 columns. */
+static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
+    memset(x, 0, sizeof *x);
     for (int b = 0; b < cols / 32; b++) {
-        x_group *g = &x[b / GROUP_BLOCKS];
-        int at = b % GROUP_BLOCKS, lane = at % 2 * 4 + at / 2;
         i32x8 sum = {0};
         for (int k = 0; k < 4; k++) {
             f32x8 value = e4m3_load8(code + 32 * b + 8 * k) * splat8(0x1p64f) * splat8(0x1p65f);
@@ -1296,11 +1294,11 @@ static void pack_row(x_group *x, const uint8_t *code, const uint8_t *scale, int 
             for (int l = 0; l < 3; l++, m /= 64) {
                 i32x8 limb = m % 64;
                 for (int i = 0; i < 8; i++)
-                    g->limb[2 * k + i % 2][l][4 * lane + i / 2] = (uint8_t)limb[i];
+                    x->limb[2 * k + i % 2][l][4 * (b % 2 * 4 + b / 2) + i / 2] = (uint8_t)limb[i];
             }
         }
-        for (int i = 0; i < 8; i++) g->offset[at] += 12 * sum[i];
-        g->exponent[at] = scale[b / 4] - 264 + 127;
+        for (int i = 0; i < 8; i++) x->offset[b] += 12 * sum[i];
+        x->exponent[b] = scale[b / 4] - 264 + 127;
     }
 }
 
@@ -1314,7 +1312,7 @@ void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
     size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g * GROUP_BLOCKS);
     const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
     uint8_t last[128], last_scale[GROUP_BLOCKS];
-    if (r + TILE_ROWS < w->rows) prefetch(src + TILE_ROWS * 16 * row_blocks, GROUP / 2);
+    if (r + TILE_ROWS < w->rows) prefetch(src + (size_t)row_blocks * 16 * TILE_ROWS, GROUP / 2);
     if (n_blocks < GROUP_BLOCKS) {                           /* read no further than the row */
         memset(last, 0, sizeof last), memset(last_scale, 0, sizeof last_scale);
         for (int b = 0; b < GROUP_BLOCKS; b++)               /* a call would empty registers */
@@ -1440,8 +1438,7 @@ static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
 
 typedef struct {
     float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter]; */
-    x_group *x, *a;                /* with roundings on packed x and a, and                     */
-    uint8_t *code;                 /* a's codes and scales;                                     */
+    x_group *x, *a;                /* with roundings on packed x and a;                         */
     float *f32, *out;              /* off, in their place, gathered x and w2's result [dim]     */
     const dsv4_acts *in;
     const int32_t *rows;
@@ -1450,35 +1447,38 @@ typedef struct {
     float limit;
 } expert_args;
 
-static size_t code_bytes(int inter) { return (size_t)inter + scales_of(inter); }
-
 size_t expert_scratch_bytes(int dim, int inter) {
-    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group) + code_bytes(inter);
+    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group);
     size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
 
-/* Item: an x row, packed or as F32. */
-static void expert_gather(const void *arg, int64_t i) {
+/* Item: a group of an x row, packed or as F32. */
+static void expert_gather(const void *arg, int64_t item) {
     const expert_args *e = arg;
-    size_t dim = (size_t)e->dim, row = (size_t)e->rows[i];
+    size_t n = n_groups_of(e->dim), i = (size_t)item / n, c = (size_t)item % n * GROUP;
+    size_t row = (size_t)e->rows[i], at = row * (size_t)e->dim + c;
+    int len = min_int(GROUP, e->dim - (int)c);
     if (e->in->code)
-        pack_row(e->x + (size_t)i * n_groups_of(e->dim), e->in->code + row * dim,
-                 e->in->scale + row * scales_of(e->dim), e->dim);
+        pack_group(e->x + item, e->in->code + at,
+                   e->in->scale + row * scales_of(e->dim) + c / 128, len);
     else
-        memcpy(e->f32 + (size_t)i * dim, e->in->f32 + row * dim, dim * sizeof(float));
+        memcpy(e->f32 + i * (size_t)e->dim + c, e->in->f32 + at, (size_t)len * sizeof(float));
 }
 
-/* Item: a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
-static void expert_activate(const void *arg, int64_t i) {
+/* Item: a group of a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed
+ * for w2. */
+static void expert_activate(const void *arg, int64_t item) {
     const expert_args *e = arg;
-    float *g = e->g + i * e->inter;
-    swiglu_one(g, g, e->u + i * e->inter, e->inter, e->limit);
-    for (int c = 0; c < e->inter; c++) g[c] *= e->weight[i];
+    size_t n = n_groups_of(e->inter), i = (size_t)item / n, c = (size_t)item % n * GROUP;
+    size_t at = i * (size_t)e->inter + c;
+    int len = min_int(GROUP, e->inter - (int)c);
+    uint8_t code[GROUP], scale[GROUP / 128];
+    swiglu_one(e->g + at, e->g + at, e->u + at, len, e->limit);
+    for (int j = 0; j < len; j++) e->g[at + (size_t)j] *= e->weight[i];
     if (!e->in->code) return;
-    uint8_t *code = e->code + (size_t)i * code_bytes(e->inter), *scale = code + e->inter;
-    e4m3_row(NULL, code, scale, g, e->inter, 128);
-    pack_row(e->a + (size_t)i * n_groups_of(e->inter), code, scale, e->inter);
+    e4m3_row(NULL, code, scale, e->g + at, len, 128);
+    pack_group(e->a + item, code, scale, len);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
@@ -1496,17 +1496,17 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     e.out = e.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
     e.x = (x_group *)(void *)e.f32;
     e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
-    e.code = (uint8_t *)(e.a + EXPERT_ROWS * n_groups_of(inter));
-    exec_for(ex, m, 1, expert_gather, &e);
+    int64_t n_x = m * (int64_t)n_groups_of(dim), n_a = m * (int64_t)n_groups_of(inter);
+    exec_for(ex, n_x, grain_for(ex, n_x, 16), expert_gather, &e);
     if (x->code) {
         fp4_run((fp4_args){{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m}, 2, ex);
-        exec_for(ex, m, 1, expert_activate, &e);
+        exec_for(ex, n_a, grain_for(ex, n_a, 16), expert_activate, &e);
         fp4_run((fp4_args){{&w->w2}, {y}, rows, e.a, m}, 1, ex);
         return;
     }
     linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
     linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
-    exec_for(ex, m, 1, expert_activate, &e);
+    exec_for(ex, n_a, grain_for(ex, n_a, 16), expert_activate, &e);
     linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
         add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
