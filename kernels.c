@@ -42,6 +42,7 @@ typedef uint64_t u64x4 __attribute__((vector_size(32)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -93,11 +94,8 @@ static inline void prefetch(const uint8_t *p, size_t bytes) {
  *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
  *   clamp_i8                x between lo and hi
  *   sum8                    the sum of the lanes, always as this tree
- *   u8_load8                eight bytes, as 0..255
- *   bf16_load8, f16_load8   eight numbers, exactly
- *   e4m3_load16             2^-8 of 16 e4m3 numbers: the codes' bits, moved to where F16 has its
- *                           exponent and mantissa, are F16 numbers, subnormals too; a NaN code
- *                           counts as 480 */
+ *   u8_load8, i8_load8      eight bytes, as 0..255 and as -128..127
+ *   bf16_load8, f16_load8   eight numbers, exactly */
 #ifdef __AVX2__
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline f32x8 min8(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
@@ -114,22 +112,15 @@ static inline float sum8(f32x8 v) {
 static inline i32x8 u8_load8(const uint8_t *p) {
     return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
 }
+static inline i32x8 i8_load8(const uint8_t *p) {
+    return (i32x8)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
 static inline f32x8 bf16_load8(const uint16_t *p) {
     __m128i v = _mm_loadu_si128((const __m128i *)p);
     return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16);
 }
 static inline f32x8 f16_load8(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-static inline void e4m3_load16(f32x8 out[2], const uint8_t *p) {
-    const __m256i above = _mm256_setr_epi8(-1, 0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7,
-                                           -1, 8, -1, 9, -1, 10, -1, 11, -1, 12, -1, 13, -1, 14,
-                                           -1, 15);
-    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-    v = _mm256_srai_epi16(_mm256_shuffle_epi8(v, above), 1);
-    v = _mm256_and_si256(v, _mm256_set1_epi16((short)0xbfff));
-    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
-    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
 }
 #else
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
@@ -154,6 +145,7 @@ static inline float sum8(f32x8 v) {
 static inline i32x8 u8_load8(const uint8_t *p) {
     return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
 }
+static inline i32x8 i8_load8(const uint8_t *p) { return (u8_load8(p) ^ 128) - 128; }
 static inline f32x8 bf16_load8(const uint16_t *p) {
     u16x8 v;
     memcpy(&v, p, sizeof v);
@@ -164,12 +156,13 @@ static inline f32x8 f16_load8(const uint16_t *p) {
     for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
     return v;
 }
-static inline void e4m3_load16(f32x8 out[2], const uint8_t *p) {
-    uint16_t half[16];
-    for (int i = 0; i < 16; i++) half[i] = (uint16_t)((p[i] & 127) << 7 | (p[i] & 128) << 8);
-    out[0] = f16_load8(half), out[1] = f16_load8(half + 8);
-}
 #endif
+
+/* 2^-120 of eight e4m3 numbers: their bits, moved to where F32 has its sign, exponent and mantissa,
+ * are F32 numbers, subnormals too.  A NaN code counts as 480. */
+static inline f32x8 e4m3_load8(const uint8_t *p) {
+    return (f32x8)((u32x8)i8_load8(p) << 20 & 0x87f00000);
+}
 
 /* === 2. Thread pool ===========================================================================
  *
@@ -579,7 +572,11 @@ static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n,
  *
  * An element is eight fma lanes, k ascending, then sum8's tree, in whatever company it stands: this
  * is what makes the bits of every product independent of n.  Rows are read as they are stored and
- * become F32 in registers; decode_row writes the same values, so either way it is one product.  */
+ * become F32 in registers, or decode_row does the same before: either way it is one product.
+ *
+ * A scale is a power of two, so it is multiplied in where that costs least: 2^64 times it into x,
+ * once for four rows, or into a decoded row.  With rest_of a format, into the sum, this makes up
+ * for the power of two by which load_cols is off.                                               */
 
 enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
@@ -595,79 +592,63 @@ static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
 }
 
-/* How many columns share a scale, and how many are decoded at a time. */
-static inline int decode_block(dsv4_dtype t) { return t == DT_I8 ? 32 : 128; }
-static inline int decode_step(dsv4_dtype t) { return t == DT_F8_E4M3 || t == DT_I8 ? 16 : 8; }
+static inline bool has_scale(dsv4_dtype t) { return t == DT_F8_E4M3 || t == DT_I8; }
+static inline float rest_of(dsv4_dtype t) {
+    return t == DT_F8_E4M3 ? 0x1p56f : t == DT_I8 ? 0x1p62f : 1;
+}
+static inline f32x8 scale_64(uint8_t code) { return (f32x8)(((u32x8){0} + code + 64) << 23); }
 
-/* What decode_cols wants: the scale, for FP8 256 times it, exact for all that linear allows. */
-static inline f32x8 decode_scale(dsv4_dtype t, const uint8_t *code, int i) {
-    if (t == DT_I8) return splat8(e8m0_to_f32(code[i]));
-    return t == DT_F8_E4M3 ? (f32x8)(((u32x8){0} + code[i] + 8) << 23) : splat8(0);
+/* Columns c .. c+7 of a row as F32, zeros after the first n.  Of FP8 2^-120 of them and of FP4
+ * 2^-126: their bits, moved to where F32 has its own.  (t is a constant where inlined.) */
+static inline __attribute__((always_inline))
+f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
+    alignas(32) uint8_t last[32];
+    const void *p = (const uint8_t *)row + bytes_of(t, (size_t)c);
+    if (n < 8)                                               /* read no further */
+        p = memcpy(memset(last, 0, sizeof last), p, bytes_of(t, (size_t)n));
+    if (t == DT_F16) return f16_load8(p);
+    if (t == DT_BF16) return bf16_load8(p);
+    if (t == DT_F8_E4M3) return e4m3_load8(p);
+    if (t == DT_F32) return load8(p);
+    uint32_t word;
+    memcpy(&word, p, sizeof word);
+    u32x8 nibble = ((u32x8){0} + word) >> (u32x8){0, 4, 8, 12, 16, 20, 24, 28};
+    return (f32x8)((nibble & 7) << 22 | (nibble & 8) << 28);
 }
 
-/* Columns c .. c+7, or c+15, of a row as F32 (t is a constant where inlined). */
+/* Add columns c .. c+n-1, n <= 8, of four rows times n_vecs vectors times scale. */
 static inline __attribute__((always_inline))
-void decode_cols(f32x8 out[2], dsv4_dtype t, const void *row, int c, f32x8 scale) {
-    static const float e2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6,
-                                   -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-    float value[16];
-    switch (t) {
-    case DT_F16: out[0] = f16_load8((const uint16_t *)row + c); return;
-    case DT_BF16: out[0] = bf16_load8((const uint16_t *)row + c); return;
-    case DT_F8_E4M3: e4m3_load16(out, (const uint8_t *)row + c); break;
-    case DT_I8:                                              /* only used with roundings off */
-        for (int i = 0; i < 16; i++)
-            value[i] = e2m1[((const uint8_t *)row)[(c + i) / 2] >> (4 * (i & 1)) & 15];
-        out[0] = load8(value), out[1] = load8(value + 8);
-        break;
-    default: out[0] = load8((const float *)row + c); return;
+void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, int n, f32x8 scale,
+              const float *x, size_t ldx, int n_vecs) {
+    f32x8 xs[TILE_VECS];
+    for (int v = 0; v < n_vecs; v++) {
+        xs[v] = load_upto8(x + (size_t)v * ldx + c, n);
+        if (has_scale(t)) xs[v] *= scale;
     }
-    out[0] *= scale, out[1] *= scale;
-}
-
-/* Add columns c .. c+n-1 of four rows times n_vecs vectors: a step, or less at the end, where zeros
- * follow (t and n_vecs are constants where inlined). */
-static inline __attribute__((always_inline))
-void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const void *const *row, int c, int n,
-              const f32x8 *scale, const float *x, size_t ldx, int n_vecs) {
 #pragma GCC unroll 4
     for (int r = 0; r < TILE_ROWS; r++) {
-        f32x8 w[2];
-        decode_cols(w, t, row[r], c, scale[r]);
-        for (int i = 0; i < decode_step(t) / 8 && 8 * i < n; i++)
-            for (int v = 0; v < n_vecs; v++)
-                acc[v][r] = fma8(w[i], load8(x + (size_t)v * ldx + c + 8 * i), acc[v][r]);
+        f32x8 wr = load_cols(t, w->data[r], c, n);
+        for (int v = 0; v < n_vecs; v++) acc[v][r] = fma8(wr, xs[v], acc[v][r]);
     }
 }
 
-/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors */
+/* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors, but for rest_of.  FP8 rows have
+ * their scales in common, FP4 rows come decoded. */
 static inline __attribute__((always_inline))
 void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
                 size_t ldx, int len, int n_vecs) {
-    f32x8 acc[TILE_VECS][TILE_ROWS], scale[TILE_ROWS];
-    int block = t == DT_F32 ? len : decode_block(t), step = decode_step(t);
+    f32x8 acc[TILE_VECS][TILE_ROWS], scale = splat8(1);
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
-    for (int b = 0, c = 0; b < len; b += block) {
-        int stop = min_int(b + block, len);
-        for (int r = 0; r < TILE_ROWS; r++) {
-            scale[r] = decode_scale(t, w->scale[r], b / block);
-            if (w->ahead && t != DT_F32)                     /* F32 streams are wide enough */
-                prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)b) + w->ahead,
-                         bytes_of(t, (size_t)block));
-        }
-        for (; c + step <= stop; c += step)
-            dot_step(acc, t, w->data, c, step, scale, x, ldx, n_vecs);
-        if (c == stop) continue;
-        alignas(32) uint8_t last[TILE_ROWS][32] = {{0}};     /* the rest, zeros behind it */
-        float last_x[TILE_VECS][16] = {{0}};
-        const void *row[TILE_ROWS];
+    for (int c = 0, stop; c < len; c = stop) {
+        stop = t == DT_F32 ? len : min_int(c + 128, len);
         for (int r = 0; r < TILE_ROWS; r++)
-            row[r] = memcpy(last[r], (const uint8_t *)w->data[r] + bytes_of(t, (size_t)c),
-                            bytes_of(t, (size_t)(stop - c)));
-        for (int v = 0; v < n_vecs; v++)
-            memcpy(last_x[v], x + (size_t)v * ldx + c, (size_t)(stop - c) * sizeof *x);
-        dot_step(acc, t, row, 0, stop - c, scale, last_x[0], 16, n_vecs);
+            if (w->ahead && t != DT_F32)                     /* F32 streams are wide enough */
+                prefetch((const uint8_t *)w->data[r] + bytes_of(t, (size_t)c) + w->ahead,
+                         bytes_of(t, 128));
+        if (has_scale(t)) scale = scale_64(w->scale[0][c / 128]);
+        for (; c + 8 <= stop; c += 8) dot_step(acc, t, w, c, 8, scale, x, ldx, n_vecs);
+        if (c < stop) dot_step(acc, t, w, c, stop - c, scale, x, ldx, n_vecs);
     }
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) out[v][r] = sum8(acc[v][r]);
@@ -677,6 +658,7 @@ void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const
 static inline __attribute__((always_inline))
 int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x, size_t ldx,
              int len, int n_vecs) {
+    if (has_scale(t) && n_vecs > 2) n_vecs = 2;              /* three scaled x would spill */
     switch (n_vecs) {
     case 1: dot_tile_n(out, w, t, x, ldx, len, 1); return 1;
     case 2: dot_tile_n(out, w, t, x, ldx, len, 2); return 2;
@@ -694,8 +676,7 @@ int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t 
 /* === 6. linear ================================================================================
  * Differs: F32.  A work item is a tile of four rows for TOKEN_BLOCK tokens, TILE_COLS columns at a
  * time; an element adds its column blocks in ascending order.  For more tokens than dot_tile takes
- * the tile is decoded to F32 first, for fewer in registers.  FP8 scales are multiplied into the
- * weights, which is exact.                                                                      */
+ * the tile is decoded to F32 first, for fewer in registers.                                     */
 
 enum {
     TILE_COLS = 1024,              /* a decoded tile is 16 KB and stays in the first cache; a
@@ -703,23 +684,18 @@ enum {
     TOKEN_BLOCK = 64,              /* tokens that use a decoded tile before it is dropped       */
 };
 
-/* Columns 0 .. len-1 of a row as F32. */
+/* Columns 0 .. len-1 of a row as F32, but for rest_of, and zeros up to a whole vector.  By fma,
+ * since plain products of subnormals are slow on some processors. */
 static inline __attribute__((always_inline))
-void decode_row(dsv4_dtype t, float *dst, const uint8_t *src, const uint8_t *scale, int len) {
-    int block = decode_block(t), step = decode_step(t);
-    for (int b = 0, c = 0; b < len; b += block) {
-        f32x8 v[2], s = decode_scale(t, scale, b / block);
-        int stop = min_int(b + block, len);
-        for (; c + step <= stop; c += step) {
-            decode_cols(v, t, src, c, s);
-            store8(dst + c, v[0]);
-            if (step > 8) store8(dst + c + 8, v[1]);
-        }
-        if (c == stop) continue;
-        alignas(32) uint8_t last[32] = {0};                  /* the rest: read no further */
-        memcpy(last, src + bytes_of(t, (size_t)c), bytes_of(t, (size_t)(stop - c)));
-        decode_cols(v, t, last, 0, s);
-        memcpy(dst + c, v, (size_t)(stop - c) * sizeof *dst);
+void decode_row(dsv4_dtype t, float *dst, const void *row, const uint8_t *scale, int len) {
+    for (int c = 0, stop; c < len; c = stop) {
+        int block = t == DT_I8 ? 32 : 128;
+        f32x8 s = has_scale(t) ? scale_64(scale[c / block]) : splat8(1);
+        stop = min_int(c + block, len);
+#pragma GCC unroll 4
+        for (; c + 8 <= stop; c += 8)
+            store8(dst + c, fma8(load_cols(t, row, c, 8), s, splat8(0)));
+        if (c < stop) store8(dst + c, load_cols(t, row, c, stop - c) * s);
     }
 }
 
@@ -732,70 +708,67 @@ typedef struct {
 } linear_args;
 
 /* n_rows rows r0.. of w from column c0 on; a ragged tile repeats its last row. */
-static tile_rows tile_at(const dsv4_mat *w, int r0, int n_rows, int c0) {
+static inline __attribute__((always_inline))
+tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
     tile_rows tile = {.ahead = 0};
     for (int i = 0; i < TILE_ROWS; i++) {
-        size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), cols = (size_t)w->cols;
-        tile.data[i] = (const uint8_t *)w->data + bytes_of(w->dtype, r * cols + (size_t)c0);
-        tile.scale[i] = w->dtype == DT_F8_E4M3 ? w->scale + r / 128 * scales_of(w->cols) + c0 / 128
-                      : w->dtype == DT_I8 ? w->scale + (r * cols + (size_t)c0) / 32 : NULL;
+        size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), at = r * (size_t)w->cols + (size_t)c0;
+        tile.data[i] = (const uint8_t *)w->data + bytes_of(t, at);
+        tile.scale[i] = t == DT_F8_E4M3 ? w->scale + r / 128 * scales_of(w->cols) + c0 / 128
+                      : t == DT_I8 ? w->scale + at / 32 : NULL;
     }
     if (r0 + 2 * TILE_ROWS <= w->rows)                       /* the hardware does not see four  */
-        tile.ahead = bytes_of(w->dtype, TILE_ROWS * (size_t)w->cols); /* streams as one         */
+        tile.ahead = bytes_of(t, TILE_ROWS * (size_t)w->cols); /* streams as one                */
     return tile;
 }
 
-/* Rows row0 .. of group g, columns c0 .. c0+TILE_COLS-1 or fewer, tokens t0 .. t1-1: y is set
- * by the first columns and added to by the others. */
+/* A tile of rows of a block of tokens; the tiles of a block follow each other, so that its x is in
+ * the cache.  y is set by the first columns and added to by the others. */
 static inline __attribute__((always_inline))
-void linear_tile(const linear_args *a, dsv4_dtype type, int g, int row0, int n_rows, int c0, int t0,
-                 int t1) {
+void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     const dsv4_mat *w = a->w;
-    int len = min_int(TILE_COLS, w->cols - c0);
-    tile_rows tile = tile_at(w, row0, n_rows, c0);
-    bool buffered = t1 - t0 > TILE_VECS;
-    for (int r = 0; buffered && r < TILE_ROWS; r++) {
-        const uint8_t *row = tile.data[r];
-        if (tile.ahead) prefetch(row + tile.ahead, bytes_of(type, (size_t)len));
-        if (r < n_rows) decode_row(type, wbuf[r], row, tile.scale[r], len);
-        tile.data[r] = wbuf[min_int(r, n_rows - 1)];
-    }
+    int n_tiles = a->groups * a->group_tiles, i = (int)(item % n_tiles), g = i / a->group_tiles;
+    int t0 = (int)(item / n_tiles) * TOKEN_BLOCK, t1 = min_int(t0 + TOKEN_BLOCK, a->n);
+    int first = i % a->group_tiles * TILE_ROWS, row0 = g * a->group_rows + first;
+    int n_rows = min_int(TILE_ROWS, a->group_rows - first);
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
-    const float *x = a->x + (size_t)g * (size_t)w->cols + c0;
-    for (int t = t0, n_vecs; t < t1; t += n_vecs) {
-        float out[TILE_VECS][TILE_ROWS];
-        const float *xt = x + (size_t)t * ldx;
-        n_vecs = buffered ? dot_f32(out, &tile, xt, ldx, len, t1 - t)
-                          : dot_tile(out, &tile, type, xt, ldx, len, t1 - t);
-        for (int v = 0; v < n_vecs; v++) {
-            float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
-            for (int r = 0; r < n_rows; r++) y[r] = c0 ? y[r] + out[v][r] : out[v][r];
+    for (int c0 = 0; c0 < w->cols; c0 += TILE_COLS) {
+        int len = min_int(TILE_COLS, w->cols - c0);
+        const float *x = a->x + (size_t)g * (size_t)w->cols + c0;
+        tile_rows tile = tile_at(w, type, row0, n_rows, c0);
+        bool direct = t1 - t0 <= TILE_VECS && type != DT_I8
+                   && tile.scale[0] == tile.scale[TILE_ROWS - 1];
+        for (int r = 0; !direct && r < TILE_ROWS; r++) {
+            const uint8_t *row = tile.data[r];
+            if (tile.ahead) prefetch(row + tile.ahead, bytes_of(type, (size_t)len));
+            decode_row(type, wbuf[r], row, tile.scale[r], len);
+            tile.data[r] = wbuf[r];
+        }
+        for (int t = t0, n_vecs; t < t1; t += n_vecs) {
+            float out[TILE_VECS][TILE_ROWS];
+            const float *xt = x + (size_t)t * ldx;
+            n_vecs = direct ? dot_tile(out, &tile, type, xt, ldx, len, t1 - t)
+                            : dot_f32(out, &tile, xt, ldx, len, t1 - t);
+            for (int v = 0; v < n_vecs; v++) {
+                float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
+                for (int r = 0; r < n_rows; r++) {
+                    float sum = out[v][r] * rest_of(type);
+                    y[r] = c0 ? y[r] + sum : sum;
+                }
+            }
         }
     }
-}
-
-/* A tile of rows of a block of tokens; the tiles of a block follow each other, so that its x is in
- * the cache. */
-static inline __attribute__((always_inline))
-void linear_as(const linear_args *a, dsv4_dtype type, int64_t item) {
-    int n_tiles = a->groups * a->group_tiles, t0 = (int)(item / n_tiles) * TOKEN_BLOCK;
-    int tile = (int)(item % n_tiles), g = tile / a->group_tiles;
-    int first = tile % a->group_tiles * TILE_ROWS;
-    for (int c0 = 0; c0 < a->w->cols; c0 += TILE_COLS)
-        linear_tile(a, type, g, g * a->group_rows + first,
-                    min_int(TILE_ROWS, a->group_rows - first), c0, t0,
-                    min_int(t0 + TOKEN_BLOCK, a->n));
 }
 
 static void linear_item(const void *arg, int64_t item) {
     const linear_args *a = arg;
     switch (a->w->dtype) {
-    case DT_F32: linear_as(a, DT_F32, item); break;
-    case DT_F16: linear_as(a, DT_F16, item); break;
-    case DT_BF16: linear_as(a, DT_BF16, item); break;
-    case DT_F8_E4M3: linear_as(a, DT_F8_E4M3, item); break;
-    case DT_I8: linear_as(a, DT_I8, item); break;
+    case DT_F32: linear_tile(a, DT_F32, item); break;
+    case DT_F16: linear_tile(a, DT_F16, item); break;
+    case DT_BF16: linear_tile(a, DT_BF16, item); break;
+    case DT_F8_E4M3: linear_tile(a, DT_F8_E4M3, item); break;
+    case DT_I8: linear_tile(a, DT_I8, item); break;
     default: assert(0);                                      /* no matrix has another dtype */
     }
 }
@@ -1126,7 +1099,8 @@ static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) 
     f32x8 top = splat8(0);
     for (; c < n_codes && !rare; c += 16) {
         f32x8 v[2], s = (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23);
-        e4m3_load16(v, code + c);
+        v[0] = e4m3_load8(code + c) * splat8(0x1p112f);
+        v[1] = e4m3_load8(code + c + 8) * splat8(0x1p112f);
         rare |= scale[c / 64] > 254 - 8;
         top = max8(max8(abs8(v[0]), abs8(v[1])), top);
         store8(x + c, v[0] * s);
@@ -1393,7 +1367,8 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
  * signed limbs, m = l0 + 64 l1 + 4096 l2, that fit vpmaddubsw; it wants its other factor
  * unsigned, so weights become u = 2*e2m1 + 12 and 12 * sum(m) is subtracted from a block's sum.
  *
- * Eight blocks of 32 columns, a group, are added up at once, a block in each dword of a vector:
+ * Eight blocks of 32 columns, a group, are added up at once, a block in each dword of a vector, in
+ * the order 0 2 4 6 1 3 5 7 in which unpacking leaves them:
  *
  *   piece k (0..3)      columns 8k .. 8k+7 of all eight blocks; of these the
  *   half (even, odd)    even or odd ones, as nibbles lie: 4 bytes a block = 32 bytes
@@ -1410,71 +1385,74 @@ enum {
 };
 
 typedef struct {                   /* of x                                                      */
-    alignas(32) int8_t limb[HALVES][3][32];
+    u8x32 limb[HALVES][3];         /* signed                                                    */
     i32x8 offset;                  /* 12 * sum(m)                                               */
     i32x8 exponent;                /* scale code - 264 + 127; w's code comes to it              */
 } x_group;
 
 typedef struct {                   /* of a row of weights, decoded                              */
-    alignas(32) uint8_t u[HALVES][32];
+    u8x32 u[HALVES];
     i32x8 scale;                   /* codes                                                     */
 } w_group;
 
 static inline size_t n_groups_of(int cols) { return (size_t)(cols + GROUP - 1) / GROUP; }
 
-/* One row of e4m3 codes [cols] and their scales, one for 128 columns. */
-static void pack_row(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
-    memset(x, 0, n_groups_of(cols) * sizeof *x);
+/* One group, or the cols that are left, of e4m3 codes and their scales, one for 128 columns. */
+static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
+    memset(x, 0, sizeof *x);
     for (int b = 0; b < cols / 32; b++) {
-        x_group *g = &x[b / GROUP_BLOCKS];
-        int at = b % GROUP_BLOCKS;
         i32x8 sum = {0};
-        f32x8 value[4];
-        e4m3_load16(value, code + 32 * b);
-        e4m3_load16(value + 2, code + 32 * b + 16);
         for (int k = 0; k < 4; k++) {
-            i32x8 m = __builtin_convertvector(value[k] * splat8(0x1p17f), i32x8), sign = m >> 31;
-            i32x8 mag = (m ^ sign) - sign;
+            f32x8 value = e4m3_load8(code + 32 * b + 8 * k) * splat8(0x1p64f) * splat8(0x1p65f);
+            i32x8 m = __builtin_convertvector(value, i32x8);
             sum += m;
-            for (int l = 0; l < 3; l++) {
-                i32x8 limb = ((mag >> (6 * l) & 63) ^ sign) - sign;
+            for (int l = 0; l < 3; l++, m /= 64) {
+                i32x8 limb = m % 64;
                 for (int i = 0; i < 8; i++)
-                    g->limb[2 * k + i % 2][l][4 * at + i / 2] = (int8_t)limb[i];
+                    x->limb[2 * k + i % 2][l][4 * (b % 2 * 4 + b / 2) + i / 2] = (uint8_t)limb[i];
             }
         }
-        for (int i = 0; i < 8; i++) g->offset[at] += 12 * sum[i];
-        g->exponent[at] = scale[b / 4] - 264 + 127;
+        for (int i = 0; i < 8; i++) x->offset[b] += 12 * sum[i];
+        x->exponent[b] = scale[b / 4] - 264 + 127;
     }
 }
 
-/* A group of a row of weights.  The eight unpacks turn four vectors of four dwords a block into
- * four of one dword a block; vpshufb then looks all nibbles up: u is 2*e2m1 + 12. */
-static inline void fp4_decode(w_group *g, const uint8_t *src, const uint8_t *scale) {
-    static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
-                                             12, 11, 10, 9,  8,  6,  4,  0};
-    g->scale = u8_load8(scale);
+/* Group g of row r of w, padded with zeros.  The eight unpacks turn four vectors of four dwords a
+ * block into four of one dword a block; vpshufb then looks all nibbles up: u is 2*e2m1 + 12. */
+static inline __attribute__((always_inline))
+void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
+    alignas(16) static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                                         12, 11, 10, 9,  8,  6,  4,  0};
+    int row_blocks = w->cols / 32, n_blocks = row_blocks - g * GROUP_BLOCKS;
+    size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g * GROUP_BLOCKS);
+    const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
+    uint8_t last[128], last_scale[GROUP_BLOCKS];
+    if (r + TILE_ROWS < w->rows) prefetch(src + (size_t)row_blocks * 16 * TILE_ROWS, GROUP / 2);
+    if (n_blocks < GROUP_BLOCKS) {                           /* read no further than the row */
+        memset(last, 0, sizeof last), memset(last_scale, 0, sizeof last_scale);
+        for (int b = 0; b < GROUP_BLOCKS; b++)               /* a call would empty registers */
+            if (b < n_blocks) memcpy(last + 16 * b, src + 16 * b, 16), last_scale[b] = scale[b];
+        src = last, scale = last_scale;
+    }
+    out->scale = u8_load8(scale);
 #ifdef __AVX2__
-    __m128i half;
-    memcpy(&half, offset_twice, sizeof half);
-    __m256i table = _mm256_broadcastsi128_si256(half), low = _mm256_set1_epi8(15), v[4], t[4];
-    for (int i = 0; i < 4; i++)                              /* blocks i and i + 4 */
-        v[i] = _mm256_loadu2_m128i((const __m128i *)(src + 16 * i + 64),
-                                   (const __m128i *)(src + 16 * i));
+    __m256i table = _mm256_broadcastsi128_si256(*(const __m128i *)offset_twice), v[4], t[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_si256((const __m256i *)(src + 32 * i));
     t[0] = _mm256_unpacklo_epi32(v[0], v[1]), t[1] = _mm256_unpackhi_epi32(v[0], v[1]);
     t[2] = _mm256_unpacklo_epi32(v[2], v[3]), t[3] = _mm256_unpackhi_epi32(v[2], v[3]);
     v[0] = _mm256_unpacklo_epi64(t[0], t[2]), v[1] = _mm256_unpackhi_epi64(t[0], t[2]);
     v[2] = _mm256_unpacklo_epi64(t[1], t[3]), v[3] = _mm256_unpackhi_epi64(t[1], t[3]);
     for (int k = 0; k < 4; k++) {
-        __m256i even = _mm256_and_si256(v[k], low);
-        __m256i odd = _mm256_and_si256(_mm256_srli_epi16(v[k], 4), low);
-        _mm256_store_si256((__m256i *)g->u[2 * k], _mm256_shuffle_epi8(table, even));
-        _mm256_store_si256((__m256i *)g->u[2 * k + 1], _mm256_shuffle_epi8(table, odd));
+        __m256i even = (__m256i)((u8x32)v[k] & 15), odd = (__m256i)((u8x32)v[k] >> 4);
+        out->u[2 * k] = (u8x32)_mm256_shuffle_epi8(table, even);
+        out->u[2 * k + 1] = (u8x32)_mm256_shuffle_epi8(table, odd);
     }
 #else
     for (int b = 0; b < GROUP_BLOCKS; b++)
         for (int i = 0; i < 16; i++) {
-            g->u[i / 4 * 2][4 * b + i % 4] = offset_twice[src[16 * b + i] & 15];
-            g->u[i / 4 * 2 + 1][4 * b + i % 4] = offset_twice[src[16 * b + i] >> 4];
+            int to = 4 * (b % 2 * 4 + b / 2) + i % 4;
+            out->u[i / 4 * 2][to] = offset_twice[src[16 * b + i] & 15];
+            out->u[i / 4 * 2 + 1][to] = offset_twice[src[16 * b + i] >> 4];
         }
 #endif
 }
@@ -1483,28 +1461,26 @@ static inline void fp4_decode(w_group *g, const uint8_t *src, const uint8_t *sca
  * vpmaddubsw adds two products of at most 24 * 63 and would saturate at 32767: the eight halves
  * come to 24192.  vpmaddwd then adds lanes in pairs and puts the limbs together:
  * 24 * 229376 * 32 < 2^28 in all. */
-static inline i32x8 group_sums(const w_group *w, const x_group *x) {
+static inline __attribute__((always_inline))
+i32x8 group_sums(const w_group *w, const x_group *x) {
+    i32x8 sums = {0};
 #ifdef __AVX2__
     __m256i sum[3];
     for (int h = 0; h < HALVES; h++)
         for (int l = 0; l < 3; l++) {
-            __m256i p = _mm256_maddubs_epi16(*(const __m256i *)w->u[h],
-                                             *(const __m256i *)x->limb[h][l]);
+            __m256i p = _mm256_maddubs_epi16((__m256i)w->u[h], (__m256i)x->limb[h][l]);
             sum[l] = h ? _mm256_add_epi16(sum[l], p) : p;
             __asm__("" : "+x"(sum[l]));                      /* or GCC reorders, and spills */
         }
-    sum[0] = _mm256_madd_epi16(sum[0], _mm256_set1_epi16(1));
-    sum[1] = _mm256_madd_epi16(sum[1], _mm256_set1_epi16(64));
-    sum[2] = _mm256_madd_epi16(sum[2], _mm256_set1_epi16(4096));
-    return (i32x8)_mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), sum[2]);
+    for (int l = 0; l < 3; l++)
+        sums += (i32x8)_mm256_madd_epi16(sum[l], _mm256_set1_epi16((short)(1 << 6 * l)));
 #else
-    i32x8 sums = {0};
     for (int h = 0; h < HALVES; h++)
         for (int i = 0; i < 32; i++)
-            sums[i / 4] += w->u[h][i] * (x->limb[h][0][i] + 64 * x->limb[h][1][i]
-                                         + 4096 * x->limb[h][2][i]);
-    return sums;
+            sums[i / 4] += w->u[h][i] * ((int8_t)x->limb[h][0][i] + 64 * (int8_t)x->limb[h][1][i]
+                                         + 4096 * (int8_t)x->limb[h][2][i]);
 #endif
+    return (i32x8){sums[0], sums[4], sums[1], sums[5], sums[2], sums[6], sums[3], sums[7]};
 }
 
 /* 2^(e - 127), with e clamped to the exponents of normal numbers. */
@@ -1518,24 +1494,10 @@ typedef struct {                   /* one or two matrices times packed rows     
     int m;
 } fp4_args;
 
-/* Groups g0 .. g0+n-1 of row r of w, padded with zeros to whole groups. */
-static inline void fp4_groups(w_group *out, const dsv4_mat *w, int r, int g0, int n) {
-    int row_blocks = w->cols / 32;
-    size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g0 * GROUP_BLOCKS);
-    const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
-    int n_whole = min_int(n, row_blocks / GROUP_BLOCKS - g0), rest = row_blocks % GROUP_BLOCKS;
-    for (int g = 0; g < n_whole; g++, src += 128, scale += GROUP_BLOCKS)
-        fp4_decode(&out[g], src, scale);
-    if (n_whole == n) return;
-    uint8_t last[128] = {0}, last_scale[GROUP_BLOCKS] = {0}; /* read no further than the row */
-    memcpy(last, src, (size_t)rest * 16);
-    memcpy(last_scale, scale, (size_t)rest);
-    fp4_decode(&out[n_whole], last, last_scale);
-}
-
 /* Add n groups to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
  * Blocks of padding add +0, which changes no lane. */
-static inline f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int n) {
+static inline __attribute__((always_inline))
+f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int n) {
     for (int g = 0; g < n; g++) {
         i32x8 sums = group_sums(&w[g], &x[g]) - x[g].offset;
         f32x8 power = pow2_8(w[g].scale + x[g].exponent);
@@ -1544,40 +1506,24 @@ static inline f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int
     return lanes;
 }
 
-/* Row r of w times the only token: each group is used where it was decoded, and rows are read one
- * after the other, as they lie in memory, which is what bounds this. */
-static float fp4_row(const dsv4_mat *w, int r, const x_group *x) {
-    int n_groups = (int)n_groups_of(w->cols);
-    size_t row_bytes = (size_t)w->cols / 2, ahead = r + 2 < w->rows ? 2 * row_bytes : 0;
-    const uint8_t *row = (const uint8_t *)w->data + (size_t)r * row_bytes + ahead;
-    f32x8 lanes = splat8(0);
-    for (int g = 0; g < n_groups; g++) {
-        w_group one;
-        prefetch(row + g * GROUP / 2, GROUP / 2);
-        fp4_groups(&one, w, r, g, 1);
-        lanes = fp4_dot(lanes, &one, &x[g], 1);
-    }
-    return sum8(lanes);
-}
-
-/* w's rows r0 .. r0+n_rows-1 times all tokens.  Each product's lanes wait on the stack between
- * pieces of PIECE groups, so that a piece is decoded once for all tokens. */
+/* w's rows r0 .. r0+n_rows-1 times all tokens.  For one token a group is used in the registers
+ * where it was decoded; for more, each product's lanes wait on the stack between pieces of PIECE
+ * groups, so that a piece is decoded once for all. */
 static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
     w_group tile[TILE_ROWS][PIECE];
     int n_groups = (int)n_groups_of(w->cols);
-    if (a->m == 1) {
-        float *y = out + (size_t)(a->rows ? a->rows[0] : 0) * (size_t)w->rows + r0;
-        for (int r = 0; r < n_rows; r++) {
-            float sum = fp4_row(w, r0 + r, a->x);
-            y[r] = a->rows ? y[r] + sum : sum;
-        }
-        return;
-    }
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
-    for (int g = 0; g < n_groups; g += PIECE) {
+    for (int r = 0; a->m == 1 && r < n_rows; r++)
+        for (int g = 0; g < n_groups; g++) {
+            w_group one;
+            fp4_decode(&one, w, r0 + r, g);
+            lanes[0][r] = fp4_dot(lanes[0][r], &one, &a->x[g], 1);
+        }
+    for (int g = 0; a->m > 1 && g < n_groups; g += PIECE) {
         int n_now = min_int(PIECE, n_groups - g);
-        for (int r = 0; r < n_rows; r++) fp4_groups(tile[r], w, r0 + r, g, n_now);
+        for (int r = 0; r < n_rows; r++)
+            for (int i = 0; i < n_now; i++) fp4_decode(&tile[r][i], w, r0 + r, g + i);
         for (int t = 0; t < a->m; t++)
             for (int r = 0; r < n_rows; r++)
                 lanes[t][r] = fp4_dot(lanes[t][r], tile[r], &a->x[t * n_groups + g], n_now);
@@ -1607,8 +1553,7 @@ static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
 
 typedef struct {
     float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter]; */
-    x_group *x, *a;                /* with roundings on packed x and a, and                     */
-    uint8_t *code;                 /* a's codes and scales;                                     */
+    x_group *x, *a;                /* with roundings on packed x and a;                         */
     float *f32, *out;              /* off, in their place, gathered x and w2's result [dim]     */
     const dsv4_acts *in;
     const int32_t *rows;
@@ -1617,35 +1562,38 @@ typedef struct {
     float limit;
 } expert_args;
 
-static size_t code_bytes(int inter) { return (size_t)inter + scales_of(inter); }
-
 size_t expert_scratch_bytes(int dim, int inter) {
-    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group) + code_bytes(inter);
+    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group);
     size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
 
-/* Item: an x row, packed or as F32. */
-static void expert_gather(const void *arg, int64_t i) {
+/* Item: a group of an x row, packed or as F32. */
+static void expert_gather(const void *arg, int64_t item) {
     const expert_args *e = arg;
-    size_t dim = (size_t)e->dim, row = (size_t)e->rows[i];
+    size_t n = n_groups_of(e->dim), i = (size_t)item / n, c = (size_t)item % n * GROUP;
+    size_t row = (size_t)e->rows[i], at = row * (size_t)e->dim + c;
+    int len = min_int(GROUP, e->dim - (int)c);
     if (e->in->code)
-        pack_row(e->x + (size_t)i * n_groups_of(e->dim), e->in->code + row * dim,
-                 e->in->scale + row * scales_of(e->dim), e->dim);
+        pack_group(e->x + item, e->in->code + at,
+                   e->in->scale + row * scales_of(e->dim) + c / 128, len);
     else
-        memcpy(e->f32 + (size_t)i * dim, e->in->f32 + row * dim, dim * sizeof(float));
+        memcpy(e->f32 + i * (size_t)e->dim + c, e->in->f32 + at, (size_t)len * sizeof(float));
 }
 
-/* Item: a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed for w2. */
-static void expert_activate(const void *arg, int64_t i) {
+/* Item: a group of a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed
+ * for w2. */
+static void expert_activate(const void *arg, int64_t item) {
     const expert_args *e = arg;
-    float *g = e->g + i * e->inter;
-    swiglu_one(g, g, e->u + i * e->inter, e->inter, e->limit);
-    for (int c = 0; c < e->inter; c++) g[c] *= e->weight[i];
+    size_t n = n_groups_of(e->inter), i = (size_t)item / n, c = (size_t)item % n * GROUP;
+    size_t at = i * (size_t)e->inter + c;
+    int len = min_int(GROUP, e->inter - (int)c);
+    uint8_t code[GROUP], scale[GROUP / 128];
+    swiglu_one(e->g + at, e->g + at, e->u + at, len, e->limit);
+    for (int j = 0; j < len; j++) e->g[at + (size_t)j] *= e->weight[i];
     if (!e->in->code) return;
-    uint8_t *code = e->code + (size_t)i * code_bytes(e->inter), *scale = code + e->inter;
-    e4m3_row(NULL, code, scale, g, e->inter, 128);
-    pack_row(e->a + (size_t)i * n_groups_of(e->inter), code, scale, e->inter);
+    e4m3_row(NULL, code, scale, e->g + at, len, 128);
+    pack_group(e->a + item, code, scale, len);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
@@ -1663,17 +1611,17 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     e.out = e.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
     e.x = (x_group *)(void *)e.f32;
     e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
-    e.code = (uint8_t *)(e.a + EXPERT_ROWS * n_groups_of(inter));
-    exec_for(ex, m, 1, expert_gather, &e);
+    int64_t n_x = m * (int64_t)n_groups_of(dim), n_a = m * (int64_t)n_groups_of(inter);
+    exec_for(ex, n_x, grain_for(ex, n_x, 16), expert_gather, &e);
     if (x->code) {
         fp4_run((fp4_args){{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m}, 2, ex);
-        exec_for(ex, m, 1, expert_activate, &e);
+        exec_for(ex, n_a, grain_for(ex, n_a, 16), expert_activate, &e);
         fp4_run((fp4_args){{&w->w2}, {y}, rows, e.a, m}, 1, ex);
         return;
     }
     linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
     linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
-    exec_for(ex, m, 1, expert_activate, &e);
+    exec_for(ex, n_a, grain_for(ex, n_a, 16), expert_activate, &e);
     linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
         add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);

@@ -302,7 +302,7 @@ static void act_values_ref(float *y, const uint8_t *code, const uint8_t *scale, 
  * out  y [n][rows]; must not alias x
  * in   w any of dsv4_mat's five formats   x [n][groups*cols], rounded by the caller where M2
  *      says so
- * req  rows % groups == 0   FP8 scales <= 2^119, no NaN among codes and scales
+ * req  rows % groups == 0   no NaN among codes and scales; these, and x times them, below 2^63
  *      An element's bits depend on its row and token only, never on n, on its neighbours or on
  *      threads.                                                                                 */
 static void linear_ref(float *y, const dsv4_mat *w, const float *x, int n, int groups,

@@ -462,8 +462,8 @@ static const op_case cases[] = {
     LINEAR(DT_F16, 3, 9, 1, 2), LINEAR(DT_F16, 66, 1030, 1, 5), LINEAR(DT_BF16, 130, 100, 1, 70),
     LINEAR(DT_BF16, 17, 2048, 1, 64), LINEAR(DT_F8_E4M3, 1, 129, 1, 3),
     LINEAR(DT_F8_E4M3, 130, 100, 1, 7), LINEAR(DT_F8_E4M3, 257, 1157, 1, 65),
-    LINEAR(DT_F8_E4M3, 48, 130, 3, 9), LINEAR(DT_BF16, 14, 40, 2, 5), LINEAR(DT_I8, 9, 32, 1, 4),
-    LINEAR(DT_I8, 37, 1056, 1, 11),
+    LINEAR(DT_F8_E4M3, 48, 130, 3, 9), LINEAR(DT_F8_E4M3, 258, 140, 2, 2), /* a tile: two scales */
+    LINEAR(DT_BF16, 14, 40, 2, 5), LINEAR(DT_I8, 9, 32, 1, 4), LINEAR(DT_I8, 37, 1056, 1, 11),
     ROPE(3, 128, 64, 0, 1, false, 9), ROPE(1, 64, 64, 1000000, 4, false, 5),
     ROPE(2, 9, 4, 7, 128, true, 3),
     KV_ROUND(64, 64, 1, 2), KV_ROUND(128, 64, 1, 9), KV_ROUND(101, 10, 1, 40),
