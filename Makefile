@@ -59,6 +59,8 @@ $(B)/mkmodel: tests/mkmodel.c Makefile | $(B)
 $(B)/tokenize: tests/tokenize.c $(OBJ) | $(B)
 	$(CC) $(ALL_C) -o $@ $< $(OBJ) $(LIBS)
 # a bench needs the vectors that it measures with
+$(B)/mkpark: tests/mkpark.c dsv4.c kv.c $(OBJ) | $(B)
+	$(CC) $(ALL_C) -std=gnu11 -o $@ $< $(filter-out $(B)/dsv4.o $(B)/kv.o,$(OBJ)) $(LIBS)
 $(B)/bench: tests/bench.c dsv4.h $(OBJ) Makefile | $(B)
 	$(CC) $(ALL_C) -std=gnu11 $(SIMD) -o $@ $< $(OBJ) $(LIBS)
 
