@@ -4,6 +4,8 @@
 # make goldens   regenerate our own goldens      make flash    Flash's widths, 4 layers, 16 GB
 # make install PREFIX=/usr/local                 make clean
 # make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
+# make bench-long    long contexts: passes, bytes, times, curves (20 minutes, 17 GB in build/)
+# make bench-1m      a prompt of 1,048,576 tokens under --ram 1G (25 minutes)
 
 CC      ?= gcc
 PREFIX  ?= /usr/local
@@ -107,6 +109,18 @@ bench:
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/bench
 	@$(VENV) tests/bench.py $(B)/bench ./$(BIN) $(B)/mkmodel
 
+# the same model once more, and contexts that no prompt had to make
+bench-long:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench
+	@$(VENV) tests/bench_long.py ./$(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench
+	@$(VENV) tests/curves.py
+
+bench-1m:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench
+	@$(VENV) tests/bench_long.py ./$(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench --1m
+
 install: $(BIN)
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dsv4
@@ -118,5 +132,5 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps demo test fuzz goldens flash bench install clean
+.PHONY: all deps demo test fuzz goldens flash bench bench-long bench-1m install clean
 .DELETE_ON_ERROR:

@@ -26,7 +26,7 @@ static size_t time_unpack(ZSTD_DCtx *ctx, void *dst, size_t room, const void *sr
 
 enum {
     MORE_IDS = 8,                  /* behind what is parked                                     */
-    REPETITIONS = 5,
+    REPETITIONS = 7,
     RAW_BYTES = 8 << 20,           /* of one direct read                                        */
 };
 
