@@ -201,9 +201,9 @@ def measure_decode(title, model, ids, place, ram, n_answer, *flags):
     points = DATA.setdefault("decode", {}).setdefault(title, [])
     for n in LENGTHS:
         t, r = statistics.median(took[n]), statistics.median(ratios[n])
-        first = n == LENGTHS[0]
+        first, demanded = n == LENGTHS[0], title == "flash width"
         row(f"{title}, behind {n:,}", 1e3 * t, "ms/token", "" if first else "1.5 x first + index",
-            None if first else 1e3 * t / r, r <= 1 if title == "flash width" and not first else None)
+            None if first else 1e3 * t / r, r <= 1 if demanded and not first else None)
         points.append([n, t, t / r])
 
 
@@ -257,8 +257,8 @@ def whole():
     DATA["whole"] = s
     want, s = answer(deep, ids, place, ANSWER, "1500M")
     least = s["plan"]["kv_least"]
-    row(f"{TOP:,} parked, KV in RAM", s["kv_bytes"]["ram"] / 2**20, "MiB", "nothing in a file", None,
-        s["kv_bytes"]["file"] == 0 and s["tokens"]["reused"] == TOP)
+    row(f"{TOP:,} parked, KV in RAM", s["kv_bytes"]["ram"] / 2**20, "MiB", "nothing in a file",
+        None, s["kv_bytes"]["file"] == 0 and s["tokens"]["reused"] == TOP)
     got, s = answer(deep, ids, place, ANSWER, "1500M", "--kv-ram", least)
     kv, blocks = s["kv_bytes"], s["kv_blocks"]
     row("  --kv-ram at the least", kv["ram"] / 2**20, "MiB", "read from the file", None,

@@ -244,7 +244,8 @@ int main(int argc, char **argv) {
     char **arg = argv + (again ? 3 : 1);
     int layers = again ? atoi(argv[2]) : 0;
     int64_t n = again || argc == 5 ? atoll(arg[2]) : 0;
-    if (n < SEGMENT_TOKENS || n % SEGMENT_TOKENS || layers > MAX_LAYERS) {
+    bool sane = !again || (layers > 0 && layers <= MAX_LAYERS);
+    if (!sane || n < SEGMENT_TOKENS || n % SEGMENT_TOKENS) {
         fprintf(stderr, "usage: see the top of tests/mkpark.c; N_TOKENS is a multiple of %d\n",
                 SEGMENT_TOKENS);
         return 2;
