@@ -4,7 +4,9 @@
 # make goldens   regenerate our own goldens      make flash    Flash's widths, 4 layers, 16 GB
 # make install PREFIX=/usr/local                 make clean
 # make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
-# make stress    200 writers killed, processes that share a directory for longer (1 minute)
+# make stress    200 writers killed, processes sharing a directory, 200,000 tokens (10 minutes)
+# make bench-long    long contexts: passes, bytes, times, curves (20 minutes, 17 GB in build/)
+# make bench-1m      a prompt of 1,048,576 tokens under --ram 1G (25 minutes)
 
 CC      ?= gcc
 PREFIX  ?= /usr/local
@@ -60,6 +62,8 @@ $(B)/mkmodel: tests/mkmodel.c Makefile | $(B)
 $(B)/tokenize: tests/tokenize.c $(OBJ) | $(B)
 	$(CC) $(ALL_C) -o $@ $< $(OBJ) $(LIBS)
 # a bench needs the vectors that it measures with
+$(B)/mkpark: tests/mkpark.c dsv4.c kv.c $(OBJ) | $(B)
+	$(CC) $(ALL_C) -std=gnu11 -o $@ $< $(filter-out $(B)/dsv4.o $(B)/kv.o,$(OBJ)) $(LIBS)
 $(B)/bench: tests/bench.c dsv4.h $(OBJ) Makefile | $(B)
 	$(CC) $(ALL_C) -std=gnu11 $(SIMD) -o $@ $< $(OBJ) $(LIBS)
 
@@ -106,9 +110,23 @@ bench:
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/bench
 	@$(VENV) tests/bench.py $(B)/bench ./$(BIN) $(B)/mkmodel
 
-stress: deps
-	@$(MAKE) --no-print-directory $(B)/test_park
+stress:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/test_park
 	@$(B)/test_park 200
+	@$(VENV) tests/test_long.py ./$(BIN) $(B)/mkmodel --stress
+
+# the same model once more, and contexts that no prompt had to make
+bench-long:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench
+	@$(VENV) tests/bench_long.py ./$(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench
+	@$(VENV) tests/curves.py
+
+bench-1m:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench
+	@$(VENV) tests/bench_long.py ./$(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench --1m
 
 install: $(BIN)
 	install -d $(DESTDIR)$(PREFIX)/bin
@@ -121,5 +139,5 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps demo test fuzz goldens flash bench stress install clean
+.PHONY: all deps demo test fuzz goldens flash bench bench-long bench-1m stress install clean
 .DELETE_ON_ERROR:

@@ -62,7 +62,7 @@ static void *take(size_t bytes) {
 
 /* Weights for every kernel: random bytes without bit 6 and bit 1, so that no FP8 code is a NaN
  * and no BF16 is large. */
-static uint8_t *arena(void) {
+static uint8_t *weights(void) {
     static uint8_t *base;
     if (base) return base;
     base = take(ARENA);
@@ -136,7 +136,7 @@ enum { READ_BYTES = 32 << 20, FMA_STEPS = 1000000, FMA_CHAINS = 12 };
 /* The next READ_BYTES of this thread's share of the arena, round and round: none are in L3. */
 static void read_share(int id, int n, size_t round) {
     size_t share = ARENA / (size_t)n / 4096 * 4096;
-    const uint8_t *base = arena() + share * (size_t)id;
+    const uint8_t *base = weights() + share * (size_t)id;
     __m256i sum[4] = {_mm256_setzero_si256()};
     for (size_t i = 0, at = round * READ_BYTES % share; i < READ_BYTES; i += 128, at += 128) {
         if (at + 128 > share) at = 0;
@@ -163,7 +163,7 @@ static void fma_chains(int id, int n, size_t round) {
 
 static void bench_read(dsv4_exec *ex, int threads) {
     (void)ex;
-    (void)arena();
+    (void)weights();
     double bytes = (double)READ_BYTES * threads;
     say("read", threads, bytes / together(read_share, threads) / 1e9, "GB/s");
 }
@@ -224,7 +224,7 @@ static void expert_once(kernel *k) {
     static int32_t row[EXPERT_ROWS];
     static float weight[EXPERT_ROWS];
     for (int i = 0; i < k->m; i++) row[i] = i, weight[i] = 0.25f;
-    const uint8_t *w = arena() + k->bytes * (size_t)(k->next++ % k->n_sets);
+    const uint8_t *w = weights() + k->bytes * (size_t)(k->next++ % k->n_sets);
     size_t part = (size_t)k->rows * (size_t)k->cols / 2, scale = part / 16;
     const uint8_t *s = w + 3 * part;
     dsv4_ffn f = {.w1 = {DT_I8, k->rows, k->cols, w, s},
@@ -235,7 +235,7 @@ static void expert_once(kernel *k) {
 }
 
 static void linear_once(kernel *k) {
-    const uint8_t *data = arena() + k->bytes * (size_t)(k->next++ % k->n_sets);
+    const uint8_t *data = weights() + k->bytes * (size_t)(k->next++ % k->n_sets);
     dsv4_mat w = {k->dtype, k->rows, k->cols, data, k->dtype == DT_F8_E4M3 ? scales() : NULL};
     ops_cpu.linear(k->y, &w, k->x, k->m, 1, k->ex);
 }
