@@ -1370,10 +1370,28 @@ static int expert_wait(dsv4_engine *e, int slot, dsv4_ffn *w, dsv4_err *err) {
     return 0;
 }
 
-/* One token: all its experts are asked for at once, those that are in are computed while the others
- * are read, each into its own y; these are added in ascending id, so that the order in which they
- * came cannot show. */
-static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
+/* The shared expert's y of tokens i..i+n-1, for moe_finish(). */
+static void moe_shared(dsv4_session *s, const layer_w *l, int i, int n) {
+    const dsv4_engine *e = s->e;
+    const dsv4_config *c = e->cfg;
+    chunk_work *w = &s->c;
+    const span_work *m = &s->s;
+    size_t at = (size_t)i, dim = (size_t)c->hidden_size;
+    const float *x = w->xq;
+    if (e->opts.no_rounding) x = m->x + at * dim;
+    else e->op->act_values(w->xq, m->code + at * dim, m->scale + at * ((dim + 127) / 128), n,
+                           c->hidden_size, e->ex);
+    e->op->linear(w->g, &l->shared.w1, x, n, 1, e->ex);
+    e->op->linear(w->u, &l->shared.w3, x, n, 1, e->ex);
+    e->op->swiglu(w->g, w->g, w->u, n, c->moe_intermediate_size, c->swiglu_limit, e->ex);
+    linear_rounded(s, w->x, &l->shared.w2, w->g, w->g, n);
+    tick(s, OPC_SHARED);
+}
+
+/* One token: all its experts are asked for at once; those that are in and the shared one are
+ * computed while the others are read, each into its own y.  These are added in ascending id, so
+ * that the order in which they came cannot show. */
+static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
@@ -1393,7 +1411,7 @@ static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
         if (slot[asked] < 0) rc = -1;
     }
     memset(m->expert_y, 0, (size_t)n * dim * sizeof(float));
-    for (int pass = 0; pass < 2; pass++)               /* the hits, then the others */
+    for (int pass = 0; pass < 2; pass++) {             /* the hits, then the others */
         for (int i = 0; i < n && rc == 0; i++) {
             dsv4_ffn w;
             if (held[i] != (pass == 0)) continue;
@@ -1404,6 +1422,9 @@ static int moe_decode(dsv4_session *s, int layer, dsv4_err *err) {
                 e->op->expert_ffn(m->expert_y + (size_t)i * dim, &w, &x, row, weight, 1,
                                   c->swiglu_limit, m->expert_scratch, e->ex);
         }
+        tick(s, OPC_EXPERTS);
+        if (pass == 0) moe_shared(s, l, 0, 1);
+    }
     for (int i = 0; i < asked; i++) cache_unpin(e->experts, slot[i]);
     for (int i = 0; i < n && rc == 0; i++)
         e->op->add(m->y, m->expert_y + (size_t)i * dim, 1, 1, c->hidden_size, e->ex);
@@ -1453,24 +1474,14 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
     return rc;
 }
 
-/* Tokens i..i+n-1: y += shared expert, and y into the streams. */
-static void moe_finish(dsv4_session *s, const layer_w *l, float *h, int i, int n) {
+/* Tokens i..i+n-1: y into the streams. */
+static void moe_finish(dsv4_session *s, float *h, int i, int n) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
-    chunk_work *w = &s->c;
-    span_work *m = &s->s;
+    const span_work *m = &s->s;
     size_t at = (size_t)i, dim = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
-    const float *x = w->xq;
-    if (e->opts.no_rounding) x = m->x + at * dim;
-    else e->op->act_values(w->xq, m->code + at * dim, m->scale + at * ((dim + 127) / 128), n,
-                           c->hidden_size, e->ex);
-    e->op->linear(w->g, &l->shared.w1, x, n, 1, e->ex);
-    e->op->linear(w->u, &l->shared.w3, x, n, 1, e->ex);
-    e->op->swiglu(w->g, w->g, w->u, n, c->moe_intermediate_size, c->swiglu_limit, e->ex);
-    linear_rounded(s, w->x, &l->shared.w2, w->g, w->g, n);
-    e->op->add(m->y + at * dim, w->x, n, 1, c->hidden_size, e->ex);
-    tick(s, OPC_SHARED);
     dsv4_hc_shape shape = hc_shape(c);
+    e->op->add(m->y + at * dim, s->c.x, n, 1, c->hidden_size, e->ex);
     e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
                    m->comb + at * hc * hc, &shape, n, e->ex);
     tick(s, OPC_HC);
@@ -1496,10 +1507,13 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
         moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
     moe_sort(&s->s, n, c->num_experts_per_tok, c->n_routed_experts);
     memset(s->s.y, 0, (size_t)n * (size_t)c->hidden_size * sizeof(float));
-    int rc = n == 1 ? moe_decode(s, layer, err) : moe_experts(s, layer, err);
+    int rc = n == 1 ? moe_decode(s, l, layer, err) : moe_experts(s, layer, err);
     tick(s, OPC_EXPERTS);
-    for (int i = 0; i < n && rc == 0; i += chunk)
-        moe_finish(s, l, h, i, (int)min64(chunk, n - i));
+    for (int i = 0; i < n && rc == 0; i += chunk) {
+        int m = (int)min64(chunk, n - i);
+        if (n > 1) moe_shared(s, l, i, m);
+        moe_finish(s, h, i, m);
+    }
     return rc ? rc : report(s, layer, 1, err);
 }
 

@@ -320,10 +320,9 @@ int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *er
 /* Bytes a second of expert-sized O_DIRECT reads at random places of the shards, for `seconds`. */
 int disk_measure(const ckpt *c, double seconds, double *bytes_s, dsv4_err *err);
 
-typedef struct {                   /* counters since open; seconds are of the calling thread    */
+typedef struct {                   /* counters since open                                       */
     uint64_t read_bytes, reads, retries; /* read_bytes: of shards                               */
     uint64_t raw_read, raw_written; /* bytes of raw files                                       */
-    double busy_s;                 /* with at least one read in flight                          */
 } offload_stats;
 
 typedef struct offload offload;

@@ -57,8 +57,9 @@ enum {
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
     HUGE_PAGE = 2 << 20,
-    IO_DEPTH = 128,                /* reads in flight; NVMe drives saturate far below           */
-    IO_BACKGROUND = IO_DEPTH / 2,  /* of them for cache_ask(): a get finds the rest free        */
+    IO_DEPTH = 48,                 /* in flight; drives saturate far below, and of more the one
+                                      that is waited for comes later                            */
+    IO_BACKGROUND = 16,            /* of them for cache_ask(), which a get waits for            */
     IO_BUFS = 1024,                /* registered pieces of arenas                               */
     IO_BUF_BYTES = 256 << 20,      /* registered at once; the kernel accepts 1 GiB              */
     IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
@@ -1037,7 +1038,6 @@ struct offload {
     const char *note;
     io_req *free_reqs;
     int in_flight, n_background;   /* the second are of the first                               */
-    double busy_since;             /* while there are any                                       */
     uint64_t landed;               /* bytes of payloads that are in                             */
     load_job load;                 /* items are set while offload_load() runs                   */
     slot_list demand, background;  /* slots with pieces to ask for, in order of get and of ask  */
@@ -1097,7 +1097,7 @@ static void io_start(offload *o, io_req *r) {
 }
 
 static void io_begin(offload *o, io_req *r) {
-    if (o->in_flight++ == 0) o->busy_since = seconds();
+    o->in_flight++;
     o->n_background += r->background;
     io_start(o, r);
 }
@@ -1138,7 +1138,7 @@ static void io_complete(offload *o, io_req *r, int res) {
         io_start(o, r);
         return;
     }
-    if (--o->in_flight == 0) o->stats.busy_s += seconds() - o->busy_since;
+    o->in_flight--;
     o->n_background -= r->background;
     if (next == IO_DONE) o->landed += r->want;
     const io_file *f = &o->files[r->file];

@@ -1,6 +1,7 @@
 /* bench.c -- one repetition of each measurement asked for, a line "name value unit" each.
  *
  *   bench read fma fp4 fp4l2 fp8 fp8l2 bf16 gemm index raw DIR N SEED cache DIR N SEED start DIR
+ *         run DIR RAM WINDOWS
  *
  * What is compared stands side by side on the command line, and tests/bench.py takes medians over
  * many runs: on a shared machine only neighbours in time can be compared.  Of kernels and of their
@@ -8,7 +9,7 @@
  * a few milliseconds each.
  * A name ends in .1 for one thread and in .n for all of them.
  *
- * Contents  1 time and memory   2 bounds   3 kernels   4 experts from disk   5 main              */
+ * Contents  1 time and memory   2 bounds   3 kernels   4 experts from disk   5 a run   6 main    */
 #define _GNU_SOURCE
 #include "../dsv4.h"
 
@@ -30,7 +31,8 @@ enum {
     INDEX_HEADS = 64, INDEX_DIM = 128, INDEX_KEYS = 1024, INDEX_TOKENS = 8,
     NEAR_DIM = 1024, NEAR_INTER = 512, NEAR_ROWS = 512, /* 1 MB of weights: in L2, or in a small
                                       L2's L3, which no kernel outruns; no padded rows          */
-    IO_ALIGN = 4096, IO_PIECE = 1 << 20, IO_DEPTH = 128, /* as in offload.c                     */
+    IO_ALIGN = 4096, IO_PIECE = 1 << 20,       /* as in offload.c                               */
+    IO_DEPTH = 128,                /* more than there: the drive's best                         */
     WINDOW = 12,                   /* experts pinned at once: the model asks for 6 to 16        */
     SLOTS = 16,
 };
@@ -397,19 +399,28 @@ static size_t cut(const read_group *g, piece *out, double *payload) {
     return n;
 }
 
-static void ring_open(struct io_uring *ring, const ckpt *c, uint8_t *buf) {
-    int fd[MAX_SHARDS], n = ckpt_n_shards(c);
+typedef struct { const experts *x; struct io_uring ring; uint8_t *buf; } raw_loop;
+
+static void raw_open(raw_loop *r, const experts *x) {
+    int fd[MAX_SHARDS], n = ckpt_n_shards(x->c);
     struct iovec iov[IO_DEPTH];
+    *r = (raw_loop){.x = x, .buf = take((size_t)IO_DEPTH * IO_PIECE)};
     for (int i = 0; i < n; i++) {
-        fd[i] = open(ckpt_shard_path(c, i), O_RDONLY | O_DIRECT);
+        fd[i] = open(ckpt_shard_path(x->c, i), O_RDONLY | O_DIRECT);
         if (fd[i] < 0) die("O_DIRECT is refused");
     }
-    for (size_t i = 0; i < IO_DEPTH; i++) iov[i] = (struct iovec){buf + i * IO_PIECE, IO_PIECE};
-    if (io_uring_queue_init(IO_DEPTH, ring, 0) ||
-        io_uring_register_files(ring, fd, (unsigned)n) ||
-        io_uring_register_buffers(ring, iov, IO_DEPTH))
+    for (size_t i = 0; i < IO_DEPTH; i++)
+        iov[i] = (struct iovec){r->buf + i * IO_PIECE, IO_PIECE};
+    if (io_uring_queue_init(IO_DEPTH, &r->ring, 0) ||
+        io_uring_register_files(&r->ring, fd, (unsigned)n) ||
+        io_uring_register_buffers(&r->ring, iov, IO_DEPTH))
         die("io_uring is refused");
     for (int i = 0; i < n; i++) close(fd[i]);
+}
+
+static void raw_close(raw_loop *r) {
+    io_uring_queue_exit(&r->ring);
+    free(r->buf);
 }
 
 /* Seconds to read them all, always as many in flight as there may be. */
@@ -440,24 +451,27 @@ static double read_pieces(struct io_uring *ring, const piece *p, size_t n, uint8
     return now_s() - begin;
 }
 
-static void bench_raw(const char *dir, size_t n, uint64_t seed) {
-    experts x;
-    struct io_uring ring;
+/* Bytes a second of these experts, read in one go. */
+static double raw_rate(raw_loop *r, const size_t *id, size_t n) {
     double payload = 0;
-    size_t n_pieces = 0;
-    experts_open(&x, dir);
-    size_t *id = draw(&x, n, seed);
-    uint8_t *buf = take((size_t)IO_DEPTH * IO_PIECE);
-    size_t most = 6 * 2;           /* run ends                                                  */
-    for (int p = 0; p < 6; p++) most += x.part[p]->bytes / IO_PIECE + 1;
+    size_t n_pieces = 0, most = 6 * 2;             /* run ends                                  */
+    for (int p = 0; p < 6; p++) most += r->x->part[p]->bytes / IO_PIECE + 1;
     piece *p = calloc(n * most, sizeof *p);
     if (!p) die("out of memory");
-    for (size_t i = 0; i < n; i++) n_pieces += cut(&x.group[id[i]], p + n_pieces, &payload);
-    ring_open(&ring, x.c, buf);
-    printf("raw %.6g GB/s\n", payload / read_pieces(&ring, p, n_pieces, buf) / 1e9);
-    io_uring_queue_exit(&ring);
+    for (size_t i = 0; i < n; i++) n_pieces += cut(&r->x->group[id[i]], p + n_pieces, &payload);
+    double rate = payload / read_pieces(&r->ring, p, n_pieces, r->buf);
     free(p);
-    free(buf);
+    return rate;
+}
+
+static void bench_raw(const char *dir, size_t n, uint64_t seed) {
+    experts x;
+    raw_loop r;
+    experts_open(&x, dir);
+    size_t *id = draw(&x, n, seed);
+    raw_open(&r, &x);
+    printf("raw %.6g GB/s\n", raw_rate(&r, id, n) / 1e9);
+    raw_close(&r);
     free(id);
     experts_close(&x);
 }
@@ -488,11 +502,11 @@ static void bench_cache(const char *dir, size_t n, uint64_t seed) {
         cache_open(&c, o, x.group, x.n, SLOTS, &err)) die(err.msg);
     if (note) die(note);
     stream_experts(c, id + n, SLOTS);              /* all slots touched, their pages made */
-    double busy = offload_get_stats(o)->busy_s, bytes = (double)cache_get_stats(c)->read_bytes;
+    double begin = now_s(), bytes = (double)cache_get_stats(c)->read_bytes;
     stream_experts(c, id, n);
-    busy = offload_get_stats(o)->busy_s - busy;
+    double took = now_s() - begin;
     bytes = (double)cache_get_stats(c)->read_bytes - bytes;
-    printf("cache %.6g GB/s\n", bytes / busy / 1e9);
+    printf("cache %.6g GB/s\n", bytes / took / 1e9);
     cache_close(c);
     offload_close(o);
     free(id);
@@ -521,7 +535,158 @@ static void bench_start(const char *dir) {
     experts_close(&x);
 }
 
-/* === 5. Main ================================================================================== */
+/* === 5. A run =================================================================================
+ * Windows of decoding, each next to a raw loop, and then the same experts asked for in the same
+ * order from a cache of as many slots, with nothing computed between.  Nobody knows when a read
+ * lands while nobody looks, so reading is judged where there is nothing else to do.              */
+
+enum { WINDOW_TOKENS = 4, WARM_TOKENS = 200, RAW_EXPERTS = 50 };
+
+typedef struct {                   /* one layer of one token, up to the next layer's experts    */
+    size_t id[MAX_TOPK];
+    int n;
+    double dense, compute;         /* seconds                                                   */
+    double read;                   /* bytes                                                     */
+} step;
+
+typedef struct {
+    const dsv4_engine *e;
+    size_t n_experts;              /* a layer                                                   */
+    step *steps;
+    size_t n;
+    double dense, compute, read;   /* when the last one began                                   */
+} run_log;
+
+/* What came since the last call belongs to the step that began there. */
+static void step_end(run_log *g) {
+    const dsv4_stats *s = engine_stats(g->e);
+    double dense = 0, compute = s->op_s[OPC_EXPERTS] - s->expert_wait_s;
+    double read = (double)engine_expert_stats(g->e)->read_bytes;
+    for (int i = 0; i < OPC_N; i++) dense += i == OPC_EXPERTS ? 0 : s->op_s[i];
+    if (g->n) {
+        step *last = &g->steps[g->n - 1];
+        last->dense += dense - g->dense;
+        last->compute += compute - g->compute;
+        last->read += read - g->read;
+    }
+    g->dense = dense, g->compute = compute, g->read = read;
+}
+
+static void on_step(void *arg, int64_t pos, int layer, const int32_t *expert, int n) {
+    run_log *g = arg;
+    (void)pos;
+    step_end(g);
+    step *s = &g->steps[g->n++];
+    *s = (step){.n = n};
+    for (int i = 0; i < n; i++) s->id[i] = (size_t)layer * g->n_experts + (size_t)expert[i];
+}
+
+/* Seconds of n tokens, drawn evenly. */
+static double decode(dsv4_session *s, run_log *g, const dsv4_config *c, float *logits, int n) {
+    static uint64_t seed = 1;
+    dsv4_err err;
+    double begin = now_s();
+    for (int i = 0; i < n; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        int32_t id = (int32_t)((seed >> 33) % (uint64_t)c->vocab_size);
+        if (session_forward(s, &id, 1, &err) || session_logits(s, 0, 1, logits, &err))
+            die(err.msg);
+    }
+    step_end(g);
+    return now_s() - begin;
+}
+
+/* Decode until every slot was used, then in windows.  Leaves in edge[i] where window i begins; the
+ * number of slots is returned. */
+static int run_windows(const char *dir, uint64_t ram, const experts *x, run_log *g, size_t *edge,
+                       size_t n_windows) {
+    raw_loop raw;
+    dsv4_session *s;
+    dsv4_engine *e;
+    dsv4_err err;
+    const int64_t ctx = WARM_TOKENS + WINDOW_TOKENS * (int64_t)n_windows;
+    dsv4_opts o = {.dir = dir, .ram_bytes = ram, .ctx = ctx, .trace = on_step, .trace_arg = g};
+    if (engine_open(&e, &x->cfg, x->c, &o, &err) || engine_load(e, NULL, NULL, &err) ||
+        session_open(&s, e, NULL, NULL, &err)) die(err.msg);
+    g->e = e;
+    float *logits = take((size_t)x->cfg.vocab_size * sizeof *logits);
+    for (int i = 0; i < WARM_TOKENS && !engine_expert_stats(e)->evictions; i++)
+        (void)decode(s, g, &x->cfg, logits, 1);
+    raw_open(&raw, x);
+    for (size_t i = 0; i < n_windows; i++) {
+        edge[i] = g->n;
+        double wall = decode(s, g, &x->cfg, logits, WINDOW_TOKENS), least = 0;
+        size_t *id = draw(x, RAW_EXPERTS, i + 1);
+        double rate = raw_rate(&raw, id, RAW_EXPERTS);
+        for (const step *t = g->steps + edge[i]; t < g->steps + g->n; t++)
+            least += t->dense + (t->compute > t->read / rate ? t->compute : t->read / rate);
+        printf("decode.wall %.6g s\ndecode.least %.6g s\n", wall, least);
+        free(id);
+    }
+    edge[n_windows] = g->n;
+    int n_slots = engine_plan(e)->n_slots;
+    raw_close(&raw);
+    free(logits);
+    session_close(s);
+    engine_close(e);
+    return n_slots;
+}
+
+/* Ask for a step's experts and wait for them, as decoding does. */
+static void replay_step(cache *c, const step *s) {
+    int slot[MAX_TOPK];
+    dsv4_err err;
+    for (int i = 0; i < s->n; i++)
+        if ((slot[i] = cache_get(c, s->id[i], &err)) < 0) die(err.msg);
+    for (int i = 0; i < s->n; i++) {
+        if (cache_wait(c, slot[i], &err)) die(err.msg);
+        cache_unpin(c, slot[i]);
+    }
+}
+
+static void replay(const experts *x, const run_log *g, const size_t *edge, size_t n_windows,
+                   int n_slots) {
+    raw_loop raw;
+    offload *o;
+    cache *c;
+    const char *note;
+    dsv4_err err;
+    if (offload_open(&o, x->c, &note, &err) || cache_open(&c, o, x->group, x->n, n_slots, &err))
+        die(err.msg);
+    for (size_t i = 0; i < edge[0]; i++) replay_step(c, &g->steps[i]);
+    raw_open(&raw, x);
+    for (size_t i = 0; i < n_windows; i++) {
+        double begin = now_s(), bytes = (double)cache_get_stats(c)->read_bytes;
+        for (size_t j = edge[i]; j < edge[i + 1]; j++) replay_step(c, &g->steps[j]);
+        double took = now_s() - begin;
+        bytes = (double)cache_get_stats(c)->read_bytes - bytes;
+        size_t n = (size_t)(bytes / (double)cache_slot_bytes(x->group, 1));
+        size_t *id = draw(x, n, n_windows + i + 1);
+        printf("replay %.6g GB/s\nreplay.raw %.6g GB/s\n", bytes / took / 1e9,
+               raw_rate(&raw, id, n) / 1e9);
+        free(id);
+    }
+    raw_close(&raw);
+    cache_close(c);
+    offload_close(o);
+}
+
+static void bench_run(const char *dir, uint64_t ram, size_t n_windows) {
+    experts x;
+    experts_open(&x, dir);
+    run_log g = {.n_experts = (size_t)x.cfg.n_routed_experts};
+    size_t tokens = WARM_TOKENS + WINDOW_TOKENS * n_windows;
+    g.steps = calloc(tokens * (size_t)x.cfg.num_hidden_layers, sizeof *g.steps);
+    size_t *edge = calloc(n_windows + 1, sizeof *edge);
+    if (!g.steps || !edge) die("out of memory");
+    int n_slots = run_windows(dir, ram, &x, &g, edge, n_windows);
+    replay(&x, &g, edge, n_windows, n_slots);
+    free(edge);
+    free(g.steps);
+    experts_close(&x);
+}
+
+/* === 6. Main ================================================================================== */
 
 static const struct { const char *name; void (*run)(dsv4_exec *ex, int threads); } kernels[] = {
     {"read", bench_read}, {"fma", bench_fma}, {"fp4", bench_fp4}, {"fp4l2", bench_fp4l2},
@@ -545,6 +710,10 @@ static int measure(char **arg, int n_args, dsv4_exec *one, dsv4_exec *all) {
             disks[i].run(arg[1], strtoul(arg[2], NULL, 10), strtoul(arg[3], NULL, 10));
             return 4;
         }
+    if (!strcmp(arg[0], "run") && n_args >= 4) {
+        bench_run(arg[1], strtoull(arg[2], NULL, 10), strtoul(arg[3], NULL, 10));
+        return 4;
+    }
     if (strcmp(arg[0], "start") || n_args < 2) die("usage: see the top of tests/bench.c");
     bench_start(arg[1]);
     return 2;

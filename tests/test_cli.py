@@ -607,7 +607,7 @@ def plan_adds_up_and_names_what_binds():
 def bench_compares_with_the_machine_and_traces():
     trace = os.path.join(TMP, "trace.txt")
     text, _ = dsv4("bench", "-m", tiny(), "--tokens", 20, "--trace", trace)
-    for part in ("experts, computed", "dense weights, computed", "reads, while any", "decode"):
+    for part in ("experts, computed", "dense weights, computed", "reads, over all", "decode"):
         need(part in text.decode(), text)
     lines = [list(map(int, s.split())) for s in open(trace)]
     need(len(lines) == 20 * 6, f"{len(lines)} lines")

@@ -1963,38 +1963,6 @@ static void test_buffers_are_registered(void) {
     remove_tree(dir);
 }
 
-static void test_busy_is_the_time_in_flight(void) {
-    const char *dir = fresh_dir();
-    set_mood(CALM, 0, 0);
-    write_experts(dir, 12, 1056, 2080, CONTIGUOUS);
-    for (int way = 0; way < 2; way++) {
-        bank b;
-        dsv4_err err = {""};
-        const struct timespec nap = {.tv_nsec = 40000000};
-        hook.refuse_ring = way;
-        if (!bank_open(&b, dir, 12, 5)) return;
-        const offload_stats *s = offload_get_stats(b.o);
-        CHECK(s->busy_s == 0, "%g", s->busy_s);
-        double begin = seconds();
-        CHECK(use_group(b.k, 0, &err) && use_group(b.k, 1, &err), "%s", err.msg);
-        double busy = s->busy_s, took = seconds() - begin;
-        CHECK(busy > 0 && busy <= took, "%g of %g s", busy, took);
-        nanosleep(&nap, NULL);     /* nothing in flight                                         */
-        CHECK(use_group(b.k, 0, &err), "%s", err.msg);
-        CHECK(s->busy_s == busy, "a hit is not busy");
-        begin = seconds();
-        cache_ask(b.k, 5);
-        nanosleep(&nap, NULL);     /* in flight, as far as we have looked                       */
-        drain(b.o);
-        took = seconds() - begin;
-        CHECK(s->busy_s - busy >= 0.04 && s->busy_s - busy <= took, "%g", s->busy_s - busy);
-        CHECK(s->read_bytes >= 3 * 3 * 1056 * 2080 / 2, "%g MB", (double)s->read_bytes * 1e-6);
-        bank_close(&b);
-    }
-    hook.refuse_ring = false;
-    remove_tree(dir);
-}
-
 static json_t *heat_of(const char *path) {
     json_t *root = json_load_file(path, 0, NULL);
     json_t *heat = json_incref(json_object_get(root, "heat"));
@@ -2969,7 +2937,6 @@ int main(int argc, char **argv) {
     RUN(test_cache_close_waits);
     RUN(test_every_read_may_fail);
     RUN(test_buffers_are_registered);
-    RUN(test_busy_is_the_time_in_flight);
     RUN(test_heat_is_kept);
     RUN(test_raw_files_keep_what_is_written);
     RUN(test_raw_files_are_refused_by_name);
