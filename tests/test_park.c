@@ -229,7 +229,7 @@ static void set_used(park *p, const sample *s, int seconds_ago) {
     CHECK(!utimensat(p->dir, file, t, 0), "no file %s", file);
 }
 
-static uint8_t *read_file(const char *path, size_t *n) {
+static uint8_t *slurp(const char *path, size_t *n) {
     FILE *f = fopen(path, "rb");
     uint8_t *all = malloc(1 << 20);
     *n = f ? fread(all, 1, 1 << 20, f) : 0;
@@ -443,7 +443,7 @@ static void test_park_damage_is_found(void) {
     CHECK(!park_put(p, "talk", &s.info, s.tokens, s.frames, &err), "%s", err.msg);
     path_of(path, dir, &s);
     snprintf(talk, sizeof talk, "%.2000s/talk.session", dir);
-    uint8_t *good = read_file(path, &n), *bad = malloc(n + 1);
+    uint8_t *good = slurp(path, &n), *bad = malloc(n + 1);
     for (int way = 0; way < 1250; way++) {
         memcpy(bad, good, n);
         size_t size = damage(bad, n, way, &rng);
@@ -477,7 +477,7 @@ static void test_park_headers_are_not_believed(void) {
     fill(&s, 1, 0);
     CHECK(!park_put(p, "x", &s.info, s.tokens, s.frames, &err), "%s", err.msg);
     snprintf(path, sizeof path, "%.2000s/x.session", dir);
-    uint8_t *file = read_file(path, &n);
+    uint8_t *file = slurp(path, &n);
     static park_header good, h;
     memcpy(&good, file, header_bytes(N_SAMPLE));
     static const char *const says[] = {
@@ -857,7 +857,7 @@ static void test_park_list(void) {
           !memcmp(&all.e[1].info, &s[0].info, sizeof s[0].info), "a segment");
     CHECK(llabs(all.e[1].used - (time(NULL) - 100)) < 50, "its last use");
     CHECK(park_list(p, true, see, &some, &err) == -1 && some.n == 2, "the caller stops it");
-    uint8_t *file = read_file(path, &n);
+    uint8_t *file = slurp(path, &n);
     file[n - 1] ^= 1;              /* of the last frame */
     write_bytes(path, file, n);
     free(file);
