@@ -1125,7 +1125,7 @@ static int attn_entries(dsv4_session *s, dsv4_attend *in, int layer, const kv_la
     chunk_work *w = &s->c;
     in->comp = rows->entries;
     if (choose) in->idx = w->idx, in->count = w->count;
-    if (!in->ratio || in->comp) return 0;
+    if (visible == 0 || in->comp) return 0;
     if (!choose) w->count[0] = (int32_t)visible;       /* one token, and the entries in the file */
     if (kv_gather(s->kv, layer, in->idx, w->count[0], &in->comp, err)) return -1;
     in->idx = NULL;
