@@ -557,6 +557,7 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
 typedef struct { char *s; size_t n, cap; bool failed; } buffer;
 void put_bytes(buffer *b, const char *s, size_t n);
 void put_text(buffer *b, const char *s);
+void put_format(buffer *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 /* Append a file ("-": stdin), and behind it a 0 that out->n does not count.  Of one with more than
  * `most` bytes some more than that come. */

@@ -9,7 +9,7 @@
  * Exit codes  0 done, 1 failed, 2 usage, 130 interrupted.
  * Contents    1 files and output   2 progress, tables, JSON   3 the model behind a command
  *             4 the answer   5 run   6 chat   7 eval   8 prompt, tokenize   9 plan, check
- *             10 bench   11 flags, help, main
+ *             10 sessions   11 bench   12 flags, help, main
  * Not here    anything that could be tested without a terminal                                 */
 #define _GNU_SOURCE
 #include "dsv4.h"
@@ -165,13 +165,15 @@ static void consider(guess *g, const char *word) {
     g->distance = distance;
 }
 
-static bool is_effort(const char *s) {
-    return !strcmp(s, "low") || !strcmp(s, "high") || !strcmp(s, "max");
+/* The level that a word names, or NULL. */
+static const char *effort_of(const char *word) {
+    static const char *const levels[] = {"low", "high", "max"};
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(word, levels[i])) return levels[i];
+    return NULL;
 }
 
 /* === 2. Progress, tables, JSON ================================================================ */
-
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 static double rate(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }
 
@@ -206,31 +208,30 @@ static void status_clear(status_line *s) {
 
 /* "[=====>    ] reading 42%: 1234 of 5678 tokens, 12.3 tokens/s, 1.90 GB/s, 0:42 left" */
 static void status_draw(status_line *s, double share, double t) {
-    char line[256], tokens[96] = "", disk[32] = "";
+    buffer line = {0};
     double spent = t - s->began, left = share > 0 ? spent / share * (1 - share) : 0;
     double n_tokens = share * (double)s->n_total;
+    put_format(&line, "%s %.0f%%:", s->phase, 100 * share);
     if (s->n_total)
-        snprintf(tokens, sizeof tokens, " %.0f of %lld tokens, %.1f tokens/s,", n_tokens,
-                 (long long)s->n_total, rate(n_tokens, spent));
+        put_format(&line, " %.0f of %lld tokens, %.1f tokens/s,", n_tokens, (long long)s->n_total,
+                   rate(n_tokens, spent));
     if (s->e)
-        snprintf(disk, sizeof disk, " %.2f GB/s,", rate((double)(
-                 engine_offload_stats(s->e)->read_bytes - s->read_before) / 1e9, spent));
-    int n = snprintf(line, sizeof line, "%s %.0f%%:%s%s %.0f:%02.0f left", s->phase, 100 * share,
-                     tokens, disk, floor(left / 60), floor(fmod(left, 60)));
-    if (!s->bar) {
-        fprintf(stderr, "%s\n", line);
-        return;
-    }
+        put_format(&line, " %.2f GB/s,", rate((double)(engine_offload_stats(s->e)->read_bytes -
+                                                      s->read_before) / 1e9, spent));
+    put_format(&line, " %.0f:%02.0f left", floor(left / 60), floor(fmod(left, 60)));
     struct winsize w = {0};
     int columns = ioctl(STDERR_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_col ? w.ws_col : 80;
-    int wide = columns - n - 4 < 30 ? columns - n - 4 : 30, full = (int)(share * wide);
-    fputs("\r\033[K", stderr);
-    if (wide >= 5) {
+    int n = (int)line.n, wide = columns - n - 4 < 30 ? columns - n - 4 : 30;
+    int full = (int)(share * wide);
+    fputs(s->bar ? "\r\033[K" : "", stderr);
+    if (s->bar && wide >= 5) {
         fputc('[', stderr);
         for (int i = 0; i < wide; i++) fputc(i < full ? '=' : i == full ? '>' : ' ', stderr);
         fputs("] ", stderr);
     }
-    fprintf(stderr, "%.*s", columns - 1, line);
+    fprintf(stderr, "%.*s%s", s->bar && n >= columns ? columns - 1 : n, line.n ? line.s : "",
+            s->bar ? "" : "\n");
+    free(line.s);
 }
 
 /* A progress_fn: how far, at which rate; and whether to stop. */
@@ -383,7 +384,7 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
 
 /* === 3. The model behind a command ============================================================ */
 
-typedef struct {
+typedef struct {                   /* all that a command opens: main() closes it                */
     dsv4_config cfg;
     generation gen;
     ckpt *ck;
@@ -391,19 +392,19 @@ typedef struct {
     dsv4_weights *w;               /* only where the checkpoint itself is looked at             */
     dsv4_engine *e;
     dsv4_session *s;
+    buffer text;                   /* what a person gave                                        */
+    id_list ids;                   /* the context: what the session holds, or will              */
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
     int last;                      /* the row of the last token in the last forward             */
-    FILE *trace;                   /* of bench, or NULL                                         */
     const char *note;              /* told with the plan                                        */
     char heat[4096];               /* remembers which experts are used                          */
     char kv_dir[4096];             /* for KV that does not fit, and parked context              */
     park *park;                    /* NULL: no context is parked                                */
     status_line status;
-    out_file stats;                /* opened before the work, so that a bad name costs nothing  */
+    out_file stats, out;           /* opened before the work, so that a bad name costs nothing  */
 } model;
 
 static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err *err) {
-    *m = (model){0};
     if (config_load(&m->cfg, dir, err) || (with_text && tok_open(&m->tok, dir, err)) ||
         ckpt_open(&m->ck, dir, err) || config_generation(&m->gen, dir, err))
         return -1;
@@ -412,6 +413,12 @@ static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err 
                     "they are of two models", dir, tok_n_ids(m->tok) - 1, m->cfg.vocab_size);
     m->logits = malloc((size_t)EVAL_ROWS * (size_t)m->cfg.vocab_size * sizeof(float));
     return m->logits ? 0 : fail(err, "out of memory for logits");
+}
+
+/* Tokens of context where a conversation or a plan is to be made room for. */
+static int64_t context_of(const args *a, const dsv4_config *c) {
+    int64_t most = c->max_position_embeddings;
+    return a->ctx ? a->ctx : CHAT_CTX < most ? CHAT_CTX : most;
 }
 
 static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, int n) {
@@ -435,7 +442,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     int64_t limit = a->chunk ? a->chunk : a->span ? a->span : n_prompt;
     o.span_hint = (int)(limit < n_prompt ? limit : n_prompt);
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
-    if (m->trace) o.trace = on_trace, o.trace_arg = m->trace;
+    if (a->trace) o.trace = on_trace, o.trace_arg = m->out.f;
     if (model_path(m->heat, sizeof m->heat, "heat", a->model)) o.heat = m->heat;
     o.kv_dir = kv_place(m, a);
     if (o.kv_dir && !a->no_cache && park_open(&m->park, o.kv_dir, a->kv_disk, err))
@@ -457,38 +464,40 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     return rc ? rc : session_open(&m->s, m->e, on_progress, &m->status, err);
 }
 
-static void model_close(model *m) {
+/* Write statistics and tables of what was done, if all went well, and close everything. */
+static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
+    status_clear(&m->status);
+    rc = out_close(&m->out, rc, err);
+    if (rc == 0 && m->stats.f) rc = write_stats(m->stats.f, m->e, session_kv_stats(m->s), err);
+    rc = out_close(&m->stats, rc, err);
+    if (rc == 0 && m->s && !a->quiet) {
+        print_tiers(m->e);
+        if (engine_note(m->e) && engine_note(m->e) != m->note)
+            fprintf(stderr, "note: %s\n", engine_note(m->e));     /* it came up during the work */
+    }
     session_close(m->s);
     engine_close(m->e);
     park_close(m->park);
     weights_close(m->w);
     ckpt_close(m->ck);
     tok_close(m->tok);
+    free(m->text.s);
+    free(m->ids.id);
     free(m->logits);
-}
-
-/* After the work: statistics, tables, what came up meanwhile. */
-static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
-    status_clear(&m->status);
-    if (rc == 0 && a->stats) rc = write_stats(m->stats.f, m->e, session_kv_stats(m->s), err);
-    rc = out_close(&m->stats, rc, err);
-    if (rc == 0 && !a->quiet) print_tiers(m->e);
-    if (rc == 0 && !a->quiet && engine_note(m->e) && engine_note(m->e) != m->note)
-        fprintf(stderr, "note: %s\n", engine_note(m->e));
-    model_close(m);
     return rc;
 }
 
-/* Append the ids of a conversation behind a system prompt (NULL: none). */
-static int encode_messages(const model *m, const char *system, json_t *messages, bool think,
-                           const char *effort, id_list *out, dsv4_err *err) {
+/* Append the ids of a conversation, behind the system prompt that `a` names. */
+static int encode_messages(const model *m, const args *a, json_t *messages, id_list *out,
+                           dsv4_err *err) {
     prompt p = {0};
     json_t *all = json_array(), *request;
-    int rc = system ? json_array_append_new(all, prompt_message("system", system, strlen(system)))
-                    : 0;
+    int rc = 0;
+    if (a->system)
+        rc = json_array_append_new(all, prompt_message("system", a->system, strlen(a->system)));
     rc |= json_array_extend(all, messages);
-    request = json_pack("{s:o, s:b, s:s?}", "messages", all, "thinking", think, "reasoning_effort",
-                        effort);
+    request = json_pack("{s:o, s:b, s:s?}", "messages", all, "thinking", !a->no_think,
+                        "reasoning_effort", a->effort);
     rc = rc || !request ? fail(err, "out of memory for the prompt")
                         : prompt_build(&p, request, m->gen, err);
     if (rc == 0) rc = prompt_encode(m->tok, &p, out, err);
@@ -499,61 +508,61 @@ static int encode_messages(const model *m, const char *system, json_t *messages,
 
 /* The prompt's ids, from whichever source the flags name: as one turn, or `raw`, BOS and the text
  * as it is, special tokens in it included. */
-static int prompt_ids(const model *m, const args *a, bool raw, id_list *out, dsv4_err *err) {
-    if (a->ids) return read_ids(out, a->ids, err);
-    buffer file = {0};
-    int rc = a->prompt ? 0 : read_text(&file, a->file, err);
-    const char *s = a->prompt ? a->prompt : file.s;
-    size_t n = a->prompt ? strlen(s) : file.n;
+static int prompt_ids(model *m, const args *a, bool raw, dsv4_err *err) {
+    if (a->ids) return read_ids(&m->ids, a->ids, err);
+    buffer text = {0};
+    int rc = a->prompt ? 0 : read_text(&text, a->file, err);
+    put_text(&text, a->prompt ? a->prompt : "");
+    if (rc == 0 && text.failed) rc = fail(err, "out of memory for the prompt");
     if (rc == 0 && raw) {
-        rc = ids_push(out, m->cfg.bos_token_id, err);
-        if (rc == 0) rc = tok_encode(m->tok, s, n, true, out, err);
+        rc = ids_push(&m->ids, m->cfg.bos_token_id, err) ||
+             tok_encode(m->tok, text.s, text.n, true, &m->ids, err) ? -1 : 0;
     } else if (rc == 0) {
-        json_t *messages = json_pack("[o]", prompt_message("user", s, n));
-        rc = encode_messages(m, a->system, messages, !a->no_think, a->effort, out, err);
+        json_t *messages = json_pack("[o]", prompt_message("user", text.s, text.n));
+        rc = encode_messages(m, a, messages, &m->ids, err);
         json_decref(messages);
     }
-    free(file.s);
+    free(text.s);
     return rc;
 }
 
-typedef struct { FILE *out; double nll; size_t at; } scores;
+typedef struct { double nll; size_t at; } scores;
 
 /* Score and write the logits of the n tokens just forwarded. */
-static int score_rows(model *m, const id_list *ids, scores *sc, int n, dsv4_err *err) {
+static int score_rows(model *m, scores *sc, int n, dsv4_err *err) {
     size_t vocab = (size_t)m->cfg.vocab_size;
     for (int i = 0; i < n; i += EVAL_ROWS) {
         int rows = n - i < EVAL_ROWS ? n - i : EVAL_ROWS;
         if (session_logits(m->s, i, rows, m->logits, err)) return -1;
-        if (sc->out) fwrite(m->logits, sizeof(float), (size_t)rows * vocab, sc->out);
+        if (m->out.f) fwrite(m->logits, sizeof(float), (size_t)rows * vocab, m->out.f);
         for (const float *row = m->logits; row < m->logits + (size_t)rows * vocab; row += vocab)
-            if (++sc->at < ids->n) sc->nll += token_nll(row, (int)vocab, ids->id[sc->at]);
+            if (++sc->at < m->ids.n) sc->nll += token_nll(row, (int)vocab, m->ids.id[sc->at]);
     }
     return 0;
 }
 
-/* Put ids from `from` on through the model, a span at a time, those from `decode_from` on one by
- * one; `sc` (NULL: not wanted) scores them.  From 0 on, what is parked is not read again. */
-static int feed(model *m, const id_list *ids, size_t from, size_t decode_from, scores *sc,
-                dsv4_err *err) {
-    size_t span = (size_t)engine_plan(m->e)->span;
+/* Put ids from `from` on through the model, a span at a time, those from `decode_from` on (at most
+ * their number) one by one; `sc` (NULL: not wanted) scores them.  From 0 on, what is parked is not
+ * read again. */
+static int feed(model *m, size_t from, size_t decode_from, scores *sc, dsv4_err *err) {
+    size_t span = (size_t)engine_plan(m->e)->span, end = m->ids.n;
     int rc = 0;
     if (from == 0 && !sc) {
-        int64_t reused = session_resume(m->s, ids->id, (int64_t)ids->n, err);
+        int64_t reused = session_resume(m->s, m->ids.id, (int64_t)end, err);
         if (reused < 0) return -1;
         from = (size_t)reused;
         if (from && m->status.on)
             fprintf(stderr, "reused %s of %s tokens\n", grouped(reused).text,
-                    grouped((int64_t)ids->n).text);
+                    grouped((int64_t)end).text);
     }
-    status_begin(&m->status, sc ? "scoring" : "reading", (int64_t)(ids->n - from));
-    for (size_t i = from, n; i < ids->n && rc == 0; i += n) {
-        n = i < decode_from ? min_size(min_size(decode_from, ids->n) - i, span) : 1;
+    status_begin(&m->status, sc ? "scoring" : "reading", (int64_t)(end - from));
+    for (size_t i = from, n; i < end && rc == 0; i += n) {
+        n = i >= decode_from ? 1 : decode_from - i < span ? decode_from - i : span;
         m->status.n_now = (int64_t)n;
         m->status.n_done = (int64_t)(i - from);
         m->last = (int)n - 1;
-        rc = session_forward(m->s, ids->id + i, (int)n, err);
-        if (rc == 0 && sc) rc = score_rows(m, ids, sc, (int)n, err);
+        rc = session_forward(m->s, m->ids.id + i, (int)n, err);
+        if (rc == 0 && sc) rc = score_rows(m, sc, (int)n, err);
     }
     status_clear(&m->status);
     return rc;
@@ -566,8 +575,6 @@ typedef enum { END_EOS, END_LENGTH, END_STOP, END_LOOP, END_INTERRUPTED } ending
 typedef struct {                   /* one answer: from what the session holds to a person       */
     model *m;
     const args *a;
-    id_list *ids;                  /* what the session holds; what goes into it is appended     */
-    bool think;                    /* the answer begins with thoughts                           */
     int64_t n;                     /* tokens, at most                                           */
     ending end;
     answer *parser;                /* NULL: the text as it comes                                */
@@ -614,43 +621,29 @@ static int speak(speaker *sp, const char *s, size_t n) {
     return rc;
 }
 
-static int speak_token(speaker *sp, int32_t id, bool first) {
-    size_t n = 0;
-    const char *s = sp->a->print_ids ? "" : tok_bytes(sp->m->tok, id, &n);
-    if (sp->a->print_ids) printf("%s%d", first ? "" : " ", id);
-    if (n && speak(sp, s, n)) return -1;
-    return check_stdout(sp->err);
-}
-
 /* Sample until something ends it. */
 static int generate(speaker *sp, sampler *draw) {
     model *m = sp->m;
     loop_guard guard = {0};
+    size_t n_bytes = 0;
     sp->end = END_LENGTH;
     for (int64_t i = 0; i < sp->n; i++) {
         if (session_logits(m->s, m->last, 1, m->logits, sp->err)) return -1;
         int32_t id = sampler_next(draw, m->logits);
         if (id == m->cfg.eos_token_id) sp->end = END_EOS;
         if (sp->end == END_EOS) return 0;
-        if (speak_token(sp, id, i == 0)) return -1;
+        const char *s = m->tok ? tok_bytes(m->tok, id, &n_bytes) : NULL;
+        if (sp->a->print_ids) printf("%s%d", i ? " " : "", id);
+        else if (n_bytes && speak(sp, s, n_bytes)) return -1;
+        if (check_stdout(sp->err)) return -1;
         if (!sp->a->no_loop_guard && loop_push(&guard, id)) sp->end = END_LOOP;
         if (sp->stop.hit) sp->end = END_STOP;
         if (m->status.patient && interrupted) sp->end = END_INTERRUPTED;
         if (sp->end != END_LENGTH || i + 1 == sp->n) return 0;
         m->last = 0;
-        if (session_forward(m->s, &id, 1, sp->err) || ids_push(sp->ids, id, sp->err)) return -1;
+        if (session_forward(m->s, &id, 1, sp->err) || ids_push(&m->ids, id, sp->err)) return -1;
     }
     return 0;
-}
-
-/* What a person should know about how it ended. */
-static void print_ending(const speaker *sp) {
-    if (sp->end == END_LOOP)
-        fprintf(stderr, "note: stopped, the answer goes round in circles (--no-loop-guard lets "
-                "it)\n");
-    if (sp->a->quiet || sp->end != END_LENGTH || sp->a->print_ids || sp->a->raw) return;
-    fprintf(stderr, "note: cut at %lld tokens%s; -n and --ctx set how many\n", (long long)sp->n,
-            sp->content.n ? "" : ", before the answer began");
 }
 
 /* Flags over generation_config.json over plain sampling. */
@@ -677,14 +670,20 @@ static int speak_answer(speaker *sp) {
     int rc = sampling_of(a, &o, sp->err);
     if (rc == 0) rc = sampler_open(&draw, &o, sp->m->cfg.vocab_size, sp->err);
     if (rc == 0 && !a->raw && !a->ids)
-        rc = answer_open(&sp->parser, sp->think, on_piece, sp, sp->err);
-    for (size_t i = 0; i < sp->ids->n && rc == 0; i++) sampler_accept(draw, sp->ids->id[i]);
+        rc = answer_open(&sp->parser, !a->no_think, on_piece, sp, sp->err);
+    const id_list *seen = &sp->m->ids;
+    for (size_t i = 0; i < seen->n && rc == 0; i++) sampler_accept(draw, seen->id[i]);
     if (rc == 0) rc = generate(sp, draw);
     if (rc == 0) rc = speak(sp, "", 0);
     if (sp->thinking) fputs(sp->dim ? "\033[0m\n" : "\n", stderr);
     if (rc == 0) putchar('\n');
     if (rc == 0) rc = check_stdout(sp->err);
-    if (rc == 0) print_ending(sp);
+    if (rc == 0 && sp->end == END_LOOP)
+        fprintf(stderr, "note: stopped, the answer goes round in circles (--no-loop-guard lets "
+                "it)\n");
+    if (rc == 0 && sp->end == END_LENGTH && !a->quiet && !a->print_ids && !a->raw)
+        fprintf(stderr, "note: cut at %lld tokens%s; -n and --ctx set how many\n",
+                (long long)sp->n, sp->content.n ? "" : ", before the answer began");
     sp->m->status.on = shown;
     answer_close(sp->parser);
     sampler_close(draw);
@@ -694,43 +693,36 @@ static int speak_answer(speaker *sp) {
 
 /* === 5. run =================================================================================== */
 
-static int cmd_run(const args *a, dsv4_err *err) {
-    model m;
-    id_list ids = {0};
-    int rc = model_open_files(&m, a->model, !a->ids || !a->print_ids, err);
-    if (rc == 0) rc = prompt_ids(&m, a, a->raw, &ids, err);
-    int64_t most = a->ctx ? a->ctx : m.cfg.max_position_embeddings, room = most - (int64_t)ids.n;
-    speaker sp = {.m = &m, .a = a, .ids = &ids, .think = !a->no_think, .err = err,
-                  .n = a->n_answer < room ? a->n_answer : room};
-    if (rc == 0 && room <= 0)
-        rc = fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; "
-                  "shorten it or raise --ctx", ids.n, (long long)most);
-    if (rc == 0) rc = model_start(&m, a, (int64_t)ids.n, (int64_t)ids.n + sp.n, err);
-    if (rc == 0) rc = feed(&m, &ids, 0, ids.n, NULL, err);
-    if (rc == 0) rc = speak_answer(&sp);
+static int cmd_run(model *m, const args *a, dsv4_err *err) {
+    if (model_open_files(m, a->model, !a->ids || !a->print_ids, err) ||
+        prompt_ids(m, a, a->raw, err))
+        return -1;
+    int64_t most = a->ctx ? a->ctx : m->cfg.max_position_embeddings;
+    int64_t n_prompt = (int64_t)m->ids.n, room = most - n_prompt;
+    if (room <= 0)
+        return fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; "
+                    "shorten it or raise --ctx", m->ids.n, (long long)most);
+    speaker sp = {.m = m, .a = a, .n = a->n_answer < room ? a->n_answer : room, .err = err};
+    int rc = model_start(m, a, n_prompt, n_prompt + sp.n, err) ||
+             feed(m, 0, m->ids.n, NULL, err) || speak_answer(&sp) ? -1 : 0;
     free(sp.content.s);
-    free(ids.id);
-    return model_finish(&m, a, rc, err);
+    return rc;
 }
 
 /* === 6. chat ================================================================================== */
 
 typedef struct {
-    model m;
-    const args *a;
+    model *m;
+    args a;                        /* commands change it                                        */
+    char *system;                  /* what /system set                                          */
     json_t *messages;              /* all of the conversation, but for the system prompt        */
-    char *system;                  /* NULL: none                                                */
-    bool think;
-    char effort[8];                /* "": the model's own                                       */
-    id_list fed;                   /* what the session has seen                                 */
     int64_t ctx;
     buffer attached;               /* files for the next message                                */
     EditLine *el;                  /* NULL: stdin is no terminal                                */
     History *history;
     char *piped;                   /* getline's                                                 */
     size_t piped_cap;
-    buffer *pastes;                /* of several lines; the line edited holds their names       */
-    int n_pastes;
+    json_t *pastes;                /* of several lines; the line edited holds their names       */
 } chat;
 
 enum { C_THINK, C_NOTHINK, C_EFFORT, C_FILE, C_SYSTEM, C_CLEAR, C_SAVE, C_LOAD, C_STATS, C_HELP,
@@ -790,19 +782,13 @@ static unsigned char on_paste(EditLine *el, int key) {
         t.n -= n_end;
         break;
     }
-    buffer *grown = lines == 1 ? NULL
-                               : realloc(c->pastes, (size_t)(c->n_pastes + 1) * sizeof *grown);
-    if (grown) {
-        char name[64];
-        c->pastes = grown;
-        c->pastes[c->n_pastes++] = t;
-        snprintf(name, sizeof name, "[paste %d: %d lines]", c->n_pastes, lines);
-        el_insertstr(el, name);
-    } else {
-        put_bytes(&t, "", 1);
-        if (!t.failed) el_insertstr(el, t.s);
-        free(t.s);
+    if (lines > 1 && json_array_append_new(c->pastes, json_stringn_nocheck(t.s, t.n)) == 0) {
+        t.n = 0;
+        put_format(&t, "[paste %zu: %d lines]", json_array_size(c->pastes), lines);
     }
+    put_bytes(&t, "", 1);
+    if (!t.failed) el_insertstr(el, t.s);
+    free(t.s);
     return CC_REFRESH;
 }
 
@@ -814,14 +800,16 @@ static char *on_prompt(EditLine *el) {
 
 /* Replace the names of pastes by what they stand for. */
 static void put_pasted(const chat *c, buffer *out, const char *line, size_t len) {
-    for (size_t i = 0; i < len;) {
-        int which, lines, used = 0;
-        bool named = line[i] == '[' && c->n_pastes &&
-                     sscanf(line + i, "[paste %d: %d lines]%n", &which, &lines, &used) == 2 &&
-                     used && which >= 1 && which <= c->n_pastes;
-        if (named) put_bytes(out, c->pastes[which - 1].s, c->pastes[which - 1].n);
+    size_t which, used;
+    for (size_t i = 0; i < len; i += used) {
+        int lines, n = 0;
+        const json_t *paste = NULL;
+        if (line[i] == '[' && json_array_size(c->pastes) > 0 &&
+            sscanf(line + i, "[paste %zu: %d lines]%n", &which, &lines, &n) == 2 && n > 0)
+            paste = json_array_get(c->pastes, which - 1);
+        used = paste ? (size_t)n : 1;
+        if (paste) put_bytes(out, json_string_value(paste), json_string_length(paste));
         else put_bytes(out, line + i, 1);
-        i += named ? (size_t)used : 1;
     }
 }
 
@@ -898,11 +886,10 @@ static int attach_file(chat *c, const char *path, dsv4_err *err) {
     if (!*path) return fail(err, "/file needs a path");
     snprintf(full, sizeof full, "%s%s", at_home ? home : "", at_home ? path + 1 : path);
     int rc = read_text(&t, full, err);
-    if (rc == 0) rc = tok_encode(c->m.tok, t.s, t.n, false, &ids, err);
+    if (rc == 0) rc = tok_encode(c->m->tok, t.s, t.n, false, &ids, err);
     if (rc == 0) {
-        put_text(&c->attached, "[file name]: ");
-        put_text(&c->attached, name ? name + 1 : path);
-        put_text(&c->attached, "\n[file content begin]\n");
+        put_format(&c->attached, "[file name]: %s\n[file content begin]\n",
+                   name ? name + 1 : path);
         put_bytes(&c->attached, t.s, t.n);
         put_text(&c->attached, "\n[file content end]\n");
         fprintf(stderr, "%s: %zu tokens, goes with your next message\n", full, ids.n);
@@ -914,27 +901,29 @@ static int attach_file(chat *c, const char *path, dsv4_err *err) {
 
 static int set_system(chat *c, const char *words, dsv4_err *err) {
     free(c->system);
-    c->system = strdup(words);
+    c->a.system = c->system = strdup(words);
     return c->system ? 0 : fail(err, "out of memory");
 }
 
-static int set_effort(chat *c, const char *level, dsv4_err *err) {
-    if (!is_effort(level)) return fail(err, "/effort %s is not low, high or max", level);
-    snprintf(c->effort, sizeof c->effort, "%s", level);
-    c->think = true;
+static int set_effort(chat *c, const char *word, dsv4_err *err) {
+    const char *level = effort_of(word);
+    if (!level) return fail(err, "/effort %s is not low, high or max", word);
+    c->a.effort = level;
+    c->a.no_think = false;
     return 0;
 }
 
 /* What is not in the KV: the conversation as messages. */
 static int chat_save(chat *c, const char *name, dsv4_err *err) {
-    if (session_pos(c->m.s) == 0) return fail(err, "there is nothing to save yet");
-    json_t *root = json_pack("{s:O, s:b, s:s, s:s*}", "messages", c->messages, "think", c->think,
-                             "effort", c->effort, "system", c->system);
+    const dsv4_session *s = c->m->s;
+    if (session_pos(s) == 0) return fail(err, "there is nothing to save yet");
+    json_t *root = json_pack("{s:O, s:b, s:s, s:s*}", "messages", c->messages, "think",
+                             !c->a.no_think, "effort", c->a.effort ? c->a.effort : "", "system",
+                             c->a.system);
     char *all = json_dumps(root, JSON_COMPACT);
-    int rc = all ? session_save(c->m.s, name, (park_frame){all, strlen(all)}, err)
+    int rc = all ? session_save(c->m->s, name, (park_frame){all, strlen(all)}, err)
                  : fail(err, "out of memory for the conversation");
-    if (rc == 0)
-        fprintf(stderr, "saved %s: %s tokens\n", name, grouped(session_pos(c->m.s)).text);
+    if (rc == 0) fprintf(stderr, "saved %s: %s tokens\n", name, grouped(session_pos(s)).text);
     free(all);
     json_decref(root);
     return rc;
@@ -942,18 +931,19 @@ static int chat_save(chat *c, const char *name, dsv4_err *err) {
 
 static int chat_load(chat *c, const char *name, dsv4_err *err) {
     int32_t *tokens;
-    int64_t n, pos;
-    park_frame saved;
+    int64_t n;
+    park_frame saved;              /* lies behind the tokens                                    */
     const char *effort, *system = NULL;
     json_t *messages;
     int think;
-    if ((pos = session_load(c->m.s, name, &tokens, &n, &saved, err)) < 0) {
-        c->fed.n = 0;
-        session_reset(c->m.s);
+    int64_t pos = session_load(c->m->s, name, &tokens, &n, &saved, err);
+    if (pos < 0) {
+        c->m->ids.n = 0;
+        session_reset(c->m->s);
         return -1;
     }
-    free(c->fed.id);
-    c->fed = (id_list){.id = tokens, .n = (size_t)pos, .cap = (size_t)n};
+    free(c->m->ids.id);
+    c->m->ids = (id_list){.id = tokens, .n = (size_t)pos, .cap = (size_t)n};
     json_t *root = json_loadb(saved.data, saved.bytes, 0, NULL);
     int rc = json_unpack(root, "{s:o, s:b, s:s, s?s}", "messages", &messages, "think", &think,
                          "effort", &effort, "system", &system)
@@ -961,10 +951,10 @@ static int chat_load(chat *c, const char *name, dsv4_err *err) {
     if (rc == 0) {
         json_decref(c->messages);
         c->messages = json_incref(messages);
-        c->think = think;
-        snprintf(c->effort, sizeof c->effort, "%s", effort);
+        c->a.no_think = !think;
+        c->a.effort = effort_of(effort);
         free(c->system);
-        c->system = system ? strdup(system) : NULL;
+        c->a.system = c->system = system ? strdup(system) : NULL;
         fprintf(stderr, "loaded %s: %s of %s tokens\n", name, grouped(pos).text,
                 grouped(n).text);
     }
@@ -983,7 +973,7 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
     while (which < C_N && strcmp(line, chat_commands[which].name)) which++;
     switch (which) {
     case C_THINK:
-    case C_NOTHINK: c->think = which == C_THINK; return 0;
+    case C_NOTHINK: c->a.no_think = which == C_NOTHINK; return 0;
     case C_EFFORT: return set_effort(c, words, err);
     case C_FILE: return attach_file(c, words, err);
     case C_SYSTEM: return set_system(c, words, err);
@@ -991,8 +981,8 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
     case C_SAVE: return chat_save(c, words, err);
     case C_LOAD: return chat_load(c, words, err);
     case C_STATS:
-        print_tiers(c->m.e);
-        fprintf(stderr, "context: %lld of %lld tokens\n", (long long)session_pos(c->m.s),
+        print_tiers(c->m->e);
+        fprintf(stderr, "context: %lld of %lld tokens\n", (long long)session_pos(c->m->s),
                 (long long)c->ctx);
         return 0;
     case C_HELP:
@@ -1016,51 +1006,49 @@ static double share_touched(const dsv4_config *c, int64_t n) {
 /* Say what reading n tokens costs, where that is much: most experts are touched by a few dozen
  * tokens, and what is not in a slot comes from the disk. */
 static void announce(const chat *c, int64_t n) {
-    const dsv4_plan *p = engine_plan(c->m.e);
-    const dsv4_stats *s = engine_stats(c->m.e);
+    const dsv4_plan *p = engine_plan(c->m->e);
+    const dsv4_stats *s = engine_stats(c->m->e);
     int64_t passes = (n + p->span - 1) / p->span, span = n < p->span ? n : p->span;
-    double touched = share_touched(&c->m.cfg, span);
+    double touched = share_touched(&c->m->cfg, span);
     double cold = 1 - (double)p->n_slots / p->n_experts_total;
-    if (engine_expert_stats(c->m.e)->misses == 0) cold = 1;
+    if (engine_expert_stats(c->m->e)->misses == 0) cold = 1;
     double bytes = (double)passes * touched * cold * p->n_experts_total * (double)p->slot_bytes;
     double per_s = rate((double)s->dense_bytes, s->load_s);
-    if (c->a->quiet || rate(bytes, per_s) < MUCH_SECONDS) return;
+    if (c->a.quiet || rate(bytes, per_s) < MUCH_SECONDS) return;
     fprintf(stderr, "note: %lld tokens touch about %.0f%% of the experts: %.1f GB from disk, about "
             "%.0f s at the %.2f GB/s of loading\n", (long long)n, 100 * touched, bytes / 1e9,
             bytes / per_s, per_s / 1e9);
 }
 
-/* Read what is new of `ids`, which becomes c->fed; where the session holds something else, all of
- * it. */
+/* Make `ids` the context: read what is new of it; where the session holds something else, all. */
 static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
+    id_list *held = &c->m->ids, before = *held;
     size_t same = 0;
-    while (same < c->fed.n && same < ids->n && c->fed.id[same] == ids->id[same]) same++;
-    if (same < c->fed.n || same == ids->n) same = 0;
-    free(c->fed.id);
-    c->fed = *ids;
-    *ids = (id_list){0};
-    announce(c, (int64_t)(c->fed.n - same));
-    return feed(&c->m, &c->fed, same, c->fed.n, NULL, err);
+    while (same < held->n && same < ids->n && held->id[same] == ids->id[same]) same++;
+    if (same < held->n || same == ids->n) same = 0;
+    *held = *ids;
+    *ids = before;
+    announce(c, (int64_t)(held->n - same));
+    return feed(c->m, same, held->n, NULL, err);
 }
 
 /* Answer the conversation, and take the answer into it. */
 static int chat_answer(chat *c, dsv4_err *err) {
     id_list ids = {0};
-    int rc = encode_messages(&c->m, c->system, c->messages, c->think, *c->effort ? c->effort : NULL,
-                             &ids, err);
+    int rc = encode_messages(c->m, &c->a, c->messages, &ids, err);
     int64_t room = c->ctx - (int64_t)ids.n;
-    speaker sp = {.m = &c->m, .a = c->a, .ids = &c->fed, .think = c->think, .err = err,
-                  .n = c->a->n_answer < room ? c->a->n_answer : room};
+    speaker sp = {.m = c->m, .a = &c->a, .err = err,
+                  .n = c->a.n_answer < room ? c->a.n_answer : room};
     if (rc == 0 && room <= 0)
         rc = fail(err, "the conversation has %zu tokens and the context holds %lld with the "
                   "answer; /clear, or start with a larger --ctx", ids.n, (long long)c->ctx);
-    c->m.status.patient = false;
+    c->m->status.patient = false;
     if (rc == 0) rc = chat_feed(c, &ids, err);
-    c->m.status.patient = true;
+    c->m->status.patient = true;
     if (rc == 0) rc = speak_answer(&sp);
     if (rc) {
-        c->fed.n = 0;
-        session_reset(c->m.s);
+        c->m->ids.n = 0;
+        session_reset(c->m->s);
     }
     if (sp.end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
     if (rc == 0 && json_array_append_new(c->messages, prompt_message("assistant", sp.content.s,
@@ -1101,31 +1089,26 @@ static int chat_loop(chat *c, dsv4_err *err) {
     return failed && !c->el ? fail(err, "not every line was answered") : 0;
 }
 
-static int cmd_chat(const args *a, dsv4_err *err) {
-    chat c = {.a = a, .think = !a->no_think, .messages = json_array()};
+static int cmd_chat(model *m, const args *a, dsv4_err *err) {
+    chat c = {.m = m, .a = *a, .messages = json_array(), .pastes = json_array()};
     struct sigaction sa = {.sa_handler = on_signal};
     sigaction(SIGINT, &sa, NULL);              /* again and again, not only once */
     sigaction(SIGWINCH, &sa, NULL);
-    if (a->effort) snprintf(c.effort, sizeof c.effort, "%s", a->effort);
-    int rc = model_open_files(&c.m, a->model, true, err);
-    int64_t most = c.m.cfg.max_position_embeddings;
-    c.ctx = a->ctx ? a->ctx : CHAT_CTX < most ? CHAT_CTX : most;
-    if (rc == 0 && a->system) rc = set_system(&c, a->system, err);
-    if (rc == 0) rc = model_start(&c.m, a, c.ctx, c.ctx, err);
+    int rc = model_open_files(m, a->model, true, err);
+    c.ctx = context_of(a, &m->cfg);
+    if (rc == 0) rc = model_start(m, a, c.ctx, c.ctx, err);
     if (rc == 0 && isatty(STDIN_FILENO)) rc = editor_open(&c, err);
     if (rc == 0 && c.el)
         fprintf(stderr, "%s. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.\n",
-                c.m.cfg.name);
+                m->cfg.name);
     if (rc == 0) rc = chat_loop(&c, err);
     editor_close(&c);
-    for (int i = 0; i < c.n_pastes; i++) free(c.pastes[i].s);
-    free(c.pastes);
     free(c.attached.s);
     free(c.system);
     free(c.piped);
-    free(c.fed.id);
+    json_decref(c.pastes);
     json_decref(c.messages);
-    return model_finish(&c.m, a, rc, err);
+    return rc;
 }
 
 /* === 7. eval ================================================================================== */
@@ -1140,27 +1123,23 @@ static void npy_header(FILE *f, int64_t n, int vocab) {
     fprintf(f, "%s%*s\n", dict, (int)sizeof dict - 1 - len, "");
 }
 
-static int cmd_eval(const args *a, dsv4_err *err) {
-    model m;
-    id_list ids = {0};
-    out_file out = {0};
-    int rc = model_open_files(&m, a->model, !a->ids, err);
-    if (rc == 0) rc = prompt_ids(&m, a, true, &ids, err);
-    for (size_t i = 0; i < ids.n && rc == 0; i++)      /* they index logits below */
-        if (ids.id[i] >= m.cfg.vocab_size)
-            rc = fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
-                      ids.id[i], i, m.cfg.vocab_size);
-    if (rc == 0) rc = model_start(&m, a, (int64_t)ids.n, (int64_t)ids.n, err);
-    if (rc == 0 && a->logits) rc = out_open(&out, a->logits, err);
-    scores sc = {.out = out.f};
-    if (rc == 0 && out.f) npy_header(out.f, (int64_t)ids.n, m.cfg.vocab_size);
-    if (rc == 0)
-        rc = feed(&m, &ids, 0, a->decode_from < 0 ? ids.n : (size_t)a->decode_from, &sc, err);
-    rc = out_close(&out, rc, err);
-    double nll = ids.n > 1 ? sc.nll / (double)(ids.n - 1) : 0;
-    if (rc == 0) printf("tokens %zu  nll %.6f  perplexity %.4f\n", ids.n, nll, exp(nll));
-    free(ids.id);
-    return model_finish(&m, a, rc, err);
+static int cmd_eval(model *m, const args *a, dsv4_err *err) {
+    scores sc = {0};
+    const id_list *ids = &m->ids;
+    if (model_open_files(m, a->model, !a->ids, err) || prompt_ids(m, a, true, err)) return -1;
+    for (size_t i = 0; i < ids->n; i++)        /* they index logits below */
+        if (ids->id[i] >= m->cfg.vocab_size)
+            return fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
+                        ids->id[i], i, m->cfg.vocab_size);
+    int64_t n = (int64_t)ids->n, decode_from = a->decode_from;
+    if (decode_from < 0 || decode_from > n) decode_from = n;
+    if (model_start(m, a, n, n, err) || (a->logits && out_open(&m->out, a->logits, err)))
+        return -1;
+    if (m->out.f) npy_header(m->out.f, n, m->cfg.vocab_size);
+    if (feed(m, 0, (size_t)decode_from, &sc, err)) return -1;
+    double nll = n > 1 ? sc.nll / (double)(n - 1) : 0;
+    printf("tokens %zu  nll %.6f  perplexity %.4f\n", ids->n, nll, exp(nll));
+    return 0;
 }
 
 /* === 8. prompt, tokenize ====================================================================== */
@@ -1170,54 +1149,45 @@ static void print_ids(const id_list *ids) {
     putchar('\n');
 }
 
-static int cmd_prompt(const args *a, dsv4_err *err) {
-    buffer t = {0};
+static int cmd_prompt(model *m, const args *a, dsv4_err *err) {
     json_error_t where;
-    prompt p = {0};
-    tok *tk = NULL;
-    id_list ids = {0};
+    prompt p;
     generation gen = a->gen && !strcmp(a->gen, "0731") ? GEN_0731 : GEN_V4;
     if (a->model && !a->gen && config_generation(&gen, a->model, err)) return -1;
-    int rc = read_text(&t, "-", err);
-    json_t *request = rc ? NULL : json_loadb(t.s, t.n, 0, &where);
-    if (rc == 0)
-        rc = request ? prompt_build(&p, request, gen, err)
-                     : fail(err, "stdin is not JSON: line %d, column %d: %s", where.line,
-                            where.column, where.text);
-    if (rc == 0 && a->as_ids) rc = tok_open(&tk, a->model, err);
-    if (rc == 0 && a->as_ids) rc = prompt_encode(tk, &p, &ids, err);
-    if (rc == 0 && a->as_ids) print_ids(&ids);
-    else if (rc == 0) fwrite(p.text, 1, p.len, stdout);
+    if (read_text(&m->text, "-", err)) return -1;
+    json_t *request = json_loadb(m->text.s, m->text.n, 0, &where);
+    if (!request)
+        return fail(err, "stdin is not JSON: line %d, column %d: %s", where.line, where.column,
+                    where.text);
+    int rc = prompt_build(&p, request, gen, err);
     json_decref(request);
-    free(t.s);
-    free(ids.id);
-    tok_close(tk);
+    if (rc) return rc;
+    if (!a->as_ids) fwrite(p.text, 1, p.len, stdout);
+    else rc = tok_open(&m->tok, a->model, err) || prompt_encode(m->tok, &p, &m->ids, err) ? -1 : 0;
+    if (rc == 0 && a->as_ids) print_ids(&m->ids);
     prompt_free(&p);
     return rc;
 }
 
-static int cmd_tokenize(const args *a, dsv4_err *err) {
+static int cmd_tokenize(model *m, const args *a, dsv4_err *err) {
     const char *file = a->file ? a->file : "-";
-    buffer t = {0};
-    id_list ids = {0};
-    tok *tk;
-    if (tok_open(&tk, a->model, err)) return -1;
-    int rc = a->decode ? read_ids(&ids, file, err) : read_text(&t, file, err);
-    if (rc == 0 && !a->decode) rc = tok_encode(tk, t.s, t.n, true, &ids, err);
-    if (rc == 0 && !a->decode) print_ids(&ids);
-    for (size_t i = 0; i < ids.n && rc == 0 && a->decode; i++) {
-        size_t len;
-        const char *bytes = tok_bytes(tk, ids.id[i], &len);
-        if (ids.id[i] >= tok_n_ids(tk))
-            rc = fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
-                      ids.id[i], i, tok_n_ids(tk));
-        else
-            fwrite(bytes, 1, len, stdout);
+    if (tok_open(&m->tok, a->model, err)) return -1;
+    if (!a->decode) {
+        if (read_text(&m->text, file, err) ||
+            tok_encode(m->tok, m->text.s, m->text.n, true, &m->ids, err))
+            return -1;
+        print_ids(&m->ids);
+        return 0;
     }
-    free(t.s);
-    free(ids.id);
-    tok_close(tk);
-    return rc;
+    if (read_ids(&m->ids, file, err)) return -1;
+    for (size_t i = 0, len; i < m->ids.n; i++) {
+        const char *bytes = tok_bytes(m->tok, m->ids.id[i], &len);
+        if (m->ids.id[i] >= tok_n_ids(m->tok))
+            return fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
+                        m->ids.id[i], i, tok_n_ids(m->tok));
+        fwrite(bytes, 1, len, stdout);
+    }
+    return 0;
 }
 
 /* === 9. plan, check =========================================================================== */
@@ -1232,7 +1202,6 @@ static void on_survey_line(void *first, const char *line) {
 static int model_survey(model *m, const char *dir, dsv4_err *err) {
     dsv4_err survey;
     char first[MAX_NAME] = "";
-    *m = (model){0};
     if (config_load(&m->cfg, dir, err)) return -1;
     if (ckpt_open(&m->ck, dir, err) == 0) return weights_bind(&m->w, m->ck, &m->cfg, err);
     int n = ckpt_survey(dir, on_survey_line, first, &survey);
@@ -1386,28 +1355,23 @@ static int write_survey(const survey *v, dsv4_err *err) {
     return write_json(stdout, facts, sizeof facts / sizeof *facts, err);
 }
 
-static int cmd_plan(const args *a, dsv4_err *err) {
-    model m;
-    int rc = model_survey(&m, a->model, err);
-    int64_t most = m.cfg.max_position_embeddings;
-    survey v = {.cfg = &m.cfg, .ctx = a->ctx ? a->ctx : CHAT_CTX < most ? CHAT_CTX : most};
+static int cmd_plan(model *m, const args *a, dsv4_err *err) {
+    if (model_survey(m, a->model, err)) return -1;
+    survey v = {.cfg = &m->cfg, .ctx = context_of(a, &m->cfg)};
     const dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
-                         .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(&m, a)};
-    if (rc == 0) rc = engine_open(&m.e, &m.cfg, m.ck, &o, err);
-    if (rc == 0) rc = engine_measure(m.e, m.ck, 3, &v.r, err);
-    if (rc == 0) rc = disk_describe(&v.disk, a->model, "/sys", err);
-    if (rc == 0) {
-        v.p = engine_plan(m.e);
-        v.experts = weights_count(m.w).experts;
-        v.decode = decode_bound(&v);
-        v.prefill = prefill_bound(&v);
-        print_disk_warnings(&v.disk, v.r.disk_bytes_s / 1e9);
-        if (engine_note(m.e)) fprintf(stderr, "note: %s\n", engine_note(m.e));
-        if (a->json) rc = write_survey(&v, err);
-        else print_survey(&v);
-    }
-    model_close(&m);
-    return rc;
+                         .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(m, a)};
+    if (engine_open(&m->e, &m->cfg, m->ck, &o, err) || engine_measure(m->e, m->ck, 3, &v.r, err) ||
+        disk_describe(&v.disk, a->model, "/sys", err))
+        return -1;
+    v.p = engine_plan(m->e);
+    v.experts = weights_count(m->w).experts;
+    v.decode = decode_bound(&v);
+    v.prefill = prefill_bound(&v);
+    print_disk_warnings(&v.disk, v.r.disk_bytes_s / 1e9);
+    if (engine_note(m->e)) fprintf(stderr, "note: %s\n", engine_note(m->e));
+    if (a->json) return write_survey(&v, err);
+    print_survey(&v);
+    return 0;
 }
 
 /* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
@@ -1482,17 +1446,14 @@ static int check_hash(const args *a, const ckpt *ck, json_t *lines, dsv4_err *er
     return rc;
 }
 
-static int cmd_check(const args *a, dsv4_err *err) {
-    model m;
-    weights_bytes b = {0};
+static int cmd_check(model *m, const args *a, dsv4_err *err) {
+    if (model_survey(m, a->operand, err)) return -1;
     json_t *lines = a->json && a->hash ? json_array() : NULL;
-    int rc = model_survey(&m, a->operand, err);
-    if (rc == 0) b = weights_count(m.w);
-    if (rc == 0 && !a->json && !a->quiet) print_check(&m.cfg, m.ck, &b);
-    if (rc == 0 && a->hash) rc = check_hash(a, m.ck, lines, err);
-    if (rc == 0 && a->json) rc = write_check(&m.cfg, m.ck, &b, lines, err);
+    weights_bytes b = weights_count(m->w);
+    if (!a->json && !a->quiet) print_check(&m->cfg, m->ck, &b);
+    int rc = a->hash ? check_hash(a, m->ck, lines, err) : 0;
+    if (rc == 0 && a->json) rc = write_check(&m->cfg, m->ck, &b, lines, err);
     json_decref(lines);
-    model_close(&m);
     return rc;
 }
 
@@ -1517,22 +1478,17 @@ static int on_entry(void *arg, const park_entry *e) {
     return interrupted;
 }
 
-static int cmd_sessions(const args *a, dsv4_err *err) {
-    model m;
-    const char *dir = kv_place(&m, a);
-    park *p;
+static int cmd_sessions(model *m, const args *a, dsv4_err *err) {
+    const char *dir = kv_place(m, a);
     listing l = {.verify = !strcmp(a->operand, "verify")};
     if (!dir) return fail(err, "there is no home for parked context: name one with --kv-dir");
-    if (park_open(&p, dir, 0, err)) return -1;
-    int rc = a->operand2 ? park_remove(p, a->operand2, err)
-                         : park_list(p, l.verify, on_entry, &l, err);
-    if (rc == 0 && !a->operand2)
-        printf("%d file%s, %s%s%s\n", l.n_files, l.n_files == 1 ? "" : "s", size_of(l.bytes).text,
-               l.verify ? ", all read" : "", l.n_bad ? ", some damaged" : "");
-    if (rc == 0 && interrupted) rc = fail(err, "interrupted");
-    if (rc == 0 && l.n_bad) rc = fail(err, "%d of %d files were damaged", l.n_bad, l.n_files);
-    park_close(p);
-    return rc;
+    if (park_open(&m->park, dir, 0, err)) return -1;
+    if (a->operand2) return park_remove(m->park, a->operand2, err);
+    if (park_list(m->park, l.verify, on_entry, &l, err)) return -1;
+    printf("%d file%s, %s%s%s\n", l.n_files, l.n_files == 1 ? "" : "s", size_of(l.bytes).text,
+           l.verify ? ", all read" : "", l.n_bad ? ", some damaged" : "");
+    if (interrupted) return fail(err, "interrupted");
+    return l.n_bad ? fail(err, "%d of %d files were damaged", l.n_bad, l.n_files) : 0;
 }
 
 /* === 11. bench ================================================================================ */
@@ -1574,25 +1530,17 @@ static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err
     return 0;
 }
 
-static int cmd_bench(const args *a, dsv4_err *err) {
-    model m;
+static int cmd_bench(model *m, const args *a, dsv4_err *err) {
     engine_rates r;
-    out_file trace = {0};
-    id_list ids = {0};
-    int64_t ctx = BENCH_PROMPT + a->n_bench;
-    int rc = model_open_files(&m, a->model, false, err);
-    for (int64_t i = 0; i < BENCH_PROMPT && rc == 0; i++)
-        rc = ids_push(&ids, (int32_t)(i * 7919 % m.cfg.vocab_size), err);
-    if (rc == 0 && a->trace) rc = out_open(&trace, a->trace, err);
-    m.trace = trace.f;
-    if (rc == 0) rc = model_start(&m, a, BENCH_PROMPT, ctx, err);
-    if (rc == 0) rc = engine_measure(m.e, m.ck, 4, &r, err);
-    if (rc == 0) rc = feed(&m, &ids, 0, ids.n, NULL, err);
-    m.status.on = false;
-    if (rc == 0) rc = bench_decode(&m, a, &r, err);
-    rc = out_close(&trace, rc, err);
-    free(ids.id);
-    return model_finish(&m, a, rc, err);
+    if (model_open_files(m, a->model, false, err)) return -1;
+    for (int64_t i = 0; i < BENCH_PROMPT; i++)
+        if (ids_push(&m->ids, (int32_t)(i * 7919 % m->cfg.vocab_size), err)) return -1;
+    if ((a->trace && out_open(&m->out, a->trace, err)) ||
+        model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err) ||
+        engine_measure(m->e, m->ck, 4, &r, err) || feed(m, 0, BENCH_PROMPT, NULL, err))
+        return -1;
+    m->status.on = false;
+    return bench_decode(m, a, &r, err);
 }
 
 /* === 12. Flags, help, main ==================================================================== */
@@ -1676,19 +1624,20 @@ static const flag flags[] = {
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags };
 
-static int cmd_version(const args *a, dsv4_err *err) {
+static int cmd_version(model *m, const args *a, dsv4_err *err) {
+    (void)m;
     (void)a;
     (void)err;
     printf("dsv4 %s\n", DSV4_VERSION);
     return 0;
 }
 
-static int cmd_help(const args *a, dsv4_err *err);
+static int cmd_help(model *m, const args *a, dsv4_err *err);
 
 typedef struct {
     const char *name, *usage, *help;
     int bit;
-    int (*run)(const args *a, dsv4_err *err);
+    int (*run)(model *m, const args *a, dsv4_err *err);
 } command;
 
 static const command commands[] = {
@@ -1738,27 +1687,23 @@ static const flag *find_flag(const char *name, const command *c, dsv4_err *err) 
     return NULL;
 }
 
-static void print_flags(const command *c) {
-    printf("dsv4 %s %s\n\n%s.\n\n", c->name, c->usage, c->help);
-    for (const flag *f = flags; f < flags + N_FLAGS; f++) {
-        char left[40];
-        if (!(f->commands & c->bit)) continue;
-        snprintf(left, sizeof left, "%s %s", f->name, f->value ? f->value : "");
-        printf("  %-23s %s\n", left, f->help);
+static int cmd_help(model *m, const args *a, dsv4_err *err) {
+    const command *one = a->operand ? find_command(a->operand, err) : NULL;
+    (void)m;
+    if (a->operand && !one) return -1;
+    if (one) {
+        printf("dsv4 %s %s\n\n%s.\n\n", one->name, one->usage, one->help);
+        for (const flag *f = flags; f < flags + N_FLAGS; f++) {
+            int width = 22 - (int)strlen(f->name);
+            if (f->commands & one->bit)
+                printf("  %s %-*s %s\n", f->name, width, f->value ? f->value : "", f->help);
+        }
+        return 0;
     }
-}
-
-static int cmd_help(const args *a, dsv4_err *err) {
-    const command *c = a->operand ? find_command(a->operand, err) : NULL;
-    if (a->operand && !c) return -1;
-    if (c) {
-        print_flags(c);
-    } else {
-        printf("dsv4 runs DeepSeek-V4 from its official checkpoint.\n\n");
-        for (c = commands; c < commands + N_COMMANDS; c++)
-            printf("  dsv4 %-8s %-52s %s\n", c->name, c->usage, c->help);
-        printf("\ndsv4 help COMMAND lists its flags.\n");
-    }
+    printf("dsv4 runs DeepSeek-V4 from its official checkpoint.\n\n");
+    for (const command *c = commands; c < commands + N_COMMANDS; c++)
+        printf("  dsv4 %-8s %-52s %s\n", c->name, c->usage, c->help);
+    printf("\ndsv4 help COMMAND lists its flags.\n");
     return 0;
 }
 
@@ -1821,7 +1766,7 @@ static int args_check(const args *a, const command *c, dsv4_err *err) {
     if ((c->bit & (RUN | EVAL)) && !!a->prompt + !!a->file + !!a->ids != 1)
         return fail(err, "%s needs one of %s-f FILE, --ids FILE", c->name,
                     c->bit == RUN ? "-p TEXT, " : "");
-    if (a->effort && !is_effort(a->effort))
+    if (a->effort && !effort_of(a->effort))
         return fail(err, "--effort %s is not low, high or max", a->effort);
     if (a->gen && strcmp(a->gen, "v4") && strcmp(a->gen, "0731"))
         return fail(err, "--generation %s is not v4 or 0731", a->gen);
@@ -1870,6 +1815,7 @@ int main(int argc, char **argv) {
     if (!strcmp(name, "--help") || !strcmp(name, "-h")) name = "help";
     if (!strcmp(name, "--version")) name = "version";
     const command *c = find_command(name, &err);
+    model m = {0};
     args a;
     if (!c || parse_args(&a, c, argc > 2 ? argc - 2 : 0, argv + 2, &err)) {
         fprintf(stderr, "dsv4: %s\n", err.msg);
@@ -1877,8 +1823,9 @@ int main(int argc, char **argv) {
     }
     int rc = (c->bit & BUDGET) && !cpu_fits()
                  ? fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64")
-                 : c->run(&a, &err);
+                 : c->run(&m, &a, &err);
     if (rc == 0) rc = check_stdout(&err);
+    rc = model_finish(&m, &a, rc, &err);
     if (rc == 0) return 0;
     fprintf(stderr, "dsv4: %s\n", err.msg);
     return interrupted ? EXIT_INTERRUPTED : 1;

@@ -27,7 +27,7 @@
  *             8 writing JSON   9 the prompt   10 the answer
  * Not here    HTTP, and running tools
  */
-#define _POSIX_C_SOURCE 200809L    /* open_memstream, the thread's CPU clock                    */
+#define _GNU_SOURCE                /* vasprintf, the thread's CPU clock                         */
 
 #include "dsv4.h"
 
@@ -82,6 +82,18 @@ void put_bytes(buffer *b, const char *s, size_t n) {
 }
 
 void put_text(buffer *b, const char *s) { put_bytes(b, s, strlen(s)); }
+
+void put_format(buffer *b, const char *fmt, ...) {
+    char *s;
+    va_list args;
+    va_start(args, fmt);
+    int n = vasprintf(&s, fmt, args);
+    va_end(args);
+    b->failed |= n < 0;
+    if (n < 0) return;
+    put_bytes(b, s, (size_t)n);
+    free(s);
+}
 
 typedef enum { CH_WHOLE, CH_BROKEN, CH_CUT } ch_state;
 
@@ -264,12 +276,10 @@ static const struct { char category; const char *added; } unicode_16[] = {
 
 /* "9-d 20" as "\x{9}-\x{d}\x{20}", to stand in brackets. */
 static void put_ranges(buffer *out, const char *ranges) {
-    for (const char *s = ranges; *s; s += strspn(s, " ")) {
-        size_t n = strspn(s, "0123456789abcdef");
-        put_text(out, "\\x{");
-        put_bytes(out, s, n);
-        put_text(out, s[n] == '-' ? "}-" : "}");
-        s += n + (s[n] == '-');
+    for (const char *s = ranges; *s; s += strspn(s, " -")) {
+        int n = (int)strspn(s, "0123456789abcdef");
+        put_format(out, "\\x{%.*s}%s", n, s, s[n] == '-' ? "-" : "");
+        s += n;
     }
 }
 
@@ -291,8 +301,7 @@ static size_t put_escape(buffer *out, const char *s, bool in_brackets) {
     /* "a-\s" is no range, and [^...] cannot stand in brackets. */
     if (in_brackets && (negated || s[-1] == '-' || (s[len] == '-' && s[len + 1] != ']'))) return 0;
     put_text(out, in_brackets ? "" : negated ? "[^" : "[");
-    put_text(out, len == 5 ? "\\p" : "");
-    put_bytes(out, s + 2, len - 2);
+    if (len == 5) put_format(out, "\\p{%c}", s[3]);
     put_ranges(out, added);
     put_text(out, in_brackets ? "" : "]");
     return len;
@@ -1036,13 +1045,11 @@ static void put_json_string(buffer *b, const char *s, size_t n) {
     size_t done = 0;
     put_text(b, "\"");
     for (size_t i = 0; i < n; i++) {
-        const char *named_escape = s[i] ? strchr(plain, s[i]) : NULL;
-        char escape[8];
-        if (!named_escape && (unsigned char)s[i] >= ' ') continue;
-        if (named_escape) snprintf(escape, sizeof escape, "\\%c", escaped[named_escape - plain]);
-        else snprintf(escape, sizeof escape, "\\u%04x", (unsigned)s[i]);
+        const char *short_form = s[i] ? strchr(plain, s[i]) : NULL;
+        if (!short_form && (unsigned char)s[i] >= ' ') continue;
         put_bytes(b, s + done, i - done);
-        put_text(b, escape);
+        if (short_form) put_format(b, "\\%c", escaped[short_form - plain]);
+        else put_format(b, "\\u%04x", (unsigned)s[i]);
         done = i + 1;
     }
     put_bytes(b, s + done, n - done);
@@ -1136,11 +1143,25 @@ static const char after_tools[] = "\n\nYou MUST strictly follow the above define
 
 typedef struct {
     buffer text, cuts;             /* cuts holds size_t                                         */
-    const json_t *messages;
-    char where[40];                /* "messages[2].": the one that is being looked at           */
+    const json_t *request, *messages;
+    char at[40];                   /* "messages[2].": the one that is being looked at           */
+    const char *where;             /* `at`, or "" in the request itself                         */
     json_t *order;                 /* {id: place} of the last assistant's tool calls            */
+    int rc;                        /* -1 once something was wrong                               */
     dsv4_err *err;
 } writer;
+
+/* Something in the request is malformed: the first such thing is told, by its path.  Writing goes
+ * on, so that nobody need look, and is thrown away in the end. */
+__attribute__((format(printf, 2, 3)))
+static void wrong(writer *w, const char *fmt, ...) {
+    char what[256];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(what, sizeof what, fmt, args);
+    va_end(args);
+    if (!w->rc) w->rc = fail(w->err, "%s%s", w->where, what);
+}
 
 /* A cut begins or ends here.  An empty one, or one that goes on where the last one ended, is two
  * equal places in a row: neither is kept. */
@@ -1173,26 +1194,32 @@ static void emit(writer *w, const char *fmt, ...) {
 
 /* Message i, which errors now name. */
 static const json_t *message_at(writer *w, size_t i) {
-    snprintf(w->where, sizeof w->where, "messages[%zu].", i);
+    snprintf(w->at, sizeof w->at, "messages[%zu].", i);
+    w->where = w->at;
     return json_array_get(w->messages, i);
 }
 
+/* An array of the request or of a message, or nothing. */
+static json_t *list_of(writer *w, const json_t *in, const char *key) {
+    json_t *list = json_object_get(in, key);
+    if (!is_off(list) && !json_is_array(list)) wrong(w, "%s is not an array", key);
+    return list;
+}
+
 /* Text, nothing, or a list of parts. */
-static int put_content(writer *w, const json_t *message, const char *key) {
+static void put_content(writer *w, const json_t *message, const char *key) {
     json_t *content = json_object_get(message, key), *part;
     size_t i;
     if (json_is_string(content)) emit(w, "%j", content);
     else if (content && !json_is_null(content) && !json_is_array(content))
-        return fail(w->err, "%s%s is not text", w->where, key);
+        wrong(w, "%s is not text", key);
     json_array_foreach(content, i, part) {
         const char *field = strcmp(type_of(part), "text") == 0 ? "text" : "type";
         json_t *text = json_object_get(part, field);
-        if (!json_is_string(text))
-            return fail(w->err, "%s%s[%zu].%s is not text", w->where, key, i, field);
+        if (!json_is_string(text)) wrong(w, "%s[%zu].%s is not text", key, i, field);
         emit(w, i ? "\n\n" : "");
         emit(w, strcmp(field, "text") == 0 ? "%j" : "[Unsupported %j]", text);
     }
-    return 0;
 }
 
 /* Strings are written bare, so that the model need not escape what it quotes from them. */
@@ -1203,19 +1230,17 @@ static void put_parameter(writer *w, const char *name, json_t *value) {
 }
 
 /* One tool call.  Its arguments are an object or the JSON of one; other text stands for itself. */
-static int put_call(writer *w, const json_t *call, size_t i) {
+static void put_call(writer *w, const json_t *call, size_t i) {
     const json_t *function = json_object_get(call, "function");
     json_t *name = json_object_get(function, "name"), *value, *object;
     json_t *arguments = json_object_get(function, "arguments");
     const char *key, *sep = "", *text = json_string_value(arguments);
-    if (!json_is_string(name))
-        return fail(w->err, "%stool_calls[%zu].function.name is not text", w->where, i);
+    if (!json_is_string(name)) wrong(w, "tool_calls[%zu].function.name is not text", i);
     if (arguments && !text && !json_is_null(arguments) && !json_is_object(arguments))
-        return fail(w->err, "%stool_calls[%zu].function.arguments is neither text nor an object",
-                    w->where, i);
+        wrong(w, "tool_calls[%zu].function.arguments is neither text nor an object", i);
     object = text ? json_loadb(text, json_string_length(arguments), JSON_ALLOW_NUL, NULL)
                   : json_incref(arguments);
-    emit(w, i ? "\n" INVOKE_OPEN "%j\">\n" : INVOKE_OPEN "%j\">\n", name);
+    emit(w, INVOKE_OPEN "%j\">\n", name);
     if (text && !json_is_object(object)) put_parameter(w, "arguments", arguments);
     json_object_foreach(object, key, value) {
         emit(w, sep);
@@ -1224,56 +1249,48 @@ static int put_call(writer *w, const json_t *call, size_t i) {
     }
     emit(w, "\n" INVOKE_CLOSE);
     json_decref(object);
-    return 0;
 }
 
 /* A past answer, as the model once wrote it; without `reasoning` as if it had not thought. */
-static int put_assistant(writer *w, const json_t *message, bool reasoning) {
-    json_t *calls = json_object_get(message, "tool_calls"), *call;
+static void put_assistant(writer *w, const json_t *message, bool reasoning) {
+    json_t *calls = list_of(w, message, "tool_calls"), *call;
     size_t i;
     emit(w, reasoning ? "<｜Assistant｜><think>" : "<｜Assistant｜>");
-    if (reasoning && put_content(w, message, "reasoning_content")) return -1;
+    if (reasoning) put_content(w, message, "reasoning_content");
     emit(w, "</think>");
-    if (put_content(w, message, "content")) return -1;
-    if (!is_off(calls) && !json_is_array(calls))
-        return fail(w->err, "%stool_calls is not an array", w->where);
+    put_content(w, message, "content");
     json_object_clear(w->order);   /* results belong to the calls just before them              */
     json_array_foreach(calls, i, call) {
         const char *id = json_string_value(json_object_get(call, "id"));
         if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
-            return oom(w->err);
-        emit(w, i ? "" : "\n\n" CALLS_OPEN "\n");
-        if (put_call(w, call, i)) return -1;
+            w->rc = oom(w->err);
+        emit(w, i ? "\n" : "\n\n" CALLS_OPEN "\n");
+        put_call(w, call, i);
     }
     emit(w, json_array_size(calls) ? "\n" CALLS_CLOSE EOS : EOS);
-    return 0;
 }
 
 /* A system message, or the empty one (NULL).  The first one carries what the request says. */
-static int put_system(writer *w, const json_t *message, const json_t *request) {
-    json_t *format = json_object_get(request, "response_format"), *tool;
+static void put_system(writer *w, const json_t *message, bool first) {
+    json_t *format = first ? json_object_get(w->request, "response_format") : NULL, *tool;
     json_t *schema = json_object_get(json_object_get(format, "json_schema"), "schema");
     size_t n_tools = 0, i;
-    if (put_content(w, message, "content")) return -1;
-    for (int own = 0; own < 2; own++) {
-        const json_t *tools = json_object_get(own ? message : request, "tools");
-        const char *where = own ? w->where : "";
-        if (!is_off(tools) && !json_is_array(tools))
-            return fail(w->err, "%stools is not an array", where);
-        json_array_foreach(tools, i, tool) {
+    put_content(w, message, "content");
+    for (int own = !first; own < 2; own++) {
+        w->where = own ? w->at : "";
+        json_array_foreach(list_of(w, own ? message : w->request, "tools"), i, tool) {
             json_t *function = json_object_get(tool, "function");
             if (!json_is_object(function ? function : tool))
-                return fail(w->err, "%stools[%zu] is not an object", where, i);
+                wrong(w, "tools[%zu] is not an object", i);
             emit(w, n_tools++ ? "\n%j" : first_tool, function ? function : tool);
         }
     }
     emit(w, n_tools ? after_tools : "");
-    if (is_off(format) || strcmp(type_of(format), "text") == 0) return 0;
+    if (is_off(format) || strcmp(type_of(format), "text") == 0) return;
     if (strcmp(type_of(format), "json_schema") != 0) schema = NULL;
     if (strcmp(type_of(format), "json_object") == 0)
         emit(w, RESPONSE_FORMAT "{\"type\": \"object\"}");
     else emit(w, RESPONSE_FORMAT "%j", schema ? schema : format);
-    return 0;
 }
 
 /* A role's first letter; 0 for one that is not known. */
@@ -1298,11 +1315,11 @@ static int by_value(const void *a, const void *b) {
 
 /* Messages [from, to) as one turn of the user.  Where the tools speak stays; which result stands
  * at which of these places goes by the order of the calls, those of no known call last. */
-static int put_turn(writer *w, size_t from, size_t to) {
+static void put_turn(writer *w, size_t from, size_t to) {
     uint64_t *results = calloc(to - from, sizeof *results); /* place of its call << 32 | message */
     size_t n = 0, next = 0;
-    int rc = results ? 0 : oom(w->err);
-    for (size_t i = from; !rc && i < to; i++) {
+    if (!results) w->rc = oom(w->err);
+    for (size_t i = from; results && i < to; i++) {
         const json_t *m = json_array_get(w->messages, i), *id = json_object_get(m, "tool_call_id");
         const json_t *place = json_object_get(w->order, json_string_value(id));
         if (role(m) == 't')
@@ -1310,93 +1327,89 @@ static int put_turn(writer *w, size_t from, size_t to) {
     }
     if (n) qsort(results, n, sizeof *results, by_value);
     emit(w, "<｜User｜>");
-    for (size_t i = from; !rc && i < to; i++) {
+    for (size_t i = from; results && i < to; i++) {
         bool tool = role(json_array_get(w->messages, i)) == 't';
         emit(w, i > from ? "\n\n" : "");
         emit(w, tool ? "<tool_result>" : "");
-        rc = put_content(w, message_at(w, tool ? results[next++] & UINT32_MAX : i), "content");
+        put_content(w, message_at(w, tool ? results[next++] & UINT32_MAX : i), "content");
         emit(w, tool ? "</tool_result>" : "");
     }
     free(results);
-    return rc;
 }
 
-/* How hard to think, if at all. */
-static int put_effort(writer *w, const json_t *request, generation gen, bool *think) {
+/* How hard to think; false for not at all. */
+static bool put_effort(writer *w, generation gen) {
     static const char *const names[] = {"none", "minimal", "low", "medium", "high", "xhigh", "max"};
-    const json_t *thinking = json_object_get(request, "thinking");
-    const json_t *effort = json_object_get(request, "reasoning_effort");
+    const json_t *thinking = json_object_get(w->request, "thinking");
+    const json_t *effort = json_object_get(w->request, "reasoning_effort");
     const char *type = type_of(thinking), *name = json_string_value(effort);
     int i = 0;
-    *think = !json_is_false(thinking) && strcmp(type, "disabled") != 0;
-    if (*think && !is_off(thinking) && !json_is_true(thinking) && strcmp(type, "enabled") != 0)
-        return fail(w->err, "thinking is neither a boolean nor of type enabled or disabled");
-    if (!effort || json_is_null(effort)) return 0;
+    bool think = !json_is_false(thinking) && strcmp(type, "disabled") != 0;
+    if (think && !is_off(thinking) && !json_is_true(thinking) && strcmp(type, "enabled") != 0)
+        wrong(w, "thinking is neither a boolean nor of type enabled or disabled");
+    if (!effort || json_is_null(effort)) return think;
     while (name && i < 7 && strcmp(name, names[i]) != 0) i++;
     if (!name || i == 7)
-        return fail(w->err, "reasoning_effort \"%s\" is not one of none, minimal, low, medium, "
-                            "high, xhigh, max", name && strlen(name) < 60 ? name : "...");
-    if (i == 0) *think = false;    /* "none"; up to "medium" there is nothing to say            */
-    if (*think && (i > 4 || (i == 4 && gen == GEN_0731)))
+        wrong(w, "reasoning_effort \"%s\" is not one of none, minimal, low, medium, high, xhigh, "
+              "max", name && strlen(name) < 60 ? name : "...");
+    think &= i > 0;                /* "none"; up to "medium" there is nothing to say            */
+    if (think && (i > 4 || (i == 4 && gen == GEN_0731)))
         emit(w, i > 4 && gen == GEN_0731 ? effort_0731 : effort_first);
-    return 0;
+    return think;
 }
 
-static int put_prompt(writer *w, const json_t *request, generation gen, prompt *out) {
-    const json_t *unsaid = request; /* until a system message has carried it */
+static void put_prompt(writer *w, generation gen, prompt *out) {
     size_t n = json_array_size(w->messages), last_turn = 0;
-    bool tools = json_array_size(json_object_get(request, "tools")) > 0, system = false, think;
+    bool tools = json_array_size(json_object_get(w->request, "tools")) > 0, system = false;
     /* Whether reasoning is kept depends on messages behind it, so all are looked at first. */
-    if (n == 0) return fail(w->err, "messages is not an array with messages in it");
+    if (n == 0) wrong(w, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
         const json_t *m = message_at(w, i);
         const char *name = json_string_value(json_object_get(m, "role"));
         if (!role(m))
-            return fail(w->err, "%srole \"%s\" is not one of system, user, assistant, tool, "
-                                "developer, latest_reminder", w->where,
-                        name && strlen(name) < 60 ? name : "...");
+            wrong(w, "role \"%s\" is not one of system, user, assistant, tool, developer, "
+                  "latest_reminder", name && strlen(name) < 60 ? name : "...");
         if (in_turn(w, i)) last_turn = i;
         system |= role(m) == 's';
         tools |= role(m) == 's' && json_array_size(json_object_get(m, "tools")) > 0;
     }
+    w->where = "";
     emit(w, "<｜begin▁of▁sentence｜>");
-    if (put_effort(w, request, gen, &think)) return -1;
-    if (!system && put_system(w, NULL, request)) return -1;
-    for (size_t i = 0, end; i < n; i = end) {
+    bool think = put_effort(w, gen), first = true;
+    if (!system) put_system(w, NULL, true);
+    for (size_t i = 0, end; i < n && !w->rc; i = end) {
         const json_t *m = message_at(w, i);
-        int rc = 0;
         for (end = i + 1; in_turn(w, i) && end < n && in_turn(w, end);) end++;
         if (role(m) == 's') {
-            rc = put_system(w, m, unsaid);
-            unsaid = NULL;
+            put_system(w, m, first);
+            first = false;
         } else if (role(m) == 'a') {
-            rc = put_assistant(w, m, think && (tools || i >= last_turn));
+            put_assistant(w, m, think && (tools || i >= last_turn));
         } else if (role(m) == 'l') {
             emit(w, "<｜latest_reminder｜>");
-            rc = put_content(w, m, "content");
+            put_content(w, m, "content");
         } else {
-            rc = put_turn(w, i, end);
+            put_turn(w, i, end);
         }
-        if (rc) return -1;
     }
     out->answered = role(json_array_get(w->messages, n - 1)) == 'a';
     out->think = think && !out->answered;
     if (!out->answered) emit(w, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
-    return w->text.failed || w->cuts.failed ? oom(w->err) : 0;
 }
 
 int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err) {
-    writer w = {.order = json_object(), .err = err};
+    writer w = {.request = request, .where = "", .order = json_object(), .err = err};
     w.messages = json_object_get(request, "messages");
     *out = (prompt){0};
-    int rc = w.order ? put_prompt(&w, request, gen, out) : oom(err);
+    if (w.order) put_prompt(&w, gen, out);
+    if (!w.order || w.text.failed || w.cuts.failed) w.rc = oom(err);
     json_decref(w.order);
     out->text = w.text.s;
     out->len = w.text.n;
     out->cuts = (size_t *)(void *)w.cuts.s;
     out->n_cuts = w.cuts.n / sizeof *out->cuts;
-    if (rc) prompt_free(out);
-    return rc;
+    if (w.rc) prompt_free(out);
+    return w.rc;
 }
 
 void prompt_free(prompt *p) {
