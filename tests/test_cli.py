@@ -300,7 +300,7 @@ def dense_weights_stream_where_they_do_not_fit():
     flags = ["run", "-m", tiny(), "-p", "Hello there", "-n", 12, "--temp", 0, "--print-ids"]
     whole, err = dsv4(*flags, "--ram", "200M")
     need("layer by layer" not in err, err)
-    for ram in ("9.5M", "10M"):
+    for ram in ("10M", "10.5M"):
         stats = os.path.join(TMP, "stats.json")
         out, err = dsv4(*flags, "--ram", ram, "--stats", stats)
         s = json.load(open(stats))

@@ -72,7 +72,8 @@ def same_logits_wherever_kv_lies():
         need(used["file"] > 0 and used["read"] > 0, f"--kv-ram {ram}: nothing was in the file")
     if not STRESS:
         plain, _ = eval_logits(model(), ids, *ctx, "--no-rounding")
-        got, _ = eval_logits(model(), ids, *ctx, "--no-rounding", "--kv-ram", 12 << 20, "--kv-dir", TMP)
+        got, _ = eval_logits(model(), ids, *ctx, "--no-rounding", "--kv-ram", "12M", "--kv-dir",
+                             TMP)
         need((got == plain).all(), "without roundings logits change")
 
 
