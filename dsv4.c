@@ -1025,7 +1025,7 @@ static void linear_rounded(dsv4_session *s, float *y, const dsv4_mat *w, const f
                            float *xq, int n) {
     const dsv4_engine *e = s->e;
     if (!e->opts.no_rounding) {
-        e->op->act_quant(xq, x, n, w->cols, 128, e->ex);
+        e->op->act_quant(xq, x, n, w->cols, e->ex);
         x = xq;
     }
     e->op->linear(y, w, x, n, 1, e->ex);

@@ -230,7 +230,7 @@ typedef struct dsv4_ops {
                   dsv4_exec *ex);
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, int d, float eps,
                     dsv4_exec *ex);
-    void (*act_quant)(float *y, const float *x, int n, int d, int block, dsv4_exec *ex);
+    void (*act_quant)(float *y, const float *x, int n, int d, dsv4_exec *ex);
     void (*act_codes)(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                       dsv4_exec *ex);
     void (*act_values)(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,

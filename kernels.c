@@ -203,34 +203,32 @@ static void futex_wake(_Atomic uint32_t *word, int n) {
 /* Return once *word is (or was for a moment) not `old`. */
 static void wait_change(_Atomic uint32_t *word, uint32_t old) {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(word, memory_order_acquire) != old) return;
+        if (atomic_load(word) != old) return;
 #if defined __x86_64__
         __builtin_ia32_pause();
 #elif defined __aarch64__
         __asm__ volatile("isb");
 #endif
     }
-    while (atomic_load_explicit(word, memory_order_acquire) == old)
+    while (atomic_load(word) == old)
         (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
 }
 
 /* Work until every item is taken.  The counter may pass n_items by a grain a thread. */
 static void take_blocks(dsv4_exec *ex) {
     for (;;) {
-        int64_t begin = atomic_fetch_add_explicit(&ex->next, ex->grain, memory_order_relaxed);
+        int64_t begin = atomic_fetch_add(&ex->next, ex->grain);
         if (begin >= ex->n_items) return;
         int64_t end = min_i64(begin + ex->grain, ex->n_items);
         for (int64_t i = begin; i < end; i++) ex->fn(ex->arg, i);
     }
 }
 
-/* Enter as a worker, unless the gate is shut.  Acquires what the caller wrote before opening. */
+/* Enter as a worker, unless the gate is shut: what the caller wrote before opening is then seen. */
 static bool gate_join(dsv4_exec *ex) {
-    uint32_t g = atomic_load_explicit(&ex->gate, memory_order_relaxed);
+    uint32_t g = atomic_load(&ex->gate);
     while (g & OPEN)
-        if (atomic_compare_exchange_weak_explicit(&ex->gate, &g, g + 1, memory_order_acquire,
-                                                  memory_order_relaxed))
-            return true;
+        if (atomic_compare_exchange_weak(&ex->gate, &g, g + 1)) return true;
     return false;
 }
 
@@ -241,42 +239,34 @@ static void *worker_main(void *arg) {
     uint32_t heard = 0;                                      /* the bell as last looked at */
     for (;;) {
         wait_change(&ex->bell, heard);
-        heard = atomic_load_explicit(&ex->bell, memory_order_acquire);
+        heard = atomic_load(&ex->bell);
         if (atomic_load(&ex->stop)) return NULL;
         if (!gate_join(ex)) continue;
         take_blocks(ex);
-        if (atomic_fetch_sub_explicit(&ex->gate, 1, memory_order_acq_rel) == 1)
-            futex_wake(&ex->gate, 1);
+        if (atomic_fetch_sub(&ex->gate, 1) == 1) futex_wake(&ex->gate, 1);
     }
 }
 
-/* fn(arg, i) for i < n_items, each once, handed out in blocks of `grain`; the caller takes part,
- * and alone does what is a single block.  One job at a time, never from inside one. */
-static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t grain, item_fn fn, const void *arg) {
-    assert(grain > 0);
-    assert(atomic_load_explicit(&ex->gate, memory_order_relaxed) == 0);
+/* fn(arg, i) for i < n_items, each once; the caller takes part, and alone does what is a single
+ * block.  Blocks let each thread take several, and have at most `most` items.  One job at a time,
+ * never from inside one. */
+static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t most, item_fn fn, const void *arg) {
+    int64_t grain = n_items / (4 * (ex->n_workers + 1));     /* 4: a late thread costs little */
+    grain = grain < 1 ? 1 : min_i64(grain, most);
     int64_t n_blocks = (n_items + grain - 1) / grain;
+    assert(atomic_load(&ex->gate) == 0);
     if (n_blocks <= 1 || ex->n_workers == 0) {
         for (int64_t i = 0; i < n_items; i++) fn(arg, i);
         return;
     }
     ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain;
-    atomic_store_explicit(&ex->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&ex->gate, OPEN, memory_order_release);
-    atomic_fetch_add_explicit(&ex->bell, 1, memory_order_release);
+    atomic_store(&ex->next, 0);
+    atomic_store(&ex->gate, OPEN);
+    atomic_fetch_add(&ex->bell, 1);
     futex_wake(&ex->bell, (int)min_i64(ex->n_workers, n_blocks - 1));
     take_blocks(ex);
-    uint32_t inside = atomic_fetch_and_explicit(&ex->gate, ~OPEN, memory_order_acq_rel) & ~OPEN;
-    while (inside) {
-        wait_change(&ex->gate, inside);
-        inside = atomic_load_explicit(&ex->gate, memory_order_acquire);
-    }
-}
-
-/* A grain that gives each thread several blocks, but no block over `most` items. */
-static int64_t grain_for(const dsv4_exec *ex, int64_t n_items, int64_t most) {
-    int64_t grain = n_items / (4 * (ex->n_workers + 1));     /* 4: a late thread costs little */
-    return grain < 1 ? 1 : min_i64(grain, most);
+    uint32_t inside = atomic_fetch_and(&ex->gate, ~OPEN) & ~OPEN;
+    for (; inside; inside = atomic_load(&ex->gate)) wait_change(&ex->gate, inside);
 }
 
 int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err) {
@@ -342,18 +332,6 @@ static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
     return (f32x8)((u32x8)(sum - big) | sign);
 }
 
-/* One block of at most 128 values, zero-padded to whole vectors. */
-typedef struct { alignas(32) float x[128]; } round_block;
-
-/* Fill b with x [len] and return the largest magnitude; NaNs do not count. */
-static inline float block_load(round_block *b, const float *x, int len) {
-    f32x8 top = splat8(0);
-    memset(b->x, 0, sizeof b->x);
-    memcpy(b->x, x, (size_t)len * sizeof *x);
-    for (int i = 0; i < len; i += 8) top = max8(abs8(load8(b->x + i)), top);
-    return max_lane8(top);
-}
-
 /* The e8m0 code of the least power of two >= s, a positive normal number. */
 static inline uint8_t ceil_pow2_code(float s) {
     uint32_t u;
@@ -361,44 +339,29 @@ static inline uint8_t ceil_pow2_code(float s) {
     return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
 }
 
-/* aq128's scale code; x / scale is x times the second result exactly, both being powers of 2. */
-static inline uint8_t e4m3_block_scale(float amax, float *inverse) {
-    uint8_t code = ceil_pow2_code((amax > 1e-4f ? amax : 1e-4f) * (1.0f / 448));
-    *inverse = 1 / e8m0_to_f32(code);
-    return code;
-}
-
-/* A block's values rounded through e4m3 (y), or its codes (code); returns the scale code. */
-static inline __attribute__((always_inline))
-uint8_t e4m3_block(float *y, uint8_t *code, const float *x, int len) {
-    round_block b;
-    float inverse;
-    uint8_t scale = e4m3_block_scale(block_load(&b, x, len), &inverse);
-    u8x8 codes[16];                                          /* of 128 values */
-    for (int i = 0; i < len; i += 8) {
-        u32x8 c;
-        f32x8 v = e4m3_round8(load8(b.x + i) * splat8(inverse), &c);
-        store8(b.x + i, v * splat8(e8m0_to_f32(scale)));
-        codes[i / 8] = __builtin_convertvector(c, u8x8);
-    }
-    if (y) memcpy(y, b.x, (size_t)len * sizeof *y);
-    if (code) memcpy(code, codes, (size_t)len);
-    return scale;
-}
-
-/* x [d] in blocks: rounded (y, which may be x), or codes [d] and scales [ceil(d/block)]. */
-static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d, int block) {
-    for (int b = 0; b < d; b += block) {
-        int len = min_int(block, d - b);                     /* two copies, each without an if */
-        uint8_t s = y ? e4m3_block(y + b, NULL, x + b, len)
-                      : e4m3_block(NULL, code + b, x + b, len);
-        if (scale) scale[b / block] = s;
+/* x [d] rounded through e4m3 in blocks of 128: values y (which may be x), or codes [d] and scales
+ * [ceil(d/128)].  x / scale is x times its inverse exactly, both being powers of two. */
+static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d) {
+    for (int b = 0; b < d; b += 128) {
+        int stop = min_int(b + 128, d);
+        f32x8 top = splat8(1e-4f);                           /* NaNs do not count */
+        for (int i = b; i < stop; i += 8) top = max8(abs8(load_upto8(x + i, stop - i)), top);
+        uint8_t s = ceil_pow2_code(max_lane8(top) * (1.0f / 448));
+        f32x8 factor = splat8(e8m0_to_f32(s)), inverse = splat8(1) / factor;
+        for (int i = b; i < stop; i += 8) {
+            u32x8 c;
+            f32x8 v = e4m3_round8(load_upto8(x + i, stop - i) * inverse, &c);
+            u8x8 codes = __builtin_convertvector(c, u8x8);
+            if (y) store_upto8(y + i, v * factor, stop - i);
+            else memcpy(code + i, &codes, (size_t)min_int(8, stop - i));
+        }
+        if (scale) scale[b / 128] = s;
     }
 }
 
 /* === 4. Cheap operations: an item is a row ====================================================
- * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row is
- * left to the reference.                                                                        */
+ * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row,
+ * or all of them, are left to the reference.                                                    */
 
 typedef struct {                   /* arguments of these operations; each sets what it uses     */
     float *y;                      /* [n][d]                                                    */
@@ -406,16 +369,18 @@ typedef struct {                   /* arguments of these operations; each sets w
     uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
     const uint8_t *from, *from_scale; /* the same, read                                         */
     uint8_t *rows;                 /* [n] index rows                                            */
-    int d, block, copies;
+    int d, copies;
     float eps, limit;
     bool packed;
 } row_args;
 
-static void for_rows(dsv4_exec *ex, int n, item_fn fn, row_args a) {
-    exec_for(ex, n, grain_for(ex, n, 16), fn, &a);
-}
-
 static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
+
+/* Differs: the reference, for the time of a prompt's is little. */
+static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+                      dsv4_exec *ex) {
+    ops_ref.embed(h, w, tokens, n, hc, ex);
+}
 
 /* The sum of squares of x [d]. */
 static inline float sum_squares(const float *x, int d) {
@@ -437,34 +402,29 @@ static void rmsnorm_row(const void *arg, int64_t t) {
 /* Differs: F32, the sum of squares in eight lanes. */
 static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
                         dsv4_exec *ex) {
-    for_rows(ex, n, rmsnorm_row, (row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
+    exec_for(ex, n, 16, rmsnorm_row, &(row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
 
-/* What act_quant and act_codes have in common. */
-static void round_row(const void *arg, int64_t t) {
+static void act_quant_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    e4m3_row(a->y ? a->y + t * a->d : NULL, a->code ? a->code + t * a->d : NULL,
-             a->scale ? a->scale + (size_t)t * scales_of(a->d) : NULL, a->x + t * a->d, a->d,
-             a->block);
+    e4m3_row(a->y + t * a->d, NULL, NULL, a->x + t * a->d, a->d);
 }
 
 /* Differs: nothing, to the bit. */
-static void act_quant_cpu(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
-    assert(block == 128 || block == 64);
-    for_rows(ex, n, round_row, (row_args){.y = y, .x = x, .d = d, .block = block});
+static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
+    exec_for(ex, n, 16, act_quant_row, &(row_args){.y = y, .x = x, .d = d});
+}
+
+static void act_codes_row(const void *arg, int64_t t) {
+    const row_args *a = arg;
+    e4m3_row(NULL, a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d), a->x + t * a->d,
+             a->d);
 }
 
 /* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    for_rows(ex, n, round_row, (row_args){.code = code, .scale = scale, .x = x, .d = d,
-                                          .block = 128});
-}
-
-/* Differs: nothing; a token has one row. */
-static void kv_round_cpu(void *rows, const float *x, int n, int head_dim, int rope_dim,
-                         bool packed, dsv4_exec *ex) {
-    ops_ref.kv_round(rows, x, n, head_dim, rope_dim, packed, ex);
+    exec_for(ex, n, 16, act_codes_row, &(row_args){.code = code, .scale = scale, .x = x, .d = d});
 }
 
 static void act_values_row(const void *arg, int64_t t) {
@@ -476,7 +436,14 @@ static void act_values_row(const void *arg, int64_t t) {
 /* Differs: the reference, row by row. */
 static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
                            dsv4_exec *ex) {
-    for_rows(ex, n, act_values_row, (row_args){.y = y, .from = code, .from_scale = scale, .d = d});
+    row_args a = {.y = y, .from = code, .from_scale = scale, .d = d};
+    exec_for(ex, n, 16, act_values_row, &a);
+}
+
+/* Differs: nothing; a token has one row. */
+static void kv_round_cpu(void *rows, const float *x, int n, int head_dim, int rope_dim,
+                         bool packed, dsv4_exec *ex) {
+    ops_ref.kv_round(rows, x, n, head_dim, rope_dim, packed, ex);
 }
 
 static void index_round_row(const void *arg, int64_t t) {
@@ -487,7 +454,8 @@ static void index_round_row(const void *arg, int64_t t) {
 
 /* Differs: the reference, row by row. */
 static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
-    for_rows(ex, n, index_round_row, (row_args){.rows = rows, .y = x, .d = d, .packed = packed});
+    row_args a = {.rows = rows, .y = x, .d = d, .packed = packed};
+    exec_for(ex, n, 16, index_round_row, &a);
 }
 
 /* a [d] = swiglu(g, u); a may be g or u. */
@@ -507,22 +475,18 @@ static void swiglu_row(const void *arg, int64_t t) {
 /* Differs: nothing, to the bit. */
 static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
-    for_rows(ex, n, swiglu_row, (row_args){.y = a, .x = g, .w = u, .d = d, .limit = limit});
+    row_args rows = {.y = a, .x = g, .w = u, .d = d, .limit = limit};
+    exec_for(ex, n, 16, swiglu_row, &rows);
 }
 
 static void add_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    size_t d = (size_t)a->d, copies = (size_t)a->copies;
-    const float *x = a->x + (size_t)t * d;
-    for (size_t i = 0; i < copies; i++) {
-        float *y = a->y + ((size_t)t * copies + i) * d;
-        for (size_t c = 0; c < d; c++) y[c] += x[c];
-    }
+    ops_ref.add(a->y + t * a->copies * a->d, a->x + t * a->d, 1, a->copies, a->d, NULL);
 }
 
-/* Differs: nothing, to the bit. */
+/* Differs: the reference, row by row. */
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
-    for_rows(ex, n, add_row, (row_args){.y = y, .x = x, .copies = copies, .d = d});
+    exec_for(ex, n, 16, add_row, &(row_args){.y = y, .x = x, .copies = copies, .d = d});
 }
 
 typedef struct {
@@ -558,8 +522,7 @@ static void route_row(const void *arg, int64_t t) {
 
 /* Differs: the reference, token by token. */
 static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
-    route_args a = {ids, weights, in};
-    exec_for(ex, n, 1, route_row, &a);
+    exec_for(ex, n, 1, route_row, &(route_args){ids, weights, in});
 }
 
 /* === 5. Dot products ==========================================================================
@@ -779,31 +742,13 @@ static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int g
     int group_rows = w->rows / groups, group_tiles = (group_rows + TILE_ROWS - 1) / TILE_ROWS;
     linear_args a = {y, w, x, n, groups, group_rows, group_tiles};
     int64_t n_items = (int64_t)(n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * groups * group_tiles;
-    exec_for(ex, n_items, grain_for(ex, n_items, 16), linear_item, &a);
-}
-
-typedef struct { float *h; const dsv4_mat *w; const int32_t *tokens; int hc; } embed_args;
-
-static void embed_row(const void *arg, int64_t t) {
-    const embed_args *a = arg;
-    float *h = a->h + (size_t)t * (size_t)a->hc * (size_t)a->w->cols;
-    ops_ref.embed(h, a->w, a->tokens + t, 1, a->hc, NULL);
-}
-
-/* Differs: the reference, token by token. */
-static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
-                      dsv4_exec *ex) {
-    embed_args a = {h, w, tokens, hc};
-    exec_for(ex, n, 1, embed_row, &a);
+    exec_for(ex, n_items, 16, linear_item, &a);
 }
 
 /* === 7. compress ==============================================================================
- * Differs: F32, eight dims at a time.  An item is COMPRESS_DIMS dims of an entry.               */
+ * Differs: F32.  An item is eight dims of an entry.                                             */
 
-enum { COMPRESS_DIMS = 64 };
-
-typedef struct { float *entries; const dsv4_compress *in; int64_t g0; int n_chunks; }
-    compress_args;                 /* entries of groups g0..; chunks of dims an entry has       */
+typedef struct { float *entries; const dsv4_compress *in; int64_t g0; } compress_args;
 
 /* Dims c .. c+7 (or to d) of entry g.  Lanes past d are zeros throughout and harmless. */
 static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
@@ -829,20 +774,18 @@ static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
     return mean / sum;
 }
 
-/* Item: chunk i % n_chunks of the dims of entry i / n_chunks. */
 static void compress_item(const void *arg, int64_t i) {
     const compress_args *a = arg;
-    int64_t g = i / a->n_chunks;
-    int c = (int)(i % a->n_chunks) * COMPRESS_DIMS, stop = min_int(c + COMPRESS_DIMS, a->in->d);
-    float *entry = a->entries + g * a->in->d;
-    for (; c < stop; c += 8) store_upto8(entry + c, compress_dims(a->in, a->g0 + g, c), stop - c);
+    int d = a->in->d, n_parts = (d + 7) / 8, c = (int)(i % n_parts) * 8;
+    int64_t g = i / n_parts;
+    store_upto8(a->entries + g * d + c, compress_dims(a->in, a->g0 + g, c), d - c);
 }
 
 static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                          dsv4_exec *ex) {
     assert(in->ratio > 0 && g0 >= 0);
-    compress_args a = {entries, in, g0, (in->d + COMPRESS_DIMS - 1) / COMPRESS_DIMS};
-    exec_for(ex, (int64_t)n_groups * a.n_chunks, 1, compress_item, &a);
+    compress_args a = {entries, in, g0};
+    exec_for(ex, (int64_t)n_groups * ((in->d + 7) / 8), 8, compress_item, &a);
 }
 
 /* === 8. Index scores and top-k ================================================================
@@ -1248,7 +1191,7 @@ static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
 
 enum {
     MAX_MIX = (2 + MAX_HC) * MAX_HC, /* rows of fn                                              */
-    HC_POST_DIMS = 512,            /* dims of an item of hc_post                                */
+    HC_POST_DIMS = 1024,           /* dims of an item of hc_post                                */
 };
 
 typedef struct {
@@ -1359,7 +1302,7 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
     assert(s->hc > 0 && s->hc <= MAX_HC);
     int n_chunks = (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS;
     hc_post_args a = {h, y, post, comb, s->hc, s->dim, n_chunks};
-    exec_for(ex, (int64_t)n * n_chunks, 2, hc_post_item, &a);
+    exec_for(ex, (int64_t)n * n_chunks, 1, hc_post_item, &a);
 }
 
 /* === 11. Experts ==============================================================================
@@ -1548,7 +1491,7 @@ static void fp4_item(const void *arg, int64_t i) {
 /* Every row of the n_mats matrices times every token. */
 static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
     int64_t n_items = (int64_t)(a.w[0]->rows + TILE_ROWS - 1) / TILE_ROWS * n_mats;
-    exec_for(ex, n_items, grain_for(ex, n_items, 16), fp4_item, &a);
+    exec_for(ex, n_items, 16, fp4_item, &a);
 }
 
 typedef struct {
@@ -1592,7 +1535,7 @@ static void expert_activate(const void *arg, int64_t item) {
     swiglu_one(e->g + at, e->g + at, e->u + at, len, e->limit);
     for (int j = 0; j < len; j++) e->g[at + (size_t)j] *= e->weight[i];
     if (!e->in->code) return;
-    e4m3_row(NULL, code, scale, e->g + at, len, 128);
+    e4m3_row(NULL, code, scale, e->g + at, len);
     pack_group(e->a + item, code, scale, len);
 }
 
@@ -1612,16 +1555,16 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     e.x = (x_group *)(void *)e.f32;
     e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
     int64_t n_x = m * (int64_t)n_groups_of(dim), n_a = m * (int64_t)n_groups_of(inter);
-    exec_for(ex, n_x, grain_for(ex, n_x, 16), expert_gather, &e);
+    exec_for(ex, n_x, 16, expert_gather, &e);
     if (x->code) {
         fp4_run((fp4_args){{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m}, 2, ex);
-        exec_for(ex, n_a, grain_for(ex, n_a, 16), expert_activate, &e);
+        exec_for(ex, n_a, 16, expert_activate, &e);
         fp4_run((fp4_args){{&w->w2}, {y}, rows, e.a, m}, 1, ex);
         return;
     }
     linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
     linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
-    exec_for(ex, n_a, grain_for(ex, n_a, 16), expert_activate, &e);
+    exec_for(ex, n_a, 16, expert_activate, &e);
     linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
         add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);

@@ -190,14 +190,6 @@ static uint8_t e4m3_block_scale(const float *x, int n) {
     return ceil_pow2_code(fmaxf(max_abs(x, n), 1e-4f) * (1.0f / 448));
 }
 
-static void e4m3_round_blocks(float *y, const float *x, int d, int block) {
-    for (int b = 0; b < d; b += block) {
-        int len = d - b < block ? d - b : block;
-        float s = e8m0_to_f32(e4m3_block_scale(x + b, len));
-        for (int i = b; i < b + len; i++) y[i] = e4m3_to_f32(f32_to_e4m3(x[i] / s)) * s;
-    }
-}
-
 /* The codes [d] of x and their scales, one for `block` of them. */
 static void e4m3_code_blocks(uint8_t *code, uint8_t *scale, const float *x, int d, int block) {
     for (int b = 0; b < d; b += block) {
@@ -265,14 +257,17 @@ static void rmsnorm_ref(float *y, const float *x, const float *w, int n, int d, 
 }
 
 /* === 6. act_quant: rounded activations, as F32 ===================================== M2, aq128 ==
- *   per block: s = 2^ceil(log2(max(amax, 1e-4) * F32(1/448))), y = e4m3(x / s) * s
+ *   per block of 128: s = 2^ceil(log2(max(amax, 1e-4) * F32(1/448))), y = e4m3(x / s) * s
  * out  y [n][d]; may be x
- * in   x [n][d]; block 128 or 64, a shorter last block of a row is a block
+ * in   x [n][d]; a shorter last block of a row is a block
  *      BIT-DEFINED.  A NaN stays one; an infinity makes its block NaN.                          */
-static void act_quant_ref(float *y, const float *x, int n, int d, int block, dsv4_exec *ex) {
-    assert(block == 128 || block == 64);
-    for (int t = 0; t < n; t++)
-        e4m3_round_blocks(y + (size_t)t * (size_t)d, x + (size_t)t * (size_t)d, d, block);
+static void act_quant_ref(float *y, const float *x, int n, int d, dsv4_exec *ex) {
+    for (int t = 0; t < n; t++, x += d, y += d)
+        for (int b = 0; b < d; b += 128) {
+            int stop = d - b < 128 ? d : b + 128;
+            float s = e8m0_to_f32(e4m3_block_scale(x + b, stop - b));
+            for (int i = b; i < stop; i++) y[i] = e4m3_to_f32(f32_to_e4m3(x[i] / s)) * s;
+        }
 }
 
 /* === 7. act_codes: the same values as codes and scales ============================= M2, aq128 ==

@@ -136,13 +136,13 @@ static void broken_inputs(float *x, size_t begin, size_t count) {
         if ((begin + i) % 397 == 396) x[i] = (begin + i) % 2 ? NAN : -INFINITY;
 }
 
-/* size: d block */
+/* size: d */
 static void run_act_quant(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, int n,
                           dsv4_exec *ex) {
     size_t d = (size_t)c->size[0];
     float *y = floats_at(c, out, t);
     broken_inputs(y, (size_t)t * d, (size_t)n * d);
-    ops->act_quant(y, y, n, c->size[0], c->size[1], ex);
+    ops->act_quant(y, y, n, c->size[0], ex);
 }
 
 /* size: d.  Codes, scales, and the values they stand for. */
@@ -154,7 +154,7 @@ static void run_act_codes(const op_case *c, const dsv4_ops *ops, uint8_t *out, i
     broken_inputs(x, (size_t)t * d, rows * d);
     ops->act_codes(code, scale, x, n, c->size[0], ex);
     ops->act_values(y, code, scale, n, c->size[0], ex);
-    ops_ref.act_quant(x, x, n, c->size[0], 128, NULL);
+    ops_ref.act_quant(x, x, n, c->size[0], NULL);
     for (size_t i = 0; i < rows; i++) {
         uint8_t *row = out + ((size_t)t + i) * c->stride;
         CHECK(same_bytes((uint8_t *)(x + i * d), (uint8_t *)(y + i * d), d * sizeof *x),
@@ -417,7 +417,7 @@ static void run_add(const op_case *c, const dsv4_ops *ops, uint8_t *out, int t, 
 #define LINEAR(dtype, rows, cols, groups, n) \
     {"linear", run_linear, n, {dtype, rows, cols, groups}, cols, STRIDE(4 * (rows))}
 #define RMSNORM(d, weighted, n) {"rmsnorm", run_rmsnorm, n, {d, weighted}, d, STRIDE(4 * (d))}
-#define ACT_QUANT(d, block, n) {"act_quant", run_act_quant, n, {d, block}, 0, STRIDE(4 * (d))}
+#define ACT_QUANT(d, n) {"act_quant", run_act_quant, n, {d}, 0, STRIDE(4 * (d))}
 #define ACT_CODES(d, n) \
     {"act_codes", run_act_codes, n, {d}, 0, STRIDE((5 * (d) + ((d) + 127) / 128 + 3) & ~3)}
 #define ROPE(heads, d, rope, pos, step, inverse, n) \
@@ -455,9 +455,8 @@ static const op_case cases[] = {
     EMBED(DT_BF16, 50, 24, 4, 9), EMBED(DT_F32, 7, 33, 2, 3), EMBED(DT_F16, 7, 31, 1, 3),
     RMSNORM(1, 0, 3), RMSNORM(7, 1, 5), RMSNORM(100, 1, 9), RMSNORM(4096, 1, 3),
     RMSNORM(512, 0, 65),
-    ACT_QUANT(1, 128, 5), ACT_QUANT(100, 64, 9), ACT_QUANT(129, 128, 20), ACT_QUANT(448, 64, 30),
-    ACT_QUANT(1024, 128, 40), ACT_CODES(4, 7), ACT_CODES(127, 9), ACT_CODES(260, 11),
-    ACT_CODES(1024, 30),
+    ACT_QUANT(1, 5), ACT_QUANT(100, 9), ACT_QUANT(129, 20), ACT_QUANT(1024, 40),
+    ACT_CODES(4, 7), ACT_CODES(127, 9), ACT_CODES(260, 11), ACT_CODES(1024, 30),
     LINEAR(DT_F32, 1, 1, 1, 1), LINEAR(DT_F32, 5, 7, 1, 4), LINEAR(DT_F32, 24, 2051, 1, 33),
     LINEAR(DT_F16, 3, 9, 1, 2), LINEAR(DT_F16, 66, 1030, 1, 5), LINEAR(DT_BF16, 130, 100, 1, 70),
     LINEAR(DT_BF16, 17, 2048, 1, 64), LINEAR(DT_F8_E4M3, 1, 129, 1, 3),
