@@ -34,7 +34,10 @@ def note(text):
 
 
 def row(what, measured, unit, bound="", limit=None, ok=None):
-    """A line of the table.  ok: None where nobody demands anything."""
+    """A line of the table, shown at once.  ok: None where nobody demands anything."""
+    verdict = {None: "", True: "ok", False: "SHORT"}[ok]
+    most = "" if limit is None else f"{limit:.4g}"
+    print(f"{what:52}{measured:10.4g} {unit:9} {bound:24}{most:>9}  {verdict}".rstrip(), flush=True)
     ROWS.append({"what": what, "measured": measured, "unit": unit, "bound": bound,
                  "limit": limit, "ok": ok})
 
@@ -102,7 +105,7 @@ def dsv4(command, model, ids, *flags, loud=False):
                            env=dict(os.environ, XDG_CACHE_HOME=tmp), stdout=subprocess.PIPE,
                            stderr=None if loud else subprocess.PIPE, text=True)
         if p.returncode:
-            sys.exit(f"bench_long: dsv4 {command} failed: {(p.stderr or '')[-400:]}")
+            sys.exit(f"bench_long: dsv4 {command}: exit {p.returncode}: {(p.stderr or '')[-400:]}")
         with open(stats) as f:
             s = json.load(f)
     over = (s["peak_rss"] - s["plan"]["budget"]) / 2**20
@@ -268,21 +271,13 @@ def whole():
     row(f"  ids of {len(want.split())} tokens", len(got.split()), "", "the same", None, got == want)
 
 
-# === the table ================================================================================
-
-
-def show():
-    print(f"{'what':52}{'measured':>10} {'unit':9} {'bound':24}{'limit':>9}")
-    for x in ROWS:
-        verdict = {None: "", True: "ok", False: "SHORT"}[x["ok"]]
-        limit = "" if x["limit"] is None else f"{x['limit']:.4g}"
-        print(f"{x['what']:52}{x['measured']:10.4g} {x['unit']:9} {x['bound']:24}{limit:>9}  "
-              f"{verdict}".rstrip())
+# === all of it ================================================================================
 
 
 def main():
     shutil.rmtree(WORK, ignore_errors=True)
     os.makedirs(WORK)
+    print(f"{'what':52}{'measured':>10} {'unit':9} {'bound':24}{'limit':>9}", flush=True)
     try:
         (whole if WHOLE else bench)()
     finally:
@@ -293,7 +288,6 @@ def main():
     out = "build/bench_1m.json" if WHOLE else "build/bench_long.json"
     with open(out, "w") as f:
         json.dump(DATA, f, indent=1)
-    show()
     verdicts = [x["ok"] for x in ROWS]
     print(f"{verdicts.count(True)} ok, {verdicts.count(False)} short; {out}")
     return False in verdicts
