@@ -1203,6 +1203,7 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
     uint8_t *mark = s->s.marks;
     kv_layer rows;
     if (kv_begin(s->kv, layer, n, &rows, err)) return -1;
+    tick(s, OPC_ATTEND);               /* what waiting for rows took */
     for (int i = 0, m; i < n; i += m) {
         m = (int)min64(e->plan.chunk, n - i);
         if (mark) m = (int)min64(m, SEGMENT_TOKENS - (t0 + i) % SEGMENT_TOKENS);

@@ -56,8 +56,6 @@ void arena_close(arena *a);
 void *arena_take(arena *a, uint64_t bytes);        /* aligned to 64 bytes; NULL while counting */
 void *arena_take_blocks(arena *a, uint64_t bytes); /* aligned to 4 KiB */
 
-double now_s(void);                /* seconds on a clock that only goes forward                 */
-
 enum {
     MAX_LAYERS = 256,              /* V4-Pro has 61                                             */
     MAX_EXPERTS = 4096,            /* a layer; V4-Pro has 384                                   */
