@@ -4,17 +4,17 @@
  *   *.safetensors headers ----------------> ckpt_open()     table of tensors, in order of name
  *   *.safetensors bytes
  *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
- *        |-- bounce buffer --copy--> dst    offload_load()  dense weights, once, at start
  *        +-- slot of an arena, in place     cache_*()       one group a slot: a routed expert, or
  *                                                           the matrices of one layer
  *                                           stream_*()      any range a slot, in order asked
+ *                               --copy-->   offload_load()  dense weights, once, at start
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
  *              off  ^head           want ^   ^len  what is read around the payload is ignored
  *
  * Invariants  1 a slot with pins, or with a read on its way, is never given to another group
- *             2 at most IO_DEPTH reads in flight; what waits beyond them keeps its order, and
- *               cache_ask() waits for all that cache_get() and offload_load() asked for
+ *             2 at most IO_DEPTH in flight; what waits beyond them keeps its order, and
+ *               cache_ask() waits for all that others asked for
  *             3 no allocation after cache_open(), but for files written and the load's buffers
  *             4 every completion goes through io_on_answer(), whoever did the transfer
  *             5 what lies in a file is an error of theirs, never an assert of ours
@@ -65,8 +65,8 @@ enum {
     IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
     RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
-    LOAD_DEPTH = 32,               /* bounce buffers                                            */
-    STREAM_BYTES = 12 << 20,       /* one range: what one of V4-Flash's experts has             */
+    LOAD_BYTES = 4 << 20,          /* one range of offload_load()                               */
+    EXPERT_BYTES = 12 << 20,       /* one of ckpt_hash(), disk_measure(): an expert of V4-Flash */
     STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
     STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
     DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
@@ -897,10 +897,10 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
  * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
  * open; the ring and the threads know nothing else, and io_on_read() decides for both.
  *
- *   load_feed, slot_feed --cut_piece--> io_begin --> ring or threads --> io_reap
- *           ^                              ^                                |
- *           |                              +---- IO_AGAIN ---- io_complete <+
- *     free requests <-- load_piece_in, slot_piece_in <-- IO_DONE, IO_FAILED +
+ *   slot_feed, batch_add --> io_begin --> ring or threads --> io_reap
+ *           ^                   ^                                |
+ *           |                   +---- IO_AGAIN ---- io_complete <+
+ *     free requests <--- slot_piece_in <--- IO_DONE, IO_FAILED --+
  *
  * All of it runs in the thread that calls us, whenever it calls; only the read itself does not.
  * So there is no lock but the one around the threads' two queues.                                */
@@ -917,9 +917,8 @@ typedef struct io_req {
     uint32_t want;                 /* bytes to the end of the payload: these must come          */
     uint32_t done;                 /* bytes in, whole blocks unless all came                    */
     const ckpt_tensor *t;          /* what this is a piece of; of a run, the first one; or NULL */
-    io_batch *batch;               /* who asked: a batch,                                       */
-    struct cache_slot *slot;       /* or a slot,                                                */
-    uint8_t *dst;                  /* or offload_load() for this tensor                         */
+    io_batch *batch;               /* who asked: this,                                          */
+    struct cache_slot *slot;       /* or this                                                   */
     bool background;               /* counts in n_background                                    */
     int fixed;                     /* the registered buffer it lies in, or -1                   */
     int tries, io_errors;          /* in a row without progress; EIO so far                     */
@@ -965,15 +964,6 @@ static uint64_t cut_piece(io_req *r, const ckpt_tensor *t, uint64_t bytes, uint6
     *r = (io_req){.file = t->shard, .off = begin, .len = len, .want = want, .t = t, .fixed = -1};
     return at + len;
 }
-
-typedef struct {                   /* one offload_load() at work                                */
-    const load_item *items;
-    size_t n_items, next_item;     /* the cursor: item, and bytes of it asked for               */
-    uint64_t at;
-    uint8_t *free[LOAD_DEPTH];     /* bounce buffers, IO_PIECE bytes each                       */
-    int n_free;
-    io_fault fault;                /* the first one                                             */
-} load_job;
 
 typedef struct {                   /* parts of a group that touch in their file                 */
     const ckpt_tensor *first;
@@ -1046,7 +1036,6 @@ struct offload {
     io_req *free_reqs;
     int in_flight, n_background;   /* the second are of the first                               */
     uint64_t landed;               /* bytes of payloads that are in                             */
-    load_job load;                 /* items are set while offload_load() runs                   */
     slot_list demand, background;  /* slots with pieces to ask for, in order of get and of ask  */
     int n_caches;
     bool batch_waits;              /* for a request: the background does not get it             */
@@ -1125,18 +1114,6 @@ static void fault_note(io_fault *f, const io_req *r) {
     if (!f->cause) *f = (io_fault){r->cause, r->file, r->write, r->off + r->done, r->t};
 }
 
-/* A piece is in its bounce buffer, or will not come: copy, and free the buffer. */
-static void load_piece_in(offload *o, io_req *r, bool failed) {
-    load_job *job = &o->load;
-    if (failed) fault_note(&job->fault, r);
-    if (!failed) {                 /* from the tensor's begin, or from the piece's              */
-        uint64_t from = r->off > r->t->offset ? r->off : r->t->offset;
-        memcpy(r->dst + (from - r->t->offset), r->buf + (from - r->off),
-               r->off + r->want - from);
-    }
-    job->free[job->n_free++] = r->buf;
-}
-
 /* The one path of every completion: again, or to whoever asked. */
 static void io_complete(offload *o, io_req *r, int res) {
     io_next next = io_on_answer(r, res);
@@ -1151,11 +1128,9 @@ static void io_complete(offload *o, io_req *r, int res) {
     const io_file *f = &o->files[r->file];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
-    if (r->batch) {
-        r->batch->in_flight--;
-        if (next == IO_FAILED) fault_note(&r->batch->fault, r);
-    } else if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
-    else load_piece_in(o, r, next == IO_FAILED);
+    if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
+    if (r->batch) r->batch->in_flight--;
+    if (r->batch && next == IO_FAILED) fault_note(&r->batch->fault, r);
     give_req(o, r);
 }
 
@@ -1364,56 +1339,6 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
     return fail(err, "%s %s at byte %" PRIu64 "%s%s%s: %s%s", f->write ? "write" : "read",
                 o->files[f->file].path, f->off, name ? " (from tensor " : "", name ? name : "",
                 name ? " on)" : "", cause, f->cause == ENOSPC ? "; free some there" : "");
-}
-
-/* Ask for pieces while there are items, requests and bounce buffers. */
-static void load_feed(offload *o) {
-    load_job *job = &o->load;
-    while (job->next_item < job->n_items && job->n_free > 0 && o->free_reqs) {
-        const ckpt_tensor *t = job->items[job->next_item].t;
-        if (t->bytes > 0) {
-            io_req *r = take_req(o);
-            job->at = cut_piece(r, t, t->bytes, job->at);
-            r->dst = job->items[job->next_item].dst;
-            r->buf = job->free[--job->n_free];
-            io_begin(o, r);
-        }
-        if (t->bytes == 0 || job->at >= t->offset % IO_ALIGN + t->bytes) {
-            job->next_item++;
-            job->at = 0;
-        }
-    }
-}
-
-int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
-    load_job *job = &o->load;
-    uint64_t total = 0;
-    assert(!job->items);
-    if (n == 0) return 0;
-    for (size_t i = 0; i < n; i++) total += items[i].t->bytes;
-    /* no more buffers than there are bytes: a small model's budget may be small too */
-    int depth = total / IO_PIECE < LOAD_DEPTH ? (int)(total / IO_PIECE) + 1 : LOAD_DEPTH;
-    size_t bytes = (size_t)depth * IO_PIECE;
-    if (io_reap(o, false, err)) return -1;
-    uint8_t *bounce = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                           0);
-    if (bounce == MAP_FAILED) return fail(err, "map %zu bytes: %s", bytes, strerror(errno));
-    (void)madvise(bounce, bytes, MADV_HUGEPAGE); /* as for the arena                            */
-    *job = (load_job){.items = items, .n_items = n};
-    while (job->n_free < depth) {
-        job->free[job->n_free] = bounce + (size_t)job->n_free * IO_PIECE;
-        job->n_free++;
-    }
-    int rc = 0;
-    while (!rc && (job->next_item < n || job->n_free < depth)) {
-        if (!job->fault.cause) load_feed(o);
-        else job->next_item = n;   /* ask for nothing more, but what is on its way has buffers  */
-        if (o->in_flight > 0) rc = io_reap(o, true, err);
-    }
-    job->items = NULL;
-    if (rc) return rc;             /* a broken ring: buffers are left to reads that may come    */
-    munmap(bounce, bytes);
-    return job->fault.cause ? fault_message(o, &job->fault, err) : 0;
 }
 
 /* A file in dir that has no name, and room for `bytes`; -1 with errno. */
@@ -1698,9 +1623,7 @@ void cache_close(cache *c) {
 static void slot_feed(offload *o) {
     while (o->free_reqs && !o->ring_error) {
         cache_slot *s = o->demand.first;
-        if (!s && o->load.next_item == o->load.n_items && !o->batch_waits &&
-            o->n_background < IO_BACKGROUND)
-            s = o->background.first;
+        if (!s && !o->batch_waits && o->n_background < IO_BACKGROUND) s = o->background.first;
         if (!s) return;
         cache *c = s->c;
         const slot_run *run = &s->runs[s->run];
@@ -1957,69 +1880,79 @@ int cache_save_heat(const cache *c, const char *path, dsv4_err *err) {
  * order of asking and taken in that order.  A range goes as a group of one part.                 */
 
 typedef struct {
-    offload *o;
     cache *slots;
     ckpt_tensor range[STREAM_IDS];
     const ckpt_tensor *part[STREAM_IDS];
     read_group group[STREAM_IDS];
     int slot[STREAM_IDS];
     size_t asked, taken;           /* ranges so far                                             */
-    int shard;                     /* the cursor of stream_feed()                               */
-    uint64_t at;
 } stream;
 
-static int stream_open(stream *s, const ckpt *c, dsv4_err *err) {
-    const char *note;              /* a slower way of reading was told when the model opened    */
-    *s = (stream){.o = NULL};
-    for (int i = 0; i < STREAM_IDS; i++) {
-        s->range[i].bytes = STREAM_BYTES;
+static int stream_open(stream *s, offload *o, uint64_t bytes, dsv4_err *err) {
+    *s = (stream){.slots = NULL};
+    for (int i = 0; i < STREAM_IDS; i++) {     /* the most that a range can need: off the edge  */
+        s->range[i] = (ckpt_tensor){.offset = IO_ALIGN - 1, .bytes = bytes};
         s->part[i] = &s->range[i];
         s->group[i] = (read_group){&s->part[i], 1};
     }
-    if (offload_open(&s->o, c, &note, err)) return -1;
-    return cache_open(&s->slots, s->o, s->group, STREAM_IDS, STREAM_SLOTS, err);
+    return cache_open(&s->slots, o, s->group, STREAM_IDS, STREAM_SLOTS, err);
 }
 
-static void stream_close(stream *s) {
-    cache_close(s->slots);
-    offload_close(s->o);
-}
+static bool stream_full(const stream *s) { return s->asked - s->taken == STREAM_SLOTS; }
 
-/* Ask for bytes [off, off + bytes) of a shard; off lies on a block edge. */
-static int stream_ask(stream *s, int shard, uint64_t off, uint64_t bytes, dsv4_err *err) {
+static int stream_ask(stream *s, const ckpt_tensor *range, dsv4_err *err) {
     size_t id = s->asked % STREAM_IDS;
-    assert(s->asked - s->taken < STREAM_SLOTS);
+    assert(!stream_full(s));
     assert(!s->slots->slot_of[id]);    /* else it would be a hit on other bytes                 */
-    s->range[id] = (ckpt_tensor){.shard = shard, .offset = off, .bytes = bytes};
+    s->range[id] = *range;
     s->slot[id] = cache_get(s->slots, id, err);
     s->asked += s->slot[id] >= 0;
     return s->slot[id] < 0 ? -1 : 0;
 }
 
-/* The next range of all shards from the first to the last byte, if there is room.  One a call: the
- * first use of a slot is slow, since the kernel clears its pages. */
-static int stream_feed(stream *s, dsv4_err *err) {
-    const ckpt *c = s->o->c;
-    if (s->shard == c->n_shards || s->asked - s->taken == STREAM_SLOTS) return 0;
-    uint64_t at = s->at, left = c->shards[s->shard].size - at;
-    uint64_t n = left < STREAM_BYTES ? left : STREAM_BYTES;
-    s->at = n < left ? at + n : 0;
-    return stream_ask(s, n < left ? s->shard : s->shard++, at, n, err);
-}
-
-/* Is the oldest range in?  1 and where it lies, 0 not yet, -1.  Without `wait` it sleeps a
- * millisecond at most, whatever the drive does: there is enough in flight to keep that busy. */
-static int stream_look(stream *s, bool wait, const uint8_t **data, dsv4_err *err) {
+/* The oldest range's bytes, or NULL while they are on their way, and -1 where they do not come.
+ * Without `wait` it sleeps a millisecond at most, whatever the drive does: there is enough in
+ * flight to keep that busy. */
+static int stream_look(const stream *s, bool wait, const uint8_t **data, dsv4_err *err) {
     int at = s->slot[s->taken % STREAM_IDS];
     const cache_slot *slot = &s->slots->slots[at];
-    if (io_reap(s->o, wait && s->o->in_flight > 0, err)) return -1;
-    if (slot->state == SLOT_FAILED) return fault_message(s->o, &slot->fault, err);
+    offload *o = s->slots->o;
+    *data = NULL;
+    if (io_reap(o, wait && slot->state == SLOT_READING, err)) return -1;
+    if (slot->state == SLOT_FAILED) return fault_message(o, &slot->fault, err);
     if (slot->state == SLOT_READY) *data = cache_part(s->slots, at, 0);
     else if (!wait) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
-    return slot->state == SLOT_READY;
+    return 0;
 }
 
 static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
+
+int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
+    stream s;
+    char *dst[STREAM_IDS];
+    uint64_t most = 0, at = 0;
+    const uint8_t *data;
+    for (size_t i = 0; i < n; i++) if (most < items[i].t->bytes) most = items[i].t->bytes;
+    if (most == 0) return 0;
+    if (most > LOAD_BYTES) most = LOAD_BYTES;
+    int rc = stream_open(&s, o, most, err);
+    for (size_t i = 0; !rc && (i < n || s.taken < s.asked);) {
+        if (i < n && !stream_full(&s)) {
+            ckpt_tensor range = *items[i].t;
+            range.offset += at;
+            range.bytes = range.bytes - at < most ? range.bytes - at : most;
+            dst[s.asked % STREAM_IDS] = (char *)items[i].dst + at;
+            if (range.bytes) rc = stream_ask(&s, &range, err);
+            at += range.bytes;
+            if (at == items[i].t->bytes) i++, at = 0;
+        } else if (!(rc = stream_look(&s, true, &data, err)) && data) {
+            memcpy(dst[s.taken % STREAM_IDS], data, s.range[s.taken % STREAM_IDS].bytes);
+            stream_give(&s);
+        }
+    }
+    cache_close(s.slots);
+    return rc;
+}
 
 /* What an earlier ckpt_hash() found: {"shards": {NAME: {"hash", "bytes", "date"}}}. */
 static json_t *record_read(const char *record, line_fn each, void *arg) {
@@ -2084,16 +2017,31 @@ static int record_gone(json_t *shards, const ckpt *c, int width, line_fn each, v
     return n;
 }
 
+/* The next range of all shards from the first to the last byte.  One a call: the first use of a
+ * slot is slow, since the kernel clears its pages. */
+static int hash_ask(stream *s, const ckpt *c, int *shard, uint64_t *at, dsv4_err *err) {
+    if (*shard == c->n_shards || stream_full(s)) return 0;
+    uint64_t left = c->shards[*shard].size - *at;
+    ckpt_tensor range = {.shard = *shard, .offset = *at,
+                         .bytes = left < EXPERT_BYTES ? left : EXPERT_BYTES};
+    *at += range.bytes;
+    if (range.bytes == left) (*shard)++, *at = 0;
+    return stream_ask(s, &range, err);
+}
+
 /* The record is written after each shard: hours of reading survive whatever comes. */
 int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
               int *n_changed, dsv4_err *err) {
-    stream s;
-    uint64_t total = 0, done = 0;
-    int width = 0, in;
-    const uint8_t *data = NULL;
+    stream s = {.slots = NULL};
+    offload *o = NULL;
+    uint64_t total = 0, done = 0, at = 0;
+    int width = 0, next = 0;
+    const char *note;              /* a slower way of reading was told when the model opened    */
+    const uint8_t *data;
     XXH3_state_t *hash = XXH3_createState();
     json_t *root = record_read(record, each, arg), *shards = json_object_get(root, "shards");
-    int rc = hash && root ? stream_open(&s, c, err) : fail(err, "out of memory");
+    int rc = !hash || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err) ||
+             stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
     for (int i = 0; i < c->n_shards; i++) {
         total += c->shards[i].size;
         if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
@@ -2101,9 +2049,9 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
     *n_changed = rc ? 0 : record_gone(shards, c, width, each, arg);
     while (!rc && done < total) {
         if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
-        if (rc || (rc = stream_feed(&s, err))) break;
-        if ((in = stream_look(&s, false, &data, err)) < 0) rc = -1;
-        if (in <= 0) continue;
+        if (rc || (rc = hash_ask(&s, c, &next, &at, err)) ||
+            (rc = stream_look(&s, false, &data, err)) || !data)
+            continue;
         const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
         const ckpt_shard *shard = &c->shards[t->shard];
         if (t->offset == 0) XXH3_128bits_reset(hash);
@@ -2116,43 +2064,52 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
         stream_give(&s);
     }
     if (!rc) (void)progress(arg, 1);
-    if (hash && root) stream_close(&s);
+    cache_close(s.slots);
+    offload_close(o);
     XXH3_freeState(hash);
     json_decref(root);
     return rc;
 }
 
+/* A range of the shards somewhere: each byte is as likely as another. */
+static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t *rng) {
+    int i = 0;
+    *rng = *rng * 6364136223846793005u + 1442695040888963407u;
+    uint64_t at = (*rng >> 16) % total;
+    for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
+    uint64_t size = c->shards[i].size, n = size < EXPERT_BYTES ? size : EXPERT_BYTES;
+    if (at > size - n) at = size - n;
+    return (ckpt_tensor){.shard = i, .offset = at / IO_ALIGN * IO_ALIGN, .bytes = n};
+}
+
 /* How much is asked for at once follows from what came: so a slow disk is asked for little, and
  * the last answers come when the time is over, not long after. */
 int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
-    stream s;
+    stream s = {.slots = NULL};
+    offload *o;
     uint64_t total = 0, asked = 0, rng = 1;
     const uint8_t *data;
+    const char *note;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
-    int rc = stream_open(&s, c, err);
+    int rc = offload_open(&o, c, &note, err) || stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
     double begin = seconds(), now = 0;
     while (!rc) {
         now = seconds() - begin;
-        double soon = now > 0 ? (double)s.o->landed / now * (limit - now) : 0;
-        if (asked < 2 * total && s.asked - s.taken < STREAM_SLOTS &&
-            (!s.asked || (double)(s.asked + 1 - s.taken) * STREAM_BYTES < soon)) {
-            rng = rng * 6364136223846793005u + 1442695040888963407u;
-            uint64_t at = (rng >> 16) % total;         /* each byte is as likely as another     */
-            int i = 0;
-            for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
-            uint64_t size = c->shards[i].size, n = size < STREAM_BYTES ? size : STREAM_BYTES;
-            if (at > size - n) at = size - n;
-            rc = stream_ask(&s, i, at / IO_ALIGN * IO_ALIGN, n, err);
-            asked += n;
-            continue;
+        double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
+        if (asked < 2 * total && !stream_full(&s) &&
+            (!s.asked || (double)(s.asked + 1 - s.taken) * EXPERT_BYTES < soon)) {
+            ckpt_tensor range = draw_range(c, total, &rng);
+            rc = stream_ask(&s, &range, err);
+            asked += range.bytes;
+        } else if (s.taken == s.asked) {
+            break;
+        } else if (!(rc = stream_look(&s, true, &data, err)) && data) {
+            stream_give(&s);
         }
-        if (s.taken == s.asked) break;
-        int in = stream_look(&s, true, &data, err);
-        if (in > 0) stream_give(&s);
-        if (in < 0) rc = -1;
     }
-    if (!rc) *bytes_s = (double)s.o->landed / now;
-    stream_close(&s);
+    if (!rc) *bytes_s = (double)o->landed / now;
+    cache_close(s.slots);
+    offload_close(o);
     return rc;
 }
 

@@ -48,7 +48,12 @@ static void hook_sqe(struct io_uring_sqe *sqe, void *req);
 
 typedef enum { CALM, NTH, AT, SHORT, INTR, AGAIN, PLACE } mood;
 
-typedef struct { uint64_t off; const cache_slot *slot; bool background, fixed, batch; } logged;
+typedef struct {
+    const cache *c;                /* of a batch: NULL                                          */
+    const cache_slot *slot;
+    size_t id;
+    bool background, fixed;
+} logged;
 
 static struct {
     pthread_mutex_t lock;          /* of the moods: reading threads are asked for theirs        */
@@ -197,8 +202,9 @@ static void *hook_cqe(struct io_uring_cqe *cqe) {
 static void hook_sqe(struct io_uring_sqe *sqe, void *req) {
     const io_req *r = req;
     if (hook.n_log < (int)(sizeof hook.log / sizeof *hook.log))
-        hook.log[hook.n_log++] = (logged){r->off + r->done, r->slot, r->background,
-                                          sqe->opcode == IORING_OP_READ_FIXED, r->batch};
+        hook.log[hook.n_log++] = (logged){r->slot ? r->slot->c : NULL, r->slot,
+                                          r->slot ? r->slot->id : 0, r->background,
+                                          sqe->opcode == IORING_OP_READ_FIXED};
     io_uring_sqe_set_data(sqe, req);
 }
 
@@ -1621,8 +1627,8 @@ static const char *order_of(const cache *k, int from) {
     int n = 0;
     for (int i = from; i < hook.n_log; i++) {
         const logged *l = &hook.log[i];
-        text[n++] = l->batch ? '=' : !l->slot ? '.' : l->slot->c != k ? '?'
-                    : (char)((l->background ? 'A' : 'a') + (char)l->slot->id);
+        text[n++] = !l->c ? '=' : l->c != k ? '.' : (char)((l->background ? 'A' : 'a') +
+                                                           (char)l->id);
     }
     text[n] = 0;
     return text;
@@ -2677,7 +2683,7 @@ static void hash_of(const char *dir, const char *file, char hex[33]) {
 }
 
 static void test_hash_every_way_of_reading(void) {
-    static const uint32_t sizes[] = {2 * STREAM_BYTES, 30000000, 1, 4096, 3 * STREAM_BYTES + 4095};
+    static const uint32_t sizes[] = {2 * EXPERT_BYTES, 30000000, 1, 4096, 3 * EXPERT_BYTES + 4095};
     enum { N = sizeof sizes / sizeof *sizes };
     const char *dir = fresh_dir(), *want[N + 1] = {NULL};
     char record[PATH_MAX + 64], header[128], hex[N][33], file[32];
