@@ -27,6 +27,7 @@
 
 #include <assert.h>
 #include <dirent.h>
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -51,9 +52,9 @@
 enum {
     MAX_CONFIG_BYTES = 16 << 20,   /* real ones have 2 KB; pruned ones list what they kept      */
     MAX_INDEX_BYTES = 256 << 20,   /* real ones have 4 MB                                       */
-    MAX_DIM = 1 << 20,             /* of any one axis, so that products of two fit an int64_t   */
+    MAX_DIM = 1 << 15,             /* of any one axis: products of two are an int somewhere     */
     MAX_VOCAB = 1 << 22,
-    MAX_RATIO = 1 << 16,           /* tokens that one compressed entry stands for               */
+    MAX_RATIO = 1 << 13,           /* tokens of one compressed entry; times 4, times an axis    */
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
     HUGE_PAGE = 2 << 20,
@@ -72,45 +73,27 @@ enum {
     DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
 };
 
+static_assert((int64_t)MAX_DIM * MAX_DIM <= INT_MAX, "what two axes give is an int");
+static_assert((int64_t)4 * MAX_RATIO * MAX_DIM <= INT_MAX, "what a compressor carries is an int");
+
 /* === 1. Text, files, JSON ===================================================================== */
 
 /* A JSON value as text, cut to fit a message (and to be compared with a short constant). */
-typedef struct { char text[96]; size_t n; } shown;
-
-static int show_some(const char *bytes, size_t n, void *arg) {
-    shown *s = arg;
-    size_t room = sizeof s->text - 1 - s->n, take = n < room ? n : room;
-    memcpy(s->text + s->n, bytes, take);
-    s->n += take;
-    return take == n ? 0 : -1;     /* full: the dump stops here, however large the value is     */
-}
+typedef struct { char text[96]; } shown;
 
 static shown show(const json_t *v) {
-    shown s = {.text = "absent"};
-    if (v && json_dump_callback(v, show_some, memset(&s, 0, sizeof s),
-                                JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII |
-                                JSON_REAL_PRECISION(15)))
+    shown s = {"absent"};
+    char *text = json_dumps(v, JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII |
+                               JSON_REAL_PRECISION(15));
+    if (text && snprintf(s.text, sizeof s.text, "%s", text) >= (int)sizeof s.text)
         memcpy(s.text + sizeof s.text - 4, "...", 4);
+    free(text);
     return s;
 }
 
 static int join(char path[PATH_MAX], const char *dir, const char *file, dsv4_err *err) {
     int n = snprintf(path, PATH_MAX, "%s/%s", dir, file);
     return n > 0 && n < PATH_MAX ? 0 : fail(err, "%.200s...: the path is too long", dir);
-}
-
-/* Read exactly n bytes at off, through short reads and signals. */
-static int read_fully(int fd, void *dst, size_t n, uint64_t off, const char *path,
-                      dsv4_err *err) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = pread(fd, (char *)dst + done, n - done, (off_t)(off + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0)
-            return fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
-                        got ? strerror(errno) : "the file ends there");
-        done += (size_t)got;
-    }
-    return 0;
 }
 
 /* Open a regular file for plain reading and tell its size; the caller closes *fd. */
@@ -137,13 +120,22 @@ static json_t *parse_object(const char *text, size_t len, const char *where, dsv
     return NULL;
 }
 
-/* n bytes of an open file; on 0 the caller frees *text. */
-static int read_part(char **text, int fd, size_t n, uint64_t off, const char *path, dsv4_err *err) {
-    if (!(*text = malloc(n + 1))) return fail(err, "%s: out of memory for %zu bytes", path, n);
-    if (!read_fully(fd, *text, n, off, path, err)) return 0;
-    free(*text);
-    *text = NULL;
-    return -1;
+/* n bytes of an open file, through short reads and signals; the caller frees them.  NULL with
+ * err->msg set where they do not come. */
+static char *read_part(int fd, size_t n, uint64_t off, const char *path, dsv4_err *err) {
+    char *bytes = malloc(n + 1);
+    size_t done = 0;
+    ssize_t got = 1;
+    if (!bytes) return fail(err, "%s: out of memory for %zu bytes", path, n), NULL;
+    while (done < n && (got > 0 || (got < 0 && errno == EINTR))) {
+        got = pread(fd, bytes + done, n - done, (off_t)(off + done));
+        if (got > 0) done += (size_t)got;
+    }
+    if (done == n) return bytes;
+    fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
+         got ? strerror(errno) : "the file ends there");
+    free(bytes);
+    return NULL;
 }
 
 /* A whole small file; on 0 the caller frees *text. */
@@ -152,10 +144,11 @@ static int read_text(char **text, size_t *len, const char *path, size_t max, dsv
     uint64_t size;
     if (open_file(&fd, &size, path, err)) return -1;
     *len = (size_t)size;
-    int rc = size <= max ? read_part(text, fd, *len, 0, path, err)
-             : fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    *text = size <= max ? read_part(fd, *len, 0, path, err) : NULL;
     close(fd);
-    return rc;
+    if (size > max)
+        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    return *text ? 0 : -1;
 }
 
 /* The same from a file. */
@@ -340,19 +333,16 @@ static int config_yarn(dsv4_config *cfg, const config_in *in) {
 
 /* What two keys say together. */
 static int config_check(const dsv4_config *c, const config_in *in) {
-    int64_t ratio = 0, heads = (int64_t)c->num_attention_heads * c->head_dim;
     int hadamard = c->index_head_dim, rope = c->qk_rope_head_dim;
     bool csa = false;              /* ratio 4 brings the indexer                                */
-    for (int l = 0; l <= c->num_hidden_layers; l++) {
-        if (ratio < c->compress_ratios[l]) ratio = c->compress_ratios[l];
-        csa |= c->compress_ratios[l] == 4;
-    }
+    for (int l = 0; l <= c->num_hidden_layers; l++) csa |= c->compress_ratios[l] == 4;
     const struct { bool ok; const char *key, *accepted; } rules[] = {
         {rope < c->head_dim, "qk_rope_head_dim", "less than head_dim"},
         {rope <= c->index_head_dim, "qk_rope_head_dim", "at most index_head_dim"},
         {!csa || (hadamard % 32 == 0 && (hadamard & (hadamard - 1)) == 0), "index_head_dim",
          "a power of two from 32, for the Hadamard transform and its blocks of 32"},
-        {heads % c->o_groups == 0, "o_groups", "a divisor of num_attention_heads * head_dim"},
+        {c->num_attention_heads * c->head_dim % c->o_groups == 0, "o_groups",
+         "a divisor of num_attention_heads * head_dim"},
         {c->num_experts_per_tok <= c->n_routed_experts, "num_experts_per_tok",
          "at most n_routed_experts"},
         {c->num_hash_layers <= c->num_hidden_layers, "num_hash_layers",
@@ -362,21 +352,6 @@ static int config_check(const dsv4_config *c, const config_in *in) {
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
         if (!rules[i].ok) return refuse(in, rules[i].key, "%s", rules[i].accepted);
-
-    const struct { const char *what; int64_t value; } sizes[] = { /* an int somewhere later     */
-        {"num_attention_heads * head_dim", heads},
-        {"o_groups * o_lora_rank", (int64_t)c->o_groups * c->o_lora_rank},
-        {"index_n_heads * index_head_dim", (int64_t)c->index_n_heads * c->index_head_dim},
-        {"sliding_window * head_dim", (int64_t)c->sliding_window * c->head_dim},
-        {"4 * the largest of compress_ratios * head_dim", 4 * ratio * c->head_dim},
-        {"hidden_size * moe_intermediate_size",
-         (int64_t)c->hidden_size * c->moe_intermediate_size},
-        {"n_routed_experts * hidden_size", (int64_t)c->n_routed_experts * c->hidden_size},
-    };
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value > INT_MAX)
-            return fail(in->err, "%s: %s is %" PRId64 "; accepted: at most %d", in->where,
-                        sizes[i].what, sizes[i].value, INT_MAX);
     return 0;
 }
 
@@ -448,7 +423,7 @@ struct ckpt {
     ckpt_shard *shards;
     int n_shards;
     ckpt_tensor *tensors;          /* in order of name once open; names are ours                */
-    size_t n_tensors, cap_tensors;
+    size_t n_tensors;
 };
 
 /* Types of the safetensors format by size; DT_N marks those the model never uses. */
@@ -515,7 +490,7 @@ static int by_offset(const void *a, const void *b) {
  * Empty tensors cover nothing and may lie anywhere; so may gaps. */
 static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_err *err) {
     const ckpt_tensor *last = NULL;
-    qsort(t, n, sizeof *t, by_offset);
+    if (n) qsort(t, n, sizeof *t, by_offset);
     for (size_t i = 0; i < n; i++) {
         if (t[i].bytes == 0) continue;
         if (last && t[i].offset < last->offset + last->bytes)
@@ -524,25 +499,6 @@ static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_er
         last = &t[i];
     }
     return 0;
-}
-
-/* A new line of the table, or NULL.  The name is copied, the rest is still to be filled in. */
-static ckpt_tensor *add_tensor(ckpt *c, int which, const char *name, dsv4_err *err) {
-    const char *path = c->shards[which].path;
-    size_t len = strlen(name);     /* JSON with a NUL inside a name is refused already          */
-    if (len == 0 || len >= MAX_NAME)
-        return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path,
-                    len, MAX_NAME - 1, name), NULL;
-    if (c->n_tensors == c->cap_tensors) {
-        size_t cap = 2 * c->cap_tensors + 1024;
-        ckpt_tensor *grown = realloc(c->tensors, cap * sizeof *grown);
-        if (grown) c->tensors = grown, c->cap_tensors = cap;
-    }
-    char *copy = c->n_tensors < c->cap_tensors ? strdup(name) : NULL;
-    if (!copy) return fail(err, "%s: out of memory for %zu tensors", path, c->n_tensors), NULL;
-    ckpt_tensor *t = &c->tensors[c->n_tensors++];
-    *t = (ckpt_tensor){.name = copy, .shard = which};
-    return t;
 }
 
 /* Add the tensors of one header to the table.  The shard's path and size are set; `text` follows
@@ -554,12 +510,24 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     const char *name;
     size_t first = c->n_tensors;
     uint64_t data_at = 8 + (uint64_t)len, need = data_at;
-    int rc = 0;
+    ckpt_tensor *all = realloc(c->tensors, (first + json_object_size(root) + 1) * sizeof *all);
+    if (all) c->tensors = all;
+    int rc = all ? 0 : fail(err, "%s: out of memory for %zu tensors", s->path, first);
     json_object_foreach(root, name, value) {
+        size_t n = strlen(name);   /* JSON with a NUL inside a name is refused already          */
+        if (rc) break;
         if (!strcmp(name, "__metadata__")) continue; /* notes of whoever wrote the file         */
-        ckpt_tensor *t = add_tensor(c, which, name, err);
-        if ((rc = t ? entry_parse(t, s->path, value, data_at, err) : -1)) break;
-        if (need < t->offset + t->bytes) need = t->offset + t->bytes;
+        if (n == 0 || n >= MAX_NAME) {
+            rc = fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...",
+                      s->path, n, MAX_NAME - 1, name);
+            break;
+        }
+        ckpt_tensor *t = &c->tensors[c->n_tensors];
+        *t = (ckpt_tensor){.name = strdup(name), .shard = which};
+        c->n_tensors += t->name != NULL;
+        rc = t->name ? entry_parse(t, s->path, value, data_at, err)
+                     : fail(err, "%s: out of memory for its names", s->path);
+        if (!rc && need < t->offset + t->bytes) need = t->offset + t->bytes;
     }
     json_decref(root);
     if (rc) return -1;
@@ -567,16 +535,15 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
-    if (c->n_tensors == first) return 0;
-    return check_overlaps(&c->tensors[first], c->n_tensors - first, s, err);
+    return check_overlaps(c->tensors + first, c->n_tensors - first, s, err);
 }
 
 /* Length of the header from a file's first eight bytes (fewer when it has no more), checked against
  * the file's size. */
-static int header_length(ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
+static int header_length(ckpt_shard *s, const char *raw, size_t *len, dsv4_err *err) {
     uint64_t n = 0;
-    for (int i = 7; i >= 0; i--) n = n << 8 | raw[i];
-    *len = (size_t)n;
+    memcpy(&n, raw, s->size < 8 ? (size_t)s->size : 8);
+    *len = (size_t)(n = le64toh(n));
     if (s->size >= 8 && (n < 2 || n > MAX_HEADER_BYTES))
         return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
                     "safetensors file, or it is damaged", s->path, n, MAX_HEADER_BYTES);
@@ -589,17 +556,16 @@ static int header_length(ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_
 /* Read one shard's header, and nothing behind it. */
 static int shard_read(ckpt *c, int which, dsv4_err *err) {
     ckpt_shard *s = &c->shards[which];
-    uint8_t raw[8] = {0};
-    char *text = NULL;
     size_t len;
-    int fd;
+    int fd, rc = -1;
     if (open_file(&fd, &s->size, s->path, err)) return -1;
-    int rc = read_fully(fd, raw, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err) ||
-             header_length(s, raw, &len, err) || read_part(&text, fd, len, 8, s->path, err) ||
-             header_parse(c, which, text, len, err);
+    char *raw = read_part(fd, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err), *text = NULL;
+    if (raw && !header_length(s, raw, &len, err)) text = read_part(fd, len, 8, s->path, err);
+    if (text) rc = header_parse(c, which, text, len, err);
     close(fd);
+    free(raw);
     free(text);
-    return rc ? -1 : 0;
+    return rc;
 }
 
 /* === 4. Checkpoint ============================================================================ */
@@ -610,26 +576,6 @@ static int by_path(const void *a, const void *b) {
 
 static int by_name(const void *a, const void *b) {
     return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
-}
-
-/* Make the list of shards, in order of name, from the keys of an object. */
-static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
-    char path[PATH_MAX];
-    const char *file;
-    json_t *value;
-    size_t n = json_object_size(files);
-    if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
-    c->shards = calloc(n + 1, sizeof *c->shards);
-    if (c->shards) json_object_foreach(files, file, value) {
-        ckpt_shard *s = &c->shards[c->n_shards];
-        if (join(path, dir, file, err)) return -1;
-        if (!(s->path = strdup(path))) break;
-        s->file = s->path + strlen(dir) + 1;
-        c->n_shards++;
-    }
-    if ((size_t)c->n_shards < n || !c->shards) return fail(err, "%s: out of memory", dir);
-    qsort(c->shards, n, sizeof *c->shards, by_path);
-    return 0;
 }
 
 /* Without an index: every *.safetensors of the directory. */
@@ -650,6 +596,9 @@ static int list_dir(json_t *files, const char *dir, dsv4_err *err) {
 static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *err) {
     const char *name;
     json_t *value;
+    if (!json_object_size(map))
+        return fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
+                    "tensor", path, show(map).text);
     json_object_foreach(map, name, value) {
         const char *file = json_string_value(value);
         if (!file || !*file || strlen(file) >= MAX_NAME || strchr(file, '/') ||
@@ -659,6 +608,49 @@ static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *er
         json_object_set_new(files, file, json_true());
     }
     return 0;
+}
+
+/* Make the list of shards, in order of name, from the keys of an object. */
+static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
+    char path[PATH_MAX];
+    const char *file;
+    json_t *value;
+    size_t n = json_object_size(files);
+    if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
+    c->shards = calloc(n + 1, sizeof *c->shards);
+    json_object_foreach(files, file, value) {
+        if (join(path, dir, file, err)) return -1;
+        char *copy = c->shards ? strdup(path) : NULL;
+        if (!copy) return fail(err, "%s: out of memory", dir);
+        c->shards[c->n_shards++] = (ckpt_shard){.path = copy, .file = copy + strlen(dir) + 1};
+    }
+    if (n) qsort(c->shards, n, sizeof *c->shards, by_path);
+    return 0;
+}
+
+/* A table without its tensors: the shards of a directory, be they all there or not, by the index
+ * where there is one.  *map is then its weight_map, which the caller drops, else NULL. */
+static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
+    char path[PATH_MAX];
+    ckpt *c = calloc(1, sizeof *c);
+    json_t *root = NULL, *files = json_object();
+    int rc = c && files ? join(path, dir, "model.safetensors.index.json", err)
+                        : fail(err, "%s: out of memory", dir);
+    *map = NULL;
+    if (!rc && access(path, F_OK) && errno == ENOENT) {
+        rc = list_dir(files, dir, err);
+    } else if (!rc) {
+        root = parse_file(path, MAX_INDEX_BYTES, err);
+        *map = json_incref(json_object_get(root, "weight_map"));
+        rc = root ? list_index(files, *map, path, err) : -1;
+    }
+    if (!rc) rc = set_shards(c, dir, files, err);
+    json_decref(root);
+    json_decref(files);
+    if (!rc) return c;
+    json_decref(*map);
+    ckpt_close(c);
+    return NULL;
 }
 
 /* Name the shards that a partial download has not brought, before anything is read. */
@@ -674,29 +666,6 @@ static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
     }
     return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, go on with the download:%s",
                              dir, n, c->n_shards, names);
-}
-
-/* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL.  On 0
- * there may be no shards at all. */
-static int find_shards(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
-    char path[PATH_MAX];
-    *map = NULL;
-    if (join(path, dir, "model.safetensors.index.json", err)) return -1;
-    json_t *root = NULL, *files = json_object();
-    int rc = 0;
-    if (access(path, F_OK) && errno == ENOENT) {
-        rc = list_dir(files, dir, err);
-    } else {
-        root = parse_file(path, MAX_INDEX_BYTES, err);
-        *map = json_incref(json_object_get(root, "weight_map"));
-        rc = !root ? -1 : json_object_size(*map) > 0 ? list_index(files, *map, path, err)
-             : fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
-                    "tensor", path, show(*map).text);
-    }
-    if (!rc) rc = set_shards(c, dir, files, err);
-    json_decref(root);
-    json_decref(files);
-    return rc;
 }
 
 /* Every tensor once (the table is in order of name), and where the index says, both ways. */
@@ -735,17 +704,6 @@ static void drop_unused(ckpt *c) {
     c->n_tensors = n;
     ckpt_tensor *fit = realloc(c->tensors, (n + 1) * sizeof *fit);
     if (fit) c->tensors = fit;
-}
-
-/* A table without its tensors: the shards of a directory, be they all there or not. */
-static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
-    ckpt *c = calloc(1, sizeof *c);
-    *map = NULL;
-    if (!c) fail(err, "%s: out of memory", dir);
-    if (!c || !find_shards(c, dir, map, err)) return c;
-    ckpt_close(c);
-    json_decref(*map);
-    return NULL;
 }
 
 int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
@@ -791,11 +749,6 @@ const ckpt_tensor *ckpt_at(const ckpt *c, size_t i) {
 const char *ckpt_shard_path(const ckpt *c, int which) {
     assert(which >= 0 && which < c->n_shards);
     return c->shards[which].path;
-}
-
-uint64_t ckpt_shard_bytes(const ckpt *c, int which) {
-    assert(which >= 0 && which < c->n_shards);
-    return c->shards[which].size;
 }
 
 /* The official code says which prompts a checkpoint was trained on; where it was left out, the
@@ -1750,10 +1703,8 @@ static int slot_get(cache *c, size_t id, slot_rank rank, dsv4_err *err) {
     }
     /* Slots without a pin but with a read on its way: the caller has nothing to give back, so
      * waiting for the first of them is the only way on. */
-    double begin = seconds();
     while (!(s = slot_take(c)) && c->n_orphans > 0)
         if (io_reap(o, true, err)) return -1;
-    c->stats.wait_s += seconds() - begin;
     if (!s) return -1;
     c->stats.misses++;
     c->uses[id].misses++;
@@ -1786,13 +1737,7 @@ static cache_slot *pinned(const cache *c, int slot) {
 
 int cache_wait(cache *c, int slot, dsv4_err *err) {
     cache_slot *s = pinned(c, slot);
-    if (s->state == SLOT_READING) {
-        double begin = seconds();
-        int rc = 0;
-        while (s->state == SLOT_READING && !rc) rc = io_reap(c->o, true, err);
-        c->stats.wait_s += seconds() - begin;
-        if (rc) return -1;
-    }
+    while (s->state == SLOT_READING) if (io_reap(c->o, true, err)) return -1;
     if (s->state == SLOT_FAILED) return fault_message(c->o, &s->fault, err);
     assert(s->state == SLOT_READY);
     return 0;

@@ -349,7 +349,7 @@ static void test_config_accepts_what_may_differ(void) {
     static const struct { const char *key, *value; } good[] = {
         {"rope_theta", "10000.5"}, {"quantization_config", NULL}, {"quantization_config", "null"},
         {"num_key_value_heads", NULL}, {"compress_ratios", "[4, 4, 128]"},
-        {"compress_ratios", "[0, 2, 65536, 4, 1, -1]"}, {"num_hash_layers", "0"},
+        {"compress_ratios", "[0, 2, 8192, 4, 1, -1]"}, {"num_hash_layers", "0"},
         {"quantization_config.fmt", NULL}, {"swiglu_limit", "7"}, {"bos_token_id", "511"},
         {"something_new", "{\"a\": [1, 2]}"}, {"num_nextn_predict_layers", "0"},
     };
@@ -446,17 +446,17 @@ static void test_config_refuses_contradictions(void) {
         {"num_hash_layers", "4", "accepted: at most num_hidden_layers"},
         {"bos_token_id", "512", "bos_token_id is 512; accepted: less than vocab_size"},
         {"eos_token_id", "512", "eos_token_id is 512"},
-        {"num_attention_heads", "1048576", NULL},
-        {"head_dim", "1048576", NULL},
-        {"hidden_size", "1048576", NULL}, {"sliding_window", "1048576", NULL},
-        {"o_lora_rank", "1048576", NULL}, {"max_position_embeddings", "0", "embeddings is 0"},
+        {"num_attention_heads", "32768", NULL},
+        {"head_dim", "32768", NULL},
+        {"hidden_size", "32768", NULL}, {"sliding_window", "32768", NULL},
+        {"o_lora_rank", "32768", NULL}, {"max_position_embeddings", "0", "embeddings is 0"},
         {"max_position_embeddings", "4611686018427387904", "max_position_embeddings is 46"},
         {"compress_ratios", "[0, 4]", "one for each of 3 layers"},
         {"compress_ratios", "4", "compress_ratios is 4"},
         {"compress_ratios", NULL, "compress_ratios is absent"},
         {"compress_ratios", "[0, 1, 0]", "compress_ratios[1] is 1"},
         {"compress_ratios", "[0, 0, -4]", "compress_ratios[2] is -4"},
-        {"compress_ratios", "[0, 0, 0, 65537]", "compress_ratios[3] is 65537"},
+        {"compress_ratios", "[0, 0, 0, 8193]", "compress_ratios[3] is 8193"},
         {"compress_ratios", "[0, \"4\", 0]", "compress_ratios[1] is \"4\""},
         {"compress_ratios", "[0, 4.0, 0]", "compress_ratios[1] is 4.0"},
     };
@@ -470,29 +470,6 @@ static void test_config_refuses_contradictions(void) {
         }
         CHECK(rc == -1 && says(&err, bad[i].fragment), "%s = %s gave %d: %s", bad[i].key,
               bad[i].value, rc, err.msg);
-    }
-}
-
-/* Two axes, each in its range, whose product would not fit an int. */
-static void test_config_bounds_products(void) {
-    static const char *const pairs[][3] = {
-        {"num_attention_heads", "head_dim", "num_attention_heads * head_dim is 1099511627776"},
-        {"o_groups", "o_lora_rank", "accepted: "},
-        {"index_n_heads", "index_head_dim", "index_n_heads * index_head_dim is "},
-        {"sliding_window", "head_dim", "sliding_window * head_dim is "},
-        {"hidden_size", "moe_intermediate_size", "hidden_size * moe_intermediate_size is "},
-    };
-    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
-        json_t *root = json_loads(base_config, 0, NULL);
-        dsv4_config c;
-        dsv4_err err = {""};
-        for (int k = 0; k < 2; k++)
-            json_object_set_new(root, pairs[i][k], json_integer(1 << 20));
-        char *text = json_dumps(root, 0);
-        CHECK(config_parse(&c, text, strlen(text), "x", &err) == -1 && says(&err, pairs[i][2]),
-              "%s: %s", pairs[i][2], err.msg);
-        free(text);
-        json_decref(root);
     }
 }
 
@@ -2673,7 +2650,7 @@ static void test_hash_remembers(void) {
 /* The hash of a file by one call, all of it in memory. */
 static void hash_of(const char *dir, const char *file, char hex[33]) {
     char path[PATH_MAX + 64], *text;
-    size_t len;
+    size_t len = 0;
     dsv4_err err = {""};
     snprintf(path, sizeof path, "%s/%s", dir, file);
     CHECK(!read_text(&text, &len, path, 1 << 30, &err), "%s", err.msg);
@@ -2918,7 +2895,6 @@ int main(int argc, char **argv) {
     RUN(test_config_refuses_by_name);
     RUN(test_config_bounds_every_size);
     RUN(test_config_refuses_contradictions);
-    RUN(test_config_bounds_products);
     RUN(test_config_is_read_from_a_directory);
     RUN(test_header_accepts_the_format);
     RUN(test_header_refuses_damage);
