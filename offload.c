@@ -32,8 +32,9 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
-#include <liburing.h>
 #include <limits.h>
+#include <liburing.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdalign.h>
@@ -855,13 +856,13 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
  *           |                   +---- IO_AGAIN ---- io_complete <+
  *     free requests <--- slot_piece_in <--- IO_DONE, IO_FAILED --+
  *
- * All of it runs in the thread that calls us, whenever it calls; only the read itself does not.
- * So there is no lock but the one around the threads' two queues.                                */
+ * All of it runs in the thread that calls us, whenever it calls; only the transfer itself does not.
+ * So there is no lock: requests go to threads and come back through two pipes.                   */
 
 enum { CAUSE_EOF = -1, CAUSE_STUCK = -2 };
 
 typedef struct io_req {
-    struct io_req *next;           /* in the free list, or in a queue of the threads            */
+    struct io_req *next;           /* in the free list                                          */
     uint8_t *buf;                  /* on a 4 KiB edge                                           */
     int file;                      /* a shard, or a raw file behind these                       */
     bool write;
@@ -998,11 +999,7 @@ struct offload {
     int ring_error;                /* errno: it broke, and every call from then on says so      */
     struct io_uring ring;
     pthread_t threads[IO_THREADS]; /* else                                                      */
-    int n_threads;
-    pthread_mutex_t lock;          /* of the next four                                          */
-    pthread_cond_t work, answer;
-    io_req *pending, **pending_end, *answered;
-    bool stop;
+    int n_threads, work[2], answers[2]; /* pipes of pointers to requests                        */
 
     io_req reqs[IO_DEPTH];
 };
@@ -1037,12 +1034,8 @@ static void io_start(offload *o, io_req *r) {
         io_uring_sqe_set_data(sqe, r);
         return;
     }
-    r->next = NULL;
-    pthread_mutex_lock(&o->lock);
-    *o->pending_end = r;
-    o->pending_end = &r->next;
-    pthread_cond_signal(&o->work);
-    pthread_mutex_unlock(&o->lock);
+    ssize_t sent = write(o->work[1], &r, sizeof r);
+    assert(sent == sizeof r);      /* there is room for all requests, so it never waits         */
 }
 
 static void io_begin(offload *o, io_req *r) {
@@ -1108,16 +1101,13 @@ static void ring_reap(offload *o, bool wait) {
     io_uring_cq_advance(&o->ring, n);
 }
 
-/* Take all answers at once, then handle them without the lock. */
+/* Handle the answers that are there; with `wait` sleep until there is one, or a signal. */
 static void threads_reap(offload *o, bool wait) {
-    pthread_mutex_lock(&o->lock);
-    while (wait && !o->answered) pthread_cond_wait(&o->answer, &o->lock);
-    io_req *list = o->answered;
-    o->answered = NULL;
-    pthread_mutex_unlock(&o->lock);
-    while (list) {
-        io_req *r = list;
-        list = r->next;
+    struct pollfd any = {.fd = o->answers[0], .events = POLLIN};
+    for (int ms = wait ? -1 : 0; poll(&any, 1, ms) > 0; ms = 0) {
+        io_req *r;
+        ssize_t n = read(o->answers[0], &r, sizeof r);
+        assert(n == sizeof r);
         io_complete(o, r, r->res);
     }
 }
@@ -1141,39 +1131,30 @@ static int io_reap(offload *o, bool wait, dsv4_err *err) {
 }
 
 /* One of the threads: takes the oldest request, makes one attempt, answers as the ring would. */
-static void *read_thread(void *arg) {
-    offload *o = arg;
-    pthread_mutex_lock(&o->lock);
-    for (;;) {
-        while (!o->pending && !o->stop) pthread_cond_wait(&o->work, &o->lock);
-        io_req *r = o->pending;
-        if (!r) break;
-        o->pending = r->next;
-        if (!o->pending) o->pending_end = &o->pending;
-        pthread_mutex_unlock(&o->lock);
+static void *io_thread(void *arg) {
+    const offload *o = arg;
+    io_req *r;
+    while (read(o->work[0], &r, sizeof r) == sizeof r) {
         int fd = o->files[r->file].fd;
         uint8_t *buf = r->buf + r->done;
         off_t at = (off_t)(r->off + r->done);
         ssize_t n = r->write ? pwrite(fd, buf, r->len - r->done, at)
                              : pread(fd, buf, r->len - r->done, at);
         r->res = n < 0 ? -errno : (int)n;
-        pthread_mutex_lock(&o->lock);
-        r->next = o->answered;
-        o->answered = r;
-        pthread_cond_signal(&o->answer);
+        n = write(o->answers[1], &r, sizeof r);
+        assert(n == sizeof r);
     }
-    pthread_mutex_unlock(&o->lock);
     return NULL;
 }
 
 /* Where io_uring is refused; a few threads keep most drives busy.  One is enough to go on. */
 static int threads_open(offload *o, dsv4_err *err) {
     sigset_t all, before;
-    int rc = 0;
+    int rc = pipe2(o->work, O_CLOEXEC) || pipe2(o->answers, O_CLOEXEC) ? errno : 0;
     sigfillset(&all);              /* signals are for the program's own threads                 */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (o->n_threads < IO_THREADS && !rc) {
-        rc = pthread_create(&o->threads[o->n_threads], NULL, read_thread, o);
+        rc = pthread_create(&o->threads[o->n_threads], NULL, io_thread, o);
         if (!rc) o->n_threads++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -1182,23 +1163,26 @@ static int threads_open(offload *o, dsv4_err *err) {
 
 /* === 7. Open and load ========================================================================= */
 
-/* Open a shard past the page cache if one trial read goes through: flags promise, reads tell. */
+/* Go past the page cache if one block goes that way: flags promise, transfers tell.  The block of a
+ * file to be written is new, so there is nothing in it. */
+static bool go_direct(int fd, bool written) {
+    alignas(IO_ALIGN) uint8_t page[IO_ALIGN] = {0};
+    int flags = fcntl(fd, F_GETFL) & ~O_NONBLOCK;      /* with it io_uring gives up: EAGAIN     */
+    if (!fcntl(fd, F_SETFL, flags | O_DIRECT) &&
+        (!written || pwrite(fd, page, sizeof page, 0) > 0) && pread(fd, page, sizeof page, 0) > 0)
+        return true;
+    (void)fcntl(fd, F_SETFL, flags);
+    return false;
+}
+
 static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
-    alignas(IO_ALIGN) uint8_t page[IO_ALIGN];
-    struct stat st;
-    f->path = s->path;
-    f->size = s->size;
-    f->fd = open(s->path, O_RDONLY | O_CLOEXEC | O_DIRECT);
-    f->direct = f->fd >= 0 && pread(f->fd, page, sizeof page, 0) > 0;
-    if (!f->direct) {
-        if (f->fd >= 0) close(f->fd);
-        f->fd = open(s->path, O_RDONLY | O_CLOEXEC);
-    }
-    if (f->fd < 0 || fstat(f->fd, &st))
-        return fail(err, "open %s: %s", s->path, strerror(errno));
-    if ((uint64_t)st.st_size != s->size)
+    uint64_t size;
+    if (open_file(&f->fd, &size, s->path, err)) return -1;
+    if (size != s->size)
         return fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it "
-                    "still being downloaded?", s->path, (uint64_t)st.st_size, s->size);
+                    "still being downloaded?", s->path, size, s->size);
+    f->path = s->path;
+    f->direct = go_direct(f->fd, false);
     return 0;
 }
 
@@ -1229,21 +1213,22 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
     *out = NULL;
     *note = NULL;
     offload *o = calloc(1, sizeof *o);
-    if (!o) return fail(err, "out of memory");
-    pthread_mutex_init(&o->lock, NULL);
-    pthread_cond_init(&o->work, NULL);
-    pthread_cond_init(&o->answer, NULL);
-    o->c = c;
-    o->pending_end = &o->pending;
-    for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
-    int n_files = c->n_shards + RAW_FILES;
-    o->files = calloc((size_t)n_files, sizeof *o->files);
-    int rc = o->files ? 0 : fail(err, "out of memory");
+    int n_files = c->n_shards + RAW_FILES, rc = 0;
+    io_file *files = calloc((size_t)n_files, sizeof *files);
+    if (!o || !files) {
+        free(files);
+        free(o);
+        return fail(err, "out of memory");
+    }
     bool direct = true;
-    for (int i = 0; o->files && i < n_files; i++) o->files[i].fd = -1;
+    o->c = c;
+    o->files = files;
+    o->work[0] = o->work[1] = o->answers[0] = o->answers[1] = -1;
+    for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
+    for (int i = 0; i < n_files; i++) files[i].fd = -1;
     for (int i = 0; !rc && i < c->n_shards; i++) {
-        rc = file_open(&o->files[i], &c->shards[i], err);
-        direct &= o->files[i].direct;
+        rc = file_open(&files[i], &c->shards[i], err);
+        direct &= files[i].direct;
     }
     if (!rc) o->has_ring = ring_open(o);
     if (!rc && !o->has_ring) rc = threads_open(o, err);
@@ -1261,19 +1246,14 @@ void offload_close(offload *o) {
     dsv4_err ignored;
     assert(o->n_caches == 0);
     while (o->in_flight > 0 && !io_reap(o, true, &ignored)) continue; /* of a broken-off load   */
-    for (int i = 0; o->files && i < RAW_FILES; i++)
+    for (int i = 0; i < RAW_FILES; i++)
         if (o->files[o->c->n_shards + i].fd >= 0) offload_raw_close(o, o->c->n_shards + i);
-    pthread_mutex_lock(&o->lock);
-    o->stop = true;
-    pthread_cond_broadcast(&o->work);
-    pthread_mutex_unlock(&o->lock);
+    if (o->work[1] >= 0) close(o->work[1]);    /* the threads end when nothing more can come    */
     for (int i = 0; i < o->n_threads; i++) pthread_join(o->threads[i], NULL);
+    const int pipes[] = {o->work[0], o->answers[0], o->answers[1]};
+    for (int i = 0; i < 3; i++) if (pipes[i] >= 0) close(pipes[i]);
     if (o->has_ring) io_uring_queue_exit(&o->ring);
-    for (int i = 0; o->files && i < o->c->n_shards; i++)
-        if (o->files[i].fd >= 0) close(o->files[i].fd);
-    pthread_cond_destroy(&o->answer);
-    pthread_cond_destroy(&o->work);
-    pthread_mutex_destroy(&o->lock);
+    for (int i = 0; i < o->c->n_shards; i++) if (o->files[i].fd >= 0) close(o->files[i].fd);
     free(o->files);
     free(o);
 }
@@ -1318,17 +1298,6 @@ static int raw_create(const char *dir, uint64_t bytes) {
     return -1;
 }
 
-/* Go past the page cache if one block goes there and comes back. */
-static bool raw_direct(int fd) {
-    alignas(IO_ALIGN) uint8_t page[IO_ALIGN] = {0};
-    int flags = fcntl(fd, F_GETFL);
-    if (!fcntl(fd, F_SETFL, flags | O_DIRECT) && pwrite(fd, page, sizeof page, 0) > 0 &&
-        pread(fd, page, sizeof page, 0) > 0)
-        return true;
-    (void)fcntl(fd, F_SETFL, flags);
-    return false;
-}
-
 int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err) {
     struct statvfs fs;
     char *path;
@@ -1348,7 +1317,7 @@ int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err)
         return fail(err, "out of memory");
     }
     io_file *f = &o->files[file];
-    *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = raw_direct(fd)};
+    *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = go_direct(fd, true)};
     if (o->has_ring)
         f->fixed = io_uring_register_files_update(&o->ring, (unsigned)file, &fd, 1) == 1;
     if (!f->direct && !o->note)
