@@ -190,15 +190,9 @@ typedef struct {                   /* where values are looked up, and how the pl
     bool optional;                 /* absent or null leaves what is there                       */
 } config_in;
 
-__attribute__((format(printf, 3, 4)))
-static int refuse(const config_in *in, const char *key, const char *accepted, ...) {
-    char text[128];
-    va_list ap;
-    va_start(ap, accepted);
-    vsnprintf(text, sizeof text, accepted, ap);
-    va_end(ap);
+static int refuse(const config_in *in, const char *key, const char *accepted) {
     return fail(in->err, "%s: %s%s is %s; accepted: %s", in->where, in->prefix, key,
-                show(json_object_get(in->object, key)).text, text);
+                show(json_object_get(in->object, key)).text, accepted);
 }
 
 /* Numbers by key, where they go and what is accepted.  A whole one (a size, a count, an id: 4096.0
@@ -218,12 +212,14 @@ static int want_fields(const config_in *in, const field *f, void *out) {
         double x = json_number_value(v);
         json_int_t whole = json_integer_value(v);
         bool fits = json_is_number(v) && x >= f->lo && x <= f->hi;
-        char *at = (char *)out + f->at;
+        char *at = (char *)out + f->at, accepted[96];
         if (in->optional && (!v || json_is_null(v))) continue;
-        if (f->multiple && (!fits || !json_is_integer(v) || whole % f->multiple))
-            return refuse(in, f->key, "whole numbers from %.0f to %.0f, multiples of %d", f->lo,
-                          f->hi, f->multiple);
-        if (!fits) return refuse(in, f->key, "numbers from %g to %g", f->lo, f->hi);
+        if (!fits || (f->multiple && (!json_is_integer(v) || whole % f->multiple))) {
+            snprintf(accepted, sizeof accepted,
+                     f->multiple ? "whole numbers from %.15g to %.15g, multiples of %d"
+                                 : "numbers from %.15g to %.15g", f->lo, f->hi, f->multiple);
+            return refuse(in, f->key, accepted);
+        }
         if (f->type == 'i') memcpy(at, &(int){(int)whole}, sizeof(int));
         if (f->type == 'l') memcpy(at, &(int64_t){whole}, sizeof(int64_t));
         if (f->type == 'f') memcpy(at, &(float){(float)x}, sizeof(float));
@@ -250,7 +246,7 @@ static int want_constants(const config_in *in, const constant *k) {
     for (; k->key; k++) {
         const json_t *v = json_object_get(in->object, k->key);
         if ((v || !k->optional) && strcmp(show(v).text, k->value) != 0)
-            return refuse(in, k->key, "%s", k->value);
+            return refuse(in, k->key, k->value);
     }
     return 0;
 }
@@ -306,7 +302,7 @@ static const field config_fields[] = {
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
     const json_t *list = json_object_get(in->object, "compress_ratios");
     size_t n = json_array_size(list), layers = (size_t)cfg->num_hidden_layers;
-    if (n < layers) return refuse(in, "compress_ratios", "one for each of %zu layers", layers);
+    if (n < layers) return refuse(in, "compress_ratios", "one for each of num_hidden_layers");
     for (size_t l = 0; l <= layers && l < n; l++) {
         const json_t *v = json_array_get(list, l);
         json_int_t ratio = json_integer_value(v);
@@ -329,7 +325,7 @@ static int config_yarn(dsv4_config *cfg, const config_in *in) {
         return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
     if (want_constants(&sub, yarn_constants) || want_fields(&sub, yarn_fields, cfg)) return -1;
     if (cfg->yarn_beta_fast >= cfg->yarn_beta_slow) return 0;
-    return refuse(&sub, "beta_fast", "numbers from %g (beta_slow) on", cfg->yarn_beta_slow);
+    return refuse(&sub, "beta_fast", "numbers from beta_slow on");
 }
 
 /* What two keys say together. */
@@ -352,7 +348,7 @@ static int config_check(const dsv4_config *c, const config_in *in) {
         {c->eos_token_id < c->vocab_size, "eos_token_id", "less than vocab_size"},
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
-        if (!rules[i].ok) return refuse(in, rules[i].key, "%s", rules[i].accepted);
+        if (!rules[i].ok) return refuse(in, rules[i].key, rules[i].accepted);
     return 0;
 }
 
@@ -849,7 +845,7 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
 
 /* === 5. Requests ==============================================================================
  * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
- * open; the ring and the threads know nothing else, and io_on_read() decides for both.
+ * open; the ring and the threads know nothing else, and io_on_answer() decides for both.
  *
  *   slot_feed, batch_add --> io_begin --> ring or threads --> io_reap
  *           ^                   ^                                |
@@ -908,17 +904,6 @@ static io_next io_on_answer(io_req *r, int res) {
     return ++r->tries > IO_TRIES_MAX ? IO_FAILED : IO_AGAIN;
 }
 
-/* Cut the next piece of the payload of `bytes` bytes that begins with tensor t, `at` bytes of
- * whole blocks being asked for already.  Returns how far `at` comes with it. */
-static uint64_t cut_piece(io_req *r, const ckpt_tensor *t, uint64_t bytes, uint64_t at) {
-    uint64_t begin = (t->offset & ~(uint64_t)(IO_ALIGN - 1)) + at, end = t->offset + bytes;
-    assert(begin < end);
-    uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
-    uint32_t len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
-    *r = (io_req){.file = t->shard, .off = begin, .len = len, .want = want, .t = t, .fixed = -1};
-    return at + len;
-}
-
 typedef struct {                   /* parts of a group that touch in their file                 */
     const ckpt_tensor *first;
     uint64_t bytes;                /* of all of them                                            */
@@ -949,8 +934,8 @@ typedef struct cache_slot {
     int n_runs, run;               /* the cursor: run, and bytes of it asked for                */
     uint64_t at;
     int in_flight;                 /* pieces                                                    */
-    slot_run *runs;                /* room for those of any group                               */
     io_fault fault;
+    slot_run runs[GROUP_PARTS];    /* [n_runs]                                                  */
 } cache_slot;
 
 struct cache {
@@ -964,7 +949,6 @@ struct cache {
     uint8_t *arena;                /* [n_slots][slot_bytes], on the edge of a huge page         */
     size_t slot_bytes, map_bytes;
     cache_slot *slots;
-    slot_run *runs;                /* of all slots                                              */
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
     int in_flight;                 /* pieces                                                    */
     int first_buf, end_buf;        /* ours in the table of buffers, buf_slots in each           */
@@ -1481,8 +1465,6 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
                dsv4_err *err) {
     assert(n >= 1);
     assert(n_slots >= 1);
-    int most = 1;
-    for (size_t i = 0; i < n; i++) if (most < groups[i].n_parts) most = groups[i].n_parts;
     cache *c = calloc(1, sizeof *c);
     size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
     *out = NULL;
@@ -1498,8 +1480,7 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     c->uses = calloc(n, sizeof *c->uses);
     c->heat = calloc(n, sizeof *c->heat);
     c->slots = calloc((size_t)n_slots, sizeof *c->slots);
-    c->runs = calloc((size_t)n_slots * (size_t)most, sizeof *c->runs);
-    if (!c->slot_of || !c->uses || !c->heat || !c->slots || !c->runs) goto bad;
+    if (!c->slot_of || !c->uses || !c->heat || !c->slots) goto bad;
     /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
      * ones from edge to edge: else a registered buffer is kept page by page. */
     (void)madvise(c->map, bytes, MADV_HUGEPAGE);
@@ -1507,7 +1488,7 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     c->n_slots = n_slots;
     arena_reserve(c, IO_BUF_BYTES);
     for (int i = 0; i < n_slots; i++) {
-        c->slots[i] = (cache_slot){.c = c, .runs = c->runs + (size_t)i * (size_t)most};
+        c->slots[i].c = c;
         list_put(&c->free, &c->slots[i], false);
     }
     *out = c;
@@ -1532,7 +1513,6 @@ void cache_close(cache *c) {
     arena_unregister(c);
     if (c->map_bytes && !c->in_flight) munmap(c->map, c->map_bytes);
     o->n_caches--;
-    free(c->runs);
     free(c->slots);
     free(c->heat);
     free(c->uses);
@@ -1549,45 +1529,45 @@ static void slot_feed(offload *o) {
         if (!s) return;
         cache *c = s->c;
         const slot_run *run = &s->runs[s->run];
+        const ckpt_tensor *t = run->first;
         size_t which = (size_t)(s - c->slots);
-        assert(s->state == SLOT_READING);
+        uint64_t begin = t->offset / IO_ALIGN * IO_ALIGN + s->at, end = t->offset + run->bytes;
+        assert(s->state == SLOT_READING && begin < end);
+        uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
+        int buf = c->n_bufs ? (int)which / c->buf_slots : 0;
         io_req *r = take_req(o);
-        uint64_t at = s->at;
-        s->at = cut_piece(r, run->first, run->bytes, at);
-        r->slot = s;
-        r->buf = c->arena + c->slot_bytes * which + run->region + at;
-        r->background = s->list == &o->background;
-        if (c->n_bufs && (int)which / c->buf_slots < c->n_bufs)
-            r->fixed = c->first_buf + (int)which / c->buf_slots;
+        *r = (io_req){.file = t->shard, .off = begin, .want = want, .t = t, .slot = s,
+                      .len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1),
+                      .buf = c->arena + c->slot_bytes * which + run->region + s->at,
+                      .background = s->list == &o->background,
+                      .fixed = buf < c->n_bufs ? c->first_buf + buf : -1};
+        s->at += r->len;
         s->in_flight++;
         c->in_flight++;
         io_begin(o, r);
-        if (s->at < run->first->offset % IO_ALIGN + run->bytes) continue;
+        if (begin + r->len < end) continue;
         s->at = 0;
         if (++s->run == s->n_runs) list_take(s);
     }
 }
 
-/* READY and without a pin: its place among those that may go.  A slot that cache_pass() found there
- * has never left it. */
+/* No pin and nothing on its way: its place among those that may go.  A slot that cache_pass() found
+ * there has never left it. */
 static void slot_rest(cache_slot *s) {
     cache *c = s->c;
-    if (!s->list) list_put(s->rank == PASSING ? &c->passing : &c->idle, s, s->rank != USED);
+    if (s->state == SLOT_FAILED) s->state = SLOT_FREE;
+    slot_list *l = s->state == SLOT_FREE ? &c->free : s->rank == PASSING ? &c->passing : &c->idle;
+    if (!s->list) list_put(l, s, s->rank != USED);
 }
 
-/* All that was asked for has come or failed. */
+/* All that was asked for has come or failed.  A group that failed is forgotten: the next get reads
+ * it anew. */
 static void slot_settle(cache_slot *s) {
-    cache *c = s->c;
-    bool orphan = s->pins == 0;
-    s->state = SLOT_READY;
-    if (s->fault.cause) {          /* forget the group: the next get reads it anew              */
-        c->slot_of[s->id] = NULL;
-        s->state = orphan ? SLOT_FREE : SLOT_FAILED;
-    }
-    if (!orphan) return;
-    c->n_orphans--;
-    if (s->state == SLOT_FREE) list_put(&c->free, s, false);
-    else slot_rest(s);
+    s->state = s->fault.cause ? SLOT_FAILED : SLOT_READY;
+    if (s->fault.cause) s->c->slot_of[s->id] = NULL;
+    if (s->pins) return;
+    s->c->n_orphans--;
+    slot_rest(s);
 }
 
 /* A piece has come or failed.  The last one settles the slot; until then even a failed slot
@@ -1635,16 +1615,20 @@ static cache_slot *slot_take(cache *c) {
 /* Fill a slot that was taken. */
 static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     cache *c = s->c;
-    int n_runs, pins = rank != ASKED;
-    size_t bytes = lay_out(&c->groups[id], s->runs, &n_runs);
+    size_t bytes = lay_out(&c->groups[id], s->runs, &s->n_runs);
     assert(bytes <= c->slot_bytes);
     c->stats.read_bytes += bytes;
-    *s = (cache_slot){.c = c, .state = SLOT_READING, .pins = pins, .rank = rank, .id = id,
-                      .n_runs = n_runs, .runs = s->runs};
+    s->state = SLOT_READING;
+    s->rank = rank;
+    s->pins = rank != ASKED;
+    s->id = id;
+    s->run = 0;
+    s->at = 0;
+    s->fault.cause = 0;
     c->slot_of[id] = s;
     arena_register(c, (int)(s - c->slots));
-    c->n_orphans += pins == 0;
-    if (n_runs) list_put(pins ? &c->o->demand : &c->o->background, s, false);
+    c->n_orphans += !s->pins;
+    if (s->n_runs) list_put(s->pins ? &c->o->demand : &c->o->background, s, false);
     else slot_settle(s);
     io_kick(c->o);
 }
@@ -1731,16 +1715,8 @@ const void *cache_part(const cache *c, int slot, int part) {
 void cache_unpin(cache *c, int slot) {
     cache_slot *s = pinned(c, slot);
     if (--s->pins > 0) return;
-    if (s->state == SLOT_READING) {
-        c->n_orphans++;
-        return;
-    }
-    if (s->state == SLOT_READY) {
-        slot_rest(s);
-        return;
-    }
-    s->state = SLOT_FREE;
-    list_put(&c->free, s, false);
+    if (s->state == SLOT_READING) c->n_orphans++;
+    else slot_rest(s);
 }
 
 const cache_stats *cache_get_stats(const cache *c) { return &c->stats; }
@@ -1824,18 +1800,15 @@ static int stream_ask(stream *s, const ckpt_tensor *range, dsv4_err *err) {
     return s->slot[id] < 0 ? -1 : 0;
 }
 
-/* The oldest range's bytes, or NULL while they are on their way, and -1 where they do not come.
- * Without `wait` it sleeps a millisecond at most, whatever the drive does: there is enough in
- * flight to keep that busy. */
-static int stream_look(const stream *s, bool wait, const uint8_t **data, dsv4_err *err) {
+/* The oldest range's bytes, or NULL while they are on their way: it waits for one piece at most. */
+static int stream_look(const stream *s, const uint8_t **data, dsv4_err *err) {
     int at = s->slot[s->taken % STREAM_IDS];
     const cache_slot *slot = &s->slots->slots[at];
     offload *o = s->slots->o;
     *data = NULL;
-    if (io_reap(o, wait && slot->state == SLOT_READING, err)) return -1;
+    if (io_reap(o, slot->state == SLOT_READING, err)) return -1;
     if (slot->state == SLOT_FAILED) return fault_message(o, &slot->fault, err);
     if (slot->state == SLOT_READY) *data = cache_part(s->slots, at, 0);
-    else if (!wait) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     return 0;
 }
 
@@ -1859,7 +1832,7 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
             if (range.bytes) rc = stream_ask(&s, &range, err);
             at += range.bytes;
             if (at == items[i].t->bytes) i++, at = 0;
-        } else if (!(rc = stream_look(&s, true, &data, err)) && data) {
+        } else if (!(rc = stream_look(&s, &data, err)) && data) {
             memcpy(dst[s.taken % STREAM_IDS], data, s.range[s.taken % STREAM_IDS].bytes);
             stream_give(&s);
         }
@@ -1964,7 +1937,7 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
     while (!rc && done < total) {
         if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
         if (rc || (rc = hash_ask(&s, c, &next, &at, err)) ||
-            (rc = stream_look(&s, false, &data, err)) || !data)
+            (rc = stream_look(&s, &data, err)) || !data)
             continue;
         const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
         const ckpt_shard *shard = &c->shards[t->shard];
@@ -2017,7 +1990,7 @@ int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
             asked += range.bytes;
         } else if (s.taken == s.asked) {
             break;
-        } else if (!(rc = stream_look(&s, true, &data, err)) && data) {
+        } else if (!(rc = stream_look(&s, &data, err)) && data) {
             stream_give(&s);
         }
     }
