@@ -292,8 +292,6 @@ size_t ckpt_n_tensors(const ckpt *c);
 const ckpt_tensor *ckpt_at(const ckpt *c, size_t i);           /* in order of name */
 const char *ckpt_shard_path(const ckpt *c, int shard);
 
-uint64_t ckpt_shard_bytes(const ckpt *c, int shard);
-
 /* One call with one line for each shard of DIR that is missing or shorter than its header says
  * ("model-00002-of-00048.safetensors: 1.2 of 3.5 GB"); their number, or -1: DIR is no model. */
 typedef void (*line_fn)(void *arg, const char *line);
@@ -371,7 +369,7 @@ typedef struct { const ckpt_tensor *const *part; int n_parts; } read_group;
 /* Equal slots in one arena, each large enough for any of the groups; least recently used goes
  * first.  Several caches share one offload and its bounded depth of reads. */
 typedef struct cache cache;
-typedef struct { uint64_t hits, misses, evictions, read_bytes; double wait_s; } cache_stats;
+typedef struct { uint64_t hits, misses, evictions, read_bytes; } cache_stats;
 size_t cache_slot_bytes(const read_group *g, size_t n);        /* alignment included */
 /* Allocate all of it now; groups [n] and what they point to are borrowed.  n_slots >= 1. */
 int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int n_slots,

@@ -4,17 +4,17 @@
  *   *.safetensors headers ----------------> ckpt_open()     table of tensors, in order of name
  *   *.safetensors bytes
  *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
- *        |-- bounce buffer --copy--> dst    offload_load()  dense weights, once, at start
  *        +-- slot of an arena, in place     cache_*()       one group a slot: a routed expert, or
  *                                                           the matrices of one layer
  *                                           stream_*()      any range a slot, in order asked
+ *                               --copy-->   offload_load()  dense weights, once, at start
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
  *              off  ^head           want ^   ^len  what is read around the payload is ignored
  *
  * Invariants  1 a slot with pins, or with a read on its way, is never given to another group
- *             2 at most IO_DEPTH reads in flight; what waits beyond them keeps its order, and
- *               cache_ask() waits for all that cache_get() and offload_load() asked for
+ *             2 at most IO_DEPTH in flight; what waits beyond them keeps its order, and
+ *               cache_ask() waits for all that others asked for
  *             3 no allocation after cache_open(), but for files written and the load's buffers
  *             4 every completion goes through io_on_answer(), whoever did the transfer
  *             5 what lies in a file is an error of theirs, never an assert of ours
@@ -27,12 +27,14 @@
 
 #include <assert.h>
 #include <dirent.h>
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
-#include <liburing.h>
 #include <limits.h>
+#include <liburing.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdalign.h>
@@ -51,9 +53,9 @@
 enum {
     MAX_CONFIG_BYTES = 16 << 20,   /* real ones have 2 KB; pruned ones list what they kept      */
     MAX_INDEX_BYTES = 256 << 20,   /* real ones have 4 MB                                       */
-    MAX_DIM = 1 << 20,             /* of any one axis, so that products of two fit an int64_t   */
+    MAX_DIM = 1 << 15,             /* of any one axis: products of two are an int somewhere     */
     MAX_VOCAB = 1 << 22,
-    MAX_RATIO = 1 << 16,           /* tokens that one compressed entry stands for               */
+    MAX_RATIO = 1 << 13,           /* tokens of one compressed entry; times 4, times an axis    */
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
     HUGE_PAGE = 2 << 20,
@@ -65,52 +67,34 @@ enum {
     IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
     RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
-    LOAD_DEPTH = 32,               /* bounce buffers                                            */
-    STREAM_BYTES = 12 << 20,       /* one range: what one of V4-Flash's experts has             */
+    LOAD_BYTES = 4 << 20,          /* one range of offload_load()                               */
+    EXPERT_BYTES = 12 << 20,       /* one of ckpt_hash(), disk_measure(): an expert of V4-Flash */
     STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
     STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
     DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
 };
 
+static_assert((int64_t)MAX_DIM * MAX_DIM <= INT_MAX, "what two axes give is an int");
+static_assert((int64_t)4 * MAX_RATIO * MAX_DIM <= INT_MAX, "what a compressor carries is an int");
+
 /* === 1. Text, files, JSON ===================================================================== */
 
 /* A JSON value as text, cut to fit a message (and to be compared with a short constant). */
-typedef struct { char text[96]; size_t n; } shown;
-
-static int show_some(const char *bytes, size_t n, void *arg) {
-    shown *s = arg;
-    size_t room = sizeof s->text - 1 - s->n, take = n < room ? n : room;
-    memcpy(s->text + s->n, bytes, take);
-    s->n += take;
-    return take == n ? 0 : -1;     /* full: the dump stops here, however large the value is     */
-}
+typedef struct { char text[96]; } shown;
 
 static shown show(const json_t *v) {
-    shown s = {.text = "absent"};
-    if (v && json_dump_callback(v, show_some, memset(&s, 0, sizeof s),
-                                JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII |
-                                JSON_REAL_PRECISION(15)))
+    shown s = {"absent"};
+    char *text = json_dumps(v, JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII |
+                               JSON_REAL_PRECISION(15));
+    if (text && snprintf(s.text, sizeof s.text, "%s", text) >= (int)sizeof s.text)
         memcpy(s.text + sizeof s.text - 4, "...", 4);
+    free(text);
     return s;
 }
 
 static int join(char path[PATH_MAX], const char *dir, const char *file, dsv4_err *err) {
     int n = snprintf(path, PATH_MAX, "%s/%s", dir, file);
     return n > 0 && n < PATH_MAX ? 0 : fail(err, "%.200s...: the path is too long", dir);
-}
-
-/* Read exactly n bytes at off, through short reads and signals. */
-static int read_fully(int fd, void *dst, size_t n, uint64_t off, const char *path,
-                      dsv4_err *err) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = pread(fd, (char *)dst + done, n - done, (off_t)(off + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0)
-            return fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
-                        got ? strerror(errno) : "the file ends there");
-        done += (size_t)got;
-    }
-    return 0;
 }
 
 /* Open a regular file for plain reading and tell its size; the caller closes *fd. */
@@ -137,13 +121,22 @@ static json_t *parse_object(const char *text, size_t len, const char *where, dsv
     return NULL;
 }
 
-/* n bytes of an open file; on 0 the caller frees *text. */
-static int read_part(char **text, int fd, size_t n, uint64_t off, const char *path, dsv4_err *err) {
-    if (!(*text = malloc(n + 1))) return fail(err, "%s: out of memory for %zu bytes", path, n);
-    if (!read_fully(fd, *text, n, off, path, err)) return 0;
-    free(*text);
-    *text = NULL;
-    return -1;
+/* n bytes of an open file, through short reads and signals; the caller frees them.  NULL with
+ * err->msg set where they do not come. */
+static char *read_part(int fd, size_t n, uint64_t off, const char *path, dsv4_err *err) {
+    char *bytes = malloc(n + 1);
+    size_t done = 0;
+    ssize_t got = 1;
+    if (!bytes) return fail(err, "%s: out of memory for %zu bytes", path, n), NULL;
+    while (done < n && (got > 0 || (got < 0 && errno == EINTR))) {
+        got = pread(fd, bytes + done, n - done, (off_t)(off + done));
+        if (got > 0) done += (size_t)got;
+    }
+    if (done == n) return bytes;
+    fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
+         got ? strerror(errno) : "the file ends there");
+    free(bytes);
+    return NULL;
 }
 
 /* A whole small file; on 0 the caller frees *text. */
@@ -152,10 +145,11 @@ static int read_text(char **text, size_t *len, const char *path, size_t max, dsv
     uint64_t size;
     if (open_file(&fd, &size, path, err)) return -1;
     *len = (size_t)size;
-    int rc = size <= max ? read_part(text, fd, *len, 0, path, err)
-             : fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    *text = size <= max ? read_part(fd, *len, 0, path, err) : NULL;
     close(fd);
-    return rc;
+    if (size > max)
+        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    return *text ? 0 : -1;
 }
 
 /* The same from a file. */
@@ -196,15 +190,9 @@ typedef struct {                   /* where values are looked up, and how the pl
     bool optional;                 /* absent or null leaves what is there                       */
 } config_in;
 
-__attribute__((format(printf, 3, 4)))
-static int refuse(const config_in *in, const char *key, const char *accepted, ...) {
-    char text[128];
-    va_list ap;
-    va_start(ap, accepted);
-    vsnprintf(text, sizeof text, accepted, ap);
-    va_end(ap);
+static int refuse(const config_in *in, const char *key, const char *accepted) {
     return fail(in->err, "%s: %s%s is %s; accepted: %s", in->where, in->prefix, key,
-                show(json_object_get(in->object, key)).text, text);
+                show(json_object_get(in->object, key)).text, accepted);
 }
 
 /* Numbers by key, where they go and what is accepted.  A whole one (a size, a count, an id: 4096.0
@@ -224,12 +212,14 @@ static int want_fields(const config_in *in, const field *f, void *out) {
         double x = json_number_value(v);
         json_int_t whole = json_integer_value(v);
         bool fits = json_is_number(v) && x >= f->lo && x <= f->hi;
-        char *at = (char *)out + f->at;
+        char *at = (char *)out + f->at, accepted[96];
         if (in->optional && (!v || json_is_null(v))) continue;
-        if (f->multiple && (!fits || !json_is_integer(v) || whole % f->multiple))
-            return refuse(in, f->key, "whole numbers from %.0f to %.0f, multiples of %d", f->lo,
-                          f->hi, f->multiple);
-        if (!fits) return refuse(in, f->key, "numbers from %g to %g", f->lo, f->hi);
+        if (!fits || (f->multiple && (!json_is_integer(v) || whole % f->multiple))) {
+            snprintf(accepted, sizeof accepted,
+                     f->multiple ? "whole numbers from %.15g to %.15g, multiples of %d"
+                                 : "numbers from %.15g to %.15g", f->lo, f->hi, f->multiple);
+            return refuse(in, f->key, accepted);
+        }
         if (f->type == 'i') memcpy(at, &(int){(int)whole}, sizeof(int));
         if (f->type == 'l') memcpy(at, &(int64_t){whole}, sizeof(int64_t));
         if (f->type == 'f') memcpy(at, &(float){(float)x}, sizeof(float));
@@ -256,7 +246,7 @@ static int want_constants(const config_in *in, const constant *k) {
     for (; k->key; k++) {
         const json_t *v = json_object_get(in->object, k->key);
         if ((v || !k->optional) && strcmp(show(v).text, k->value) != 0)
-            return refuse(in, k->key, "%s", k->value);
+            return refuse(in, k->key, k->value);
     }
     return 0;
 }
@@ -312,7 +302,7 @@ static const field config_fields[] = {
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
     const json_t *list = json_object_get(in->object, "compress_ratios");
     size_t n = json_array_size(list), layers = (size_t)cfg->num_hidden_layers;
-    if (n < layers) return refuse(in, "compress_ratios", "one for each of %zu layers", layers);
+    if (n < layers) return refuse(in, "compress_ratios", "one for each of num_hidden_layers");
     for (size_t l = 0; l <= layers && l < n; l++) {
         const json_t *v = json_array_get(list, l);
         json_int_t ratio = json_integer_value(v);
@@ -335,12 +325,11 @@ static int config_yarn(dsv4_config *cfg, const config_in *in) {
         return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
     if (want_constants(&sub, yarn_constants) || want_fields(&sub, yarn_fields, cfg)) return -1;
     if (cfg->yarn_beta_fast >= cfg->yarn_beta_slow) return 0;
-    return refuse(&sub, "beta_fast", "numbers from %g (beta_slow) on", cfg->yarn_beta_slow);
+    return refuse(&sub, "beta_fast", "numbers from beta_slow on");
 }
 
 /* What two keys say together. */
 static int config_check(const dsv4_config *c, const config_in *in) {
-    int heads = c->num_attention_heads * c->head_dim;        /* MAX_DIM times MAX_HEAD_DIM fits  */
     int hadamard = c->index_head_dim, rope = c->qk_rope_head_dim;
     bool csa = false;              /* ratio 4 brings the indexer                                */
     for (int l = 0; l <= c->num_hidden_layers; l++) csa |= c->compress_ratios[l] == 4;
@@ -349,7 +338,8 @@ static int config_check(const dsv4_config *c, const config_in *in) {
         {rope <= c->index_head_dim, "qk_rope_head_dim", "at most index_head_dim"},
         {!csa || (hadamard % 32 == 0 && (hadamard & (hadamard - 1)) == 0), "index_head_dim",
          "a power of two from 32, for the Hadamard transform and its blocks of 32"},
-        {heads % c->o_groups == 0, "o_groups", "a divisor of num_attention_heads * head_dim"},
+        {c->num_attention_heads * c->head_dim % c->o_groups == 0, "o_groups",
+         "a divisor of num_attention_heads * head_dim"},
         {c->num_experts_per_tok <= c->n_routed_experts, "num_experts_per_tok",
          "at most n_routed_experts"},
         {c->num_hash_layers <= c->num_hidden_layers, "num_hash_layers",
@@ -358,18 +348,7 @@ static int config_check(const dsv4_config *c, const config_in *in) {
         {c->eos_token_id < c->vocab_size, "eos_token_id", "less than vocab_size"},
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
-        if (!rules[i].ok) return refuse(in, rules[i].key, "%s", rules[i].accepted);
-
-    const struct { const char *what; int64_t value; } sizes[] = { /* an int somewhere later     */
-        {"o_groups * o_lora_rank", (int64_t)c->o_groups * c->o_lora_rank},
-        {"hidden_size * moe_intermediate_size",
-         (int64_t)c->hidden_size * c->moe_intermediate_size},
-        {"n_routed_experts * hidden_size", (int64_t)c->n_routed_experts * c->hidden_size},
-    };
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value > INT_MAX)
-            return fail(in->err, "%s: %s is %" PRId64 "; accepted: at most %d", in->where,
-                        sizes[i].what, sizes[i].value, INT_MAX);
+        if (!rules[i].ok) return refuse(in, rules[i].key, rules[i].accepted);
     return 0;
 }
 
@@ -441,7 +420,7 @@ struct ckpt {
     ckpt_shard *shards;
     int n_shards;
     ckpt_tensor *tensors;          /* in order of name once open; names are ours                */
-    size_t n_tensors, cap_tensors;
+    size_t n_tensors;
 };
 
 /* Types of the safetensors format by size; DT_N marks those the model never uses. */
@@ -508,7 +487,7 @@ static int by_offset(const void *a, const void *b) {
  * Empty tensors cover nothing and may lie anywhere; so may gaps. */
 static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_err *err) {
     const ckpt_tensor *last = NULL;
-    qsort(t, n, sizeof *t, by_offset);
+    if (n) qsort(t, n, sizeof *t, by_offset);
     for (size_t i = 0; i < n; i++) {
         if (t[i].bytes == 0) continue;
         if (last && t[i].offset < last->offset + last->bytes)
@@ -517,25 +496,6 @@ static int check_overlaps(ckpt_tensor *t, size_t n, const ckpt_shard *s, dsv4_er
         last = &t[i];
     }
     return 0;
-}
-
-/* A new line of the table, or NULL.  The name is copied, the rest is still to be filled in. */
-static ckpt_tensor *add_tensor(ckpt *c, int which, const char *name, dsv4_err *err) {
-    const char *path = c->shards[which].path;
-    size_t len = strlen(name);     /* JSON with a NUL inside a name is refused already          */
-    if (len == 0 || len >= MAX_NAME)
-        return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path,
-                    len, MAX_NAME - 1, name), NULL;
-    if (c->n_tensors == c->cap_tensors) {
-        size_t cap = 2 * c->cap_tensors + 1024;
-        ckpt_tensor *grown = realloc(c->tensors, cap * sizeof *grown);
-        if (grown) c->tensors = grown, c->cap_tensors = cap;
-    }
-    char *copy = c->n_tensors < c->cap_tensors ? strdup(name) : NULL;
-    if (!copy) return fail(err, "%s: out of memory for %zu tensors", path, c->n_tensors), NULL;
-    ckpt_tensor *t = &c->tensors[c->n_tensors++];
-    *t = (ckpt_tensor){.name = copy, .shard = which};
-    return t;
 }
 
 /* Add the tensors of one header to the table.  The shard's path and size are set; `text` follows
@@ -547,12 +507,24 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     const char *name;
     size_t first = c->n_tensors;
     uint64_t data_at = 8 + (uint64_t)len, need = data_at;
-    int rc = 0;
+    ckpt_tensor *all = realloc(c->tensors, (first + json_object_size(root) + 1) * sizeof *all);
+    if (all) c->tensors = all;
+    int rc = all ? 0 : fail(err, "%s: out of memory for %zu tensors", s->path, first);
     json_object_foreach(root, name, value) {
+        size_t n = strlen(name);   /* JSON with a NUL inside a name is refused already          */
+        if (rc) break;
         if (!strcmp(name, "__metadata__")) continue; /* notes of whoever wrote the file         */
-        ckpt_tensor *t = add_tensor(c, which, name, err);
-        if ((rc = t ? entry_parse(t, s->path, value, data_at, err) : -1)) break;
-        if (need < t->offset + t->bytes) need = t->offset + t->bytes;
+        if (n == 0 || n >= MAX_NAME) {
+            rc = fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...",
+                      s->path, n, MAX_NAME - 1, name);
+            break;
+        }
+        ckpt_tensor *t = &c->tensors[c->n_tensors];
+        *t = (ckpt_tensor){.name = strdup(name), .shard = which};
+        c->n_tensors += t->name != NULL;
+        rc = t->name ? entry_parse(t, s->path, value, data_at, err)
+                     : fail(err, "%s: out of memory for its names", s->path);
+        if (!rc && need < t->offset + t->bytes) need = t->offset + t->bytes;
     }
     json_decref(root);
     if (rc) return -1;
@@ -560,16 +532,15 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
-    if (c->n_tensors == first) return 0;
-    return check_overlaps(&c->tensors[first], c->n_tensors - first, s, err);
+    return check_overlaps(c->tensors + first, c->n_tensors - first, s, err);
 }
 
 /* Length of the header from a file's first eight bytes (fewer when it has no more), checked against
  * the file's size. */
-static int header_length(ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_err *err) {
+static int header_length(ckpt_shard *s, const char *raw, size_t *len, dsv4_err *err) {
     uint64_t n = 0;
-    for (int i = 7; i >= 0; i--) n = n << 8 | raw[i];
-    *len = (size_t)n;
+    memcpy(&n, raw, s->size < 8 ? (size_t)s->size : 8);
+    *len = (size_t)(n = le64toh(n));
     if (s->size >= 8 && (n < 2 || n > MAX_HEADER_BYTES))
         return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
                     "safetensors file, or it is damaged", s->path, n, MAX_HEADER_BYTES);
@@ -582,17 +553,16 @@ static int header_length(ckpt_shard *s, const uint8_t raw[8], size_t *len, dsv4_
 /* Read one shard's header, and nothing behind it. */
 static int shard_read(ckpt *c, int which, dsv4_err *err) {
     ckpt_shard *s = &c->shards[which];
-    uint8_t raw[8] = {0};
-    char *text = NULL;
     size_t len;
-    int fd;
+    int fd, rc = -1;
     if (open_file(&fd, &s->size, s->path, err)) return -1;
-    int rc = read_fully(fd, raw, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err) ||
-             header_length(s, raw, &len, err) || read_part(&text, fd, len, 8, s->path, err) ||
-             header_parse(c, which, text, len, err);
+    char *raw = read_part(fd, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err), *text = NULL;
+    if (raw && !header_length(s, raw, &len, err)) text = read_part(fd, len, 8, s->path, err);
+    if (text) rc = header_parse(c, which, text, len, err);
     close(fd);
+    free(raw);
     free(text);
-    return rc ? -1 : 0;
+    return rc;
 }
 
 /* === 4. Checkpoint ============================================================================ */
@@ -603,26 +573,6 @@ static int by_path(const void *a, const void *b) {
 
 static int by_name(const void *a, const void *b) {
     return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
-}
-
-/* Make the list of shards, in order of name, from the keys of an object. */
-static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
-    char path[PATH_MAX];
-    const char *file;
-    json_t *value;
-    size_t n = json_object_size(files);
-    if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
-    c->shards = calloc(n + 1, sizeof *c->shards);
-    if (c->shards) json_object_foreach(files, file, value) {
-        ckpt_shard *s = &c->shards[c->n_shards];
-        if (join(path, dir, file, err)) return -1;
-        if (!(s->path = strdup(path))) break;
-        s->file = s->path + strlen(dir) + 1;
-        c->n_shards++;
-    }
-    if ((size_t)c->n_shards < n || !c->shards) return fail(err, "%s: out of memory", dir);
-    qsort(c->shards, n, sizeof *c->shards, by_path);
-    return 0;
 }
 
 /* Without an index: every *.safetensors of the directory. */
@@ -643,6 +593,9 @@ static int list_dir(json_t *files, const char *dir, dsv4_err *err) {
 static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *err) {
     const char *name;
     json_t *value;
+    if (!json_object_size(map))
+        return fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
+                    "tensor", path, show(map).text);
     json_object_foreach(map, name, value) {
         const char *file = json_string_value(value);
         if (!file || !*file || strlen(file) >= MAX_NAME || strchr(file, '/') ||
@@ -652,6 +605,49 @@ static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *er
         json_object_set_new(files, file, json_true());
     }
     return 0;
+}
+
+/* Make the list of shards, in order of name, from the keys of an object. */
+static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
+    char path[PATH_MAX];
+    const char *file;
+    json_t *value;
+    size_t n = json_object_size(files);
+    if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
+    c->shards = calloc(n + 1, sizeof *c->shards);
+    json_object_foreach(files, file, value) {
+        if (join(path, dir, file, err)) return -1;
+        char *copy = c->shards ? strdup(path) : NULL;
+        if (!copy) return fail(err, "%s: out of memory", dir);
+        c->shards[c->n_shards++] = (ckpt_shard){.path = copy, .file = copy + strlen(dir) + 1};
+    }
+    if (n) qsort(c->shards, n, sizeof *c->shards, by_path);
+    return 0;
+}
+
+/* A table without its tensors: the shards of a directory, be they all there or not, by the index
+ * where there is one.  *map is then its weight_map, which the caller drops, else NULL. */
+static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
+    char path[PATH_MAX];
+    ckpt *c = calloc(1, sizeof *c);
+    json_t *root = NULL, *files = json_object();
+    int rc = c && files ? join(path, dir, "model.safetensors.index.json", err)
+                        : fail(err, "%s: out of memory", dir);
+    *map = NULL;
+    if (!rc && access(path, F_OK) && errno == ENOENT) {
+        rc = list_dir(files, dir, err);
+    } else if (!rc) {
+        root = parse_file(path, MAX_INDEX_BYTES, err);
+        *map = json_incref(json_object_get(root, "weight_map"));
+        rc = root ? list_index(files, *map, path, err) : -1;
+    }
+    if (!rc) rc = set_shards(c, dir, files, err);
+    json_decref(root);
+    json_decref(files);
+    if (!rc) return c;
+    json_decref(*map);
+    ckpt_close(c);
+    return NULL;
 }
 
 /* Name the shards that a partial download has not brought, before anything is read. */
@@ -667,29 +663,6 @@ static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
     }
     return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, go on with the download:%s",
                              dir, n, c->n_shards, names);
-}
-
-/* Set up the shards, by the index where there is one: *map is then its weight_map, else NULL.  On 0
- * there may be no shards at all. */
-static int find_shards(ckpt *c, const char *dir, json_t **map, dsv4_err *err) {
-    char path[PATH_MAX];
-    *map = NULL;
-    if (join(path, dir, "model.safetensors.index.json", err)) return -1;
-    json_t *root = NULL, *files = json_object();
-    int rc = 0;
-    if (access(path, F_OK) && errno == ENOENT) {
-        rc = list_dir(files, dir, err);
-    } else {
-        root = parse_file(path, MAX_INDEX_BYTES, err);
-        *map = json_incref(json_object_get(root, "weight_map"));
-        rc = !root ? -1 : json_object_size(*map) > 0 ? list_index(files, *map, path, err)
-             : fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
-                    "tensor", path, show(*map).text);
-    }
-    if (!rc) rc = set_shards(c, dir, files, err);
-    json_decref(root);
-    json_decref(files);
-    return rc;
 }
 
 /* Every tensor once (the table is in order of name), and where the index says, both ways. */
@@ -728,17 +701,6 @@ static void drop_unused(ckpt *c) {
     c->n_tensors = n;
     ckpt_tensor *fit = realloc(c->tensors, (n + 1) * sizeof *fit);
     if (fit) c->tensors = fit;
-}
-
-/* A table without its tensors: the shards of a directory, be they all there or not. */
-static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
-    ckpt *c = calloc(1, sizeof *c);
-    *map = NULL;
-    if (!c) fail(err, "%s: out of memory", dir);
-    if (!c || !find_shards(c, dir, map, err)) return c;
-    ckpt_close(c);
-    json_decref(*map);
-    return NULL;
 }
 
 int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
@@ -784,11 +746,6 @@ const ckpt_tensor *ckpt_at(const ckpt *c, size_t i) {
 const char *ckpt_shard_path(const ckpt *c, int which) {
     assert(which >= 0 && which < c->n_shards);
     return c->shards[which].path;
-}
-
-uint64_t ckpt_shard_bytes(const ckpt *c, int which) {
-    assert(which >= 0 && which < c->n_shards);
-    return c->shards[which].size;
 }
 
 /* The official code says which prompts a checkpoint was trained on; where it was left out, the
@@ -888,20 +845,20 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
 
 /* === 5. Requests ==============================================================================
  * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
- * open; the ring and the threads know nothing else, and io_on_read() decides for both.
+ * open; the ring and the threads know nothing else, and io_on_answer() decides for both.
  *
- *   load_feed, slot_feed --cut_piece--> io_begin --> ring or threads --> io_reap
- *           ^                              ^                                |
- *           |                              +---- IO_AGAIN ---- io_complete <+
- *     free requests <-- load_piece_in, slot_piece_in <-- IO_DONE, IO_FAILED +
+ *   slot_feed, batch_add --> io_begin --> ring or threads --> io_reap
+ *           ^                   ^                                |
+ *           |                   +---- IO_AGAIN ---- io_complete <+
+ *     free requests <--- slot_piece_in <--- IO_DONE, IO_FAILED --+
  *
- * All of it runs in the thread that calls us, whenever it calls; only the read itself does not.
- * So there is no lock but the one around the threads' two queues.                                */
+ * All of it runs in the thread that calls us, whenever it calls; only the transfer itself does not.
+ * So there is no lock: requests go to threads and come back through two pipes.                   */
 
 enum { CAUSE_EOF = -1, CAUSE_STUCK = -2 };
 
 typedef struct io_req {
-    struct io_req *next;           /* in the free list, or in a queue of the threads            */
+    struct io_req *next;           /* in the free list                                          */
     uint8_t *buf;                  /* on a 4 KiB edge                                           */
     int file;                      /* a shard, or a raw file behind these                       */
     bool write;
@@ -910,9 +867,8 @@ typedef struct io_req {
     uint32_t want;                 /* bytes to the end of the payload: these must come          */
     uint32_t done;                 /* bytes in, whole blocks unless all came                    */
     const ckpt_tensor *t;          /* what this is a piece of; of a run, the first one; or NULL */
-    io_batch *batch;               /* who asked: a batch,                                       */
-    struct cache_slot *slot;       /* or a slot,                                                */
-    uint8_t *dst;                  /* or offload_load() for this tensor                         */
+    io_batch *batch;               /* who asked: this,                                          */
+    struct cache_slot *slot;       /* or this                                                   */
     bool background;               /* counts in n_background                                    */
     int fixed;                     /* the registered buffer it lies in, or -1                   */
     int tries, io_errors;          /* in a row without progress; EIO so far                     */
@@ -948,26 +904,6 @@ static io_next io_on_answer(io_req *r, int res) {
     return ++r->tries > IO_TRIES_MAX ? IO_FAILED : IO_AGAIN;
 }
 
-/* Cut the next piece of the payload of `bytes` bytes that begins with tensor t, `at` bytes of
- * whole blocks being asked for already.  Returns how far `at` comes with it. */
-static uint64_t cut_piece(io_req *r, const ckpt_tensor *t, uint64_t bytes, uint64_t at) {
-    uint64_t begin = (t->offset & ~(uint64_t)(IO_ALIGN - 1)) + at, end = t->offset + bytes;
-    assert(begin < end);
-    uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
-    uint32_t len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
-    *r = (io_req){.file = t->shard, .off = begin, .len = len, .want = want, .t = t, .fixed = -1};
-    return at + len;
-}
-
-typedef struct {                   /* one offload_load() at work                                */
-    const load_item *items;
-    size_t n_items, next_item;     /* the cursor: item, and bytes of it asked for               */
-    uint64_t at;
-    uint8_t *free[LOAD_DEPTH];     /* bounce buffers, IO_PIECE bytes each                       */
-    int n_free;
-    io_fault fault;                /* the first one                                             */
-} load_job;
-
 typedef struct {                   /* parts of a group that touch in their file                 */
     const ckpt_tensor *first;
     uint64_t bytes;                /* of all of them                                            */
@@ -998,8 +934,8 @@ typedef struct cache_slot {
     int n_runs, run;               /* the cursor: run, and bytes of it asked for                */
     uint64_t at;
     int in_flight;                 /* pieces                                                    */
-    slot_run *runs;                /* room for those of any group                               */
     io_fault fault;
+    slot_run runs[GROUP_PARTS];    /* [n_runs]                                                  */
 } cache_slot;
 
 struct cache {
@@ -1013,7 +949,6 @@ struct cache {
     uint8_t *arena;                /* [n_slots][slot_bytes], on the edge of a huge page         */
     size_t slot_bytes, map_bytes;
     cache_slot *slots;
-    slot_run *runs;                /* of all slots                                              */
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
     int in_flight;                 /* pieces                                                    */
     int first_buf, end_buf;        /* ours in the table of buffers, buf_slots in each           */
@@ -1039,7 +974,6 @@ struct offload {
     io_req *free_reqs;
     int in_flight, n_background;   /* the second are of the first                               */
     uint64_t landed;               /* bytes of payloads that are in                             */
-    load_job load;                 /* items are set while offload_load() runs                   */
     slot_list demand, background;  /* slots with pieces to ask for, in order of get and of ask  */
     int n_caches;
     bool batch_waits;              /* for a request: the background does not get it             */
@@ -1049,11 +983,7 @@ struct offload {
     int ring_error;                /* errno: it broke, and every call from then on says so      */
     struct io_uring ring;
     pthread_t threads[IO_THREADS]; /* else                                                      */
-    int n_threads;
-    pthread_mutex_t lock;          /* of the next four                                          */
-    pthread_cond_t work, answer;
-    io_req *pending, **pending_end, *answered;
-    bool stop;
+    int n_threads, work[2], answers[2]; /* pipes of pointers to requests                        */
 
     io_req reqs[IO_DEPTH];
 };
@@ -1088,12 +1018,8 @@ static void io_start(offload *o, io_req *r) {
         io_uring_sqe_set_data(sqe, r);
         return;
     }
-    r->next = NULL;
-    pthread_mutex_lock(&o->lock);
-    *o->pending_end = r;
-    o->pending_end = &r->next;
-    pthread_cond_signal(&o->work);
-    pthread_mutex_unlock(&o->lock);
+    ssize_t sent = write(o->work[1], &r, sizeof r);
+    assert(sent == sizeof r);      /* there is room for all requests, so it never waits         */
 }
 
 static void io_begin(offload *o, io_req *r) {
@@ -1118,18 +1044,6 @@ static void fault_note(io_fault *f, const io_req *r) {
     if (!f->cause) *f = (io_fault){r->cause, r->file, r->write, r->off + r->done, r->t};
 }
 
-/* A piece is in its bounce buffer, or will not come: copy, and free the buffer. */
-static void load_piece_in(offload *o, io_req *r, bool failed) {
-    load_job *job = &o->load;
-    if (failed) fault_note(&job->fault, r);
-    if (!failed) {                 /* from the tensor's begin, or from the piece's              */
-        uint64_t from = r->off > r->t->offset ? r->off : r->t->offset;
-        memcpy(r->dst + (from - r->t->offset), r->buf + (from - r->off),
-               r->off + r->want - from);
-    }
-    job->free[job->n_free++] = r->buf;
-}
-
 /* The one path of every completion: again, or to whoever asked. */
 static void io_complete(offload *o, io_req *r, int res) {
     io_next next = io_on_answer(r, res);
@@ -1144,11 +1058,9 @@ static void io_complete(offload *o, io_req *r, int res) {
     const io_file *f = &o->files[r->file];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
-    if (r->batch) {
-        r->batch->in_flight--;
-        if (next == IO_FAILED) fault_note(&r->batch->fault, r);
-    } else if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
-    else load_piece_in(o, r, next == IO_FAILED);
+    if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
+    if (r->batch) r->batch->in_flight--;
+    if (r->batch && next == IO_FAILED) fault_note(&r->batch->fault, r);
     give_req(o, r);
 }
 
@@ -1173,16 +1085,13 @@ static void ring_reap(offload *o, bool wait) {
     io_uring_cq_advance(&o->ring, n);
 }
 
-/* Take all answers at once, then handle them without the lock. */
+/* Handle the answers that are there; with `wait` sleep until there is one, or a signal. */
 static void threads_reap(offload *o, bool wait) {
-    pthread_mutex_lock(&o->lock);
-    while (wait && !o->answered) pthread_cond_wait(&o->answer, &o->lock);
-    io_req *list = o->answered;
-    o->answered = NULL;
-    pthread_mutex_unlock(&o->lock);
-    while (list) {
-        io_req *r = list;
-        list = r->next;
+    struct pollfd any = {.fd = o->answers[0], .events = POLLIN};
+    for (int ms = wait ? -1 : 0; poll(&any, 1, ms) > 0; ms = 0) {
+        io_req *r;
+        ssize_t n = read(o->answers[0], &r, sizeof r);
+        assert(n == sizeof r);
         io_complete(o, r, r->res);
     }
 }
@@ -1206,39 +1115,30 @@ static int io_reap(offload *o, bool wait, dsv4_err *err) {
 }
 
 /* One of the threads: takes the oldest request, makes one attempt, answers as the ring would. */
-static void *read_thread(void *arg) {
-    offload *o = arg;
-    pthread_mutex_lock(&o->lock);
-    for (;;) {
-        while (!o->pending && !o->stop) pthread_cond_wait(&o->work, &o->lock);
-        io_req *r = o->pending;
-        if (!r) break;
-        o->pending = r->next;
-        if (!o->pending) o->pending_end = &o->pending;
-        pthread_mutex_unlock(&o->lock);
+static void *io_thread(void *arg) {
+    const offload *o = arg;
+    io_req *r;
+    while (read(o->work[0], &r, sizeof r) == sizeof r) {
         int fd = o->files[r->file].fd;
         uint8_t *buf = r->buf + r->done;
         off_t at = (off_t)(r->off + r->done);
         ssize_t n = r->write ? pwrite(fd, buf, r->len - r->done, at)
                              : pread(fd, buf, r->len - r->done, at);
         r->res = n < 0 ? -errno : (int)n;
-        pthread_mutex_lock(&o->lock);
-        r->next = o->answered;
-        o->answered = r;
-        pthread_cond_signal(&o->answer);
+        n = write(o->answers[1], &r, sizeof r);
+        assert(n == sizeof r);
     }
-    pthread_mutex_unlock(&o->lock);
     return NULL;
 }
 
 /* Where io_uring is refused; a few threads keep most drives busy.  One is enough to go on. */
 static int threads_open(offload *o, dsv4_err *err) {
     sigset_t all, before;
-    int rc = 0;
+    int rc = pipe2(o->work, O_CLOEXEC) || pipe2(o->answers, O_CLOEXEC) ? errno : 0;
     sigfillset(&all);              /* signals are for the program's own threads                 */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (o->n_threads < IO_THREADS && !rc) {
-        rc = pthread_create(&o->threads[o->n_threads], NULL, read_thread, o);
+        rc = pthread_create(&o->threads[o->n_threads], NULL, io_thread, o);
         if (!rc) o->n_threads++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -1247,23 +1147,26 @@ static int threads_open(offload *o, dsv4_err *err) {
 
 /* === 7. Open and load ========================================================================= */
 
-/* Open a shard past the page cache if one trial read goes through: flags promise, reads tell. */
+/* Go past the page cache if one block goes that way: flags promise, transfers tell.  The block of a
+ * file to be written is new, so there is nothing in it. */
+static bool go_direct(int fd, bool written) {
+    alignas(IO_ALIGN) uint8_t page[IO_ALIGN] = {0};
+    int flags = fcntl(fd, F_GETFL) & ~O_NONBLOCK;      /* with it io_uring gives up: EAGAIN     */
+    if (!fcntl(fd, F_SETFL, flags | O_DIRECT) &&
+        (!written || pwrite(fd, page, sizeof page, 0) > 0) && pread(fd, page, sizeof page, 0) > 0)
+        return true;
+    (void)fcntl(fd, F_SETFL, flags);
+    return false;
+}
+
 static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
-    alignas(IO_ALIGN) uint8_t page[IO_ALIGN];
-    struct stat st;
-    f->path = s->path;
-    f->size = s->size;
-    f->fd = open(s->path, O_RDONLY | O_CLOEXEC | O_DIRECT);
-    f->direct = f->fd >= 0 && pread(f->fd, page, sizeof page, 0) > 0;
-    if (!f->direct) {
-        if (f->fd >= 0) close(f->fd);
-        f->fd = open(s->path, O_RDONLY | O_CLOEXEC);
-    }
-    if (f->fd < 0 || fstat(f->fd, &st))
-        return fail(err, "open %s: %s", s->path, strerror(errno));
-    if ((uint64_t)st.st_size != s->size)
+    uint64_t size;
+    if (open_file(&f->fd, &size, s->path, err)) return -1;
+    if (size != s->size)
         return fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it "
-                    "still being downloaded?", s->path, (uint64_t)st.st_size, s->size);
+                    "still being downloaded?", s->path, size, s->size);
+    f->path = s->path;
+    f->direct = go_direct(f->fd, false);
     return 0;
 }
 
@@ -1294,21 +1197,22 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
     *out = NULL;
     *note = NULL;
     offload *o = calloc(1, sizeof *o);
-    if (!o) return fail(err, "out of memory");
-    pthread_mutex_init(&o->lock, NULL);
-    pthread_cond_init(&o->work, NULL);
-    pthread_cond_init(&o->answer, NULL);
-    o->c = c;
-    o->pending_end = &o->pending;
-    for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
-    int n_files = c->n_shards + RAW_FILES;
-    o->files = calloc((size_t)n_files, sizeof *o->files);
-    int rc = o->files ? 0 : fail(err, "out of memory");
+    int n_files = c->n_shards + RAW_FILES, rc = 0;
+    io_file *files = calloc((size_t)n_files, sizeof *files);
+    if (!o || !files) {
+        free(files);
+        free(o);
+        return fail(err, "out of memory");
+    }
     bool direct = true;
-    for (int i = 0; o->files && i < n_files; i++) o->files[i].fd = -1;
+    o->c = c;
+    o->files = files;
+    o->work[0] = o->work[1] = o->answers[0] = o->answers[1] = -1;
+    for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
+    for (int i = 0; i < n_files; i++) files[i].fd = -1;
     for (int i = 0; !rc && i < c->n_shards; i++) {
-        rc = file_open(&o->files[i], &c->shards[i], err);
-        direct &= o->files[i].direct;
+        rc = file_open(&files[i], &c->shards[i], err);
+        direct &= files[i].direct;
     }
     if (!rc) o->has_ring = ring_open(o);
     if (!rc && !o->has_ring) rc = threads_open(o, err);
@@ -1326,19 +1230,14 @@ void offload_close(offload *o) {
     dsv4_err ignored;
     assert(o->n_caches == 0);
     while (o->in_flight > 0 && !io_reap(o, true, &ignored)) continue; /* of a broken-off load   */
-    for (int i = 0; o->files && i < RAW_FILES; i++)
+    for (int i = 0; i < RAW_FILES; i++)
         if (o->files[o->c->n_shards + i].fd >= 0) offload_raw_close(o, o->c->n_shards + i);
-    pthread_mutex_lock(&o->lock);
-    o->stop = true;
-    pthread_cond_broadcast(&o->work);
-    pthread_mutex_unlock(&o->lock);
+    if (o->work[1] >= 0) close(o->work[1]);    /* the threads end when nothing more can come    */
     for (int i = 0; i < o->n_threads; i++) pthread_join(o->threads[i], NULL);
+    const int pipes[] = {o->work[0], o->answers[0], o->answers[1]};
+    for (int i = 0; i < 3; i++) if (pipes[i] >= 0) close(pipes[i]);
     if (o->has_ring) io_uring_queue_exit(&o->ring);
-    for (int i = 0; o->files && i < o->c->n_shards; i++)
-        if (o->files[i].fd >= 0) close(o->files[i].fd);
-    pthread_cond_destroy(&o->answer);
-    pthread_cond_destroy(&o->work);
-    pthread_mutex_destroy(&o->lock);
+    for (int i = 0; i < o->c->n_shards; i++) if (o->files[i].fd >= 0) close(o->files[i].fd);
     free(o->files);
     free(o);
 }
@@ -1357,56 +1256,6 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
     return fail(err, "%s %s at byte %" PRIu64 "%s%s%s: %s%s", f->write ? "write" : "read",
                 o->files[f->file].path, f->off, name ? " (from tensor " : "", name ? name : "",
                 name ? " on)" : "", cause, f->cause == ENOSPC ? "; free some there" : "");
-}
-
-/* Ask for pieces while there are items, requests and bounce buffers. */
-static void load_feed(offload *o) {
-    load_job *job = &o->load;
-    while (job->next_item < job->n_items && job->n_free > 0 && o->free_reqs) {
-        const ckpt_tensor *t = job->items[job->next_item].t;
-        if (t->bytes > 0) {
-            io_req *r = take_req(o);
-            job->at = cut_piece(r, t, t->bytes, job->at);
-            r->dst = job->items[job->next_item].dst;
-            r->buf = job->free[--job->n_free];
-            io_begin(o, r);
-        }
-        if (t->bytes == 0 || job->at >= t->offset % IO_ALIGN + t->bytes) {
-            job->next_item++;
-            job->at = 0;
-        }
-    }
-}
-
-int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
-    load_job *job = &o->load;
-    uint64_t total = 0;
-    assert(!job->items);
-    if (n == 0) return 0;
-    for (size_t i = 0; i < n; i++) total += items[i].t->bytes;
-    /* no more buffers than there are bytes: a small model's budget may be small too */
-    int depth = total / IO_PIECE < LOAD_DEPTH ? (int)(total / IO_PIECE) + 1 : LOAD_DEPTH;
-    size_t bytes = (size_t)depth * IO_PIECE;
-    if (io_reap(o, false, err)) return -1;
-    uint8_t *bounce = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                           0);
-    if (bounce == MAP_FAILED) return fail(err, "map %zu bytes: %s", bytes, strerror(errno));
-    (void)madvise(bounce, bytes, MADV_HUGEPAGE); /* as for the arena                            */
-    *job = (load_job){.items = items, .n_items = n};
-    while (job->n_free < depth) {
-        job->free[job->n_free] = bounce + (size_t)job->n_free * IO_PIECE;
-        job->n_free++;
-    }
-    int rc = 0;
-    while (!rc && (job->next_item < n || job->n_free < depth)) {
-        if (!job->fault.cause) load_feed(o);
-        else job->next_item = n;   /* ask for nothing more, but what is on its way has buffers  */
-        if (o->in_flight > 0) rc = io_reap(o, true, err);
-    }
-    job->items = NULL;
-    if (rc) return rc;             /* a broken ring: buffers are left to reads that may come    */
-    munmap(bounce, bytes);
-    return job->fault.cause ? fault_message(o, &job->fault, err) : 0;
 }
 
 /* A file in dir that has no name, and room for `bytes`; -1 with errno. */
@@ -1433,17 +1282,6 @@ static int raw_create(const char *dir, uint64_t bytes) {
     return -1;
 }
 
-/* Go past the page cache if one block goes there and comes back. */
-static bool raw_direct(int fd) {
-    alignas(IO_ALIGN) uint8_t page[IO_ALIGN] = {0};
-    int flags = fcntl(fd, F_GETFL);
-    if (!fcntl(fd, F_SETFL, flags | O_DIRECT) && pwrite(fd, page, sizeof page, 0) > 0 &&
-        pread(fd, page, sizeof page, 0) > 0)
-        return true;
-    (void)fcntl(fd, F_SETFL, flags);
-    return false;
-}
-
 int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err) {
     struct statvfs fs;
     char *path;
@@ -1463,7 +1301,7 @@ int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err)
         return fail(err, "out of memory");
     }
     io_file *f = &o->files[file];
-    *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = raw_direct(fd)};
+    *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = go_direct(fd, true)};
     if (o->has_ring)
         f->fixed = io_uring_register_files_update(&o->ring, (unsigned)file, &fd, 1) == 1;
     if (!f->direct && !o->note)
@@ -1627,8 +1465,6 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
                dsv4_err *err) {
     assert(n >= 1);
     assert(n_slots >= 1);
-    int most = 1;
-    for (size_t i = 0; i < n; i++) if (most < groups[i].n_parts) most = groups[i].n_parts;
     cache *c = calloc(1, sizeof *c);
     size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
     *out = NULL;
@@ -1644,8 +1480,7 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     c->uses = calloc(n, sizeof *c->uses);
     c->heat = calloc(n, sizeof *c->heat);
     c->slots = calloc((size_t)n_slots, sizeof *c->slots);
-    c->runs = calloc((size_t)n_slots * (size_t)most, sizeof *c->runs);
-    if (!c->slot_of || !c->uses || !c->heat || !c->slots || !c->runs) goto bad;
+    if (!c->slot_of || !c->uses || !c->heat || !c->slots) goto bad;
     /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
      * ones from edge to edge: else a registered buffer is kept page by page. */
     (void)madvise(c->map, bytes, MADV_HUGEPAGE);
@@ -1653,7 +1488,7 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     c->n_slots = n_slots;
     arena_reserve(c, IO_BUF_BYTES);
     for (int i = 0; i < n_slots; i++) {
-        c->slots[i] = (cache_slot){.c = c, .runs = c->runs + (size_t)i * (size_t)most};
+        c->slots[i].c = c;
         list_put(&c->free, &c->slots[i], false);
     }
     *out = c;
@@ -1678,7 +1513,6 @@ void cache_close(cache *c) {
     arena_unregister(c);
     if (c->map_bytes && !c->in_flight) munmap(c->map, c->map_bytes);
     o->n_caches--;
-    free(c->runs);
     free(c->slots);
     free(c->heat);
     free(c->uses);
@@ -1691,51 +1525,49 @@ void cache_close(cache *c) {
 static void slot_feed(offload *o) {
     while (o->free_reqs && !o->ring_error) {
         cache_slot *s = o->demand.first;
-        if (!s && o->load.next_item == o->load.n_items && !o->batch_waits &&
-            o->n_background < IO_BACKGROUND)
-            s = o->background.first;
+        if (!s && !o->batch_waits && o->n_background < IO_BACKGROUND) s = o->background.first;
         if (!s) return;
         cache *c = s->c;
         const slot_run *run = &s->runs[s->run];
+        const ckpt_tensor *t = run->first;
         size_t which = (size_t)(s - c->slots);
-        assert(s->state == SLOT_READING);
+        uint64_t begin = t->offset / IO_ALIGN * IO_ALIGN + s->at, end = t->offset + run->bytes;
+        assert(s->state == SLOT_READING && begin < end);
+        uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
+        int buf = c->n_bufs ? (int)which / c->buf_slots : 0;
         io_req *r = take_req(o);
-        uint64_t at = s->at;
-        s->at = cut_piece(r, run->first, run->bytes, at);
-        r->slot = s;
-        r->buf = c->arena + c->slot_bytes * which + run->region + at;
-        r->background = s->list == &o->background;
-        if (c->n_bufs && (int)which / c->buf_slots < c->n_bufs)
-            r->fixed = c->first_buf + (int)which / c->buf_slots;
+        *r = (io_req){.file = t->shard, .off = begin, .want = want, .t = t, .slot = s,
+                      .len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1),
+                      .buf = c->arena + c->slot_bytes * which + run->region + s->at,
+                      .background = s->list == &o->background,
+                      .fixed = buf < c->n_bufs ? c->first_buf + buf : -1};
+        s->at += r->len;
         s->in_flight++;
         c->in_flight++;
         io_begin(o, r);
-        if (s->at < run->first->offset % IO_ALIGN + run->bytes) continue;
+        if (begin + r->len < end) continue;
         s->at = 0;
         if (++s->run == s->n_runs) list_take(s);
     }
 }
 
-/* READY and without a pin: its place among those that may go.  A slot that cache_pass() found there
- * has never left it. */
+/* No pin and nothing on its way: its place among those that may go.  A slot that cache_pass() found
+ * there has never left it. */
 static void slot_rest(cache_slot *s) {
     cache *c = s->c;
-    if (!s->list) list_put(s->rank == PASSING ? &c->passing : &c->idle, s, s->rank != USED);
+    if (s->state == SLOT_FAILED) s->state = SLOT_FREE;
+    slot_list *l = s->state == SLOT_FREE ? &c->free : s->rank == PASSING ? &c->passing : &c->idle;
+    if (!s->list) list_put(l, s, s->rank != USED);
 }
 
-/* All that was asked for has come or failed. */
+/* All that was asked for has come or failed.  A group that failed is forgotten: the next get reads
+ * it anew. */
 static void slot_settle(cache_slot *s) {
-    cache *c = s->c;
-    bool orphan = s->pins == 0;
-    s->state = SLOT_READY;
-    if (s->fault.cause) {          /* forget the group: the next get reads it anew              */
-        c->slot_of[s->id] = NULL;
-        s->state = orphan ? SLOT_FREE : SLOT_FAILED;
-    }
-    if (!orphan) return;
-    c->n_orphans--;
-    if (s->state == SLOT_FREE) list_put(&c->free, s, false);
-    else slot_rest(s);
+    s->state = s->fault.cause ? SLOT_FAILED : SLOT_READY;
+    if (s->fault.cause) s->c->slot_of[s->id] = NULL;
+    if (s->pins) return;
+    s->c->n_orphans--;
+    slot_rest(s);
 }
 
 /* A piece has come or failed.  The last one settles the slot; until then even a failed slot
@@ -1783,16 +1615,20 @@ static cache_slot *slot_take(cache *c) {
 /* Fill a slot that was taken. */
 static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     cache *c = s->c;
-    int n_runs, pins = rank != ASKED;
-    size_t bytes = lay_out(&c->groups[id], s->runs, &n_runs);
+    size_t bytes = lay_out(&c->groups[id], s->runs, &s->n_runs);
     assert(bytes <= c->slot_bytes);
     c->stats.read_bytes += bytes;
-    *s = (cache_slot){.c = c, .state = SLOT_READING, .pins = pins, .rank = rank, .id = id,
-                      .n_runs = n_runs, .runs = s->runs};
+    s->state = SLOT_READING;
+    s->rank = rank;
+    s->pins = rank != ASKED;
+    s->id = id;
+    s->run = 0;
+    s->at = 0;
+    s->fault.cause = 0;
     c->slot_of[id] = s;
     arena_register(c, (int)(s - c->slots));
-    c->n_orphans += pins == 0;
-    if (n_runs) list_put(pins ? &c->o->demand : &c->o->background, s, false);
+    c->n_orphans += !s->pins;
+    if (s->n_runs) list_put(s->pins ? &c->o->demand : &c->o->background, s, false);
     else slot_settle(s);
     io_kick(c->o);
 }
@@ -1820,10 +1656,8 @@ static int slot_get(cache *c, size_t id, slot_rank rank, dsv4_err *err) {
     }
     /* Slots without a pin but with a read on its way: the caller has nothing to give back, so
      * waiting for the first of them is the only way on. */
-    double begin = seconds();
     while (!(s = slot_take(c)) && c->n_orphans > 0)
         if (io_reap(o, true, err)) return -1;
-    c->stats.wait_s += seconds() - begin;
     if (!s) return -1;
     c->stats.misses++;
     c->uses[id].misses++;
@@ -1856,13 +1690,7 @@ static cache_slot *pinned(const cache *c, int slot) {
 
 int cache_wait(cache *c, int slot, dsv4_err *err) {
     cache_slot *s = pinned(c, slot);
-    if (s->state == SLOT_READING) {
-        double begin = seconds();
-        int rc = 0;
-        while (s->state == SLOT_READING && !rc) rc = io_reap(c->o, true, err);
-        c->stats.wait_s += seconds() - begin;
-        if (rc) return -1;
-    }
+    while (s->state == SLOT_READING) if (io_reap(c->o, true, err)) return -1;
     if (s->state == SLOT_FAILED) return fault_message(c->o, &s->fault, err);
     assert(s->state == SLOT_READY);
     return 0;
@@ -1887,16 +1715,8 @@ const void *cache_part(const cache *c, int slot, int part) {
 void cache_unpin(cache *c, int slot) {
     cache_slot *s = pinned(c, slot);
     if (--s->pins > 0) return;
-    if (s->state == SLOT_READING) {
-        c->n_orphans++;
-        return;
-    }
-    if (s->state == SLOT_READY) {
-        slot_rest(s);
-        return;
-    }
-    s->state = SLOT_FREE;
-    list_put(&c->free, s, false);
+    if (s->state == SLOT_READING) c->n_orphans++;
+    else slot_rest(s);
 }
 
 const cache_stats *cache_get_stats(const cache *c) { return &c->stats; }
@@ -1950,69 +1770,76 @@ int cache_save_heat(const cache *c, const char *path, dsv4_err *err) {
  * order of asking and taken in that order.  A range goes as a group of one part.                 */
 
 typedef struct {
-    offload *o;
     cache *slots;
     ckpt_tensor range[STREAM_IDS];
     const ckpt_tensor *part[STREAM_IDS];
     read_group group[STREAM_IDS];
     int slot[STREAM_IDS];
     size_t asked, taken;           /* ranges so far                                             */
-    int shard;                     /* the cursor of stream_feed()                               */
-    uint64_t at;
 } stream;
 
-static int stream_open(stream *s, const ckpt *c, dsv4_err *err) {
-    const char *note;              /* a slower way of reading was told when the model opened    */
-    *s = (stream){.o = NULL};
-    for (int i = 0; i < STREAM_IDS; i++) {
-        s->range[i].bytes = STREAM_BYTES;
+static int stream_open(stream *s, offload *o, uint64_t bytes, dsv4_err *err) {
+    *s = (stream){.slots = NULL};
+    for (int i = 0; i < STREAM_IDS; i++) {     /* the most that a range can need: off the edge  */
+        s->range[i] = (ckpt_tensor){.offset = IO_ALIGN - 1, .bytes = bytes};
         s->part[i] = &s->range[i];
         s->group[i] = (read_group){&s->part[i], 1};
     }
-    if (offload_open(&s->o, c, &note, err)) return -1;
-    return cache_open(&s->slots, s->o, s->group, STREAM_IDS, STREAM_SLOTS, err);
+    return cache_open(&s->slots, o, s->group, STREAM_IDS, STREAM_SLOTS, err);
 }
 
-static void stream_close(stream *s) {
-    cache_close(s->slots);
-    offload_close(s->o);
-}
+static bool stream_full(const stream *s) { return s->asked - s->taken == STREAM_SLOTS; }
 
-/* Ask for bytes [off, off + bytes) of a shard; off lies on a block edge. */
-static int stream_ask(stream *s, int shard, uint64_t off, uint64_t bytes, dsv4_err *err) {
+static int stream_ask(stream *s, const ckpt_tensor *range, dsv4_err *err) {
     size_t id = s->asked % STREAM_IDS;
-    assert(s->asked - s->taken < STREAM_SLOTS);
+    assert(!stream_full(s));
     assert(!s->slots->slot_of[id]);    /* else it would be a hit on other bytes                 */
-    s->range[id] = (ckpt_tensor){.shard = shard, .offset = off, .bytes = bytes};
+    s->range[id] = *range;
     s->slot[id] = cache_get(s->slots, id, err);
     s->asked += s->slot[id] >= 0;
     return s->slot[id] < 0 ? -1 : 0;
 }
 
-/* The next range of all shards from the first to the last byte, if there is room.  One a call: the
- * first use of a slot is slow, since the kernel clears its pages. */
-static int stream_feed(stream *s, dsv4_err *err) {
-    const ckpt *c = s->o->c;
-    if (s->shard == c->n_shards || s->asked - s->taken == STREAM_SLOTS) return 0;
-    uint64_t at = s->at, left = c->shards[s->shard].size - at;
-    uint64_t n = left < STREAM_BYTES ? left : STREAM_BYTES;
-    s->at = n < left ? at + n : 0;
-    return stream_ask(s, n < left ? s->shard : s->shard++, at, n, err);
-}
-
-/* Is the oldest range in?  1 and where it lies, 0 not yet, -1.  Without `wait` it sleeps a
- * millisecond at most, whatever the drive does: there is enough in flight to keep that busy. */
-static int stream_look(stream *s, bool wait, const uint8_t **data, dsv4_err *err) {
+/* The oldest range's bytes, or NULL while they are on their way: it waits for one piece at most. */
+static int stream_look(const stream *s, const uint8_t **data, dsv4_err *err) {
     int at = s->slot[s->taken % STREAM_IDS];
     const cache_slot *slot = &s->slots->slots[at];
-    if (io_reap(s->o, wait && s->o->in_flight > 0, err)) return -1;
-    if (slot->state == SLOT_FAILED) return fault_message(s->o, &slot->fault, err);
+    offload *o = s->slots->o;
+    *data = NULL;
+    if (io_reap(o, slot->state == SLOT_READING, err)) return -1;
+    if (slot->state == SLOT_FAILED) return fault_message(o, &slot->fault, err);
     if (slot->state == SLOT_READY) *data = cache_part(s->slots, at, 0);
-    else if (!wait) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
-    return slot->state == SLOT_READY;
+    return 0;
 }
 
 static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
+
+int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
+    stream s;
+    char *dst[STREAM_IDS];
+    uint64_t most = 0, at = 0;
+    const uint8_t *data;
+    for (size_t i = 0; i < n; i++) if (most < items[i].t->bytes) most = items[i].t->bytes;
+    if (most == 0) return 0;
+    if (most > LOAD_BYTES) most = LOAD_BYTES;
+    int rc = stream_open(&s, o, most, err);
+    for (size_t i = 0; !rc && (i < n || s.taken < s.asked);) {
+        if (i < n && !stream_full(&s)) {
+            ckpt_tensor range = *items[i].t;
+            range.offset += at;
+            range.bytes = range.bytes - at < most ? range.bytes - at : most;
+            dst[s.asked % STREAM_IDS] = (char *)items[i].dst + at;
+            if (range.bytes) rc = stream_ask(&s, &range, err);
+            at += range.bytes;
+            if (at == items[i].t->bytes) i++, at = 0;
+        } else if (!(rc = stream_look(&s, &data, err)) && data) {
+            memcpy(dst[s.taken % STREAM_IDS], data, s.range[s.taken % STREAM_IDS].bytes);
+            stream_give(&s);
+        }
+    }
+    cache_close(s.slots);
+    return rc;
+}
 
 /* What an earlier ckpt_hash() found: {"shards": {NAME: {"hash", "bytes", "date"}}}. */
 static json_t *record_read(const char *record, line_fn each, void *arg) {
@@ -2077,16 +1904,31 @@ static int record_gone(json_t *shards, const ckpt *c, int width, line_fn each, v
     return n;
 }
 
+/* The next range of all shards from the first to the last byte.  One a call: the first use of a
+ * slot is slow, since the kernel clears its pages. */
+static int hash_ask(stream *s, const ckpt *c, int *shard, uint64_t *at, dsv4_err *err) {
+    if (*shard == c->n_shards || stream_full(s)) return 0;
+    uint64_t left = c->shards[*shard].size - *at;
+    ckpt_tensor range = {.shard = *shard, .offset = *at,
+                         .bytes = left < EXPERT_BYTES ? left : EXPERT_BYTES};
+    *at += range.bytes;
+    if (range.bytes == left) (*shard)++, *at = 0;
+    return stream_ask(s, &range, err);
+}
+
 /* The record is written after each shard: hours of reading survive whatever comes. */
 int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
               int *n_changed, dsv4_err *err) {
-    stream s;
-    uint64_t total = 0, done = 0;
-    int width = 0, in;
-    const uint8_t *data = NULL;
+    stream s = {.slots = NULL};
+    offload *o = NULL;
+    uint64_t total = 0, done = 0, at = 0;
+    int width = 0, next = 0;
+    const char *note;              /* a slower way of reading was told when the model opened    */
+    const uint8_t *data;
     XXH3_state_t *hash = XXH3_createState();
     json_t *root = record_read(record, each, arg), *shards = json_object_get(root, "shards");
-    int rc = hash && root ? stream_open(&s, c, err) : fail(err, "out of memory");
+    int rc = !hash || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err) ||
+             stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
     for (int i = 0; i < c->n_shards; i++) {
         total += c->shards[i].size;
         if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
@@ -2094,9 +1936,9 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
     *n_changed = rc ? 0 : record_gone(shards, c, width, each, arg);
     while (!rc && done < total) {
         if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
-        if (rc || (rc = stream_feed(&s, err))) break;
-        if ((in = stream_look(&s, false, &data, err)) < 0) rc = -1;
-        if (in <= 0) continue;
+        if (rc || (rc = hash_ask(&s, c, &next, &at, err)) ||
+            (rc = stream_look(&s, &data, err)) || !data)
+            continue;
         const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
         const ckpt_shard *shard = &c->shards[t->shard];
         if (t->offset == 0) XXH3_128bits_reset(hash);
@@ -2109,43 +1951,52 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
         stream_give(&s);
     }
     if (!rc) (void)progress(arg, 1);
-    if (hash && root) stream_close(&s);
+    cache_close(s.slots);
+    offload_close(o);
     XXH3_freeState(hash);
     json_decref(root);
     return rc;
 }
 
+/* A range of the shards somewhere: each byte is as likely as another. */
+static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t *rng) {
+    int i = 0;
+    *rng = *rng * 6364136223846793005u + 1442695040888963407u;
+    uint64_t at = (*rng >> 16) % total;
+    for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
+    uint64_t size = c->shards[i].size, n = size < EXPERT_BYTES ? size : EXPERT_BYTES;
+    if (at > size - n) at = size - n;
+    return (ckpt_tensor){.shard = i, .offset = at / IO_ALIGN * IO_ALIGN, .bytes = n};
+}
+
 /* How much is asked for at once follows from what came: so a slow disk is asked for little, and
  * the last answers come when the time is over, not long after. */
 int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
-    stream s;
+    stream s = {.slots = NULL};
+    offload *o;
     uint64_t total = 0, asked = 0, rng = 1;
     const uint8_t *data;
+    const char *note;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
-    int rc = stream_open(&s, c, err);
+    int rc = offload_open(&o, c, &note, err) || stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
     double begin = seconds(), now = 0;
     while (!rc) {
         now = seconds() - begin;
-        double soon = now > 0 ? (double)s.o->landed / now * (limit - now) : 0;
-        if (asked < 2 * total && s.asked - s.taken < STREAM_SLOTS &&
-            (!s.asked || (double)(s.asked + 1 - s.taken) * STREAM_BYTES < soon)) {
-            rng = rng * 6364136223846793005u + 1442695040888963407u;
-            uint64_t at = (rng >> 16) % total;         /* each byte is as likely as another     */
-            int i = 0;
-            for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
-            uint64_t size = c->shards[i].size, n = size < STREAM_BYTES ? size : STREAM_BYTES;
-            if (at > size - n) at = size - n;
-            rc = stream_ask(&s, i, at / IO_ALIGN * IO_ALIGN, n, err);
-            asked += n;
-            continue;
+        double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
+        if (asked < 2 * total && !stream_full(&s) &&
+            (!s.asked || (double)(s.asked + 1 - s.taken) * EXPERT_BYTES < soon)) {
+            ckpt_tensor range = draw_range(c, total, &rng);
+            rc = stream_ask(&s, &range, err);
+            asked += range.bytes;
+        } else if (s.taken == s.asked) {
+            break;
+        } else if (!(rc = stream_look(&s, &data, err)) && data) {
+            stream_give(&s);
         }
-        if (s.taken == s.asked) break;
-        int in = stream_look(&s, true, &data, err);
-        if (in > 0) stream_give(&s);
-        if (in < 0) rc = -1;
     }
-    if (!rc) *bytes_s = (double)s.o->landed / now;
-    stream_close(&s);
+    if (!rc) *bytes_s = (double)o->landed / now;
+    cache_close(s.slots);
+    offload_close(o);
     return rc;
 }
 
