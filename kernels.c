@@ -1563,44 +1563,46 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
 }
 
 /* === 13. Measuring ============================================================================
- * A linear's seconds: of one token, for reading, and of many, for multiplying.  One buffer, larger
- * than any cache, is matrix, x and y; its bytes are alike, some small number in any format.     */
+ * One buffer, larger than any cache, is read, and is matrix, scales, x and y of a linear; its bytes
+ * are alike: in any format a number, and none of the sums overflows or is subnormal.            */
 
 enum {
     MEASURE_MB = 512,              /* at most, and an eighth of what a program may take here    */
     MEASURE_TOKENS = 64, MEASURE_DIM = 2048,
 };
 
-/* Seconds of the fastest product within `seconds`; there is at least one. */
-static double best_linear(dsv4_exec *ex, float *y, const dsv4_mat *w, const float *x, int n,
-                          double seconds) {
-    double best = INFINITY, stop = now_s() + seconds, begin, end;
-    do {
-        begin = now_s();
-        linear_cpu(y, w, x, n, 1, ex);
-        end = now_s();
-        best = end - begin < best ? end - begin : best;
-    } while (end < stop);
-    return best;
+/* Item: a megabyte. */
+static void measure_read(const void *arg, int64_t i) {
+    const u32x8 *v = (const u32x8 *)arg + ((size_t)i << 20) / sizeof *v;
+    u32x8 sum[4] = {{0}};
+    for (size_t at = 0; at < (1 << 20) / sizeof *v; at += 4)
+        for (size_t j = 0; j < 4; j++) sum[j] += v[at + j];
+    volatile u32x8 all = sum[0] + sum[1] + sum[2] + sum[3];  /* or the reading is left out */
+    (void)all;
 }
 
 int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err) {
-    const size_t xy = 4 * MEASURE_TOKENS * MEASURE_DIM;      /* bytes of x, and of y */
     uint64_t n_mb = machine_ram_budget() / 8 >> 20;
     n_mb = n_mb > MEASURE_MB ? MEASURE_MB : n_mb < 64 ? 64 : n_mb / 2 * 2;
-    size_t bytes = (size_t)n_mb << 20;
-    uint8_t *base = aligned_alloc(2 << 20, bytes);
+    uint8_t *base = aligned_alloc(2 << 20, n_mb << 20);
     if (!base) return fail(err, "no memory to measure with: %d MB", (int)n_mb);
-    (void)madvise(base, bytes, MADV_HUGEPAGE);               /* as the model's own arenas */
-    memset(base, 0x38, bytes);
-    float *x = (float *)(void *)(base + bytes - 2 * xy), *y = x + xy / 4;
-    int rows = (int)((bytes - 2 * xy) / (2 * MEASURE_DIM));
-    assert((size_t)rows <= xy / 4);
-    dsv4_mat all = {DT_BF16, rows, MEASURE_DIM, base, NULL};
-    dsv4_mat square = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, base, base};
-    out->read_bytes_s = 2.0 * rows * MEASURE_DIM / best_linear(ex, y, &all, x, 1, seconds / 2);
-    double macs = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM;
-    out->macs_s = macs / best_linear(ex, y, &square, x, MEASURE_TOKENS, seconds / 2);
+    (void)madvise(base, n_mb << 20, MADV_HUGEPAGE);          /* as the model's own arenas */
+    memset(base, 0x70, n_mb << 20);
+    float *x = (float *)(void *)(base + (16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
+    dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, base, base};
+    double best[2] = {INFINITY, INFINITY};                   /* seconds: to read, to multiply */
+    for (int i = 0; i < 2; i++) {
+        double stop = now_s() + seconds / 2, begin, end;
+        do {
+            begin = now_s();
+            if (i == 0) exec_for(ex, (int64_t)n_mb, 1, measure_read, base);
+            else linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
+            end = now_s();
+            best[i] = fmin(best[i], end - begin);
+        } while (end < stop);
+    }
+    out->read_bytes_s = (double)(n_mb << 20) / best[0];
+    out->macs_s = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM / best[1];
     free(base);
     return 0;
 }
