@@ -44,6 +44,9 @@ typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
+/* What depends on constant arguments, or on what stays in registers. */
+#define INLINE static inline __attribute__((always_inline))
+
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -109,7 +112,7 @@ static inline float sum8(f32x8 v) {
  *   fma8                    a*b + c, rounded once
  *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
  *   clamp8                  x between lo and hi
- *   u8_load8, i8_load8      eight bytes, as 0..255 and as -128..127
+ *   i8_load8                eight bytes, as -128..127
  *   bf16_load8, f16_load8   eight numbers, exactly
  *   look_up                 table[code] of each code below 16
  *   pair_dots               of neighbours: u0 * s0 + u1 * s1, u unsigned, s signed, in int16
@@ -120,9 +123,6 @@ static inline f32x8 min8(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
 static inline f32x8 max8(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
 static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
     return (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)x, (__m256i)lo), (__m256i)hi);
-}
-static inline i32x8 u8_load8(const uint8_t *p) {
-    return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
 }
 static inline i32x8 i8_load8(const uint8_t *p) {
     return (i32x8)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
@@ -159,10 +159,9 @@ static inline f32x8 max8(f32x8 a, f32x8 b) {
 static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
     return pick8(x < lo, lo, pick8(x > hi, hi, x));
 }
-static inline i32x8 u8_load8(const uint8_t *p) {
-    return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+static inline i32x8 i8_load8(const uint8_t *p) {
+    return ((i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]} ^ 128) - 128;
 }
-static inline i32x8 i8_load8(const uint8_t *p) { return (u8_load8(p) ^ 128) - 128; }
 static inline f32x8 bf16_load8(const uint16_t *p) {
     u32x8 v = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
     return (f32x8)(v << 16);
@@ -255,14 +254,6 @@ static void take_blocks(dsv4_exec *ex) {
     }
 }
 
-/* Enter as a worker, unless the gate is shut: what the caller wrote before opening is then seen. */
-static bool gate_join(dsv4_exec *ex) {
-    uint32_t g = atomic_load(&ex->gate);
-    while (g & OPEN)
-        if (atomic_compare_exchange_weak(&ex->gate, &g, g + 1)) return true;
-    return false;
-}
-
 /* A job may have come and gone, or a newer one begun, between hearing the bell and joining: either
  * is fine, for the gate alone decides, and the job's fields do not change while it is open. */
 static void *worker_main(void *arg) {
@@ -272,7 +263,9 @@ static void *worker_main(void *arg) {
         wait_change(&ex->bell, heard);
         heard = atomic_load(&ex->bell);
         if (atomic_load(&ex->stop)) return NULL;
-        if (!gate_join(ex)) continue;
+        uint32_t gate = atomic_load(&ex->gate);
+        while (gate & OPEN && !atomic_compare_exchange_weak(&ex->gate, &gate, gate + 1)) {}
+        if (!(gate & OPEN)) continue;
         take_blocks(ex);
         if (atomic_fetch_sub(&ex->gate, 1) == 1) futex_wake(&ex->gate, 1);
     }
@@ -337,13 +330,8 @@ static inline f32x8 exp8(f32x8 x) {
     f32x8 n = shifted - shift;
     f32x8 r = fma8(n, splat8(1.90465421e-9f), fma8(n, splat8(-0.693147182f), x));
     f32x8 p = splat8(1.0f / 5040);
-    p = fma8(p, r, splat8(1.0f / 720));
-    p = fma8(p, r, splat8(1.0f / 120));
-    p = fma8(p, r, splat8(1.0f / 24));
-    p = fma8(p, r, splat8(1.0f / 6));
-    p = fma8(p, r, splat8(0.5f));
-    p = fma8(p, r, splat8(1));
-    p = fma8(p, r, splat8(1));
+    static const float rest[7] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    for (int i = 0; i < 7; i++) p = fma8(p, r, splat8(rest[i]));
     i32x8 exponent = (i32x8)shifted - (i32x8)shift;
     i32x8 half = exponent >> 1;
     f32x8 a = (f32x8)((u32x8)(half + 127) << 23);
@@ -363,13 +351,6 @@ static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
     return (f32x8)((u32x8)(sum - big) | sign);
 }
 
-/* The e8m0 code of the least power of two >= s, a positive normal number. */
-static inline uint8_t ceil_pow2_code(float s) {
-    uint32_t u;
-    memcpy(&u, &s, sizeof u);
-    return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
-}
-
 /* x [d] rounded through e4m3 in blocks of 128: values y (which may be x), or codes [d] and scales
  * [ceil(d/128)].  x / scale is x times its inverse exactly, both being powers of two. */
 static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d) {
@@ -377,7 +358,7 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
         int stop = min_int(b + 128, d);
         f32x8 top = splat8(1e-4f);                           /* NaNs do not count */
         for (int i = b; i < stop; i += 8) top = max8(abs8(load_upto8(x + i, stop - i)), top);
-        uint8_t s = ceil_pow2_code(max_lane8(top) * (1.0f / 448));
+        uint8_t s = ceil_to_e8m0(max_lane8(top) * (1.0f / 448));
         f32x8 factor = splat8(e8m0_to_f32(s)), inverse = splat8(1) / factor;
         for (int i = b; i < stop; i += 8) {
             u32x8 c;
@@ -395,14 +376,17 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
  * or all of them, are left to the reference.                                                    */
 
 typedef struct {                   /* arguments of these operations; each sets what it uses     */
-    float *y;                      /* [n][d]                                                    */
+    float *y;                      /* [n][heads][d]                                             */
     const float *x, *w;
     uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
     const uint8_t *from, *from_scale; /* the same, read                                         */
     uint8_t *rows;                 /* [n] index rows                                            */
-    int d, copies;
+    int32_t *ids;
+    const dsv4_route *route;
+    int d, heads, rope_dim;
+    int64_t pos0, step;
     float eps, limit;
-    bool packed;
+    bool packed, inverse;
 } row_args;
 
 static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
@@ -436,26 +420,22 @@ static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, 
     exec_for(ex, n, 16, rmsnorm_row, &(row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
 
-static void act_quant_row(const void *arg, int64_t t) {
+static void round_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    e4m3_row(a->y + t * a->d, NULL, NULL, a->x + t * a->d, a->d);
+    if (a->y) e4m3_row(a->y + t * a->d, NULL, NULL, a->x + t * a->d, a->d);
+    else e4m3_row(NULL, a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d),
+                  a->x + t * a->d, a->d);
 }
 
 /* Differs: nothing, to the bit. */
 static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, act_quant_row, &(row_args){.y = y, .x = x, .d = d});
-}
-
-static void act_codes_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    e4m3_row(NULL, a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d), a->x + t * a->d,
-             a->d);
+    exec_for(ex, n, 16, round_row, &(row_args){.y = y, .x = x, .d = d});
 }
 
 /* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    exec_for(ex, n, 16, act_codes_row, &(row_args){.code = code, .scale = scale, .x = x, .d = d});
+    exec_for(ex, n, 16, round_row, &(row_args){.code = code, .scale = scale, .x = x, .d = d});
 }
 
 static void act_values_row(const void *arg, int64_t t) {
@@ -512,48 +492,39 @@ static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, f
 
 static void add_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    ops_ref.add(a->y + t * a->copies * a->d, a->x + t * a->d, 1, a->copies, a->d, NULL);
+    ops_ref.add(a->y + t * a->heads * a->d, a->x + t * a->d, 1, a->heads, a->d, NULL);
 }
 
 /* Differs: the reference, row by row. */
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, add_row, &(row_args){.y = y, .x = x, .copies = copies, .d = d});
+    exec_for(ex, n, 16, add_row, &(row_args){.y = y, .x = x, .heads = copies, .d = d});
 }
 
-typedef struct {
-    float *x;
-    const float *inv_freq;
-    int n_heads, head_dim, rope_dim;
-    int64_t pos0, step;
-    bool inverse;
-} rope_args;
-
 static void rope_row(const void *arg, int64_t t) {
-    const rope_args *a = arg;
-    ops_ref.rope(a->x + t * a->n_heads * a->head_dim, a->inv_freq, 1, a->n_heads, a->head_dim,
-                 a->rope_dim, a->pos0 + t * a->step, a->step, a->inverse, NULL);
+    const row_args *a = arg;
+    ops_ref.rope(a->y + t * a->heads * a->d, a->w, 1, a->heads, a->d, a->rope_dim,
+                 a->pos0 + t * a->step, a->step, a->inverse, NULL);
 }
 
 /* Differs: the reference, token by token. */
 static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
                      int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
-    rope_args a = {x, inv_freq, n_heads, head_dim, rope_dim, pos0, step, inverse};
+    row_args a = {.y = x, .w = inv_freq, .heads = n_heads, .d = head_dim, .rope_dim = rope_dim,
+                  .pos0 = pos0, .step = step, .inverse = inverse};
     exec_for(ex, n, 1, rope_row, &a);
 }
 
-typedef struct { int32_t *ids; float *weights; const dsv4_route *in; } route_args;
-
 static void route_row(const void *arg, int64_t t) {
-    const route_args *a = arg;
-    dsv4_route in = *a->in;
+    const row_args *a = arg;
+    dsv4_route in = *a->route;
     in.logits += t * in.n_experts;
     if (in.tokens) in.tokens += t;
-    ops_ref.route(a->ids + t * in.topk, a->weights + t * in.topk, &in, 1, NULL);
+    ops_ref.route(a->ids + t * in.topk, a->y + t * in.topk, &in, 1, NULL);
 }
 
 /* Differs: the reference, token by token. */
 static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
-    exec_for(ex, n, 1, route_row, &(route_args){ids, weights, in});
+    exec_for(ex, n, 1, route_row, &(row_args){.ids = ids, .y = weights, .route = in});
 }
 
 /* === 5. Dot products ==========================================================================
@@ -581,6 +552,9 @@ typedef struct {
     size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
 } tile_rows;
 
+/* The last one may be ragged. */
+static inline int tiles_of(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
 /* Of n numbers. */
 static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
@@ -594,8 +568,7 @@ static inline f32x8 scale_64(uint8_t code) { return (f32x8)(((u32x8){0} + code +
 
 /* Columns c .. c+7 of a row as F32, zeros after the first n.  Of FP8 2^-120 of them and of FP4
  * 2^-126: their bits, moved to where F32 has its own.  (t is a constant where inlined.) */
-static inline __attribute__((always_inline))
-f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
+INLINE f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
     alignas(32) uint8_t last[32];
     const void *p = (const uint8_t *)row + bytes_of(t, (size_t)c);
     if (n < 8)                                               /* read no further */
@@ -611,9 +584,8 @@ f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
 }
 
 /* Add columns c .. c+n-1, n <= 8, of four rows times n_vecs vectors times scale. */
-static inline __attribute__((always_inline))
-void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, int n, f32x8 scale,
-              const float *x, size_t ldx, int n_vecs) {
+INLINE void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, int n,
+                     f32x8 scale, const float *x, size_t ldx, int n_vecs) {
     f32x8 xs[TILE_VECS];
     for (int v = 0; v < n_vecs; v++) {
         xs[v] = load_upto8(x + (size_t)v * ldx + c, n);
@@ -628,9 +600,8 @@ void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, 
 
 /* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors, but for rest_of.  FP8 rows have
  * their scales in common, FP4 rows come decoded. */
-static inline __attribute__((always_inline))
-void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
-                size_t ldx, int len, int n_vecs) {
+INLINE void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                       size_t ldx, int len, int n_vecs) {
     f32x8 acc[TILE_VECS][TILE_ROWS], scale = splat8(1);
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
@@ -649,9 +620,8 @@ void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const
 }
 
 /* The first of n_vecs vectors, as many as fit in a tile; returns how many. */
-static inline __attribute__((always_inline))
-int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x, size_t ldx,
-             int len, int n_vecs) {
+INLINE int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                    size_t ldx, int len, int n_vecs) {
     if (has_scale(t) && n_vecs > 2) n_vecs = 2;              /* three scaled x would spill */
     switch (n_vecs) {
     case 1: dot_tile_n(out, w, t, x, ldx, len, 1); return 1;
@@ -680,8 +650,7 @@ enum {
 
 /* Columns 0 .. len-1 of a row as F32, but for rest_of, and zeros up to a whole vector.  By fma,
  * since plain products of subnormals are slow on some processors. */
-static inline __attribute__((always_inline))
-void decode_row(dsv4_dtype t, float *dst, const void *row, const uint8_t *scale, int len) {
+INLINE void decode_row(dsv4_dtype t, float *dst, const void *row, const uint8_t *scale, int len) {
     for (int c = 0, stop; c < len; c = stop) {
         int block = t == DT_I8 ? 32 : 128;
         f32x8 s = has_scale(t) ? scale_64(scale[c / block]) : splat8(1);
@@ -693,17 +662,10 @@ void decode_row(dsv4_dtype t, float *dst, const void *row, const uint8_t *scale,
     }
 }
 
-typedef struct {
-    float *y;
-    const dsv4_mat *w;
-    const float *x;
-    int n, groups;
-    int group_rows, group_tiles;   /* of a group: rows, and tiles, the last one may be ragged   */
-} linear_args;
+typedef struct { float *y; const dsv4_mat *w; const float *x; int n, groups; } linear_args;
 
 /* n_rows rows r0.. of w from column c0 on; a ragged tile repeats its last row. */
-static inline __attribute__((always_inline))
-tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
+INLINE tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
     tile_rows tile = {.ahead = 0};
     for (int i = 0; i < TILE_ROWS; i++) {
         size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), at = r * (size_t)w->cols + (size_t)c0;
@@ -718,14 +680,14 @@ tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
 
 /* A tile of rows of a block of tokens; the tiles of a block follow each other, so that its x is in
  * the cache.  y is set by the first columns and added to by the others. */
-static inline __attribute__((always_inline))
-void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
+INLINE void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     const dsv4_mat *w = a->w;
-    int n_tiles = a->groups * a->group_tiles, i = (int)(item % n_tiles), g = i / a->group_tiles;
+    int group_rows = w->rows / a->groups, group_tiles = tiles_of(group_rows);
+    int n_tiles = a->groups * group_tiles, i = (int)(item % n_tiles), g = i / group_tiles;
     int t0 = (int)(item / n_tiles) * TOKEN_BLOCK, t1 = min_int(t0 + TOKEN_BLOCK, a->n);
-    int first = i % a->group_tiles * TILE_ROWS, row0 = g * a->group_rows + first;
-    int n_rows = min_int(TILE_ROWS, a->group_rows - first);
+    int first = i % group_tiles * TILE_ROWS, row0 = g * group_rows + first;
+    int n_rows = min_int(TILE_ROWS, group_rows - first);
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
     for (int c0 = 0; c0 < w->cols; c0 += TILE_COLS) {
         int len = min_int(TILE_COLS, w->cols - c0);
@@ -770,10 +732,9 @@ static void linear_item(const void *arg, int64_t item) {
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
-    int group_rows = w->rows / groups, group_tiles = (group_rows + TILE_ROWS - 1) / TILE_ROWS;
-    linear_args a = {y, w, x, n, groups, group_rows, group_tiles};
-    int64_t n_items = (int64_t)(n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * groups * group_tiles;
-    exec_for(ex, n_items, 16, linear_item, &a);
+    int64_t n_blocks = (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    exec_for(ex, n_blocks * groups * tiles_of(w->rows / groups), 16, linear_item,
+             &(linear_args){y, w, x, n, groups});
 }
 
 /* === 7. compress ==============================================================================
@@ -836,8 +797,7 @@ static const uint8_t e2m1_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                        12, 11, 10, 9,  8,  6,  4,  0};
 
 /* Four vectors of four dwords a block become four of one dword a block. */
-static inline __attribute__((always_inline))
-void fp4_unpack(u8x32 u[8], u32x8 v[4]) {
+INLINE void fp4_unpack(u8x32 u[8], u32x8 v[4]) {
     u32x8 t[4];
     for (int i = 0; i < 4; i += 2) {
         t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -876,8 +836,7 @@ typedef struct { float *scores; const dsv4_index *in; int n; size_t row; } index
 
 /* The sums of u * q over a block, plus q's offset, for eight keys.  In 16 bits: an offset is at
  * most 12 * 12 * 32 = 4608, and so are sixteen products of at most 24 * 12. */
-static inline __attribute__((always_inline))
-i32x8 block_dot(const u8x32 u[8], const head_block *h) {
+INLINE i32x8 block_dot(const u8x32 u[8], const head_block *h) {
     u16x16 sum = (u16x16)((i32x8){0} + h->offset);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) sum += pair_dots(u[i], (u8x32)((i32x8){0} + h->q[i]));
@@ -1072,16 +1031,13 @@ static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) 
     const uint16_t *rope = (const uint16_t *)(const void *)row;
     int n_codes = head_dim - rope_dim, c = 0;
     const uint8_t *code = row + 2 * rope_dim, *scale = code + n_codes;
-    bool rare = n_codes % 16 || rope_dim % 8;
+    bool rare = n_codes % 8 || rope_dim % 8;
     f32x8 top = splat8(0);
-    for (; c < n_codes && !rare; c += 16) {
-        f32x8 v[2], s = (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23);
-        v[0] = e4m3_load8(code + c) * splat8(0x1p112f);
-        v[1] = e4m3_load8(code + c + 8) * splat8(0x1p112f);
-        rare |= scale[c / 64] > 254 - 8;
-        top = max8(max8(abs8(v[0]), abs8(v[1])), top);
-        store8(x + c, v[0] * s);
-        store8(x + c + 8, v[1] * s);
+    for (; c < n_codes && !rare; c += 8) {
+        f32x8 v = e4m3_load8(code + c) * splat8(0x1p112f);
+        rare = scale[c / 64] > 254 - 8;
+        top = max8(abs8(v), top);
+        store8(x + c, v * (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23));
     }
     if (rare || max_lane8(top) > 448 * 0x1p-8f) {
         kv_row_read(x, row, head_dim, rope_dim, true);
@@ -1155,8 +1111,7 @@ static void attend_softmax(float *p, float *m, float *l, float *o, int d) {
 
 /* o[h][c ..] += sum over four items of p[h][i] * item[i][c ..], eight dims, or len if fewer, for
  * n_heads heads (a constant where inlined), d apart. */
-static inline __attribute__((always_inline))
-void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_ROWS], int c,
+INLINE void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_ROWS], int c,
                      int len, int n_heads) {
     f32x8 sum[2];
     for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + h * d + c, len);
@@ -1168,8 +1123,7 @@ void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_R
 }
 
 /* o [n_heads][d] += p times the four items i.., for heads h0.. of the block */
-static inline __attribute__((always_inline))
-void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
+INLINE void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
     f32x8 p[2][TILE_ROWS];
     int c = 0;
     for (int h = 0; h < n_heads; h++)
@@ -1346,8 +1300,6 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
  *
  * A work item is a tile of four rows, whose weights are unpacked once for all m tokens.         */
 
-enum { PIECE = 8 };                /* groups unpacked at a time: 9 KB for four rows             */
-
 typedef struct {                   /* of x                                                      */
     u8x32 limb[8][3];              /* signed                                                    */
     i32x8 offset;                  /* 12 * sum(m)                                               */
@@ -1379,8 +1331,7 @@ static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, in
 }
 
 /* Group g of row r of w, padded with zeros. */
-static inline __attribute__((always_inline))
-void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
+INLINE void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
     int row_blocks = w->cols / 32, n_blocks = row_blocks - g * PACK_BLOCKS;
     size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g * PACK_BLOCKS);
     const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
@@ -1392,7 +1343,7 @@ void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
             if (b < n_blocks) memcpy(last + 16 * b, src + 16 * b, 16), last_scale[b] = scale[b];
         src = last, scale = last_scale;
     }
-    out->scale = u8_load8(scale);
+    out->scale = i8_load8(scale) & 255;
     u32x8 v[4];
     for (int i = 0; i < 4; i++) v[i] = (u32x8)load8(src + 32 * i);
     fp4_unpack(out->u, v);
@@ -1401,8 +1352,7 @@ void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
 /* The sums of u * m over each block of a group, exact in int32.
  * pair_dots adds two products of at most 24 * 63, and in int16 the eight come to 24192.  pair_sums
  * then adds lanes in pairs and puts the limbs together: 24 * 229376 * 32 < 2^28 in all. */
-static inline __attribute__((always_inline))
-i32x8 group_sums(const w_group *w, const x_group *x) {
+INLINE i32x8 group_sums(const w_group *w, const x_group *x) {
     i32x8 sums = {0};
     u16x16 sum[3] = {{0}};
     for (int h = 0; h < 8; h++)
@@ -1429,61 +1379,50 @@ typedef struct {                   /* one or two matrices times packed rows     
     int m;
 } fp4_args;
 
-/* Add n groups to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
+/* Add a group to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
  * Blocks of padding add +0, which changes no lane. */
-static inline __attribute__((always_inline))
-f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int n) {
-    for (int g = 0; g < n; g++) {
-        i32x8 sums = group_sums(&w[g], &x[g]) - x[g].offset;
-        f32x8 power = pow2_8(w[g].scale + x[g].exponent);
-        lanes += __builtin_convertvector(sums, f32x8) * power;
-    }
-    return lanes;
+INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
+    i32x8 sums = group_sums(w, x) - x->offset;
+    return lanes + __builtin_convertvector(sums, f32x8) * pow2_8(w->scale + x->exponent);
 }
 
 /* w's rows r0 .. r0+n_rows-1 times all tokens.  For one token a group is used in the registers
- * where it was decoded; for more, each product's lanes wait on the stack between pieces of PIECE
- * groups, so that a piece is decoded once for all. */
+ * where it was decoded; for more, each product's lanes wait on the stack between groups, so that a
+ * group is decoded once for all. */
 static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
-    w_group tile[TILE_ROWS][PIECE];
+    w_group group[TILE_ROWS];
     int n_groups = (int)n_groups_of(w->cols);
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
     for (int r = 0; a->m == 1 && r < n_rows; r++)
         for (int g = 0; g < n_groups; g++) {
             w_group one;
             fp4_decode(&one, w, r0 + r, g);
-            lanes[0][r] = fp4_dot(lanes[0][r], &one, &a->x[g], 1);
+            lanes[0][r] = fp4_dot(lanes[0][r], &one, &a->x[g]);
         }
-    for (int g = 0; a->m > 1 && g < n_groups; g += PIECE) {
-        int n_now = min_int(PIECE, n_groups - g);
-        for (int r = 0; r < n_rows; r++)
-            for (int i = 0; i < n_now; i++) fp4_decode(&tile[r][i], w, r0 + r, g + i);
+    for (int g = 0; a->m > 1 && g < n_groups; g++) {
+        for (int r = 0; r < n_rows; r++) fp4_decode(&group[r], w, r0 + r, g);
         for (int t = 0; t < a->m; t++)
             for (int r = 0; r < n_rows; r++)
-                lanes[t][r] = fp4_dot(lanes[t][r], tile[r], &a->x[t * n_groups + g], n_now);
+                lanes[t][r] = fp4_dot(lanes[t][r], &group[r], &a->x[t * n_groups + g]);
     }
     for (int t = 0; t < a->m; t++) {
         float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
-        for (int r = 0; r < n_rows; r++) {
-            float sum = sum8(lanes[t][r]);
-            y[r] = a->rows ? y[r] + sum : sum;
-        }
+        for (int r = 0; r < n_rows; r++) y[r] = sum8(lanes[t][r]) + (a->rows ? y[r] : 0);
     }
 }
 
 /* Item: a tile of rows of w[0], then those of w[1]. */
 static void fp4_item(const void *arg, int64_t i) {
     const fp4_args *a = arg;
-    int n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS, which = i >= n_tiles;
+    int n_tiles = tiles_of(a->w[0]->rows), which = i >= n_tiles;
     int r0 = ((int)i - which * n_tiles) * TILE_ROWS, n_rows = a->w[which]->rows - r0;
     fp4_tile(a, a->w[which], a->out[which], r0, min_int(TILE_ROWS, n_rows));
 }
 
 /* Every row of the n_mats matrices times every token. */
 static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
-    int64_t n_items = (int64_t)(a.w[0]->rows + TILE_ROWS - 1) / TILE_ROWS * n_mats;
-    exec_for(ex, n_items, 16, fp4_item, &a);
+    exec_for(ex, (int64_t)tiles_of(a.w[0]->rows) * n_mats, 16, fp4_item, &a);
 }
 
 typedef struct {
