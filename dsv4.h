@@ -92,6 +92,7 @@ uint8_t f32_to_e4m3(float x);      /* nearest, ties to even, clamped to +-448; N
 float e2m1_to_f32(uint8_t nibble); /* the low four bits                                         */
 uint8_t f32_to_e2m1(float x);      /* nearest, ties to the even code, clamped to +-6            */
 float e8m0_to_f32(uint8_t code);   /* 2^(code-127); 0xff is NaN                                 */
+uint8_t ceil_to_e8m0(float x);      /* the least power of two >= x, a positive normal number     */
 float bf16_to_f32(uint16_t bits);
 uint16_t f32_to_bf16(float x);     /* nearest, ties to even; NaN stays NaN                      */
 float f16_to_f32(uint16_t bits);

@@ -11,8 +11,8 @@
  *              3 the same bits with AVX2 and without: lanes are lanes of GCC vectors, and each
  *                helper of section 1 that has two bodies computes the same in both
  * Contents     1 vectors   2 thread pool   3 exp and rounding   4 cheap operations
- *              5 dot products   6 linear   7 compress   8 index scores and top-k   9 attend
- *              10 hyper-connections   11 experts   12 measuring   13 the table                  */
+ *              5 dot products   6 linear   7 compress   8 four bits   9 index scores and top-k
+ *              10 attend   11 hyper-connections   12 experts   13 measuring   14 the table      */
 #define _GNU_SOURCE
 #include "dsv4.h"
 
@@ -38,25 +38,36 @@
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
 typedef uint64_t u64x4 __attribute__((vector_size(32)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
-typedef uint8_t u8x32 __attribute__((vector_size(32)));
+
+/* What depends on constant arguments, or on what stays in registers. */
+#define INLINE static inline __attribute__((always_inline))
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline f32x8 splat8(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
 
-/* Eight floats at any address. */
-static inline f32x8 load8(const float *p) {
+/* Eight floats, or anything of 32 bytes, at any address. */
+static inline f32x8 load8(const void *p) {
     f32x8 v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
 static inline void store8(float *p, f32x8 v) { memcpy(p, &v, sizeof v); }
+
+/* 16 bytes at lo and 16 at hi. */
+static inline u32x8 load_halves(const uint8_t *lo, const uint8_t *hi) {
+    u32x4 a, b;
+    memcpy(&a, lo, sizeof a);
+    memcpy(&b, hi, sizeof b);
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+}
 
 /* The first n floats, and zeros up to eight; all eight if n is larger. */
 static inline f32x8 load_upto8(const float *p, int n) {
@@ -89,28 +100,29 @@ static inline void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+/* The sum of the lanes, always as this tree:
+ * ((v0 + v4) + (v2 + v6)) + ((v1 + v5) + (v3 + v7)) */
+static inline float sum8(f32x8 v) {
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    return v[0] + v[1];
+}
+
 /* What GCC does not make of vectors by itself, first with AVX2, then in plain C:
  *   fma8                    a*b + c, rounded once
  *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
- *   clamp_i8                x between lo and hi
- *   sum8                    the sum of the lanes, always as this tree
- *   u8_load8, i8_load8      eight bytes, as 0..255 and as -128..127
- *   bf16_load8, f16_load8   eight numbers, exactly */
+ *   clamp8                  x between lo and hi
+ *   i8_load8                eight bytes, as -128..127
+ *   bf16_load8, f16_load8   eight numbers, exactly
+ *   look_up                 table[code] of each code below 16
+ *   pair_dots               of neighbours: u0 * s0 + u1 * s1, u unsigned, s signed, in int16
+ *   pair_sums               of neighbours: (v0 + v1) * k */
 #ifdef __AVX2__
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline f32x8 min8(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
 static inline f32x8 max8(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
-static inline i32x8 clamp_i8(i32x8 x, int32_t lo, int32_t hi) {
-    __m256i least = _mm256_max_epi32((__m256i)x, _mm256_set1_epi32(lo));
-    return (i32x8)_mm256_min_epi32(least, _mm256_set1_epi32(hi));
-}
-static inline float sum8(f32x8 v) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-static inline i32x8 u8_load8(const uint8_t *p) {
-    return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
+    return (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)x, (__m256i)lo), (__m256i)hi);
 }
 static inline i32x8 i8_load8(const uint8_t *p) {
     return (i32x8)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
@@ -122,39 +134,57 @@ static inline f32x8 bf16_load8(const uint16_t *p) {
 static inline f32x8 f16_load8(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
+static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
+    __m128i half = _mm_loadu_si128((const __m128i *)table);
+    return (u8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), (__m256i)code);
+}
+static inline u16x16 pair_dots(u8x32 u, u8x32 s) {
+    return (u16x16)_mm256_maddubs_epi16((__m256i)u, (__m256i)s);
+}
+static inline i32x8 pair_sums(u16x16 v, int16_t k) {
+    return (i32x8)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(k));
+}
 #else
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
     for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
     return c;
 }
+static inline i32x8 pick8(i32x8 m, i32x8 a, i32x8 b) { return (m & a) | (~m & b); }
 static inline f32x8 min8(f32x8 a, f32x8 b) {
-    for (int i = 0; i < 8; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
-    return b;
+    return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b);
 }
 static inline f32x8 max8(f32x8 a, f32x8 b) {
-    for (int i = 0; i < 8; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
-    return b;
+    return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b);
 }
-static inline i32x8 clamp_i8(i32x8 x, int32_t lo, int32_t hi) {
-    for (int i = 0; i < 8; i++) x[i] = x[i] < lo ? lo : x[i] > hi ? hi : x[i];
-    return x;
+static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
+    return pick8(x < lo, lo, pick8(x > hi, hi, x));
 }
-static inline float sum8(f32x8 v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+static inline i32x8 i8_load8(const uint8_t *p) {
+    return ((i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]} ^ 128) - 128;
 }
-static inline i32x8 u8_load8(const uint8_t *p) {
-    return (i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-}
-static inline i32x8 i8_load8(const uint8_t *p) { return (u8_load8(p) ^ 128) - 128; }
 static inline f32x8 bf16_load8(const uint16_t *p) {
-    u16x8 v;
-    memcpy(&v, p, sizeof v);
-    return (f32x8)(__builtin_convertvector(v, u32x8) << 16);
+    u32x8 v = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    return (f32x8)(v << 16);
 }
 static inline f32x8 f16_load8(const uint16_t *p) {
     f32x8 v;
     for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
     return v;
+}
+static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
+    for (int i = 0; i < 32; i++) code[i] = table[code[i]];
+    return code;
+}
+static inline u16x16 pair_dots(u8x32 u, u8x32 s) {
+    u16x16 v;
+    for (int i = 0; i < 16; i++)
+        v[i] = (uint16_t)(u[2 * i] * (int8_t)s[2 * i] + u[2 * i + 1] * (int8_t)s[2 * i + 1]);
+    return v;
+}
+static inline i32x8 pair_sums(u16x16 v, int16_t k) {
+    i32x8 sum;
+    for (int i = 0; i < 8; i++) sum[i] = ((int16_t)v[2 * i] + (int16_t)v[2 * i + 1]) * k;
+    return sum;
 }
 #endif
 
@@ -224,14 +254,6 @@ static void take_blocks(dsv4_exec *ex) {
     }
 }
 
-/* Enter as a worker, unless the gate is shut: what the caller wrote before opening is then seen. */
-static bool gate_join(dsv4_exec *ex) {
-    uint32_t g = atomic_load(&ex->gate);
-    while (g & OPEN)
-        if (atomic_compare_exchange_weak(&ex->gate, &g, g + 1)) return true;
-    return false;
-}
-
 /* A job may have come and gone, or a newer one begun, between hearing the bell and joining: either
  * is fine, for the gate alone decides, and the job's fields do not change while it is open. */
 static void *worker_main(void *arg) {
@@ -241,7 +263,9 @@ static void *worker_main(void *arg) {
         wait_change(&ex->bell, heard);
         heard = atomic_load(&ex->bell);
         if (atomic_load(&ex->stop)) return NULL;
-        if (!gate_join(ex)) continue;
+        uint32_t gate = atomic_load(&ex->gate);
+        while (gate & OPEN && !atomic_compare_exchange_weak(&ex->gate, &gate, gate + 1)) {}
+        if (!(gate & OPEN)) continue;
         take_blocks(ex);
         if (atomic_fetch_sub(&ex->gate, 1) == 1) futex_wake(&ex->gate, 1);
     }
@@ -306,13 +330,8 @@ static inline f32x8 exp8(f32x8 x) {
     f32x8 n = shifted - shift;
     f32x8 r = fma8(n, splat8(1.90465421e-9f), fma8(n, splat8(-0.693147182f), x));
     f32x8 p = splat8(1.0f / 5040);
-    p = fma8(p, r, splat8(1.0f / 720));
-    p = fma8(p, r, splat8(1.0f / 120));
-    p = fma8(p, r, splat8(1.0f / 24));
-    p = fma8(p, r, splat8(1.0f / 6));
-    p = fma8(p, r, splat8(0.5f));
-    p = fma8(p, r, splat8(1));
-    p = fma8(p, r, splat8(1));
+    static const float rest[7] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    for (int i = 0; i < 7; i++) p = fma8(p, r, splat8(rest[i]));
     i32x8 exponent = (i32x8)shifted - (i32x8)shift;
     i32x8 half = exponent >> 1;
     f32x8 a = (f32x8)((u32x8)(half + 127) << 23);
@@ -332,13 +351,6 @@ static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
     return (f32x8)((u32x8)(sum - big) | sign);
 }
 
-/* The e8m0 code of the least power of two >= s, a positive normal number. */
-static inline uint8_t ceil_pow2_code(float s) {
-    uint32_t u;
-    memcpy(&u, &s, sizeof u);
-    return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
-}
-
 /* x [d] rounded through e4m3 in blocks of 128: values y (which may be x), or codes [d] and scales
  * [ceil(d/128)].  x / scale is x times its inverse exactly, both being powers of two. */
 static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d) {
@@ -346,7 +358,7 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
         int stop = min_int(b + 128, d);
         f32x8 top = splat8(1e-4f);                           /* NaNs do not count */
         for (int i = b; i < stop; i += 8) top = max8(abs8(load_upto8(x + i, stop - i)), top);
-        uint8_t s = ceil_pow2_code(max_lane8(top) * (1.0f / 448));
+        uint8_t s = ceil_to_e8m0(max_lane8(top) * (1.0f / 448));
         f32x8 factor = splat8(e8m0_to_f32(s)), inverse = splat8(1) / factor;
         for (int i = b; i < stop; i += 8) {
             u32x8 c;
@@ -364,14 +376,17 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
  * or all of them, are left to the reference.                                                    */
 
 typedef struct {                   /* arguments of these operations; each sets what it uses     */
-    float *y;                      /* [n][d]                                                    */
+    float *y;                      /* [n][heads][d]                                             */
     const float *x, *w;
     uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
     const uint8_t *from, *from_scale; /* the same, read                                         */
     uint8_t *rows;                 /* [n] index rows                                            */
-    int d, copies;
+    int32_t *ids;
+    const dsv4_route *route;
+    int d, heads, rope_dim;
+    int64_t pos0, step;
     float eps, limit;
-    bool packed;
+    bool packed, inverse;
 } row_args;
 
 static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
@@ -405,26 +420,22 @@ static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, 
     exec_for(ex, n, 16, rmsnorm_row, &(row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
 
-static void act_quant_row(const void *arg, int64_t t) {
+static void round_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    e4m3_row(a->y + t * a->d, NULL, NULL, a->x + t * a->d, a->d);
+    if (a->y) e4m3_row(a->y + t * a->d, NULL, NULL, a->x + t * a->d, a->d);
+    else e4m3_row(NULL, a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d),
+                  a->x + t * a->d, a->d);
 }
 
 /* Differs: nothing, to the bit. */
 static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, act_quant_row, &(row_args){.y = y, .x = x, .d = d});
-}
-
-static void act_codes_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    e4m3_row(NULL, a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d), a->x + t * a->d,
-             a->d);
+    exec_for(ex, n, 16, round_row, &(row_args){.y = y, .x = x, .d = d});
 }
 
 /* Differs: nothing, to the bit. */
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
-    exec_for(ex, n, 16, act_codes_row, &(row_args){.code = code, .scale = scale, .x = x, .d = d});
+    exec_for(ex, n, 16, round_row, &(row_args){.code = code, .scale = scale, .x = x, .d = d});
 }
 
 static void act_values_row(const void *arg, int64_t t) {
@@ -481,48 +492,39 @@ static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, f
 
 static void add_row(const void *arg, int64_t t) {
     const row_args *a = arg;
-    ops_ref.add(a->y + t * a->copies * a->d, a->x + t * a->d, 1, a->copies, a->d, NULL);
+    ops_ref.add(a->y + t * a->heads * a->d, a->x + t * a->d, 1, a->heads, a->d, NULL);
 }
 
 /* Differs: the reference, row by row. */
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, add_row, &(row_args){.y = y, .x = x, .copies = copies, .d = d});
+    exec_for(ex, n, 16, add_row, &(row_args){.y = y, .x = x, .heads = copies, .d = d});
 }
 
-typedef struct {
-    float *x;
-    const float *inv_freq;
-    int n_heads, head_dim, rope_dim;
-    int64_t pos0, step;
-    bool inverse;
-} rope_args;
-
 static void rope_row(const void *arg, int64_t t) {
-    const rope_args *a = arg;
-    ops_ref.rope(a->x + t * a->n_heads * a->head_dim, a->inv_freq, 1, a->n_heads, a->head_dim,
-                 a->rope_dim, a->pos0 + t * a->step, a->step, a->inverse, NULL);
+    const row_args *a = arg;
+    ops_ref.rope(a->y + t * a->heads * a->d, a->w, 1, a->heads, a->d, a->rope_dim,
+                 a->pos0 + t * a->step, a->step, a->inverse, NULL);
 }
 
 /* Differs: the reference, token by token. */
 static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
                      int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
-    rope_args a = {x, inv_freq, n_heads, head_dim, rope_dim, pos0, step, inverse};
+    row_args a = {.y = x, .w = inv_freq, .heads = n_heads, .d = head_dim, .rope_dim = rope_dim,
+                  .pos0 = pos0, .step = step, .inverse = inverse};
     exec_for(ex, n, 1, rope_row, &a);
 }
 
-typedef struct { int32_t *ids; float *weights; const dsv4_route *in; } route_args;
-
 static void route_row(const void *arg, int64_t t) {
-    const route_args *a = arg;
-    dsv4_route in = *a->in;
+    const row_args *a = arg;
+    dsv4_route in = *a->route;
     in.logits += t * in.n_experts;
     if (in.tokens) in.tokens += t;
-    ops_ref.route(a->ids + t * in.topk, a->weights + t * in.topk, &in, 1, NULL);
+    ops_ref.route(a->ids + t * in.topk, a->y + t * in.topk, &in, 1, NULL);
 }
 
 /* Differs: the reference, token by token. */
 static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
-    exec_for(ex, n, 1, route_row, &(route_args){ids, weights, in});
+    exec_for(ex, n, 1, route_row, &(row_args){.ids = ids, .y = weights, .route = in});
 }
 
 /* === 5. Dot products ==========================================================================
@@ -550,6 +552,9 @@ typedef struct {
     size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
 } tile_rows;
 
+/* The last one may be ragged. */
+static inline int tiles_of(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
 /* Of n numbers. */
 static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
@@ -563,8 +568,7 @@ static inline f32x8 scale_64(uint8_t code) { return (f32x8)(((u32x8){0} + code +
 
 /* Columns c .. c+7 of a row as F32, zeros after the first n.  Of FP8 2^-120 of them and of FP4
  * 2^-126: their bits, moved to where F32 has its own.  (t is a constant where inlined.) */
-static inline __attribute__((always_inline))
-f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
+INLINE f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
     alignas(32) uint8_t last[32];
     const void *p = (const uint8_t *)row + bytes_of(t, (size_t)c);
     if (n < 8)                                               /* read no further */
@@ -580,9 +584,8 @@ f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
 }
 
 /* Add columns c .. c+n-1, n <= 8, of four rows times n_vecs vectors times scale. */
-static inline __attribute__((always_inline))
-void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, int n, f32x8 scale,
-              const float *x, size_t ldx, int n_vecs) {
+INLINE void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, int n,
+                     f32x8 scale, const float *x, size_t ldx, int n_vecs) {
     f32x8 xs[TILE_VECS];
     for (int v = 0; v < n_vecs; v++) {
         xs[v] = load_upto8(x + (size_t)v * ldx + c, n);
@@ -597,9 +600,8 @@ void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, 
 
 /* out[v][r] = w[r] . x[v*ldx ..], len long, for n_vecs vectors, but for rest_of.  FP8 rows have
  * their scales in common, FP4 rows come decoded. */
-static inline __attribute__((always_inline))
-void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
-                size_t ldx, int len, int n_vecs) {
+INLINE void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                       size_t ldx, int len, int n_vecs) {
     f32x8 acc[TILE_VECS][TILE_ROWS], scale = splat8(1);
     for (int v = 0; v < n_vecs; v++)
         for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
@@ -618,9 +620,8 @@ void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const
 }
 
 /* The first of n_vecs vectors, as many as fit in a tile; returns how many. */
-static inline __attribute__((always_inline))
-int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x, size_t ldx,
-             int len, int n_vecs) {
+INLINE int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
+                    size_t ldx, int len, int n_vecs) {
     if (has_scale(t) && n_vecs > 2) n_vecs = 2;              /* three scaled x would spill */
     switch (n_vecs) {
     case 1: dot_tile_n(out, w, t, x, ldx, len, 1); return 1;
@@ -649,8 +650,7 @@ enum {
 
 /* Columns 0 .. len-1 of a row as F32, but for rest_of, and zeros up to a whole vector.  By fma,
  * since plain products of subnormals are slow on some processors. */
-static inline __attribute__((always_inline))
-void decode_row(dsv4_dtype t, float *dst, const void *row, const uint8_t *scale, int len) {
+INLINE void decode_row(dsv4_dtype t, float *dst, const void *row, const uint8_t *scale, int len) {
     for (int c = 0, stop; c < len; c = stop) {
         int block = t == DT_I8 ? 32 : 128;
         f32x8 s = has_scale(t) ? scale_64(scale[c / block]) : splat8(1);
@@ -662,17 +662,10 @@ void decode_row(dsv4_dtype t, float *dst, const void *row, const uint8_t *scale,
     }
 }
 
-typedef struct {
-    float *y;
-    const dsv4_mat *w;
-    const float *x;
-    int n, groups;
-    int group_rows, group_tiles;   /* of a group: rows, and tiles, the last one may be ragged   */
-} linear_args;
+typedef struct { float *y; const dsv4_mat *w; const float *x; int n, groups; } linear_args;
 
 /* n_rows rows r0.. of w from column c0 on; a ragged tile repeats its last row. */
-static inline __attribute__((always_inline))
-tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
+INLINE tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
     tile_rows tile = {.ahead = 0};
     for (int i = 0; i < TILE_ROWS; i++) {
         size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), at = r * (size_t)w->cols + (size_t)c0;
@@ -687,14 +680,14 @@ tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
 
 /* A tile of rows of a block of tokens; the tiles of a block follow each other, so that its x is in
  * the cache.  y is set by the first columns and added to by the others. */
-static inline __attribute__((always_inline))
-void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
+INLINE void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     const dsv4_mat *w = a->w;
-    int n_tiles = a->groups * a->group_tiles, i = (int)(item % n_tiles), g = i / a->group_tiles;
+    int group_rows = w->rows / a->groups, group_tiles = tiles_of(group_rows);
+    int n_tiles = a->groups * group_tiles, i = (int)(item % n_tiles), g = i / group_tiles;
     int t0 = (int)(item / n_tiles) * TOKEN_BLOCK, t1 = min_int(t0 + TOKEN_BLOCK, a->n);
-    int first = i % a->group_tiles * TILE_ROWS, row0 = g * a->group_rows + first;
-    int n_rows = min_int(TILE_ROWS, a->group_rows - first);
+    int first = i % group_tiles * TILE_ROWS, row0 = g * group_rows + first;
+    int n_rows = min_int(TILE_ROWS, group_rows - first);
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
     for (int c0 = 0; c0 < w->cols; c0 += TILE_COLS) {
         int len = min_int(TILE_COLS, w->cols - c0);
@@ -739,10 +732,9 @@ static void linear_item(const void *arg, int64_t item) {
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
-    int group_rows = w->rows / groups, group_tiles = (group_rows + TILE_ROWS - 1) / TILE_ROWS;
-    linear_args a = {y, w, x, n, groups, group_rows, group_tiles};
-    int64_t n_items = (int64_t)(n + TOKEN_BLOCK - 1) / TOKEN_BLOCK * groups * group_tiles;
-    exec_for(ex, n_items, 16, linear_item, &a);
+    int64_t n_blocks = (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    exec_for(ex, n_blocks * groups * tiles_of(w->rows / groups), 16, linear_item,
+             &(linear_args){y, w, x, n, groups});
 }
 
 /* === 7. compress ==============================================================================
@@ -788,13 +780,46 @@ static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, in
     exec_for(ex, (int64_t)n_groups * ((in->d + 7) / 8), 8, compress_item, &a);
 }
 
-/* === 8. Index scores and top-k ================================================================
- * Packed rows: an item is SCORE_BLOCK keys for SCORE_TOKENS tokens.  Keys are decoded once, eight
- * at a time: each has a dword of a vector, so that a sum over 32 dims is one vector for eight keys.
+/* === 8. Four bits =============================================================================
+ * Exact products of FP4 numbers are sums of bytes' products, of which one factor must be unsigned:
+ * u = 2*e2m1 + 12.  Where the other factors sum up to S, 12 * S is subtracted again.
  *
- *   u[i], u[4 + i]   of eight keys dims 8i .. 8i+7 of a block, the even ones and the odd ones, as
- *                    pairs lie: 2*e2m1 + 12, for vpmaddubsw wants one factor unsigned
- *   q[i], q[4 + i]   of one head the same dims: 2*e2m1; 12 * their sum is subtracted
+ * Eight blocks of 32 numbers are unpacked at once, a block in each dword of a vector, so that a sum
+ * over a block is one vector for all eight:
+ *
+ *   blocks           in pairs, a vector each: 0 and 1, 2 and 3, ..
+ *   u[k], u[4 + k]   numbers 8k .. 8k+7 of each block, the even ones and the odd ones, as pairs of
+ *                    nibbles lie; dword i belongs to block 0 2 4 6 1 3 5 7                       */
+
+enum { PACK_BLOCKS = 8, PACK = 32 * PACK_BLOCKS }; /* blocks, and numbers, unpacked at once */
+
+static const uint8_t e2m1_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                       12, 11, 10, 9,  8,  6,  4,  0};
+
+/* Four vectors of four dwords a block become four of one dword a block. */
+INLINE void fp4_unpack(u8x32 u[8], u32x8 v[4]) {
+    u32x8 t[4];
+    for (int i = 0; i < 4; i += 2) {
+        t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 2; i++) {
+        v[2 * i] = __builtin_shufflevector(t[i], t[2 + i], 0, 1, 8, 9, 4, 5, 12, 13);
+        v[2 * i + 1] = __builtin_shufflevector(t[i], t[2 + i], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int k = 0; k < 4; k++) {
+        u[k] = look_up(e2m1_twice, (u8x32)v[k] & 15);
+        u[4 + k] = look_up(e2m1_twice, (u8x32)v[k] >> 4);
+    }
+}
+
+/* === 9. Index scores and top-k ================================================================
+ * Packed rows: an item is SCORE_BLOCK keys for SCORE_TOKENS tokens.  Keys are decoded once, eight
+ * at a time.
+ *
+ *   u                of eight keys, as fp4_unpack leaves them
+ *   q[k], q[4 + k]   of one head dims 8k .. 8k+7, the even and the odd ones: 2*e2m1; 12 * their sum
+ *                    is subtracted
  *
  * F32 rows are left to the reference.                                                           */
 
@@ -809,54 +834,25 @@ typedef struct { int32_t q[8], offset; float scale; } head_block; /* offset: in 
 
 typedef struct { float *scores; const dsv4_index *in; int n; size_t row; } index_args;
 
-/* 2*e2m1 + 12 of 32 nibbles. */
-static inline u8x32 e2m1_twice(u8x32 nibble) {
-    static const uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-#ifdef __AVX2__
-    __m128i half = _mm_loadu_si128((const __m128i *)(const void *)table);
-    return (u8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), (__m256i)nibble);
-#else
-    for (int i = 0; i < 32; i++) nibble[i] = table[nibble[i]];
-    return nibble;
-#endif
-}
-
 /* The sums of u * q over a block, plus q's offset, for eight keys.  In 16 bits: an offset is at
  * most 12 * 12 * 32 = 4608, and so are sixteen products of at most 24 * 12. */
-static inline __attribute__((always_inline))
-i32x8 block_dot(const u8x32 u[8], const head_block *h) {
-#ifdef __AVX2__
-    __m256i sum = _mm256_set1_epi32(h->offset);
+INLINE i32x8 block_dot(const u8x32 u[8], const head_block *h) {
+    u16x16 sum = (u16x16)((i32x8){0} + h->offset);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)u[i],
-                                                         _mm256_set1_epi32(h->q[i])));
-    return (i32x8)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-#else
-    i32x8 sum = (i32x8){0} + (int16_t)h->offset;
-    for (int i = 0; i < 256; i++)
-        sum[i / 4 % 8] += u[i / 32][i % 32] * (int8_t)(h->q[i / 32] >> (8 * (i % 4)));
-    return sum;
-#endif
+    for (int i = 0; i < 8; i++) sum += pair_dots(u[i], (u8x32)((i32x8){0} + h->q[i]));
+    return pair_sums(sum, 1);
 }
 
 /* Block b of the n keys whose rows begin at `rows`; the last one stands for those up to eight. */
 static void key_decode(key_block *k, const uint8_t *rows, size_t row, int d, int b, int n) {
     const uint8_t *key[8];
-    u32x8 pairs, code;
+    u32x8 pairs[4], code;
     for (int r = 0; r < 8; r++) {
         key[r] = rows + (size_t)min_int(r, n - 1) * row;
         code[r] = key[r][d / 2 + b];
     }
-    for (int i = 0; i < 4; i++) {
-        for (int r = 0; r < 8; r++) {
-            uint32_t four;
-            memcpy(&four, key[r] + 16 * b + 4 * i, sizeof four);
-            pairs[r] = four;
-        }
-        k->u[i] = e2m1_twice((u8x32)(pairs & 0x0f0f0f0f));
-        k->u[4 + i] = e2m1_twice((u8x32)(pairs >> 4 & 0x0f0f0f0f));
-    }
+    for (int i = 0; i < 4; i++) pairs[i] = load_halves(key[i] + 16 * b, key[4 + i] + 16 * b);
+    fp4_unpack(k->u, pairs);
     u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22; /* which mean 2^-127 and NaN */
     k->scale = (f32x8)(code << 23 | ends);
 }
@@ -864,12 +860,9 @@ static void key_decode(key_block *k, const uint8_t *rows, size_t row, int d, int
 /* Block b of a head's row. */
 static void head_decode(head_block *h, const uint8_t *row, int d, int b) {
     static const u32x8 shift = {0, 0, 0, 0, 4, 4, 4, 4};
-    u8x32 ones[8], q;
-    u32x8 pairs;
+    u32x8 pairs = load_halves(row + 16 * b, row + 16 * b);
+    u8x32 ones[8], q = look_up(e2m1_twice, (u8x32)(pairs >> shift & 0x0f0f0f0f)) - 12;
     memset(ones, 1, sizeof ones);
-    memcpy(&pairs, row + 16 * b, 16);
-    memcpy((uint8_t *)&pairs + 16, row + 16 * b, 16);
-    q = e2m1_twice((u8x32)(pairs >> shift & 0x0f0f0f0f)) - 12;
     memcpy(h->q, &q, sizeof h->q);
     h->offset = 0;
     h->offset = (uint16_t)(-12 * block_dot(ones, h)[0]);
@@ -1011,7 +1004,7 @@ static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t s
     exec_for(ex, n, 1, topk_row, &a);
 }
 
-/* === 9. attend ================================================================================
+/* === 10. attend ================================================================================
  * Differs: F32, in one pass.  An item is a group of heads of a token.  The list is taken in
  * blocks of ATTEND_BLOCK items, whose rows become F32 once for all these heads; with m the largest
  * score so far, o and the denominator l are kept relative to exp(m) and scaled down when m grows.
@@ -1038,16 +1031,13 @@ static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) 
     const uint16_t *rope = (const uint16_t *)(const void *)row;
     int n_codes = head_dim - rope_dim, c = 0;
     const uint8_t *code = row + 2 * rope_dim, *scale = code + n_codes;
-    bool rare = n_codes % 16 || rope_dim % 8;
+    bool rare = n_codes % 8 || rope_dim % 8;
     f32x8 top = splat8(0);
-    for (; c < n_codes && !rare; c += 16) {
-        f32x8 v[2], s = (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23);
-        v[0] = e4m3_load8(code + c) * splat8(0x1p112f);
-        v[1] = e4m3_load8(code + c + 8) * splat8(0x1p112f);
-        rare |= scale[c / 64] > 254 - 8;
-        top = max8(max8(abs8(v[0]), abs8(v[1])), top);
-        store8(x + c, v[0] * s);
-        store8(x + c + 8, v[1] * s);
+    for (; c < n_codes && !rare; c += 8) {
+        f32x8 v = e4m3_load8(code + c) * splat8(0x1p112f);
+        rare = scale[c / 64] > 254 - 8;
+        top = max8(abs8(v), top);
+        store8(x + c, v * (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23));
     }
     if (rare || max_lane8(top) > 448 * 0x1p-8f) {
         kv_row_read(x, row, head_dim, rope_dim, true);
@@ -1121,8 +1111,7 @@ static void attend_softmax(float *p, float *m, float *l, float *o, int d) {
 
 /* o[h][c ..] += sum over four items of p[h][i] * item[i][c ..], eight dims, or len if fewer, for
  * n_heads heads (a constant where inlined), d apart. */
-static inline __attribute__((always_inline))
-void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_ROWS], int c,
+INLINE void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_ROWS], int c,
                      int len, int n_heads) {
     f32x8 sum[2];
     for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + h * d + c, len);
@@ -1134,8 +1123,7 @@ void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_R
 }
 
 /* o [n_heads][d] += p times the four items i.., for heads h0.. of the block */
-static inline __attribute__((always_inline))
-void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
+INLINE void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
     f32x8 p[2][TILE_ROWS];
     int c = 0;
     for (int h = 0; h < n_heads; h++)
@@ -1186,7 +1174,7 @@ static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     exec_for(ex, (int64_t)n * a.n_groups, 1, attend_item, &a);
 }
 
-/* === 10. Hyper-connections ====================================================================
+/* === 11. Hyper-connections ====================================================================
  * Differs: F32.  fn . h is a linear over TOKEN_BLOCK tokens, so that one token uses all threads. */
 
 enum {
@@ -1305,40 +1293,22 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
     exec_for(ex, (int64_t)n * n_chunks, 1, hc_post_item, &a);
 }
 
-/* === 11. Experts ==============================================================================
+/* === 12. Experts ==============================================================================
  * Roundings on, an x row is packed once: each e4m3 integer m (18 bits and sign) is cut into three
- * signed limbs, m = l0 + 64 l1 + 4096 l2, that fit vpmaddubsw; it wants its other factor
- * unsigned, so weights become u = 2*e2m1 + 12 and 12 * sum(m) is subtracted from a block's sum.
+ * signed limbs, m = l0 + 64 l1 + 4096 l2, that fit pair_dots, and laid out as fp4_unpack leaves the
+ * weights; padded with zeros to whole groups of PACK columns.
  *
- * Eight blocks of 32 columns, a group, are added up at once, a block in each dword of a vector, in
- * the order 0 2 4 6 1 3 5 7 in which unpacking leaves them:
- *
- *   piece k (0..3)      columns 8k .. 8k+7 of all eight blocks; of these the
- *   half (even, odd)    even or odd ones, as nibbles lie: 4 bytes a block = 32 bytes
- *   u                   [4 k][2 halves][8 blocks][4]
- *   packed x            [4 k][2 halves][3 limbs][8 blocks][4], then per group [8] 12 * sum(m) and
- *                       [8] x's share of the exponent.  Padded with zeros to whole groups.
- *
- * A work item is a tile of four rows, whose weights are decoded once for all m tokens.          */
-
-enum {
-    GROUP = 256, GROUP_BLOCKS = 8, /* columns and blocks that are added up at once              */
-    HALVES = 8,                    /* vectors of u in a group                                   */
-    PIECE = 8,                     /* groups decoded at a time: 9 KB for four rows              */
-};
+ * A work item is a tile of four rows, whose weights are unpacked once for all m tokens.         */
 
 typedef struct {                   /* of x                                                      */
-    u8x32 limb[HALVES][3];         /* signed                                                    */
+    u8x32 limb[8][3];              /* signed                                                    */
     i32x8 offset;                  /* 12 * sum(m)                                               */
     i32x8 exponent;                /* scale code - 264 + 127; w's code comes to it              */
 } x_group;
 
-typedef struct {                   /* of a row of weights, decoded                              */
-    u8x32 u[HALVES];
-    i32x8 scale;                   /* codes                                                     */
-} w_group;
+typedef struct { u8x32 u[8]; i32x8 scale; } w_group; /* of a row of weights; codes              */
 
-static inline size_t n_groups_of(int cols) { return (size_t)(cols + GROUP - 1) / GROUP; }
+static inline size_t n_groups_of(int cols) { return (size_t)(cols + PACK - 1) / PACK; }
 
 /* One group, or the cols that are left, of e4m3 codes and their scales, one for 128 columns. */
 static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
@@ -1352,7 +1322,7 @@ static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, in
             for (int l = 0; l < 3; l++, m /= 64) {
                 i32x8 limb = m % 64;
                 for (int i = 0; i < 8; i++)
-                    x->limb[2 * k + i % 2][l][4 * (b % 2 * 4 + b / 2) + i / 2] = (uint8_t)limb[i];
+                    x->limb[k + i % 2 * 4][l][4 * (b % 2 * 4 + b / 2) + i / 2] = (uint8_t)limb[i];
             }
         }
         for (int i = 0; i < 8; i++) x->offset[b] += 12 * sum[i];
@@ -1360,74 +1330,46 @@ static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, in
     }
 }
 
-/* Group g of row r of w, padded with zeros.  The eight unpacks turn four vectors of four dwords a
- * block into four of one dword a block; vpshufb then looks all nibbles up: u is 2*e2m1 + 12. */
-static inline __attribute__((always_inline))
-void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
-    alignas(16) static const uint8_t offset_twice[16] = {12, 13, 14, 15, 16, 18, 20, 24,
-                                                         12, 11, 10, 9,  8,  6,  4,  0};
-    int row_blocks = w->cols / 32, n_blocks = row_blocks - g * GROUP_BLOCKS;
-    size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g * GROUP_BLOCKS);
+/* Group g of row r of w, padded with zeros. */
+INLINE void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
+    int row_blocks = w->cols / 32, n_blocks = row_blocks - g * PACK_BLOCKS;
+    size_t at = (size_t)r * (size_t)row_blocks + (size_t)(g * PACK_BLOCKS);
     const uint8_t *src = (const uint8_t *)w->data + at * 16, *scale = w->scale + at;
-    uint8_t last[128], last_scale[GROUP_BLOCKS];
-    if (r + TILE_ROWS < w->rows) prefetch(src + (size_t)row_blocks * 16 * TILE_ROWS, GROUP / 2);
-    if (n_blocks < GROUP_BLOCKS) {                           /* read no further than the row */
+    uint8_t last[PACK / 2], last_scale[PACK_BLOCKS];
+    if (r + TILE_ROWS < w->rows) prefetch(src + (size_t)row_blocks * 16 * TILE_ROWS, PACK / 2);
+    if (n_blocks < PACK_BLOCKS) {                            /* read no further than the row */
         memset(last, 0, sizeof last), memset(last_scale, 0, sizeof last_scale);
-        for (int b = 0; b < GROUP_BLOCKS; b++)               /* a call would empty registers */
+        for (int b = 0; b < PACK_BLOCKS; b++)                /* a call would empty registers */
             if (b < n_blocks) memcpy(last + 16 * b, src + 16 * b, 16), last_scale[b] = scale[b];
         src = last, scale = last_scale;
     }
-    out->scale = u8_load8(scale);
-#ifdef __AVX2__
-    __m256i table = _mm256_broadcastsi128_si256(*(const __m128i *)offset_twice), v[4], t[4];
-    for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_si256((const __m256i *)(src + 32 * i));
-    t[0] = _mm256_unpacklo_epi32(v[0], v[1]), t[1] = _mm256_unpackhi_epi32(v[0], v[1]);
-    t[2] = _mm256_unpacklo_epi32(v[2], v[3]), t[3] = _mm256_unpackhi_epi32(v[2], v[3]);
-    v[0] = _mm256_unpacklo_epi64(t[0], t[2]), v[1] = _mm256_unpackhi_epi64(t[0], t[2]);
-    v[2] = _mm256_unpacklo_epi64(t[1], t[3]), v[3] = _mm256_unpackhi_epi64(t[1], t[3]);
-    for (int k = 0; k < 4; k++) {
-        __m256i even = (__m256i)((u8x32)v[k] & 15), odd = (__m256i)((u8x32)v[k] >> 4);
-        out->u[2 * k] = (u8x32)_mm256_shuffle_epi8(table, even);
-        out->u[2 * k + 1] = (u8x32)_mm256_shuffle_epi8(table, odd);
-    }
-#else
-    for (int b = 0; b < GROUP_BLOCKS; b++)
-        for (int i = 0; i < 16; i++) {
-            int to = 4 * (b % 2 * 4 + b / 2) + i % 4;
-            out->u[i / 4 * 2][to] = offset_twice[src[16 * b + i] & 15];
-            out->u[i / 4 * 2 + 1][to] = offset_twice[src[16 * b + i] >> 4];
-        }
-#endif
+    out->scale = i8_load8(scale) & 255;
+    u32x8 v[4];
+    for (int i = 0; i < 4; i++) v[i] = (u32x8)load8(src + 32 * i);
+    fp4_unpack(out->u, v);
 }
 
 /* The sums of u * m over each block of a group, exact in int32.
- * vpmaddubsw adds two products of at most 24 * 63 and would saturate at 32767: the eight halves
- * come to 24192.  vpmaddwd then adds lanes in pairs and puts the limbs together:
- * 24 * 229376 * 32 < 2^28 in all. */
-static inline __attribute__((always_inline))
-i32x8 group_sums(const w_group *w, const x_group *x) {
+ * pair_dots adds two products of at most 24 * 63, and in int16 the eight come to 24192.  pair_sums
+ * then adds lanes in pairs and puts the limbs together: 24 * 229376 * 32 < 2^28 in all. */
+INLINE i32x8 group_sums(const w_group *w, const x_group *x) {
     i32x8 sums = {0};
-#ifdef __AVX2__
-    __m256i sum[3];
-    for (int h = 0; h < HALVES; h++)
+    u16x16 sum[3] = {{0}};
+    for (int h = 0; h < 8; h++)
         for (int l = 0; l < 3; l++) {
-            __m256i p = _mm256_maddubs_epi16((__m256i)w->u[h], (__m256i)x->limb[h][l]);
-            sum[l] = h ? _mm256_add_epi16(sum[l], p) : p;
+            sum[l] += pair_dots(w->u[h], x->limb[h][l]);
+#ifdef __AVX2__
             __asm__("" : "+x"(sum[l]));                      /* or GCC reorders, and spills */
-        }
-    for (int l = 0; l < 3; l++)
-        sums += (i32x8)_mm256_madd_epi16(sum[l], _mm256_set1_epi16((short)(1 << 6 * l)));
-#else
-    for (int h = 0; h < HALVES; h++)
-        for (int i = 0; i < 32; i++)
-            sums[i / 4] += w->u[h][i] * ((int8_t)x->limb[h][0][i] + 64 * (int8_t)x->limb[h][1][i]
-                                         + 4096 * (int8_t)x->limb[h][2][i]);
 #endif
-    return (i32x8){sums[0], sums[4], sums[1], sums[5], sums[2], sums[6], sums[3], sums[7]};
+        }
+    for (int l = 0; l < 3; l++) sums += pair_sums(sum[l], (int16_t)(1 << 6 * l));
+    return __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7);
 }
 
 /* 2^(e - 127), with e clamped to the exponents of normal numbers. */
-static inline f32x8 pow2_8(i32x8 e) { return (f32x8)((u32x8)clamp_i8(e, 1, 254) << 23); }
+static inline f32x8 pow2_8(i32x8 e) {
+    return (f32x8)((u32x8)clamp8(e, (i32x8){0} + 1, (i32x8){0} + 254) << 23);
+}
 
 typedef struct {                   /* one or two matrices times packed rows                     */
     const dsv4_mat *w[2];          /* of one shape                                              */
@@ -1437,61 +1379,50 @@ typedef struct {                   /* one or two matrices times packed rows     
     int m;
 } fp4_args;
 
-/* Add n groups to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
+/* Add a group to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
  * Blocks of padding add +0, which changes no lane. */
-static inline __attribute__((always_inline))
-f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x, int n) {
-    for (int g = 0; g < n; g++) {
-        i32x8 sums = group_sums(&w[g], &x[g]) - x[g].offset;
-        f32x8 power = pow2_8(w[g].scale + x[g].exponent);
-        lanes += __builtin_convertvector(sums, f32x8) * power;
-    }
-    return lanes;
+INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
+    i32x8 sums = group_sums(w, x) - x->offset;
+    return lanes + __builtin_convertvector(sums, f32x8) * pow2_8(w->scale + x->exponent);
 }
 
 /* w's rows r0 .. r0+n_rows-1 times all tokens.  For one token a group is used in the registers
- * where it was decoded; for more, each product's lanes wait on the stack between pieces of PIECE
- * groups, so that a piece is decoded once for all. */
+ * where it was decoded; for more, each product's lanes wait on the stack between groups, so that a
+ * group is decoded once for all. */
 static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
-    w_group tile[TILE_ROWS][PIECE];
+    w_group group[TILE_ROWS];
     int n_groups = (int)n_groups_of(w->cols);
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
     for (int r = 0; a->m == 1 && r < n_rows; r++)
         for (int g = 0; g < n_groups; g++) {
             w_group one;
             fp4_decode(&one, w, r0 + r, g);
-            lanes[0][r] = fp4_dot(lanes[0][r], &one, &a->x[g], 1);
+            lanes[0][r] = fp4_dot(lanes[0][r], &one, &a->x[g]);
         }
-    for (int g = 0; a->m > 1 && g < n_groups; g += PIECE) {
-        int n_now = min_int(PIECE, n_groups - g);
-        for (int r = 0; r < n_rows; r++)
-            for (int i = 0; i < n_now; i++) fp4_decode(&tile[r][i], w, r0 + r, g + i);
+    for (int g = 0; a->m > 1 && g < n_groups; g++) {
+        for (int r = 0; r < n_rows; r++) fp4_decode(&group[r], w, r0 + r, g);
         for (int t = 0; t < a->m; t++)
             for (int r = 0; r < n_rows; r++)
-                lanes[t][r] = fp4_dot(lanes[t][r], tile[r], &a->x[t * n_groups + g], n_now);
+                lanes[t][r] = fp4_dot(lanes[t][r], &group[r], &a->x[t * n_groups + g]);
     }
     for (int t = 0; t < a->m; t++) {
         float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
-        for (int r = 0; r < n_rows; r++) {
-            float sum = sum8(lanes[t][r]);
-            y[r] = a->rows ? y[r] + sum : sum;
-        }
+        for (int r = 0; r < n_rows; r++) y[r] = sum8(lanes[t][r]) + (a->rows ? y[r] : 0);
     }
 }
 
 /* Item: a tile of rows of w[0], then those of w[1]. */
 static void fp4_item(const void *arg, int64_t i) {
     const fp4_args *a = arg;
-    int n_tiles = (a->w[0]->rows + TILE_ROWS - 1) / TILE_ROWS, which = i >= n_tiles;
+    int n_tiles = tiles_of(a->w[0]->rows), which = i >= n_tiles;
     int r0 = ((int)i - which * n_tiles) * TILE_ROWS, n_rows = a->w[which]->rows - r0;
     fp4_tile(a, a->w[which], a->out[which], r0, min_int(TILE_ROWS, n_rows));
 }
 
 /* Every row of the n_mats matrices times every token. */
 static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
-    int64_t n_items = (int64_t)(a.w[0]->rows + TILE_ROWS - 1) / TILE_ROWS * n_mats;
-    exec_for(ex, n_items, 16, fp4_item, &a);
+    exec_for(ex, (int64_t)tiles_of(a.w[0]->rows) * n_mats, 16, fp4_item, &a);
 }
 
 typedef struct {
@@ -1514,9 +1445,9 @@ size_t expert_scratch_bytes(int dim, int inter) {
 /* Item: a group of an x row, packed or as F32. */
 static void expert_gather(const void *arg, int64_t item) {
     const expert_args *e = arg;
-    size_t n = n_groups_of(e->dim), i = (size_t)item / n, c = (size_t)item % n * GROUP;
+    size_t n = n_groups_of(e->dim), i = (size_t)item / n, c = (size_t)item % n * PACK;
     size_t row = (size_t)e->rows[i], at = row * (size_t)e->dim + c;
-    int len = min_int(GROUP, e->dim - (int)c);
+    int len = min_int(PACK, e->dim - (int)c);
     if (e->in->code)
         pack_group(e->x + item, e->in->code + at,
                    e->in->scale + row * scales_of(e->dim) + c / 128, len);
@@ -1528,10 +1459,10 @@ static void expert_gather(const void *arg, int64_t item) {
  * for w2. */
 static void expert_activate(const void *arg, int64_t item) {
     const expert_args *e = arg;
-    size_t n = n_groups_of(e->inter), i = (size_t)item / n, c = (size_t)item % n * GROUP;
+    size_t n = n_groups_of(e->inter), i = (size_t)item / n, c = (size_t)item % n * PACK;
     size_t at = i * (size_t)e->inter + c;
-    int len = min_int(GROUP, e->inter - (int)c);
-    uint8_t code[GROUP], scale[GROUP / 128];
+    int len = min_int(PACK, e->inter - (int)c);
+    uint8_t code[PACK], scale[PACK / 128];
     swiglu_one(e->g + at, e->g + at, e->u + at, len, e->limit);
     for (int j = 0; j < len; j++) e->g[at + (size_t)j] *= e->weight[i];
     if (!e->in->code) return;
@@ -1570,84 +1501,52 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
         add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
 }
 
-/* === 12. Measuring ============================================================================
- * One buffer, larger than any cache, is read, and then holds the matrix, x and y of a linear.    */
+/* === 13. Measuring ============================================================================
+ * One buffer, larger than any cache, is read, and is matrix, scales, x and y of a linear; its bytes
+ * are alike: in any format a number, and none of the sums overflows or is subnormal.            */
 
 enum {
     MEASURE_MB = 512,              /* at most, and an eighth of what a program may take here    */
     MEASURE_TOKENS = 64, MEASURE_DIM = 2048,
 };
 
-typedef struct {
-    uint8_t *base;
-    uint64_t *sum;                 /* [n_mb], so that nobody leaves the reading out             */
-    int64_t n_mb;
-} measure_args;
-
-/* Item: a megabyte.  Random bytes, but none is a NaN code: bit 1 is clear. */
-static void measure_fill(const void *arg, int64_t i) {
-    const measure_args *a = arg;
-    uint64_t random = 0x9e3779b97f4a7c15u * (uint64_t)(i + 1);
-    for (size_t at = 0; at < 1 << 20; at += sizeof random) {
-        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-        uint64_t word = random & 0xfdfdfdfdfdfdfdfdu;
-        memcpy(a->base + ((size_t)i << 20) + at, &word, sizeof word);
-    }
-}
-
 /* Item: a megabyte. */
 static void measure_read(const void *arg, int64_t i) {
-    const measure_args *a = arg;
-    const u32x8 *v = (const u32x8 *)(void *)(a->base + ((size_t)i << 20));
+    const u32x8 *v = (const u32x8 *)arg + ((size_t)i << 20) / sizeof *v;
     u32x8 sum[4] = {{0}};
     for (size_t at = 0; at < (1 << 20) / sizeof *v; at += 4)
         for (size_t j = 0; j < 4; j++) sum[j] += v[at + j];
-    sum[0] += sum[1] + sum[2] + sum[3];
-    a->sum[i] = sum[0][0] + sum[0][7];
-}
-
-/* Parts of the buffer: w [4 MB], x and y from 16 MB on, scales from 32 MB on. */
-static void measure_linear(dsv4_exec *ex, const measure_args *a) {
-    float *x = (float *)(void *)(a->base + (16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
-    dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, a->base, a->base + (32 << 20)};
-    linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
-}
-
-static void measure_stream(dsv4_exec *ex, const measure_args *a) {
-    exec_for(ex, a->n_mb, 1, measure_read, a);
-}
-
-/* Seconds of the fastest pass within `seconds`; there is at least one. */
-static double best_pass(void (*pass)(dsv4_exec *, const measure_args *), dsv4_exec *ex,
-                        const measure_args *a, double seconds) {
-    double best = INFINITY, stop = now_s() + seconds, begin, end;
-    do {
-        begin = now_s();
-        pass(ex, a);
-        end = now_s();
-        best = end - begin < best ? end - begin : best;
-    } while (end < stop);
-    return best;
+    volatile u32x8 all = sum[0] + sum[1] + sum[2] + sum[3];  /* or the reading is left out */
+    (void)all;
 }
 
 int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err) {
-    uint64_t sum[MEASURE_MB], share = machine_ram_budget() / 8 >> 20;
-    int64_t n_mb = (int64_t)(share > MEASURE_MB ? MEASURE_MB : share < 64 ? 64 : share / 2 * 2);
-    size_t bytes = (size_t)n_mb << 20;
-    measure_args a = {aligned_alloc(2 << 20, bytes), sum, n_mb};
-    if (!a.base) return fail(err, "no memory to measure with: %d MB", (int)n_mb);
-    (void)madvise(a.base, bytes, MADV_HUGEPAGE);             /* as the model's own arenas */
-    exec_for(ex, n_mb, 1, measure_fill, &a);
-    out->read_bytes_s = (double)bytes / best_pass(measure_stream, ex, &a, seconds / 2);
-    memset(a.base + (16 << 20), 0, 4 * MEASURE_TOKENS * MEASURE_DIM); /* x: zeros cost the same */
-    memset(a.base + (32 << 20), 120, MEASURE_DIM / 128 * MEASURE_DIM / 128);
-    double macs = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM;
-    out->macs_s = macs / best_pass(measure_linear, ex, &a, seconds / 2);
-    free(a.base);
+    uint64_t n_mb = machine_ram_budget() / 8 >> 20;
+    n_mb = n_mb > MEASURE_MB ? MEASURE_MB : n_mb < 64 ? 64 : n_mb / 2 * 2;
+    uint8_t *base = aligned_alloc(2 << 20, n_mb << 20);
+    if (!base) return fail(err, "no memory to measure with: %d MB", (int)n_mb);
+    (void)madvise(base, n_mb << 20, MADV_HUGEPAGE);          /* as the model's own arenas */
+    memset(base, 0x70, n_mb << 20);
+    float *x = (float *)(void *)(base + (16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
+    dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, base, base};
+    double best[2] = {INFINITY, INFINITY};                   /* seconds: to read, to multiply */
+    for (int i = 0; i < 2; i++) {
+        double stop = now_s() + seconds / 2, begin, end;
+        do {
+            begin = now_s();
+            if (i == 0) exec_for(ex, (int64_t)n_mb, 1, measure_read, base);
+            else linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
+            end = now_s();
+            best[i] = fmin(best[i], end - begin);
+        } while (end < stop);
+    }
+    out->read_bytes_s = (double)(n_mb << 20) / best[0];
+    out->macs_s = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM / best[1];
+    free(base);
     return 0;
 }
 
-/* === 13. The table ============================================================================ */
+/* === 14. The table ============================================================================ */
 
 const dsv4_ops ops_cpu = {
     "cpu",       embed_cpu,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,

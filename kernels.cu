@@ -87,6 +87,11 @@ float e8m0_to_f32(uint8_t code) {
     return bits_f32(code ? (uint32_t)code << 23 : 1u << 22); /* 2^-127 is subnormal in F32 */
 }
 
+uint8_t ceil_to_e8m0(float x) {
+    uint32_t u = f32_bits(x);
+    return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
+}
+
 float bf16_to_f32(uint16_t bits) { return bits_f32((uint32_t)bits << 16); }
 
 uint16_t f32_to_bf16(float x) {
@@ -136,14 +141,9 @@ float exp_f32(float x) {
     float shifted = fmaf(x, 1.44269504f, shift);
     float n = shifted - shift;
     float r = fmaf(n, 1.90465421e-9f, fmaf(n, -0.693147182f, x));
+    const float rest[7] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
     float p = 1.0f / 5040;
-    p = fmaf(p, r, 1.0f / 720);
-    p = fmaf(p, r, 1.0f / 120);
-    p = fmaf(p, r, 1.0f / 24);
-    p = fmaf(p, r, 1.0f / 6);
-    p = fmaf(p, r, 0.5f);
-    p = fmaf(p, r, 1.0f);
-    p = fmaf(p, r, 1.0f);
+    for (int i = 0; i < 7; i++) p = fmaf(p, r, rest[i]);
     int32_t exponent = (int32_t)(f32_bits(shifted) - f32_bits(shift));
     int32_t half = exponent >> 1;
     float a = bits_f32((uint32_t)(half + 127) << 23);
@@ -173,12 +173,6 @@ void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
 
 /* === 3. Rounding blocks and rows of KV (M2) =================================================== */
 
-/* The e8m0 code of the least power of two >= s, where s is a positive normal F32. */
-static uint8_t ceil_pow2_code(float s) {
-    uint32_t u = f32_bits(s);
-    return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
-}
-
 static float max_abs(const float *x, int n) {
     float amax = 0;
     for (int i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x[i]));
@@ -187,7 +181,7 @@ static float max_abs(const float *x, int n) {
 
 /* aq128's scale of one block: 2^ceil(log2(max(amax, 1e-4) / 448)), the product taken in F32. */
 static uint8_t e4m3_block_scale(const float *x, int n) {
-    return ceil_pow2_code(fmaxf(max_abs(x, n), 1e-4f) * (1.0f / 448));
+    return ceil_to_e8m0(fmaxf(max_abs(x, n), 1e-4f) * (1.0f / 448));
 }
 
 /* The codes [d] of x and their scales, one for `block` of them. */
@@ -387,7 +381,7 @@ static void index_round_ref(void *rows, float *x, int n, int d, bool packed, dsv
         if (!packed) memcpy(pairs, x, bytes);
         for (int b = 0; packed && b < d; b += 32) {
             int len = d - b < 32 ? d - b : 32;
-            scale[b / 32] = ceil_pow2_code(fmaxf(max_abs(x + b, len), 6 * 0x1p-126f) / 6);
+            scale[b / 32] = ceil_to_e8m0(fmaxf(max_abs(x + b, len), 6 * 0x1p-126f) / 6);
             for (int i = b; i < b + len; i++) {
                 uint8_t nibble = f32_to_e2m1(x[i] / e8m0_to_f32(scale[b / 32]));
                 pairs[i / 2] = (uint8_t)(pairs[i / 2] | nibble << (4 * (i & 1)));
