@@ -2020,10 +2020,7 @@ static uint64_t proc_number(const char *path, const char *key) {
     return find_line(rest, path, key) ? strtoull(rest, NULL, 10) : 0;
 }
 
-/* The same where it is kB. */
-static uint64_t proc_bytes(const char *path, const char *key) {
-    return proc_number(path, key) << 10;
-}
+static uint64_t meminfo(const char *key) { return proc_number("/proc/meminfo", key) << 10; }
 
 /* The memory limit of this process's cgroup (version 2) or of one above it; UINT64_MAX: none. */
 static uint64_t cgroup_limit(void) {
@@ -2040,13 +2037,13 @@ static uint64_t cgroup_limit(void) {
 }
 
 uint64_t machine_ram_total(void) {
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), limit = cgroup_limit();
+    uint64_t total = meminfo("MemTotal:"), limit = cgroup_limit();
     return limit < total ? limit : total;
 }
 
 uint64_t machine_ram_budget(void) {
-    uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable:");
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), gb = (uint64_t)1 << 30;
+    uint64_t available = meminfo("MemAvailable:");
+    uint64_t total = meminfo("MemTotal:"), gb = (uint64_t)1 << 30;
     uint64_t budget = available / 10 * 7, limit = cgroup_limit();
     if (limit < budget) budget = limit;
     if (total > 9 * gb && total - 8 * gb < budget) budget = total - 8 * gb;
@@ -2054,8 +2051,8 @@ uint64_t machine_ram_budget(void) {
 }
 
 void machine_rss(uint64_t *now, uint64_t *peak) {
-    if (now) *now = proc_bytes("/proc/self/status", "VmRSS:");
-    if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM:");
+    if (now) *now = proc_number("/proc/self/status", "VmRSS:") << 10;
+    if (peak) *peak = proc_number("/proc/self/status", "VmHWM:") << 10;
 }
 
 /* Does a file of sysfs begin with this text? */
@@ -2091,13 +2088,6 @@ static void describe_node(disk_info *d, const char *dir, int layers) {
     if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
 }
 
-static void describe_device(disk_info *d, unsigned major_nr, unsigned minor_nr,
-                            const char *sysfs) {
-    char link[PATH_MAX];
-    snprintf(link, sizeof link, "%s/dev/block/%u:%u", sysfs, major_nr, minor_nr);
-    describe_node(d, link, DISK_LAYERS);
-}
-
 /* The mount's own name of its file system says more than statfs(): "fuse.sshfs". */
 static void describe_fs(disk_info *d) {
     static const char *const network[] = {
@@ -2110,7 +2100,7 @@ static void describe_fs(disk_info *d) {
 }
 
 int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err) {
-    char path[64], *line = NULL, source[PATH_MAX] = "";
+    char path[PATH_MAX], *line = NULL, source[PATH_MAX] = "";
     size_t room = 0;
     struct stat st, disk;
     *d = (disk_info){.fs = "unknown"};
@@ -2134,6 +2124,7 @@ int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *er
     /* btrfs and the like have a device number of their own: their source may be a disk's */
     if (!major(st.st_dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk))
         st.st_dev = disk.st_rdev;
-    if (major(st.st_dev)) describe_device(d, major(st.st_dev), minor(st.st_dev), sysfs);
+    snprintf(path, sizeof path, "%s/dev/block/%u:%u", sysfs, major(st.st_dev), minor(st.st_dev));
+    if (major(st.st_dev)) describe_node(d, path, DISK_LAYERS);
     return 0;
 }
