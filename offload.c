@@ -1258,48 +1258,47 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
                 name ? " on)" : "", cause, f->cause == ENOSPC ? "; free some there" : "");
 }
 
-/* A file in dir that has no name, and room for `bytes`; -1 with errno. */
-static int raw_create(const char *dir, uint64_t bytes) {
+/* A file in dir that has no name. */
+static int raw_create(const char *dir) {
     char path[PATH_MAX];
     int fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-    if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR)) { /* not every file system can      */
-        int n = snprintf(path, sizeof path, "%s/dsv4-XX" "XX" "XX", dir);
-        if (n < 0 || n >= PATH_MAX) errno = ENAMETOOLONG;
-        else if ((fd = mkostemp(path, O_CLOEXEC)) >= 0) unlink(path);
-    }
-    if (fd < 0) return -1;
-    int rc = -1;
+    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR)) return fd;
+    int n = snprintf(path, sizeof path, "%s/dsv4-XX" "XX" "XX", dir);  /* not every file system */
+    if (n < 0 || n >= PATH_MAX) errno = ENAMETOOLONG;
+    else if ((fd = mkostemp(path, O_CLOEXEC)) >= 0) unlink(path);
+    return fd;
+}
+
+/* Make room for all of a file; 0 or errno.  What is free is asked first: an attempt would fill
+ * the disk for a while. */
+static int raw_reserve(int fd, uint64_t bytes, uint64_t *room) {
     struct statvfs fs;
-    errno = ENOSPC;                /* asked first: an attempt would fill the disk for a while    */
-    if (fstatvfs(fd, &fs) || !fs.f_blocks || bytes / fs.f_frsize <= fs.f_bavail)
-        do rc = fallocate(fd, 0, 0, (off_t)bytes);
-        while (rc && errno == EINTR);
+    int rc;
+    bool known = !fstatvfs(fd, &fs) && fs.f_blocks;
+    *room = known ? (uint64_t)fs.f_bavail * fs.f_frsize : bytes;
+    if (bytes > *room) return ENOSPC;
+    do rc = fallocate(fd, 0, 0, (off_t)bytes);
+    while (rc && errno == EINTR);
     if (rc && errno == EOPNOTSUPP) rc = ftruncate(fd, (off_t)bytes);
-    if (!rc) return fd;
-    int why = errno;
-    close(fd);
-    errno = why;
-    return -1;
+    return rc ? errno : 0;
 }
 
 int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err) {
-    struct statvfs fs;
-    char *path;
-    int file = o->c->n_shards, fd = raw_create(dir, bytes);
+    int file = o->c->n_shards, fd = raw_create(dir);
+    uint64_t room = 0;
+    char *path = NULL;
     assert(bytes > 0 && bytes % IO_ALIGN == 0);
     while (o->files[file].fd >= 0) file++;
     assert(file < o->c->n_shards + RAW_FILES);
-    if (fd < 0 && errno == ENOSPC && !statvfs(dir, &fs))
+    int why = fd < 0 ? errno : raw_reserve(fd, bytes, &room);
+    if (!why && asprintf(&path, "a temporary file in %s", dir) < 0) why = ENOMEM;
+    if (why && fd >= 0) close(fd);
+    if (why == ENOSPC)
         return fail(err, "%s has no room for a file of %" PRIu64 " bytes, only for %" PRIu64
-                    "; free some there, or choose another directory", dir, bytes,
-                    (uint64_t)fs.f_bavail * fs.f_frsize);
-    if (fd < 0)
+                    "; free some there, or choose another directory", dir, bytes, room);
+    if (why)
         return fail(err, "make a file of %" PRIu64 " bytes in %s: %s; choose another directory",
-                    bytes, dir, strerror(errno));
-    if (asprintf(&path, "a temporary file in %s", dir) < 0) {
-        close(fd);
-        return fail(err, "out of memory");
-    }
+                    bytes, dir, strerror(why));
     io_file *f = &o->files[file];
     *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = go_direct(fd, true)};
     if (o->has_ring)
