@@ -1258,48 +1258,47 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
                 name ? " on)" : "", cause, f->cause == ENOSPC ? "; free some there" : "");
 }
 
-/* A file in dir that has no name, and room for `bytes`; -1 with errno. */
-static int raw_create(const char *dir, uint64_t bytes) {
+/* A file in dir that has no name. */
+static int raw_create(const char *dir) {
     char path[PATH_MAX];
     int fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-    if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR)) { /* not every file system can      */
-        int n = snprintf(path, sizeof path, "%s/dsv4-XX" "XX" "XX", dir);
-        if (n < 0 || n >= PATH_MAX) errno = ENAMETOOLONG;
-        else if ((fd = mkostemp(path, O_CLOEXEC)) >= 0) unlink(path);
-    }
-    if (fd < 0) return -1;
-    int rc = -1;
+    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR)) return fd;
+    int n = snprintf(path, sizeof path, "%s/dsv4-XX" "XX" "XX", dir);  /* not every file system */
+    if (n < 0 || n >= PATH_MAX) errno = ENAMETOOLONG;
+    else if ((fd = mkostemp(path, O_CLOEXEC)) >= 0) unlink(path);
+    return fd;
+}
+
+/* Make room for all of a file; 0 or errno.  What is free is asked first: an attempt would fill
+ * the disk for a while. */
+static int raw_reserve(int fd, uint64_t bytes, uint64_t *room) {
     struct statvfs fs;
-    errno = ENOSPC;                /* asked first: an attempt would fill the disk for a while    */
-    if (fstatvfs(fd, &fs) || !fs.f_blocks || bytes / fs.f_frsize <= fs.f_bavail)
-        do rc = fallocate(fd, 0, 0, (off_t)bytes);
-        while (rc && errno == EINTR);
+    int rc;
+    bool known = !fstatvfs(fd, &fs) && fs.f_blocks;
+    *room = known ? (uint64_t)fs.f_bavail * fs.f_frsize : bytes;
+    if (bytes > *room) return ENOSPC;
+    do rc = fallocate(fd, 0, 0, (off_t)bytes);
+    while (rc && errno == EINTR);
     if (rc && errno == EOPNOTSUPP) rc = ftruncate(fd, (off_t)bytes);
-    if (!rc) return fd;
-    int why = errno;
-    close(fd);
-    errno = why;
-    return -1;
+    return rc ? errno : 0;
 }
 
 int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err) {
-    struct statvfs fs;
-    char *path;
-    int file = o->c->n_shards, fd = raw_create(dir, bytes);
+    int file = o->c->n_shards, fd = raw_create(dir);
+    uint64_t room = 0;
+    char *path = NULL;
     assert(bytes > 0 && bytes % IO_ALIGN == 0);
     while (o->files[file].fd >= 0) file++;
     assert(file < o->c->n_shards + RAW_FILES);
-    if (fd < 0 && errno == ENOSPC && !statvfs(dir, &fs))
+    int why = fd < 0 ? errno : raw_reserve(fd, bytes, &room);
+    if (!why && asprintf(&path, "a temporary file in %s", dir) < 0) why = ENOMEM;
+    if (why && fd >= 0) close(fd);
+    if (why == ENOSPC)
         return fail(err, "%s has no room for a file of %" PRIu64 " bytes, only for %" PRIu64
-                    "; free some there, or choose another directory", dir, bytes,
-                    (uint64_t)fs.f_bavail * fs.f_frsize);
-    if (fd < 0)
+                    "; free some there, or choose another directory", dir, bytes, room);
+    if (why)
         return fail(err, "make a file of %" PRIu64 " bytes in %s: %s; choose another directory",
-                    bytes, dir, strerror(errno));
-    if (asprintf(&path, "a temporary file in %s", dir) < 0) {
-        close(fd);
-        return fail(err, "out of memory");
-    }
+                    bytes, dir, strerror(why));
     io_file *f = &o->files[file];
     *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = go_direct(fd, true)};
     if (o->has_ring)
@@ -2020,10 +2019,7 @@ static uint64_t proc_number(const char *path, const char *key) {
     return find_line(rest, path, key) ? strtoull(rest, NULL, 10) : 0;
 }
 
-/* The same where it is kB. */
-static uint64_t proc_bytes(const char *path, const char *key) {
-    return proc_number(path, key) << 10;
-}
+static uint64_t meminfo(const char *key) { return proc_number("/proc/meminfo", key) << 10; }
 
 /* The memory limit of this process's cgroup (version 2) or of one above it; UINT64_MAX: none. */
 static uint64_t cgroup_limit(void) {
@@ -2040,13 +2036,13 @@ static uint64_t cgroup_limit(void) {
 }
 
 uint64_t machine_ram_total(void) {
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), limit = cgroup_limit();
+    uint64_t total = meminfo("MemTotal:"), limit = cgroup_limit();
     return limit < total ? limit : total;
 }
 
 uint64_t machine_ram_budget(void) {
-    uint64_t available = proc_bytes("/proc/meminfo", "MemAvailable:");
-    uint64_t total = proc_bytes("/proc/meminfo", "MemTotal:"), gb = (uint64_t)1 << 30;
+    uint64_t available = meminfo("MemAvailable:");
+    uint64_t total = meminfo("MemTotal:"), gb = (uint64_t)1 << 30;
     uint64_t budget = available / 10 * 7, limit = cgroup_limit();
     if (limit < budget) budget = limit;
     if (total > 9 * gb && total - 8 * gb < budget) budget = total - 8 * gb;
@@ -2054,8 +2050,8 @@ uint64_t machine_ram_budget(void) {
 }
 
 void machine_rss(uint64_t *now, uint64_t *peak) {
-    if (now) *now = proc_bytes("/proc/self/status", "VmRSS:");
-    if (peak) *peak = proc_bytes("/proc/self/status", "VmHWM:");
+    if (now) *now = proc_number("/proc/self/status", "VmRSS:") << 10;
+    if (peak) *peak = proc_number("/proc/self/status", "VmHWM:") << 10;
 }
 
 /* Does a file of sysfs begin with this text? */
@@ -2091,13 +2087,6 @@ static void describe_node(disk_info *d, const char *dir, int layers) {
     if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
 }
 
-static void describe_device(disk_info *d, unsigned major_nr, unsigned minor_nr,
-                            const char *sysfs) {
-    char link[PATH_MAX];
-    snprintf(link, sizeof link, "%s/dev/block/%u:%u", sysfs, major_nr, minor_nr);
-    describe_node(d, link, DISK_LAYERS);
-}
-
 /* The mount's own name of its file system says more than statfs(): "fuse.sshfs". */
 static void describe_fs(disk_info *d) {
     static const char *const network[] = {
@@ -2110,7 +2099,7 @@ static void describe_fs(disk_info *d) {
 }
 
 int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err) {
-    char path[64], *line = NULL, source[PATH_MAX] = "";
+    char path[PATH_MAX], *line = NULL, source[PATH_MAX] = "";
     size_t room = 0;
     struct stat st, disk;
     *d = (disk_info){.fs = "unknown"};
@@ -2134,6 +2123,7 @@ int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *er
     /* btrfs and the like have a device number of their own: their source may be a disk's */
     if (!major(st.st_dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk))
         st.st_dev = disk.st_rdev;
-    if (major(st.st_dev)) describe_device(d, major(st.st_dev), minor(st.st_dev), sysfs);
+    snprintf(path, sizeof path, "%s/dev/block/%u:%u", sysfs, major(st.st_dev), minor(st.st_dev));
+    if (major(st.st_dev)) describe_node(d, path, DISK_LAYERS);
     return 0;
 }

@@ -2740,6 +2740,7 @@ static void make_disk(const char *dir, const char *name, const char *rotational,
 }
 
 static void test_disk_by_sysfs(void) {
+    char path[PATH_MAX + 64];
 #define PCI "devices/pci0000:00/0000:00:17.0/"
     static const struct { const char *node, *rotational, *uuid; } disks[] = {
         {PCI "nvme/nvme0/nvme0n1", "0\n", NULL}, {PCI "nvme/nvme0/nvme0n1/nvme0n1p2", NULL, NULL},
@@ -2789,7 +2790,8 @@ static void test_disk_by_sysfs(void) {
         link_to(dir, links[i].to, links[i].from);
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         disk_info d = {.fs = ""};
-        describe_device(&d, want[i].major, want[i].minor, dir);
+        snprintf(path, sizeof path, "%s/dev/block/%u:%u", dir, want[i].major, want[i].minor);
+        describe_node(&d, path, DISK_LAYERS);
         CHECK((!want[i].device || !strcmp(d.device, want[i].device)) &&
               d.rotating == want[i].rot && d.sata == want[i].sata &&
               d.encrypted == want[i].crypt, "%u:%u is %s%s%s%s", want[i].major, want[i].minor,
