@@ -94,7 +94,7 @@ uint8_t f32_to_e4m3(float x);      /* nearest, ties to even, clamped to +-448; N
 float e2m1_to_f32(uint8_t nibble); /* the low four bits                                         */
 uint8_t f32_to_e2m1(float x);      /* nearest, ties to the even code, clamped to +-6            */
 float e8m0_to_f32(uint8_t code);   /* 2^(code-127); 0xff is NaN                                 */
-uint8_t ceil_to_e8m0(float x);      /* the least power of two >= x, a positive normal number     */
+uint8_t ceil_to_e8m0(float x);     /* the least power of two >= x, a positive normal number     */
 float bf16_to_f32(uint16_t bits);
 uint16_t f32_to_bf16(float x);     /* nearest, ties to even; NaN stays NaN                      */
 float f16_to_f32(uint16_t bits);
@@ -169,7 +169,6 @@ typedef struct { dsv4_mat w1, w2, w3; } dsv4_ffn; /* w1, w3 [inter][dim]; w2 [di
 size_t kv_row_bytes(int head_dim, int rope_dim, bool packed);
 size_t index_row_bytes(int d, bool packed);
 void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool packed);
-void index_row_read(float *x, const void *row, int d, bool packed);
 
 typedef struct {                   /* one sublayer's hyper-connection, or the head's (M3)       */
     const float *fn;               /* [(2+hc)*hc][hc*dim]; head: [hc][hc*dim]                   */
