@@ -204,6 +204,9 @@ typedef struct {                   /* attention of n tokens t0.. over all they m
     int64_t t0;
 } dsv4_attend;
 
+/* Where item j of the list of token t0 + row lies. */
+const void *attend_row(const dsv4_attend *in, int row, int64_t j);
+
 typedef struct {                   /* index scores of n tokens t0.. (M3, indexer)               */
     const void *q;                 /* [n][n_heads] rows                                         */
     const float *w;                /* [n][n_heads] weights_proj x                               */
@@ -264,6 +267,10 @@ typedef struct dsv4_ops {
 
 extern const dsv4_ops ops_ref;     /* kernels.cu: plain C, wide sums, slow                      */
 extern const dsv4_ops ops_cpu;     /* kernels.c                                                 */
+/* References that are fast enough for ops_cpu. */
+void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc, dsv4_exec *ex);
+void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
+                  dsv4_exec *ex);
 
 /* Bytes of scratch that expert_ffn needs for these sizes, on any backend. */
 size_t expert_scratch_bytes(int dim, int inter);

@@ -219,8 +219,8 @@ void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool pac
  * out  h [n][hc][w.cols]
  * in   w F32, F16 or BF16 [vocab][dim]   tokens [n], each < w.rows (asserted)
  *      BIT-DEFINED (a copy)                                                                     */
-static void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
-                      dsv4_exec *ex) {
+void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+               dsv4_exec *ex) {
     for (int t = 0; t < n; t++) {
         assert(tokens[t] >= 0 && tokens[t] < w->rows);
         for (int i = 0; i < hc; i++)
@@ -329,8 +329,8 @@ static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int he
  * out  rows [n], see dsv4.h; must not alias x
  * in   x [n][head_dim]
  *      BIT-DEFINED.  NaN and infinity as in act_codes.                                          */
-static void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim,
-                         bool packed, dsv4_exec *ex) {
+void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
+                  dsv4_exec *ex) {
     assert(rope_dim <= head_dim);
     size_t bytes = kv_row_bytes(head_dim, rope_dim, packed);
     int n_codes = head_dim - rope_dim;
@@ -496,7 +496,7 @@ static void topk_ref(int32_t *idx, int32_t *count, const float *scores, size_t s
  *   score = q.k * head_dim^-0.5; p = exp(score) / (sum exp(score) + exp(sink)); o = sum p k
  * out  o [n][n_heads][head_dim], before the inverse rope; must not alias q
  * in   see dsv4_attend: position p's row is kv[p - t0] if p >= t0, else ring[p % window]        */
-static void attend_ref_item(float *k, const dsv4_attend *in, int row, int64_t j) {
+const void *attend_row(const dsv4_attend *in, int row, int64_t j) {
     int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
     int64_t p = first + j, at = p - t - 1;
     const void *rows = in->comp;
@@ -507,8 +507,7 @@ static void attend_ref_item(float *k, const dsv4_attend *in, int row, int64_t j)
         at = in->idx[(size_t)row * (size_t)in->topk + (size_t)at];
     }
     size_t bytes = kv_row_bytes(in->head_dim, in->rope_dim, in->packed);
-    kv_row_read(k, (const uint8_t *)rows + (size_t)at * bytes, in->head_dim, in->rope_dim,
-                in->packed);
+    return (const uint8_t *)rows + (size_t)at * bytes;
 }
 
 static void attend_ref_head(float *o, const dsv4_attend *in, int row, const float *q, double sink,
@@ -519,7 +518,7 @@ static void attend_ref_head(float *o, const dsv4_attend *in, int row, const floa
     for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
         for (int64_t j = 0; j < n_items; j++) {
             double score = 0;
-            attend_ref_item(k, in, row, j);
+            kv_row_read(k, attend_row(in, row, j), in->head_dim, in->rope_dim, in->packed);
             for (int c = 0; c < in->head_dim; c++) score += (double)q[c] * k[c];
             score /= sqrt((double)in->head_dim);
             if (pass == 0) {
