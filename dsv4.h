@@ -92,7 +92,7 @@ uint8_t f32_to_e4m3(float x);      /* nearest, ties to even, clamped to +-448; N
 float e2m1_to_f32(uint8_t nibble); /* the low four bits                                         */
 uint8_t f32_to_e2m1(float x);      /* nearest, ties to the even code, clamped to +-6            */
 float e8m0_to_f32(uint8_t code);   /* 2^(code-127); 0xff is NaN                                 */
-uint8_t ceil_to_e8m0(float x);      /* the least power of two >= x, a positive normal number     */
+uint8_t ceil_to_e8m0(float x);     /* the least power of two >= x, a positive normal number     */
 float bf16_to_f32(uint16_t bits);
 uint16_t f32_to_bf16(float x);     /* nearest, ties to even; NaN stays NaN                      */
 float f16_to_f32(uint16_t bits);
@@ -167,7 +167,6 @@ typedef struct { dsv4_mat w1, w2, w3; } dsv4_ffn; /* w1, w3 [inter][dim]; w2 [di
 size_t kv_row_bytes(int head_dim, int rope_dim, bool packed);
 size_t index_row_bytes(int d, bool packed);
 void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool packed);
-void index_row_read(float *x, const void *row, int d, bool packed);
 
 typedef struct {                   /* one sublayer's hyper-connection, or the head's (M3)       */
     const float *fn;               /* [(2+hc)*hc][hc*dim]; head: [hc][hc*dim]                   */
@@ -202,6 +201,9 @@ typedef struct {                   /* attention of n tokens t0.. over all they m
     bool packed;                   /* the rows                                                  */
     int64_t t0;
 } dsv4_attend;
+
+/* Where item j of the list of token t0 + row lies. */
+const void *attend_row(const dsv4_attend *in, int row, int64_t j);
 
 typedef struct {                   /* index scores of n tokens t0.. (M3, indexer)               */
     const void *q;                 /* [n][n_heads] rows                                         */
@@ -263,6 +265,10 @@ typedef struct dsv4_ops {
 
 extern const dsv4_ops ops_ref;     /* kernels.cu: plain C, wide sums, slow                      */
 extern const dsv4_ops ops_cpu;     /* kernels.c                                                 */
+/* References that are fast enough for ops_cpu. */
+void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc, dsv4_exec *ex);
+void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
+                  dsv4_exec *ex);
 
 /* Bytes of scratch that expert_ffn needs for these sizes, on any backend. */
 size_t expert_scratch_bytes(int dim, int inter);

@@ -79,10 +79,8 @@ static inline f32x8 load_upto8(const float *p, int n) {
 
 /* The first n lanes; all eight if n is larger. */
 static inline void store_upto8(float *p, f32x8 v, int n) {
-    if (n >= 8)
-        store8(p, v);
-    else
-        memcpy(p, &v, (size_t)n * sizeof *p);
+    if (n >= 8) store8(p, v);
+    else memcpy(p, &v, (size_t)n * sizeof *p);
 }
 
 /* The sign bit cleared, of NaN and -0 too. */
@@ -372,8 +370,8 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
 }
 
 /* === 4. Cheap operations: an item is a row ====================================================
- * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row,
- * or all of them, are left to the reference.                                                    */
+ * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row
+ * is left to the reference; embed and kv_round are, as they stand in the table.                 */
 
 typedef struct {                   /* arguments of these operations; each sets what it uses     */
     float *y;                      /* [n][heads][d]                                             */
@@ -390,12 +388,6 @@ typedef struct {                   /* arguments of these operations; each sets w
 } row_args;
 
 static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
-
-/* Differs: the reference, for the time of a prompt's is little. */
-static void embed_cpu(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
-                      dsv4_exec *ex) {
-    ops_ref.embed(h, w, tokens, n, hc, ex);
-}
 
 /* The sum of squares of x [d]. */
 static inline float sum_squares(const float *x, int d) {
@@ -449,12 +441,6 @@ static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, 
                            dsv4_exec *ex) {
     row_args a = {.y = y, .from = code, .from_scale = scale, .d = d};
     exec_for(ex, n, 16, act_values_row, &a);
-}
-
-/* Differs: nothing; a token has one row. */
-static void kv_round_cpu(void *rows, const float *x, int n, int head_dim, int rope_dim,
-                         bool packed, dsv4_exec *ex) {
-    ops_ref.kv_round(rows, x, n, head_dim, rope_dim, packed, ex);
 }
 
 static void index_round_row(const void *arg, int64_t t) {
@@ -869,16 +855,6 @@ static void head_decode(head_block *h, const uint8_t *row, int d, int b) {
     h->scale = e8m0_to_f32(row[d / 2 + b]);
 }
 
-/* sum [n_heads] += one block of eight keys times that of heads, which lie `stride` apart. */
-static void score_block(f32x8 *sum, const key_block *k, const head_block *h, int stride,
-                        int n_heads) {
-    u8x32 u[8];
-    memcpy(u, k->u, sizeof u);
-    for (int i = 0; i < n_heads; i++, h += stride)
-        sum[i] = fma8(__builtin_convertvector(block_dot(u, h), f32x8) * k->scale, splat8(h->scale),
-                      sum[i]);
-}
-
 /* Scores of decoded keys, as many as the one token sees. */
 static void score_token(float *scores, const dsv4_index *in, const key_block *keys, size_t row) {
     const uint8_t *q = in->q;
@@ -891,8 +867,15 @@ static void score_token(float *scores, const dsv4_index *in, const key_block *ke
             for (int b = 0; b < n_blocks; b++) head_decode(&head[h * n_blocks + b], q, in->d, b);
         for (int k = 0; k < (n + 7) / 8; k++) {
             f32x8 sum[SCORE_HEADS] = {{0}};
-            for (int b = 0; b < n_blocks; b++)
-                score_block(sum, &keys[k * n_blocks + b], head + b, n_blocks, n_now);
+            for (int b = 0; b < n_blocks; b++) {
+                const key_block key = keys[k * n_blocks + b];
+                for (int h = 0; h < n_now; h++) {
+                    const head_block *q_block = &head[h * n_blocks + b];
+                    i32x8 dot = block_dot(key.u, q_block);
+                    sum[h] = fma8(__builtin_convertvector(dot, f32x8) * key.scale,
+                                  splat8(q_block->scale), sum[h]);
+                }
+            }
             for (int h = 0; h < n_now; h++)
                 total[k] = fma8(splat8(in->w[h0 + h] * (in->w_scale / 4)),
                                 max8(sum[h], splat8(0)), total[k]);
@@ -1023,7 +1006,7 @@ typedef struct {
     int n, padded;
     const void *item[ATTEND_BLOCK]; /* rows of F32: the caller's, or in x                       */
     alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
-    float x[ATTEND_BLOCK * MAX_HEAD_DIM];
+    float x[ATTEND_BLOCK * MAX_HEAD_DIM], spare[MAX_HEAD_DIM];
 } attend_block;
 
 /* kv_row_read for packed rows.  Left to it: odd sizes, NaN, and scales that times 256 overflow. */
@@ -1049,23 +1032,14 @@ static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) 
 /* Items j0 .. of the list of token t0 + row, which has n_items. */
 static void attend_gather(attend_block *b, const dsv4_attend *in, int row, int64_t j0,
                           int64_t n_items) {
-    int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
-    size_t bytes = kv_row_bytes(in->head_dim, in->rope_dim, in->packed);
     b->n = (int)min_i64(ATTEND_BLOCK, n_items - j0);
-    b->padded = (b->n + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    b->padded = tiles_of(b->n) * TILE_ROWS;
     for (int i = 0; i < b->n; i++) {
-        int64_t p = first + j0 + i, at = p - t - 1;
-        const uint8_t *rows = in->comp;
-        if (p <= t) {
-            rows = p >= in->t0 ? in->kv : in->ring;
-            at = p >= in->t0 ? p - in->t0 : p % in->window;
-        } else if (in->idx) {
-            at = in->idx[(size_t)row * (size_t)in->topk + (size_t)at];
-        }
-        b->item[i] = rows + (size_t)at * bytes;
+        b->item[i] = attend_row(in, row, j0 + i);
         if (!in->packed) continue;
-        kv_decode(b->x + i * in->head_dim, b->item[i], in->head_dim, in->rope_dim);
-        b->item[i] = b->x + i * in->head_dim;
+        float *x = b->x + i * in->head_dim;
+        kv_decode(x, b->item[i], in->head_dim, in->rope_dim);
+        b->item[i] = x;
     }
     for (int i = b->n; i < b->padded; i++) b->item[i] = b->item[b->n - 1];
 }
@@ -1109,36 +1083,30 @@ static void attend_softmax(float *p, float *m, float *l, float *o, int d) {
     *l += sum8(sum);
 }
 
-/* o[h][c ..] += sum over four items of p[h][i] * item[i][c ..], eight dims, or len if fewer, for
- * n_heads heads (a constant where inlined), d apart. */
-INLINE void attend_mix_dims(float *o, int d, const void *const *item, f32x8 (*p)[TILE_ROWS], int c,
-                     int len, int n_heads) {
-    f32x8 sum[2];
-    for (int h = 0; h < n_heads; h++) sum[h] = load_upto8(o + h * d + c, len);
+/* Of both heads, o[c ..] += sum over four items of p * item[c ..], eight dims, or len if fewer. */
+INLINE void attend_mix_dims(float *const o[2], const void *const *item, f32x8 (*p)[TILE_ROWS],
+                            int c, int len) {
+    f32x8 sum[2] = {load_upto8(o[0] + c, len), load_upto8(o[1] + c, len)};
     for (int r = 0; r < TILE_ROWS; r++) {
         f32x8 k = load_upto8((const float *)item[r] + c, len);
-        for (int h = 0; h < n_heads; h++) sum[h] = fma8(p[h][r], k, sum[h]);
+        for (int h = 0; h < 2; h++) sum[h] = fma8(p[h][r], k, sum[h]);
     }
-    for (int h = 0; h < n_heads; h++) store_upto8(o + h * d + c, sum[h], len);
+    for (int h = 0; h < 2; h++) store_upto8(o[h] + c, sum[h], len);
 }
 
-/* o [n_heads][d] += p times the four items i.., for heads h0.. of the block */
-INLINE void attend_mix_n(float *o, const attend_block *b, int i, int h0, int d, int n_heads) {
-    f32x8 p[2][TILE_ROWS];
-    int c = 0;
-    for (int h = 0; h < n_heads; h++)
-        for (int r = 0; r < TILE_ROWS; r++) p[h][r] = splat8(b->p[h0 + h][i + r]);
-    for (; c + 8 <= d; c += 8) attend_mix_dims(o, d, b->item + i, p, c, 8, n_heads);
-    if (c < d) attend_mix_dims(o, d, b->item + i, p, c, d - c, n_heads);
-}
-
-/* o [n_heads][d] += p times the block's items, ascending */
-static void attend_mix(float *o, const attend_block *b, int n_heads, int d) {
-    for (int i = 0; i < b->padded; i += TILE_ROWS) {
-        int h = 0;
-        for (; h + 2 <= n_heads; h += 2) attend_mix_n(o + h * d, b, i, h, d, 2);
-        if (h < n_heads) attend_mix_n(o + h * d, b, i, h, d, 1);
-    }
+/* o [n_heads][d] += p times the block's items, ascending, two heads at a time; one that is alone
+ * goes with a head that nobody reads */
+static void attend_mix(float *o, attend_block *b, int n_heads, int d) {
+    for (int i = 0; i < b->padded; i += TILE_ROWS)
+        for (int h = 0, c = 0; h < n_heads; h += 2, c = 0) {
+            int next = min_int(h + 1, n_heads - 1);
+            float *two[2] = {o + h * d, next > h ? o + next * d : b->spare};
+            f32x8 p[2][TILE_ROWS];
+            for (int r = 0; r < TILE_ROWS; r++)
+                p[0][r] = splat8(b->p[h][i + r]), p[1][r] = splat8(b->p[next][i + r]);
+            for (; c + 8 <= d; c += 8) attend_mix_dims(two, b->item + i, p, c, 8);
+            if (c < d) attend_mix_dims(two, b->item + i, p, c, d - c);
+        }
 }
 
 /* Item: head group i % n_groups of token i / n_groups. */
@@ -1153,8 +1121,9 @@ static void attend_item(const void *arg, int64_t item) {
     float *o = a->o + at, m[HEAD_GROUP], l[HEAD_GROUP];      /* sums, maximum, denominator */
     memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
     for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
+    attend_block b;
+    memset(b.spare, 0, sizeof b.spare);
     for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
-        attend_block b;
         attend_gather(&b, in, row, j, n_items);
         attend_scores(&b, in->q + at, n_heads, d);
         for (int h = 0; h < n_heads; h++) attend_softmax(b.p[h], &m[h], &l[h], o + h * d, d);
@@ -1549,8 +1518,8 @@ int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err) 
 /* === 14. The table ============================================================================ */
 
 const dsv4_ops ops_cpu = {
-    "cpu",       embed_cpu,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,
-    linear_cpu,  rope_cpu,     kv_round_cpu,    index_round_cpu, compress_cpu,   index_scores_cpu,
+    "cpu",       embed_ref,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,
+    linear_cpu,  rope_cpu,     kv_round_ref,    index_round_cpu, compress_cpu,   index_scores_cpu,
     topk_cpu,    attend_cpu,   hc_pre_cpu,      hc_post_cpu,   hc_head_cpu,      route_cpu,
     swiglu_cpu,  expert_ffn_cpu, add_cpu,
 };

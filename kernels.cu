@@ -158,10 +158,8 @@ void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
     const double two_pi = 6.283185307179586;
     double per = rope_dim / (2 * log(theta)), last = rope_dim - 1;
     /* The pair that turns `beta` times within the original context, clamped to one there is. */
-    double low = floor(per * log(original / (two_pi * beta_fast)));
-    double high = ceil(per * log(original / (two_pi * beta_slow)));
-    low = fmin(fmax(low, 0), last);
-    high = fmin(fmax(high, 0), last);
+    double low = fmin(fmax(floor(per * log(original / (two_pi * beta_fast))), 0), last);
+    double high = fmin(fmax(ceil(per * log(original / (two_pi * beta_slow))), 0), last);
     if (high == low) high += 0.001;
     for (int i = 0; i < rope_dim / 2; i++) {
         float f = 1.0f / (float)pow(theta, (double)(2 * i) / rope_dim);
@@ -217,19 +215,12 @@ void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool pac
                            : bf16_to_f32(rope[c - n_codes]);
 }
 
-void index_row_read(float *x, const void *row, int d, bool packed) {
-    const uint8_t *pairs = (const uint8_t *)row, *scale = pairs + (d + 1) / 2;
-    for (int c = 0; c < d; c++)
-        x[c] = !packed ? ((const float *)row)[c]
-             : e2m1_to_f32((uint8_t)(pairs[c / 2] >> (4 * (c & 1)))) * e8m0_to_f32(scale[c / 32]);
-}
-
 /* === 4. embed: every stream starts as the token's row ============================ M3, first line
  * out  h [n][hc][w.cols]
  * in   w F32, F16 or BF16 [vocab][dim]   tokens [n], each < w.rows (asserted)
  *      BIT-DEFINED (a copy)                                                                     */
-static void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
-                      dsv4_exec *ex) {
+void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc,
+               dsv4_exec *ex) {
     for (int t = 0; t < n; t++) {
         assert(tokens[t] >= 0 && tokens[t] < w->rows);
         for (int i = 0; i < hc; i++)
@@ -338,8 +329,8 @@ static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int he
  * out  rows [n], see dsv4.h; must not alias x
  * in   x [n][head_dim]
  *      BIT-DEFINED.  NaN and infinity as in act_codes.                                          */
-static void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim,
-                         bool packed, dsv4_exec *ex) {
+void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
+                  dsv4_exec *ex) {
     assert(rope_dim <= head_dim);
     size_t bytes = kv_row_bytes(head_dim, rope_dim, packed);
     int n_codes = head_dim - rope_dim;
@@ -483,27 +474,18 @@ static void index_scores_ref(float *scores, const dsv4_index *in, int n, dsv4_ex
  * out  idx [n][k] ascending, the first count[t] set   count [n] = min(k, visible entries)
  * in   scores rows `stride` floats apart, no NaN
  *      BIT-DEFINED                                                                              */
-static void topk_ref_row(int32_t *idx, int count, const float *s, int64_t visible) {
-    int32_t last = -1;                                       /* the one chosen before            */
-    for (int i = 0; i < count; i++) {
-        int32_t best = -1;
-        for (int32_t e = 0; e < visible; e++) {
-            bool later = last < 0 || s[e] < s[last] || (s[e] == s[last] && e > last);
-            if (later && (best < 0 || s[e] > s[best])) best = e;
-        }
-        int at = i;                                          /* insert in ascending order        */
-        for (; at > 0 && idx[at - 1] > best; at--) idx[at] = idx[at - 1];
-        idx[at] = last = best;
-    }
-}
-
 static void topk_ref(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
                      int k, int ratio, int64_t t0, dsv4_exec *ex) {
-    for (int t = 0; t < n; t++) {
+    for (int t = 0; t < n; t++, idx += k, scores += stride) {
         int64_t visible = (t0 + t + 1) / ratio;
         assert(visible <= INT32_MAX);
-        count[t] = visible < k ? (int32_t)visible : k;
-        topk_ref_row(idx + (size_t)t * (size_t)k, count[t], scores + (size_t)t * stride, visible);
+        count[t] = 0;
+        for (int32_t e = 0; e < visible; e++) {
+            int32_t better = 0;                              /* entries that go before e */
+            for (int32_t o = 0; o < visible; o++)
+                better += scores[o] > scores[e] || (scores[o] == scores[e] && o < e);
+            if (better < k && count[t] < k) idx[count[t]++] = e;
+        }
     }
 }
 
@@ -514,7 +496,7 @@ static void topk_ref(int32_t *idx, int32_t *count, const float *scores, size_t s
  *   score = q.k * head_dim^-0.5; p = exp(score) / (sum exp(score) + exp(sink)); o = sum p k
  * out  o [n][n_heads][head_dim], before the inverse rope; must not alias q
  * in   see dsv4_attend: position p's row is kv[p - t0] if p >= t0, else ring[p % window]        */
-static void attend_ref_item(float *k, const dsv4_attend *in, int row, int64_t j) {
+const void *attend_row(const dsv4_attend *in, int row, int64_t j) {
     int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
     int64_t p = first + j, at = p - t - 1;
     const void *rows = in->comp;
@@ -525,8 +507,7 @@ static void attend_ref_item(float *k, const dsv4_attend *in, int row, int64_t j)
         at = in->idx[(size_t)row * (size_t)in->topk + (size_t)at];
     }
     size_t bytes = kv_row_bytes(in->head_dim, in->rope_dim, in->packed);
-    kv_row_read(k, (const uint8_t *)rows + (size_t)at * bytes, in->head_dim, in->rope_dim,
-                in->packed);
+    return (const uint8_t *)rows + (size_t)at * bytes;
 }
 
 static void attend_ref_head(float *o, const dsv4_attend *in, int row, const float *q, double sink,
@@ -537,7 +518,7 @@ static void attend_ref_head(float *o, const dsv4_attend *in, int row, const floa
     for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
         for (int64_t j = 0; j < n_items; j++) {
             double score = 0;
-            attend_ref_item(k, in, row, j);
+            kv_row_read(k, attend_row(in, row, j), in->head_dim, in->rope_dim, in->packed);
             for (int c = 0; c < in->head_dim; c++) score += (double)q[c] * k[c];
             score /= sqrt((double)in->head_dim);
             if (pass == 0) {
@@ -555,8 +536,7 @@ static void attend_ref_head(float *o, const dsv4_attend *in, int row, const floa
 static void attend_ref(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     assert(in->head_dim <= MAX_HEAD_DIM && in->window > 0);
     for (int row = 0; row < n; row++) {
-        int64_t t = in->t0 + row;
-        int64_t n_items = t + 1 < in->window ? t + 1 : in->window;
+        int64_t t = in->t0 + row, n_items = t + 1 < in->window ? t + 1 : in->window;
         if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
         for (int h = 0; h < in->n_heads; h++) {
             size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h) * (size_t)in->head_dim;
@@ -598,41 +578,44 @@ static void sinkhorn_ref(double *C, int hc, bool by_row, double eps) {
     }
 }
 
-static void hc_sum_ref(float *x, const double *pre, const float *h, const dsv4_hc_shape *s) {
-    for (int c = 0; c < s->dim; c++) {
+/* comb [hc][hc] of one token's mixes */
+static void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const dsv4_hc_shape *s) {
+    int hc = s->hc;
+    double C[MAX_HC * MAX_HC];
+    for (int i = 0; i < hc; i++) {
         double sum = 0;
-        for (int i = 0; i < s->hc; i++) sum += pre[i] * h[i * s->dim + c];
-        x[c] = (float)sum;
+        for (int j = 0; j < hc; j++) {
+            int at = (2 + i) * hc + j;
+            sum += C[i * hc + j] = exp(m[at] * w->scale[2] + w->base[at]);
+        }
+        for (int j = 0; j < hc; j++) C[i * hc + j] = C[i * hc + j] / sum + s->hc_eps;
     }
+    sinkhorn_ref(C, hc, false, s->hc_eps);
+    for (int it = 1; it < s->sinkhorn_iters; it++) {
+        sinkhorn_ref(C, hc, true, s->hc_eps);
+        sinkhorn_ref(C, hc, false, s->hc_eps);
+    }
+    for (int i = 0; i < hc * hc; i++) comb[i] = (float)C[i];
 }
 
+/* With post and comb NULL it is hc_head. */
 static void hc_pre_ref(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
                        const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     int hc = s->hc;
     assert(hc > 0 && hc <= MAX_HC);
     for (int t = 0; t < n; t++, h += (size_t)hc * (size_t)s->dim, x += s->dim) {
-        double m[(2 + MAX_HC) * MAX_HC], pre[MAX_HC], C[MAX_HC * MAX_HC];
-        hc_mix_ref(m, h, w->fn, (2 + hc) * hc, s);
-        for (int i = 0; i < hc; i++) {
+        double m[(2 + MAX_HC) * MAX_HC], pre[MAX_HC];
+        hc_mix_ref(m, h, w->fn, post ? (2 + hc) * hc : hc, s);
+        for (int i = 0; i < hc; i++)
             pre[i] = sigmoid_ref(m[i] * w->scale[0] + w->base[i]) + s->hc_eps;
-            *post++ = (float)(2 * sigmoid_ref(m[hc + i] * w->scale[1] + w->base[hc + i]));
+        for (int i = hc; post && i < 2 * hc; i++)
+            *post++ = (float)(2 * sigmoid_ref(m[i] * w->scale[1] + w->base[i]));
+        if (comb) hc_comb_ref(comb + t * hc * hc, m, w, s);
+        for (int c = 0; c < s->dim; c++) {
+            double sum = 0;
+            for (int i = 0; i < hc; i++) sum += pre[i] * h[i * s->dim + c];
+            x[c] = (float)sum;
         }
-        for (int i = 0; i < hc; i++) {
-            double row[MAX_HC], sum = 0;
-            for (int j = 0; j < hc; j++) {
-                int at = (2 + i) * hc + j;
-                row[j] = exp(m[at] * w->scale[2] + w->base[at]);
-                sum += row[j];
-            }
-            for (int j = 0; j < hc; j++) C[i * hc + j] = row[j] / sum + s->hc_eps;
-        }
-        sinkhorn_ref(C, hc, false, s->hc_eps);
-        for (int it = 1; it < s->sinkhorn_iters; it++) {
-            sinkhorn_ref(C, hc, true, s->hc_eps);
-            sinkhorn_ref(C, hc, false, s->hc_eps);
-        }
-        for (int i = 0; i < hc * hc; i++) *comb++ = (float)C[i];
-        hc_sum_ref(x, pre, h, s);
     }
 }
 
@@ -662,14 +645,7 @@ static void hc_post_ref(float *h, const float *y, const float *post, const float
  * in   h [n][hc][dim]   w: fn [hc][hc*dim], scale [1], base [hc]                                */
 static void hc_head_ref(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
                         dsv4_exec *ex) {
-    assert(s->hc > 0 && s->hc <= MAX_HC);
-    for (int t = 0; t < n; t++, h += (size_t)s->hc * (size_t)s->dim, x += s->dim) {
-        double m[MAX_HC];
-        hc_mix_ref(m, h, w->fn, s->hc, s);
-        for (int i = 0; i < s->hc; i++)
-            m[i] = sigmoid_ref(m[i] * w->scale[0] + w->base[i]) + s->hc_eps;
-        hc_sum_ref(x, m, h, s);
-    }
+    hc_pre_ref(x, NULL, NULL, h, w, s, n, ex);
 }
 
 /* === 20. route: the experts of each token, and their weights ======================== M3, MoE ===
@@ -764,13 +740,11 @@ static float fp4_dot_ref(const dsv4_mat *w, int r, const uint8_t *code, const ui
          + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
 
-/* Row r of w times one vector: codes and scales if code is set, else f32. */
-static float expert_ref_dot(const dsv4_mat *w, int r, const uint8_t *code, const uint8_t *scale,
-                            const float *f32) {
-    if (code) return fp4_dot_ref(w, r, code, scale);
-    double sum = 0;
-    for (int c = 0; c < w->cols; c++) sum += mat_at(w, r, c) * f32[c];
-    return (float)sum;
+/* y = w times one vector: codes and scales if code is set, else f32. */
+static void expert_ref_product(float *y, const dsv4_mat *w, const uint8_t *code,
+                               const uint8_t *scale, const float *f32) {
+    if (!code) linear_ref(y, w, f32, 1, 1, NULL);
+    for (int r = 0; code && r < w->rows; r++) y[r] = fp4_dot_ref(w, r, code, scale);
 }
 
 static void expert_ffn_ref(float *y, const dsv4_ffn *w, const dsv4_acts *x, const int32_t *rows,
@@ -779,23 +753,20 @@ static void expert_ffn_ref(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     int dim = w->w1.cols, inter = w->w1.rows;
     assert(m <= EXPERT_ROWS && dim % 32 == 0 && inter % 32 == 0);
     assert((x->code != NULL) != (x->f32 != NULL));
-    float *a = (float *)scratch;                             /* [inter], one token at a time     */
-    uint8_t *code = (uint8_t *)(a + inter), *scale = code + inter;
+    float *a = (float *)scratch, *u = a + inter, *out = u + inter; /* one token at a time        */
+    uint8_t *code = (uint8_t *)(out + dim), *scale = code + inter;
     for (int i = 0; i < m; i++) {
-        size_t row = (size_t)rows[i];
-        const uint8_t *xc = x->code ? x->code + row * (size_t)dim : NULL;
-        const uint8_t *xs = x->code ? x->scale + row * (size_t)((dim + 127) / 128) : NULL;
-        const float *xf = x->code ? NULL : x->f32 + row * (size_t)dim;
-        for (int r = 0; r < inter; r++) {
-            float g = expert_ref_dot(&w->w1, r, xc, xs, xf);
-            float u = expert_ref_dot(&w->w3, r, xc, xs, xf);
-            swiglu_ref(a + r, &g, &u, 1, 1, limit, ex);
-            a[r] *= weight[i];
-        }
-        if (x->code) act_codes_ref(code, scale, a, 1, inter, ex);
-        for (int r = 0; r < dim; r++)
-            y[row * (size_t)dim + (size_t)r] +=
-                expert_ref_dot(&w->w2, r, x->code ? code : NULL, scale, a);
+        size_t at = (size_t)rows[i] * (size_t)dim;
+        const uint8_t *xc = x->code ? x->code + at : NULL;
+        const uint8_t *xs = xc ? x->scale + (size_t)rows[i] * (size_t)((dim + 127) / 128) : NULL;
+        const float *xf = xc ? NULL : x->f32 + at;
+        expert_ref_product(a, &w->w1, xc, xs, xf);
+        expert_ref_product(u, &w->w3, xc, xs, xf);
+        swiglu_ref(a, a, u, 1, inter, limit, ex);
+        for (int c = 0; c < inter; c++) a[c] *= weight[i];
+        if (xc) act_codes_ref(code, scale, a, 1, inter, ex);
+        expert_ref_product(out, &w->w2, xc ? code : NULL, scale, a);
+        for (int c = 0; c < dim; c++) y[at + (size_t)c] += out[c];
     }
 }
 

@@ -8,6 +8,8 @@
 #ifndef CHECK_H
 #define CHECK_H
 
+#include "../dsv4.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,6 +40,13 @@ static inline void check_run(const char *file, const char *name, void (*test)(vo
            check_note[0] ? "  " : "", check_note);
     fflush(stdout);
     check_failed_ever |= check_failed_here != 0;
+}
+
+/* The values of a packed index row (dsv4.h, section 4). */
+static inline void index_row_read(float *x, const void *row, int d) {
+    const uint8_t *pairs = row, *scale = pairs + (d + 1) / 2;
+    for (int c = 0; c < d; c++)
+        x[c] = e2m1_to_f32((uint8_t)(pairs[c / 2] >> (4 * (c & 1)))) * e8m0_to_f32(scale[c / 32]);
 }
 
 static inline int check_done(void) { return check_failed_ever ? 1 : 0; }

@@ -624,7 +624,7 @@ static void test_kernels_rows_hold_the_roundings(void) {
         memcpy(got, x, sizeof got);
         memset(row, 0xa5, sizeof row);
         ops_cpu.index_round(row, got, 1, d, true, execs[0]);
-        index_row_read(got, row, d, true);
+        index_row_read(got, row, d);
         CHECK(!memcmp(got, want, (size_t)d * 4), "index, round %d", round);
         CHECK(d == 128 || !row[index_row_bytes(d, true) - 1], "index, round %d: padding", round);
     }

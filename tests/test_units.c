@@ -170,7 +170,7 @@ static void test_units_index_round(void) {
             memcpy(scratch, turned, sizeof scratch);
             tables[i]->index_round(back, scratch, 1, 64, false, ex);
             tables[i]->index_round(packed, turned, 1, 64, true, ex);
-            index_row_read(turned, packed, 64, true);
+            index_row_read(turned, packed, 64);
             bool exact = !memcmp(back, x + row, sizeof back);
             exact_rows += exact;
             for (int c = 0; c < 64; c++) n_off += turned[c] != want[row + (size_t)c];
@@ -341,7 +341,7 @@ static void compressor(const dsv4_ops *ops, const char *op) {
     for (int g = 0; g < n_groups; g++) {
         const uint8_t *row = rows + (size_t)g * bytes;
         if (indexer)
-            index_row_read(entries + g * d, row, d, true);
+            index_row_read(entries + g * d, row, d);
         else
             kv_row_read(entries + g * d, row, d, ROPE, true);
     }
