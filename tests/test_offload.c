@@ -2864,7 +2864,7 @@ static void test_disk_measure(void) {
         CHECK(took < 5, "%.1f s", took);
         if (!way) NOTE("%.2f GB/s", rate * 1e-9);
         hook.seen = 0;             /* a time that is too short for all of it                    */
-        rate = measure(dir, 0.005, &read, &err);
+        rate = measure(dir, 0.002, &read, &err);
         CHECK(rate > 0 && hook.seen < (int)(size >> 20), "%g, %d reads", rate, hook.seen);
         set_mood(NTH, -EIO, 14);
         CHECK(measure(dir, 5, &read, &err) > 0, "a drive that recovers: %s", err.msg);
