@@ -1016,9 +1016,10 @@ static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) 
     const uint8_t *code = row + 2 * rope_dim, *scale = code + n_codes;
     bool rare = n_codes % 8 || rope_dim % 8;
     f32x8 top = splat8(0);
-    for (; c < n_codes && !rare; c += 8) {
+#pragma GCC unroll 4
+    for (int stop = rare ? 0 : n_codes; c < stop; c += 8) {
         f32x8 v = e4m3_load8(code + c) * splat8(0x1p112f);
-        rare = scale[c / 64] > 254 - 8;
+        rare |= scale[c / 64] > 254 - 8;
         top = max8(abs8(v), top);
         store8(x + c, v * (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23));
     }
@@ -1269,6 +1270,8 @@ static void hc_post_cpu(float *h, const float *y, const float *post, const float
  *
  * A work item is a tile of four rows, whose weights are unpacked once for all m tokens.         */
 
+enum { PIECE = 8 };                /* groups unpacked at a time: 9 KB for four rows             */
+
 typedef struct {                   /* of x                                                      */
     u8x32 limb[8][3];              /* signed                                                    */
     i32x8 offset;                  /* 12 * sum(m)                                               */
@@ -1356,11 +1359,11 @@ INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
 }
 
 /* w's rows r0 .. r0+n_rows-1 times all tokens.  For one token a group is used in the registers
- * where it was decoded; for more, each product's lanes wait on the stack between groups, so that a
- * group is decoded once for all. */
+ * where it was decoded; for more, each product's lanes wait on the stack between pieces of PIECE
+ * groups, so that a piece is decoded once for all. */
 static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
-    w_group group[TILE_ROWS];
+    w_group piece[TILE_ROWS][PIECE];
     int n_groups = (int)n_groups_of(w->cols);
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
     for (int r = 0; a->m == 1 && r < n_rows; r++)
@@ -1369,11 +1372,14 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, i
             fp4_decode(&one, w, r0 + r, g);
             lanes[0][r] = fp4_dot(lanes[0][r], &one, &a->x[g]);
         }
-    for (int g = 0; a->m > 1 && g < n_groups; g++) {
-        for (int r = 0; r < n_rows; r++) fp4_decode(&group[r], w, r0 + r, g);
+    for (int g = 0; a->m > 1 && g < n_groups; g += PIECE) {
+        int n_now = min_int(PIECE, n_groups - g);
+        for (int r = 0; r < n_rows; r++)
+            for (int i = 0; i < n_now; i++) fp4_decode(&piece[r][i], w, r0 + r, g + i);
         for (int t = 0; t < a->m; t++)
             for (int r = 0; r < n_rows; r++)
-                lanes[t][r] = fp4_dot(lanes[t][r], &group[r], &a->x[t * n_groups + g]);
+                for (int i = 0; i < n_now; i++)
+                    lanes[t][r] = fp4_dot(lanes[t][r], &piece[r][i], &a->x[t * n_groups + g + i]);
     }
     for (int t = 0; t < a->m; t++) {
         float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
