@@ -40,6 +40,14 @@ def row(what, measured, unit, bound="", limit=None, ok=None):
     print(f"{what:52}{measured:10.4g} {unit:9} {bound:24}{most:>9}  {verdict}".rstrip(), flush=True)
     ROWS.append({"what": what, "measured": measured, "unit": unit, "bound": bound,
                  "limit": limit, "ok": ok})
+    save()
+
+
+def save():
+    """What is known so far: curves can be drawn of a run that was stopped."""
+    DATA.update(rows=ROWS, seconds=time.monotonic() - START)
+    with open("build/bench_1m.json" if WHOLE else "build/bench_long.json", "w") as f:
+        json.dump(DATA, f, indent=1)
 
 
 # === models, ids, runs ========================================================================
@@ -284,12 +292,8 @@ def main():
         shutil.rmtree(WORK)
     over = DATA["over_budget"]
     row("peak RSS over --ram, the worst of all", over, "MiB", "64 MiB", 64, over <= 64)
-    DATA.update(rows=ROWS, seconds=time.monotonic() - START)
-    out = "build/bench_1m.json" if WHOLE else "build/bench_long.json"
-    with open(out, "w") as f:
-        json.dump(DATA, f, indent=1)
     verdicts = [x["ok"] for x in ROWS]
-    print(f"{verdicts.count(True)} ok, {verdicts.count(False)} short; {out}")
+    print(f"{verdicts.count(True)} ok, {verdicts.count(False)} short")
     return False in verdicts
 
 
