@@ -59,8 +59,9 @@ enum {
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
     HUGE_PAGE = 2 << 20,
-    IO_DEPTH = 48,                 /* in flight; drives saturate far below, and of more the one
-                                      that is waited for comes later                            */
+    IO_DEPTH = 128,                /* in flight: a prompt's drive works on while we compute     */
+    IO_GETS = 48,                  /* when cache_get() adds no more: drives saturate far below,
+                                      and of more the one that is waited for comes later        */
     IO_BACKGROUND = 16,            /* of them for cache_ask(), which a get waits for            */
     IO_BUFS = 1024,                /* registered pieces of arenas                               */
     IO_BUF_BYTES = 256 << 20,      /* registered at once; the kernel accepts 1 GiB              */
@@ -1525,7 +1526,7 @@ static void slot_feed(offload *o) {
     while (o->free_reqs && !o->ring_error) {
         cache_slot *s = o->demand.first;
         if (!s && !o->batch_waits && o->n_background < IO_BACKGROUND) s = o->background.first;
-        if (!s) return;
+        if (!s || (s->rank == USED && o->in_flight >= IO_GETS)) return;
         cache *c = s->c;
         const slot_run *run = &s->runs[s->run];
         const ckpt_tensor *t = run->first;

@@ -476,7 +476,7 @@ static void bench_raw(const char *dir, size_t n, uint64_t seed) {
     experts_close(&x);
 }
 
-/* Get experts with a window of pinned ones, each waited for in order. */
+/* Come by experts with a window of pinned ones, each waited for in order. */
 static void stream_experts(cache *c, const size_t *id, size_t n) {
     int slot[WINDOW];
     dsv4_err err;
@@ -486,7 +486,7 @@ static void stream_experts(cache *c, const size_t *id, size_t n) {
             if (cache_wait(c, *s, &err)) die(err.msg);
             cache_unpin(c, *s);
         }
-        if (i < n && (*s = cache_get(c, id[i], &err)) < 0) die(err.msg);
+        if (i < n && (*s = cache_pass(c, id[i], &err)) < 0) die(err.msg);
     }
 }
 

@@ -1640,6 +1640,16 @@ static void test_background_never_delays(void) {
     CHECK(b.k->stats.hits == 20 && b.k->stats.misses == 1, "the background's are hits");
     bank_close(&b);
 
+    for (int pass = 0; pass < 2; pass++) {     /* what a prompt comes by is more in flight      */
+        if (!bank_open(&b, dir, N, N)) return;
+        for (int i = 0; i < N; i++)
+            (void)(pass ? cache_pass : cache_get)(b.k, (size_t)i, &err);
+        CHECK(b.o->in_flight <= (pass ? IO_DEPTH : IO_GETS), "%d", b.o->in_flight);
+        for (int i = 0; i < N; i++)
+            CHECK(!cache_wait(b.k, i, &err) && group_right(b.k, i, i), "%s", err.msg);
+        bank_close(&b);
+    }
+
     if (!bank_open(&b, dir, N, 8)) return;
     narrow(b.o, 1);
     hook.n_log = 0;
