@@ -1,5 +1,5 @@
 # make           ./dsv4                          make SAN=1   the same under ASan and UBSan
-# make demo      a small model answers a text    make test    all tests (about 5 minutes)
+# make demo      a small model answers a text    make test    all tests (about 8 minutes)
 # make deps      install what is missing         make fuzz    each fuzzer for 60 s
 # make goldens   regenerate our own goldens      make flash    Flash's widths, 4 layers, 16 GB
 # make install PREFIX=/usr/local                 make clean
