@@ -8,6 +8,7 @@
  *                                                           the matrices of one layer
  *                                           stream_*()      any range a slot, in order asked
  *                               --copy-->   offload_load()  dense weights, once, at start
+ *   raw files of ours <---- the same way ---- batch_*()       whole blocks, read and written
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
  *              off  ^head           want ^   ^len  what is read around the payload is ignored
@@ -15,12 +16,12 @@
  * Invariants  1 a slot with pins, or with a read on its way, is never given to another group
  *             2 at most IO_DEPTH in flight; what waits beyond them keeps its order, and
  *               cache_ask() waits for all that others asked for
- *             3 no allocation after cache_open(), but for files written and the load's buffers
+ *             3 no allocation after cache_open(), but for files written and a load's slots
  *             4 every completion goes through io_on_answer(), whoever did the transfer
  *             5 what lies in a file is an error of theirs, never an assert of ours
  * Contents    1 text, files, JSON   2 config   3 headers   4 checkpoint   5 requests
- *             6 ring and threads    7 open and load        8 caches
- *             9 streams: hashes, the disk's speed         10 this machine: memory, disks
+ *             6 ring and threads    7 open, raw files      8 caches
+ *             9 streams: loading, hashes, speed           10 this machine: memory, disks
  * Not here    which tensors the model needs and their shapes (dsv4.c), what experts compute     */
 #define _GNU_SOURCE 1              /* O_DIRECT */
 #include "dsv4.h"
@@ -1146,7 +1147,7 @@ static int threads_open(offload *o, dsv4_err *err) {
     return o->n_threads ? 0 : fail(err, "start a reading thread: %s", strerror(rc));
 }
 
-/* === 7. Open and load ========================================================================= */
+/* === 7. Open and raw files ==================================================================== */
 
 /* Go past the page cache if one block goes that way: flags promise, transfers tell.  The block of a
  * file to be written is new, so there is nothing in it. */
