@@ -244,6 +244,7 @@ void kv_close(kv_cache *kv) {
     if (!kv) return;
     (void)batch_wait(kv->off, &kv->reading, &ignored);
     (void)batch_wait(kv->off, &kv->writing, &ignored);
+    if (kv->file >= 0) offload_raw_close(kv->off, kv->file);
     arena_close(&kv->mem);
     free(kv);
 }
