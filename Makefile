@@ -11,7 +11,7 @@
 CC      ?= gcc
 PREFIX  ?= /usr/local
 SHARE    = $(DESTDIR)$(PREFIX)/share
-PKGS     = liburing libpcre2-8 jansson libxxhash libzstd libedit
+PKGS     = liburing libpcre2-8 jansson libxxhash libzstd libedit libxml-2.0
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
 CFLAGS  ?= -O3 -g
 # fused multiply-add only where the code says so: the same bits on every machine

@@ -622,6 +622,7 @@ struct dsv4_engine {
     float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
+    double dense_macs;             /* of a token in all layers                                  */
     kv_opts kv_opts;               /* of a session                                              */
     char note[sizeof(dsv4_err) + 64]; /* on context that is not parked, or empty                */
 };
@@ -636,6 +637,7 @@ struct dsv4_session {
     float *mtp_pending;            /* [hc][dim] last streams, waiting for the next token        */
     int32_t mtp_drafted;           /* the next token that the MTP block has seen, or -1         */
     int64_t pos;
+    int64_t tail;                  /* a position to be parked to the token, or 0                */
     int n_last;                    /* tokens of the last forward                                */
     bool broken;                   /* a forward failed: only a reset helps                      */
     progress_fn progress;
@@ -742,18 +744,60 @@ static int plan_refuse(const dsv4_plan *p, uint64_t least, dsv4_err *err) {
                 (double)(least - p->base - p->dense - p->kv) / mb);
 }
 
-/* What one decoded token reads and multiplies. */
-static void plan_token(const dsv4_engine *e, dsv4_plan *p) {
+/* What one decoded token reads. */
+static void plan_token(dsv4_engine *e, dsv4_plan *p) {
     const dsv4_config *c = e->cfg;
     uint64_t experts = (uint64_t)c->num_hidden_layers * (uint64_t)c->num_experts_per_tok;
     p->token_experts = experts * p->slot_bytes;
-    p->token_macs = experts * 3 * (uint64_t)c->hidden_size * (uint64_t)c->moe_intermediate_size;
+    e->dense_macs = 0;
     for (size_t i = 0; i < e->w->n_needs; i++) {
         const need *n = &e->w->needs[i];
         if (n->mtp || n->kind != NEED_RAW || !strcmp(n->t->name, "embed.weight")) continue;
         p->token_dense += n->t->bytes;
-        p->token_macs += (uint64_t)n->t->shape[0] * (uint64_t)n->t->shape[1];
+        e->dense_macs += (double)n->t->shape[0] * (double)n->t->shape[1];
     }
+}
+
+/* The sum over positions 0 .. t-1 of min(position / ratio, most). */
+static double seen_sum(double t, double ratio, double most) {
+    double full = most * ratio;
+    return t <= full ? t * t / (2 * ratio) : most * (t - full / 2);
+}
+
+static double expert_macs(const dsv4_config *c) {
+    return 3.0 * c->hidden_size * c->moe_intermediate_size;
+}
+
+/* Positions t0 .. t1-1 in one layer, but for its experts. */
+static void layer_work(const dsv4_engine *e, int layer, double t0, double t1, double *work) {
+    const dsv4_config *c = e->cfg;
+    int ratio = c->compress_ratios[layer];
+    double row = 2.0 * c->num_attention_heads * c->head_dim, window = c->sliding_window;
+    double most = ratio == 4 ? c->index_topk : HUGE_VAL;
+    work[WORK_DENSE] += (t1 - t0) * e->dense_macs / c->num_hidden_layers;
+    work[WORK_ATTEND] += row * (seen_sum(t1, 1, window) - seen_sum(t0, 1, window));
+    if (!ratio) return;
+    double chosen = seen_sum(t1, ratio, most) - seen_sum(t0, ratio, most);
+    work[WORK_ATTEND] += row * chosen;
+    if (ratio != 4) return;
+    double from = fmax(t0, most * ratio), to = fmax(t1, most * ratio); /* before, all are chosen */
+    work[WORK_INDEX] += (double)c->index_n_heads * c->index_head_dim * (to - from) * (to + from) /
+                        (2 * ratio);
+}
+
+void engine_work(const dsv4_engine *e, double t0, double t1, double work[WORK_N]) {
+    const dsv4_config *c = e->cfg;
+    memset(work, 0, WORK_N * sizeof *work);
+    for (int l = 0; l < c->num_hidden_layers; l++) layer_work(e, l, t0, t1, work);
+    work[WORK_EXPERTS] = (t1 - t0) * c->num_hidden_layers * c->num_experts_per_tok * expert_macs(c);
+}
+
+void engine_work_s(const dsv4_engine *e, double seconds[WORK_N]) {
+    static const work_kind kind[OPC_N] = { /* what is not named counts as dense */
+        [OPC_ATTEND] = WORK_ATTEND, [OPC_INDEX] = WORK_INDEX, [OPC_EXPERTS] = WORK_EXPERTS,
+    };
+    memset(seconds, 0, WORK_N * sizeof *seconds);
+    for (int i = 0; i < OPC_N; i++) seconds[kind[i]] += e->stats.op_s[i];
 }
 
 /* KV: all of it in RAM if that takes a quarter of the budget or somebody said so; else that
@@ -913,7 +957,8 @@ int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const 
 
 int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *out,
                    dsv4_err *err) {
-    if (exec_measure(e->ex, seconds / 2, &out->exec, err)) return -1;
+    uint64_t most = (e->plan.budget - e->plan.base) / 2;
+    if (exec_measure(e->ex, most, seconds / 2, &out->exec, err)) return -1;
     return disk_measure(c, seconds / 2, &out->disk_bytes_s, err);
 }
 
@@ -986,6 +1031,7 @@ void session_close(dsv4_session *s) {
 /* At position `pos`, with that many tokens' KV in. */
 static void session_at(dsv4_session *s, int64_t pos) {
     s->pos = pos;
+    s->tail = 0;
     s->n_last = 0;
     s->mtp_drafted = -1;
     s->broken = false;
@@ -1190,12 +1236,13 @@ static int attention_sublayer(dsv4_session *s, int layer, const kv_layer *rows, 
     tick(s, OPC_HC);
     if (attention(s, l, layer, rows, n, t0, err)) return -1;
     e->op->hc_post(h, w->x, w->post, w->comb, &shape, n, e->ex);
+    layer_work(e, layer, (double)t0, (double)(t0 + n), s->e->stats.work);
     tick(s, OPC_HC);
     return 0;
 }
 
-/* All chunks of the span through a layer's attention, none across the end of a segment that is to
- * be parked: what the layer's state is there is kept. */
+/* All chunks of the span through a layer's attention, none across the end of a segment or tail that
+ * is to be parked: what the layer's state is there is kept. */
 static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t0,
                           dsv4_err *err) {
     const dsv4_engine *e = s->e;
@@ -1207,11 +1254,13 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
     for (int i = 0, m; i < n; i += m) {
         m = (int)min64(e->plan.chunk, n - i);
         if (mark) m = (int)min64(m, SEGMENT_TOKENS - (t0 + i) % SEGMENT_TOKENS);
+        if (s->tail > t0 + i) m = (int)min64(m, s->tail - t0 - i);
         if (attention_sublayer(s, layer, &rows, h + (size_t)i * row, m, t0 + i, err)) return -1;
         if (mark && (t0 + i + m) % SEGMENT_TOKENS == 0) {
             kv_mark(s->kv, layer, t0 + i + m, mark);
             mark += kv_mark_bytes(e->cfg, &e->kv_opts);
         }
+        if (t0 + i + m == s->tail) kv_mark(s->kv, layer, s->tail, NULL);
         if (report(s, layer, 0.5 * i / n, err)) return -1;
     }
     return kv_end(s->kv, layer, err);
@@ -1431,7 +1480,7 @@ static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *er
         e->op->add(m->y, m->expert_y + (size_t)i * dim, 1, 1, c->hidden_size, e->ex);
     e->stats.expert_uses += (uint64_t)n;
     e->layer_uses[layer] += (uint64_t)n;
-    e->stats.expert_rows += (uint64_t)n;
+    e->stats.work[WORK_EXPERTS] += n * expert_macs(c);
     return rc;
 }
 
@@ -1467,7 +1516,7 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
         done++;
         e->stats.expert_uses++;
         e->layer_uses[layer]++;
-        e->stats.expert_rows += (uint64_t)(m->start[cur + 1] - m->start[cur]);
+        e->stats.work[WORK_EXPERTS] += (m->start[cur + 1] - m->start[cur]) * expert_macs(c);
         if (rc == 0)
             rc = report(s, layer, 0.5 + 0.5 * m->start[cur + 1] / m->start[n_experts], err);
     }
@@ -1570,25 +1619,33 @@ static void ask_hash_experts(dsv4_engine *e, int32_t token) {
         }
 }
 
-/* Remember what went in, and park the segments that are whole now.  What goes wrong with that is a
- * note, not an error: the answer does not need it. */
+/* Remember what went in, and park the segments that are whole now, and the tail.  What goes wrong
+ * with that is a note, not an error: the answer does not need it. */
 static void session_keep(dsv4_session *s, const int32_t *tokens, int n) {
     dsv4_engine *e = s->e;
     dsv4_err err;
     if (!s->tokens) return;
     memcpy(s->tokens + s->pos, tokens, (size_t)n * sizeof *tokens);
-    if (!*e->note && kv_park(s->kv, s->tokens, s->pos, s->pos + n, s->s.marks, &err))
+    bool tail = s->tail > s->pos && s->tail <= s->pos + n;
+    if (!*e->note && (kv_park(s->kv, s->tokens, s->pos, s->pos + n, s->s.marks, &err) ||
+                      (tail && kv_park_tail(s->kv, s->tokens, s->tail, &err))))
         snprintf(e->note, sizeof e->note, "context is not parked any more: %s", err.msg);
 }
 
-int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, dsv4_err *err) {
+int64_t session_parked(dsv4_session *s, const int32_t *tokens, int64_t n, int64_t tail) {
+    return s->tokens ? kv_parked(s->kv, tokens, min64(n, s->e->opts.ctx), tail) : 0;
+}
+
+int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, int64_t tail,
+                       dsv4_err *err) {
     session_reset(s);
     if (!s->tokens) return 0;
     s->broken = true;
-    int64_t pos = kv_resume(s->kv, tokens, min64(n, s->e->opts.ctx), err);
+    int64_t pos = kv_resume(s->kv, tokens, min64(n, s->e->opts.ctx), tail, err);
     if (pos < 0) return -1;
     memcpy(s->tokens, tokens, (size_t)pos * sizeof *tokens);
     session_at(s, pos);
+    s->tail = tail;
     s->e->stats.reused_tokens += (uint64_t)pos;
     return pos;
 }

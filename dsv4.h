@@ -144,10 +144,10 @@ typedef struct dsv4_exec dsv4_exec;
 /* Start n_threads - 1 workers; the caller of an operation is the last one. */
 int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err);
 void exec_close(dsv4_exec *ex);
-/* What this machine's threads reach in about `seconds`: bytes a second read from memory, and
- * multiply-adds a second of an FP8 linear of 64 tokens. */
+/* What this machine's threads reach in about `seconds`: bytes a second read from memory, of which
+ * `most` are taken at most, and multiply-adds a second of an FP8 linear of 64 tokens. */
 typedef struct { double read_bytes_s, macs_s; } exec_rates;
-int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err);
+int exec_measure(dsv4_exec *ex, uint64_t most, double seconds, exec_rates *out, dsv4_err *err);
 
 /* Rounded activations (M2, aq128) as codes, or plain F32 when the roundings are off. */
 typedef struct {
@@ -476,7 +476,7 @@ int kv_copy(kv_cache *kv, int layer, kv_kind kind, int64_t first, int64_t n, voi
 
 /* Parked context: a directory of files that any number of processes may use at once.  A file holds
  * the KV of SEGMENT_TOKENS tokens and what a session needs to go on behind them ("segment"), or the
- * rest of a conversation that was saved under a name ("session").  Files appear whole or not at all
+ * tokens of a conversation that was saved under a name ("session").  Files appear whole or not at all
  * and every byte of them is checked: what is torn, truncated, foreign or flipped is never used. */
 enum {
     SEGMENT_TOKENS = 4096,
@@ -533,17 +533,23 @@ int park_list(park *p, bool verify, park_fn each, void *arg, dsv4_err *err);
 int park_remove(park *p, const char *name, dsv4_err *err);
 
 /* What a session parks of itself and begins with.  All need opts.park. */
-/* Copy a layer's state at position pos, a multiple of SEGMENT_TOKENS, into the mark of that
- * segment's end [kv_mark_bytes()], while the layer stands there. */
+/* Copy a layer's state at position pos into the mark of that position, while the layer stands
+ * there.  The caller has the marks of segments' ends [kv_mark_bytes()]; that of a tail's end is
+ * here (mark NULL). */
 uint64_t kv_mark_bytes(const dsv4_config *cfg, const kv_opts *o);
 void kv_mark(const kv_cache *kv, int layer, int64_t pos, uint8_t *mark);
 /* Park the segments that end in (pos0, pos1]; their marks lie one behind the other; tokens are all
  * of the context, [pos1].  On -1 some are not parked; nothing else is wrong. */
 int kv_park(kv_cache *kv, const int32_t *tokens, int64_t pos0, int64_t pos1, uint8_t *marks,
             dsv4_err *err);
-/* Begin with the longest parked prefix of tokens [n], of which at least one is left to do; returns
- * the position, a multiple of SEGMENT_TOKENS, or -1 (only kv_reset() helps). */
-int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, dsv4_err *err);
+/* Park what lies behind the last whole segment before pos, whose states were marked. */
+int kv_park_tail(kv_cache *kv, const int32_t *tokens, int64_t pos, dsv4_err *err);
+/* Where kv_resume() would begin, by the names of files alone: of tokens [n], of which at least one
+ * is left to do, the end of the last parked segment, or `tail` (0: none) where that was parked. */
+int64_t kv_parked(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail);
+/* Begin with that; returns the position, less where a file was damaged, or -1 (only kv_reset()
+ * helps). */
+int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail, dsv4_err *err);
 /* Save where the session stands, at position pos, under a name, with `extra` of the caller's. */
 int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
             dsv4_err *err);
@@ -646,6 +652,19 @@ int answer_push(answer *a, const char *bytes, size_t len, dsv4_err *err);
 int answer_end(answer *a, dsv4_err *err);      /* no more comes: what was held back goes out */
 void answer_close(answer *a);
 
+/* A document's text, from a file ("-": stdin) of plain text, HTML or PDF, in UTF-8, UTF-16 with a
+ * byte order mark, or Latin-1; appended to out as UTF-8 without \r\n.  *note (static text, else NULL)
+ * says what was guessed. */
+enum { DOC_BYTES = 64 << 20 };
+int doc_read(buffer *out, const char *path, const char **note, dsv4_err *err);
+
+typedef struct { size_t *end; int n; int64_t n_tokens; } doc_parts; /* end [n]; of all, tokens */
+/* Cut text [len <= DOC_BYTES] into as few parts of at most about `most` tokens as it takes, of about
+ * equal size, behind paragraphs, or else behind lines, sentences, words.  The caller frees
+ * out->end. */
+int doc_cut(const tok *t, const char *text, size_t len, int64_t most, doc_parts *out,
+            dsv4_err *err);
+
 /* === 8. Model ================================================================================= */
 
 typedef struct dsv4_weights dsv4_weights;
@@ -664,12 +683,15 @@ typedef enum {                     /* where the time goes                       
 } op_class;
 extern const char *const op_class_name[OPC_N];
 
+/* Multiply-adds, by kind: projections and the like, attention, indexer, routed experts. */
+typedef enum { WORK_DENSE, WORK_ATTEND, WORK_INDEX, WORK_EXPERTS, WORK_N } work_kind;
+
 typedef struct {
     uint64_t prefill_tokens, decode_tokens, reused_tokens; /* reused: found parked             */
     double load_s, prefill_s, decode_s, op_s[OPC_N], expert_wait_s, dense_wait_s;
     uint64_t dense_bytes;          /* read at start                                             */
     uint64_t expert_uses;          /* (layer, expert) pairs computed                            */
-    uint64_t expert_rows;          /* tokens times experts                                      */
+    double work[WORK_N];           /* done, as engine_work() counts                             */
     uint64_t passes;               /* spans put through the layers by prefill                   */
 } dsv4_stats;
 
@@ -684,7 +706,7 @@ void machine_rss(uint64_t *now, uint64_t *peak);
 typedef struct {                   /* what will live where, in bytes; told before work          */
     uint64_t budget, base, dense, kv, work, slots, slot_bytes;
     kv_plan kv_plan;
-    uint64_t token_dense, token_experts, token_macs;   /* read and multiplied by one decode step */
+    uint64_t token_dense, token_experts; /* read by one decode step                             */
     int n_slots, n_experts_total, n_layers, span, chunk;
     bool streamed;                 /* dense weights do not fit and are read layer by layer      */
 } dsv4_plan;
@@ -721,8 +743,13 @@ const dsv4_plan *engine_plan(const dsv4_engine *e);
 const dsv4_stats *engine_stats(const dsv4_engine *e);
 const offload_stats *engine_offload_stats(const dsv4_engine *e);
 const cache_stats *engine_expert_stats(const dsv4_engine *e);
+/* What tokens [t0, t1) of a context take (M3). */
+void engine_work(const dsv4_engine *e, double t0, double t1, double work[WORK_N]);
+/* Seconds that each kind of work took so far. */
+void engine_work_s(const dsv4_engine *e, double seconds[WORK_N]);
 group_uses engine_layer_uses(const dsv4_engine *e, int layer);     /* of its routed experts */
-/* What this machine reaches, measured now for about `seconds`. */
+/* What this machine reaches, measured now for about `seconds`; before engine_load(), as memory is
+ * taken for it. */
 typedef struct { exec_rates exec; double disk_bytes_s; } engine_rates;
 int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *out,
                    dsv4_err *err);
@@ -741,8 +768,12 @@ const kv_stats *session_kv_stats(const dsv4_session *s);
  * after a prompt is decode; there is one path for both.  After -1 the session must be reset. */
 int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err);
 /* Begin anew with the longest parked prefix of tokens [n]; returns the position: tokens from there
- * on are to be put in, at least one.  0 without opts.park. */
-int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, dsv4_err *err);
+ * on are to be put in, at least one.  0 without opts.park.  Whole segments are parked as they come;
+ * at position `tail` (0: nowhere) the context is parked to the token, and begun with next time. */
+int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, int64_t tail,
+                       dsv4_err *err);
+/* Where that would begin, by a look at the names of files. */
+int64_t session_parked(dsv4_session *s, const int32_t *tokens, int64_t n, int64_t tail);
 /* Save where the session stands under a name, and go on from there (kv_save(), kv_load()). */
 int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *err);
 int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_t *n,

@@ -1481,7 +1481,7 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
  * are alike: in any format a number, and none of the sums overflows or is subnormal.            */
 
 enum {
-    MEASURE_MB = 512,              /* at most, and an eighth of what a program may take here    */
+    MEASURE_MB = 512, MEASURE_LEAST_MB = 6, /* the linear alone takes 5                         */
     MEASURE_TOKENS = 64, MEASURE_DIM = 2048,
 };
 
@@ -1495,14 +1495,15 @@ static void measure_read(const void *arg, int64_t i) {
     (void)all;
 }
 
-int exec_measure(dsv4_exec *ex, double seconds, exec_rates *out, dsv4_err *err) {
-    uint64_t n_mb = machine_ram_budget() / 8 >> 20;
-    n_mb = n_mb > MEASURE_MB ? MEASURE_MB : n_mb < 64 ? 64 : n_mb / 2 * 2;
+int exec_measure(dsv4_exec *ex, uint64_t most, double seconds, exec_rates *out, dsv4_err *err) {
+    uint64_t n_mb = most >> 20;
+    n_mb = n_mb > MEASURE_MB ? MEASURE_MB : n_mb < MEASURE_LEAST_MB ? MEASURE_LEAST_MB
+                                                                    : n_mb / 2 * 2;
     uint8_t *base = aligned_alloc(2 << 20, n_mb << 20);
     if (!base) return fail(err, "no memory to measure with: %d MB", (int)n_mb);
     (void)madvise(base, n_mb << 20, MADV_HUGEPAGE);          /* as the model's own arenas */
     memset(base, 0x70, n_mb << 20);
-    float *x = (float *)(void *)(base + (16 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
+    float *x = (float *)(void *)(base + (4 << 20)), *y = x + MEASURE_TOKENS * MEASURE_DIM;
     dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, base, base};
     double best[2] = {INFINITY, INFINITY};                   /* seconds: to read, to multiply */
     for (int i = 0; i < 2; i++) {

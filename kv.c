@@ -903,8 +903,8 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
 }
 
 /* === 4. A session's parked context ============================================================
- * A segment's frames: entries and keys of each block, then one of all states at its end.  A saved
- * session has the rows behind its last segment, the states where it stands, the caller's own.   */
+ * A segment's frames: entries and keys of each block, then one of all states at its end.  A tail is
+ * a segment that ends early.  A saved session has the tail, and a file with the caller's own.    */
 
 typedef enum { MOVE_COUNT, MOVE_SAVE, MOVE_LOAD } move_mode;
 
@@ -954,6 +954,7 @@ uint64_t kv_mark_bytes(const dsv4_config *cfg, const kv_opts *o) {
 }
 
 void kv_mark(const kv_cache *kv, int layer, int64_t pos, uint8_t *mark) {
+    if (!mark) mark = kv->park_states;
     for (int l = 0; l < layer; l++) mark += state_move(kv, l, pos, NULL, MOVE_COUNT);
     (void)state_move(kv, layer, pos, mark, MOVE_SAVE);
 }
@@ -995,7 +996,8 @@ static park_info segment_info(kv_cache *kv, int64_t segment, const int32_t *toke
     park_info info = {.before = kv->key[segment], .pos = segment * SEGMENT_TOKENS, .n_tokens = n,
                       .n_frames = KV_KINDS * kv->opts.n_blocks + 1};
     memcpy(info.model, kv->cfg->name, sizeof info.model);
-    info.key = kv->key[segment + 1] = park_next(info.before, tokens + info.pos, n);
+    info.key = park_next(info.before, tokens + info.pos, n);
+    if (n == SEGMENT_TOKENS) kv->key[segment + 1] = info.key;
     return info;
 }
 
@@ -1016,12 +1018,24 @@ int kv_park(kv_cache *kv, const int32_t *tokens, int64_t pos0, int64_t pos1, uin
     return 0;
 }
 
-/* Read a segment's rows, its states, or both; 1: they are in, 0: it is not to be had. */
-static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, bool rows,
+int kv_park_tail(kv_cache *kv, const int32_t *tokens, int64_t pos, dsv4_err *err) {
+    park_frame frame[PARK_FRAMES];
+    int n = (int)(pos % SEGMENT_TOKENS);
+    park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, n);
+    if (n == 0) return 0;
+    frame[info.n_frames - 1] = (park_frame){kv->park_states,
+                                            states_move(kv, pos, NULL, MOVE_COUNT)};
+    if (rows_frames(kv, info.pos, pos, MOVE_SAVE, frame, err)) return -1;
+    return park_put(kv->opts.park, NULL, &info, tokens + info.pos, frame, err);
+}
+
+/* Read the rows of a segment or of a tail of n tokens, its states, or both; 1: they are in, 0: it
+ * is not to be had. */
+static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, int n, bool rows,
                        bool states, dsv4_err *err) {
     park_frame frame[PARK_FRAMES];
-    park_info info = segment_info(kv, segment, tokens, SEGMENT_TOKENS);
-    int64_t end = info.pos + SEGMENT_TOKENS;
+    park_info info = segment_info(kv, segment, tokens, n);
+    int64_t end = info.pos + n;
     if (rows_frames(kv, info.pos, end, rows ? MOVE_LOAD : MOVE_COUNT, frame, err)) return -1;
     frame[info.n_frames - 1] = (park_frame){states ? kv->park_states : NULL,
                                             states_move(kv, end, NULL, MOVE_COUNT)};
@@ -1031,55 +1045,48 @@ static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, boo
     return got;
 }
 
-int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, dsv4_err *err) {
-    int64_t most = 0, done = 0;
-    int got = 1;
-    kv_reset(kv);
+int64_t kv_parked(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail) {
+    int64_t most = 0;
+    int rest = (int)(tail % SEGMENT_TOKENS);
     while (most < (n - 1) / SEGMENT_TOKENS &&
            park_has(kv->opts.park, segment_info(kv, most, tokens, SEGMENT_TOKENS).key))
         most++;
-    while (done < most && (got = segment_get(kv, done, tokens, true, done + 1 == most, err)) == 1)
-        done++;
+    if (rest && tail < n && tail / SEGMENT_TOKENS == most &&
+        park_has(kv->opts.park, segment_info(kv, most, tokens, rest).key))
+        return tail;
+    return most * SEGMENT_TOKENS;
+}
+
+int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail, dsv4_err *err) {
+    int64_t most = kv_parked(kv, tokens, n, tail), done = 0, segment = 0;
+    int got = 1;
+    kv_reset(kv);
+    for (; done < most && got == 1; segment++) {
+        int64_t end = most - done < SEGMENT_TOKENS ? most : done + SEGMENT_TOKENS;
+        got = segment_get(kv, segment, tokens, (int)(end - done), true, end == most, err);
+        if (got == 1) done = end;
+    }
     if (got == 0 && done)          /* one was damaged: go on from the end of the one before it */
-        got = segment_get(kv, done - 1, tokens, false, true, err);
+        got = segment_get(kv, done / SEGMENT_TOKENS - 1, tokens, SEGMENT_TOKENS, false, true, err);
     if (got < 0) return -1;
     if (got == 0) {
         done = 0;
         kv_reset(kv);
     }
-    return done * SEGMENT_TOKENS;
+    return done;
 }
 
+/* The session's own file comes behind its tail, so that it is not at the tail's cost. */
 int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
             dsv4_err *err) {
-    park_frame frame[PARK_FRAMES];
-    int64_t segment = pos / SEGMENT_TOKENS;
-    park_info info = segment_info(kv, segment, tokens, (int)(pos % SEGMENT_TOKENS));
+    int n = (int)(pos % SEGMENT_TOKENS);
+    (void)states_move(kv, pos, kv->park_states, MOVE_SAVE);
+    if (kv_park_tail(kv, tokens, pos, err)) return -1;
+    park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, n);
+    if (n) info.before = info.key;
     info.n_tokens = (int32_t)pos;
-    info.n_frames++;
-    frame[info.n_frames - 2] = (park_frame){kv->park_states, states_move(kv, pos, kv->park_states,
-                                                                         MOVE_SAVE)};
-    frame[info.n_frames - 1] = extra;
-    if (rows_frames(kv, info.pos, pos, MOVE_SAVE, frame, err)) return -1;
-    return park_put(kv->opts.park, name, &info, tokens, frame, err);
-}
-
-/* The rows and states of a session behind its last segment, where they are of the right sizes. */
-static int tail_accept(kv_cache *kv, int64_t pos, int64_t n, const park_frame *f, dsv4_err *err) {
-    park_frame want[PARK_FRAMES];
-    int n_rows = KV_KINDS * kv->opts.n_blocks;
-    if (rows_frames(kv, pos, n, MOVE_COUNT, want, err)) return -1;
-    want[n_rows].bytes = states_move(kv, n, NULL, MOVE_COUNT);
-    for (int i = 0; i <= n_rows; i++)
-        if (f[i].bytes != want[i].bytes) return fail(err, "its frames have other sizes");
-    for (int i = 0; i < n_rows; i++) {
-        const kv_rows *r = &kv->rows[i / KV_KINDS][i % KV_KINDS];
-        int64_t rows = r->max ? (int64_t)(f[i].bytes / r->row_bytes) : 0;
-        if (rows && kv_append(kv, i / KV_KINDS, (kv_kind)(i % KV_KINDS), f[i].data, rows, err))
-            return -1;
-    }
-    states_move(kv, n, f[n_rows].data, MOVE_LOAD);
-    return 0;
+    info.n_frames = 1;
+    return park_put(kv->opts.park, name, &info, tokens, &extra, err);
 }
 
 int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, park_frame *extra,
@@ -1087,12 +1094,11 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
     park_frame frame[PARK_FRAMES] = {{0}};
     park_info info;
     int64_t pos = -1, segment = 0;
-    int got = park_load(kv->opts.park, name, &info, tokens, frame, err), last = info.n_frames - 1;
+    int got = park_load(kv->opts.park, name, &info, tokens, frame, err);
     if (got < 0) return -1;
     if (got == 0) return fail(err, "there is no session %s", name);
     *n = info.n_tokens;
-    bool ours = last == KV_KINDS * kv->opts.n_blocks + 1 && info.pos >= 0 &&
-                info.pos == *n / SEGMENT_TOKENS * SEGMENT_TOKENS;
+    bool ours = info.n_frames == 1 && info.pos == *n / SEGMENT_TOKENS * SEGMENT_TOKENS;
     if (ours && *n >= kv->opts.ctx) {
         fail(err, "session %s has %lld tokens and the context is %lld; raise --ctx", name,
              (long long)*n, (long long)kv->opts.ctx);
@@ -1103,10 +1109,9 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
                             : (park_key){{0}};
         if (!ours || memcmp(&key, &info.key, sizeof key))
             fail(err, "session %s is of another model or of another version of dsv4", name);
-        else if ((pos = kv_resume(kv, *tokens, info.pos + 1, err)) == info.pos)
-            pos = tail_accept(kv, pos, *n, frame, err) ? -1 : *n;
+        else pos = kv_resume(kv, *tokens, *n + 1, *n, err);
     }
     if (pos < 0) free(*tokens);
-    else *extra = frame[last];
+    else *extra = frame[0];
     return pos;
 }

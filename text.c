@@ -24,7 +24,7 @@
  *
  * Contents    1 bytes, UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
  *             5 cutting text   6 merging a word   7 encoding, decoding
- *             8 writing JSON   9 the prompt   10 the answer
+ *             8 writing JSON   9 the prompt   10 the answer   11 documents
  * Not here    HTTP, and running tools
  */
 #define _GNU_SOURCE                /* vasprintf, the thread's CPU clock                         */
@@ -32,13 +32,22 @@
 #include "dsv4.h"
 
 #include <assert.h>
+#include <ctype.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <iconv.h>
 #include <jansson.h>
+#include <libxml/HTMLparser.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -1644,4 +1653,288 @@ int answer_end(answer *a, dsv4_err *err) {
     release(a, a->held.n);
     hand_over(a);
     return answer_check(a, err);
+}
+
+/* === 11. Documents ============================================================================
+ * A file of any kind as UTF-8 text: PDF by the program pdftotext, HTML by libxml2's parser, all else
+ * as it is.  What a file is shows in its first bytes, not in its name.                           */
+
+enum { CHARSET_LOOK = 1024 };      /* bytes of HTML in which its charset is named               */
+
+/* Append n bytes of `charset`, whose characters have `unit` bytes at least, as UTF-8. */
+static int put_converted(buffer *out, const char *bytes, size_t n, const char *charset, size_t unit,
+                         dsv4_err *err) {
+    char *at = (char *)(uintptr_t)bytes, part[4096];
+    iconv_t cd = iconv_open("UTF-8", charset);
+    if (cd == (iconv_t)-1) return fail(err, "iconv does not know the charset %s", charset);
+    while (n > 0) {
+        char *to = part;
+        size_t room = sizeof part, rc = iconv(cd, &at, &n, &to, &room);
+        put_bytes(out, part, sizeof part - room);
+        if (rc != (size_t)-1 || errno == E2BIG) continue;
+        put_text(out, "\xef\xbf\xbd");             /* a broken character, or the start of one */
+        at += n < unit ? n : unit;
+        n -= n < unit ? n : unit;
+    }
+    iconv_close(cd);
+    return 0;
+}
+
+static bool starts_with(const buffer *b, const char *s) {
+    size_t n = strlen(s);
+    return b->n >= n && !strncasecmp(b->s, s, n);
+}
+
+static bool looks_like_html(const buffer *b) {
+    buffer rest = *b;
+    while (rest.n && isspace((unsigned char)*rest.s)) rest.s++, rest.n--;
+    return starts_with(&rest, "<!doctype html") || starts_with(&rest, "<html");
+}
+
+/* Append a file's bytes as UTF-8.  Those of no charset that we can know are Latin-1, as Windows
+ * writes it, unless most of what is no ASCII is UTF-8 nevertheless: then the rest is broken. */
+static int put_decoded(buffer *out, const buffer *in, const char **note, dsv4_err *err) {
+    size_t good = 0, bad = 0, n = in->n < CHARSET_LOOK ? in->n : CHARSET_LOOK;
+    char charset[32];
+    if (starts_with(in, "\xff\xfe") || starts_with(in, "\xfe\xff"))
+        return put_converted(out, in->s, in->n, "UTF-16", 2, err);
+    for (size_t i = 0; i < in->n;) {
+        ch_state state;
+        size_t len = utf8_char((unsigned char *)in->s + i, in->n - i, &state);
+        good += state == CH_WHOLE && len > 1;
+        bad += state != CH_WHOLE;
+        i += len;
+    }
+    if (bad) {
+        const char *name = looks_like_html(in) ? memmem(in->s, n, "charset=", 8) : NULL;
+        if (name && sscanf(name, "charset=%*[\"']%31[A-Za-z0-9_-]", charset) != 1 &&
+            sscanf(name, "charset=%31[A-Za-z0-9_-]", charset) != 1)
+            name = NULL;
+        if (name && strncasecmp(charset, "utf", 3))
+            return put_converted(out, in->s, in->n, charset, 1, err);
+        *note = good > bad ? "some bytes of it are no UTF-8 and became U+FFFD"
+                           : "it is not UTF-8 and was read as Latin-1";
+        if (good <= bad) return put_converted(out, in->s, in->n, "CP1252", 1, err);
+    }
+    size_t bom = starts_with(in, "\xef\xbb\xbf") ? 3 : 0;
+    put_repaired(out, in->s + bom, in->n - bom);
+    return 0;
+}
+
+/* --- HTML */
+
+typedef struct { buffer *out; int hidden, pre; } html_text;
+
+/* Is the name in a list of names with a space around each? */
+static bool one_of(const char *list, const xmlChar *name) {
+    char word[16];
+    int n = snprintf(word, sizeof word, " %s ", (const char *)name);
+    return n < (int)sizeof word && strstr(list, word);
+}
+
+static const char html_hides[] = " script style noscript template svg ";
+static const char html_breaks[] =
+    " title body p div section article header footer main aside nav figure figcaption form h1 h2 h3 "
+    "h4 h5 h6 ul ol dl table blockquote pre hr address details summary ";
+
+/* End the line, and with n = 2 the paragraph. */
+static void html_gap(buffer *out, size_t n) {
+    while (out->n && (out->s[out->n - 1] == ' ' || out->s[out->n - 1] == '\n')) out->n--;
+    if (out->n) put_bytes(out, "\n\n", n);
+}
+
+static void html_start(void *arg, const xmlChar *name, const xmlChar **attributes) {
+    html_text *h = arg;
+    bool cell = one_of(" td th ", name);
+    (void)attributes;
+    h->hidden += one_of(html_hides, name);
+    h->pre += one_of(" pre ", name);
+    if (one_of(html_breaks, name)) html_gap(h->out, 2);
+    else if (one_of(" br li tr dt dd ", name)) html_gap(h->out, 1);
+    if (one_of(" li ", name)) put_text(h->out, "- ");
+    if (cell && h->out->n && h->out->s[h->out->n - 1] != '\n') put_text(h->out, " | ");
+}
+
+static void html_end(void *arg, const xmlChar *name) {
+    html_text *h = arg;
+    h->hidden -= one_of(html_hides, name) && h->hidden;
+    h->pre -= one_of(" pre ", name) && h->pre;
+    if (one_of(html_breaks, name)) html_gap(h->out, 2);
+}
+
+static void html_characters(void *arg, const xmlChar *text, int len) {
+    html_text *h = arg;
+    for (int i = 0; i < len && !h->hidden; i++) {
+        bool white = strchr(" \t\n\r\f", text[i]) && text[i], first = !h->out->n;
+        char last = first ? '\n' : h->out->s[h->out->n - 1];
+        if (h->pre || !white) put_bytes(h->out, (const char *)text + i, 1);
+        else if (last != ' ' && last != '\n') put_text(h->out, " ");
+    }
+}
+
+/* Append the text of HTML that is UTF-8. */
+static int put_html(buffer *out, const buffer *html, dsv4_err *err) {
+    html_text h = {.out = out};
+    htmlSAXHandler sax = {.startElement = html_start, .endElement = html_end,
+                          .characters = html_characters, .ignorableWhitespace = html_characters};
+    htmlParserCtxtPtr p = htmlCreatePushParserCtxt(&sax, &h, NULL, 0, NULL, XML_CHAR_ENCODING_UTF8);
+    if (!p) return fail(err, "out of memory for HTML");
+    htmlCtxtUseOptions(p, HTML_PARSE_NOERROR | HTML_PARSE_NOWARNING | HTML_PARSE_IGNORE_ENC);
+    (void)htmlParseChunk(p, html->s, (int)html->n, 1);     /* of broken HTML, what there is */
+    htmlFreeParserCtxt(p);
+    return 0;
+}
+
+/* --- PDF */
+
+/* Append what a program writes that reads fd; returns its exit code, or -1 with errno. */
+static int put_output(buffer *out, int fd, char *const argv[]) {
+    posix_spawn_file_actions_t acts;
+    int ends[2], status = 0;
+    char part[1 << 16];
+    pid_t pid;
+    if (pipe2(ends, O_CLOEXEC)) return -1;
+    posix_spawn_file_actions_init(&acts);
+    posix_spawn_file_actions_adddup2(&acts, fd, 0);
+    posix_spawn_file_actions_adddup2(&acts, ends[1], 1);
+    int rc = posix_spawnp(&pid, argv[0], &acts, NULL, argv, environ);
+    posix_spawn_file_actions_destroy(&acts);
+    close(ends[1]);
+    for (ssize_t n = 1; !rc && n > 0 && out->n <= DOC_BYTES;) {
+        do n = read(ends[0], part, sizeof part);
+        while (n < 0 && errno == EINTR);
+        if (n > 0) put_bytes(out, part, (size_t)n);
+    }
+    close(ends[0]);
+    while (!rc && waitpid(pid, &status, 0) < 0 && errno == EINTR) continue;
+    errno = rc ? rc : ECHILD;
+    return rc || !WIFEXITED(status) ? -1 : WEXITSTATUS(status);
+}
+
+static int put_pdf(buffer *out, const buffer *pdf, dsv4_err *err) {
+    char *const argv[] = {"pdftotext", "-q", "-enc", "UTF-8", "-", "-", NULL};
+    int fd = memfd_create("dsv4-pdf", MFD_CLOEXEC), rc = -1;
+    size_t done = 0;
+    for (ssize_t n = 1; fd >= 0 && done < pdf->n && n > 0; done += n > 0 ? (size_t)n : 0)
+        n = write(fd, pdf->s + done, pdf->n - done);
+    if (fd >= 0 && done == pdf->n && !lseek(fd, 0, SEEK_SET)) rc = put_output(out, fd, argv);
+    int cause = errno;
+    if (fd >= 0) close(fd);
+    if (rc < 0 && cause == ENOENT)
+        return fail(err, "it is a PDF: install pdftotext (Debian: poppler-utils)");
+    if (rc < 0) return fail(err, "pdftotext: %s", strerror(cause));
+    if (rc > 0) return fail(err, "pdftotext does not read it (exit code %d)", rc);
+    for (size_t i = 0; i < out->n; i++)
+        if (out->s[i] == '\f') out->s[i] = '\n';           /* between pages */
+    return 0;
+}
+
+/* --- files */
+
+/* Text with one end of lines and no end of paper. */
+static int tidy(buffer *b, dsv4_err *err) {
+    size_t n = 0, words = 0;
+    for (size_t i = 0; i < b->n; i++) {
+        char c = b->s[i];
+        if (!c) return fail(err, "byte %zu is a NUL: it is no text (UTF-16 needs its byte order "
+                            "mark)", i);
+        if (c == '\r' && i + 1 < b->n && b->s[i + 1] == '\n') continue;
+        words += !isspace((unsigned char)c);
+        b->s[n++] = c;
+    }
+    b->n = n;
+    return words ? 0 : fail(err, "there is no text in it");
+}
+
+static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_err *err) {
+    buffer html = {0};
+    if (raw->n > DOC_BYTES) return fail(err, "it has more than %d MB: split it", DOC_BYTES >> 20);
+    if (!raw->n) return fail(err, "it is empty");
+    if (starts_with(raw, "%PDF-")) {
+        if (put_pdf(out, raw, err)) return -1;
+        if (out->n > DOC_BYTES) return fail(err, "its text has more than %d MB", DOC_BYTES >> 20);
+        return tidy(out, err) ? fail(err, "there is no text in this PDF: a scan needs OCR first")
+                              : 0;
+    }
+    if (put_decoded(out, raw, note, err)) return -1;
+    if (looks_like_html(out)) {
+        html = *out;
+        *out = (buffer){0};
+        int rc = put_html(out, &html, err);
+        free(html.s);
+        if (rc) return rc;
+    }
+    return out->failed ? fail(err, "out of memory") : tidy(out, err);
+}
+
+int doc_read(buffer *out, const char *path, const char **note, dsv4_err *err) {
+    struct stat st;
+    buffer raw = {0}, text = {0};
+    dsv4_err why;
+    *note = NULL;
+    int rc = 0;
+    if (strcmp(path, "-") && !stat(path, &st)) {
+        if (S_ISDIR(st.st_mode)) rc = fail(&why, "it is a directory: name the files in it");
+        else if (st.st_size > DOC_BYTES)
+            rc = fail(&why, "it has %.2f GB, and %d MB are the most: split it",
+                      (double)st.st_size / 1e9, DOC_BYTES >> 20);
+    }
+    if (!rc && read_file(&raw, path, DOC_BYTES, err)) return free(raw.s), -1;
+    if (!rc) rc = doc_decode(&text, &raw, note, &why);
+    if (!rc) put_bytes(out, text.s, text.n);
+    free(raw.s);
+    free(text.s);
+    return rc ? fail(err, "%s: %s", strcmp(path, "-") ? path : "stdin", why.msg) : 0;
+}
+
+/* --- parts */
+
+/* How good is it to cut before byte i?  4: behind a paragraph, then a line, a sentence, a word, a
+ * character; -1: within one. */
+static int cut_rank(const char *s, size_t i) {
+    char last = s[i - 1], before = i > 1 ? s[i - 2] : 0;
+    if (((unsigned char)s[i] & 0xc0) == 0x80) return -1;
+    if (last == '\n') return before == '\n' ? 4 : 3;
+    return last != ' ' ? 0 : before && strchr(".!?", before) ? 2 : 1;
+}
+
+/* Where to end the part that begins at s[0]: between lo and hi bytes, as near to aim as may be. */
+static size_t cut_place(const char *s, size_t lo, size_t aim, size_t hi) {
+    size_t at = hi;
+    int best = -2;
+    for (size_t i = hi; i >= lo && i > 0; i--) {
+        int rank = cut_rank(s, i);
+        bool nearer = (i > aim ? i - aim : aim - i) < (at > aim ? at - aim : aim - at);
+        if (rank > best || (rank == best && nearer)) at = i, best = rank;
+    }
+    return at;
+}
+
+int doc_cut(const tok *t, const char *text, size_t len, int64_t most, doc_parts *out,
+            dsv4_err *err) {
+    id_list ids = {0};
+    size_t first = 0, at = 0, sum = 0, bytes;      /* of the part: its first token, its first byte */
+    int rc = 0;
+    assert(most > 0 && len <= DOC_BYTES);
+    *out = (doc_parts){0};
+    if (tok_encode(t, text, len, false, &ids, err)) return -1;
+    out->n_tokens = (int64_t)ids.n;
+    for (size_t i = 0; i < ids.n; i++) {           /* from here on, where each token ends */
+        (void)tok_bytes(t, ids.id[i], &bytes);
+        ids.id[i] = (int32_t)(sum += bytes);
+    }
+    while (at < len && !rc) {
+        size_t left = ids.n - first, n = (left + (size_t)most - 1) / (size_t)most;
+        size_t target = n ? (left + n - 1) / n : 0;
+        if (n < 2) at = len;
+        else at += cut_place(text + at, (size_t)ids.id[first + target - target / 4 - 1] - at,
+                             (size_t)ids.id[first + target - 1] - at,
+                             (size_t)ids.id[first + (size_t)most - 1] - at);
+        while (first < ids.n && (size_t)ids.id[first] <= at) first++;
+        size_t *grown = realloc(out->end, (size_t)(out->n + 1) * sizeof *grown);
+        if (!grown) rc = fail(err, "out of memory for parts");
+        if (grown) out->end = grown, grown[out->n++] = at;
+    }
+    free(ids.id);
+    return rc;
 }

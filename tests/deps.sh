@@ -17,6 +17,7 @@ want libjansson-dev header jansson.h
 want libxxhash-dev header xxhash.h
 want libzstd-dev header zstd.h
 want libedit-dev header histedit.h
+want libxml2-dev pkg-config --exists libxml-2.0
 want libc6-dev header stdio.h
 case $1 in
 test) want python3-venv python3 -c 'import ensurepip, venv'

@@ -206,7 +206,7 @@ static int raw_rate(const writer *w, double *bytes_s, dsv4_err *err) {
 static int restore_once(const writer *w, kv_cache *kv, const char *name, dsv4_err *err) {
     seen.read_bytes = 0, seen.unpack_s = 0;
     double begin = now_s();
-    int64_t pos = kv_resume(kv, w->ids, w->opts.ctx + 1, err);
+    int64_t pos = kv_resume(kv, w->ids, w->opts.ctx + 1, 0, err);
     double took = now_s() - begin;
     if (pos < 0) return -1;
     if (pos != w->opts.ctx) return fail(err, "only %lld tokens came back", (long long)pos);

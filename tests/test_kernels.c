@@ -1003,7 +1003,7 @@ static void test_kernels_measure(void) {
     for (int e = 0; e < N_EXECS; e++) {
         exec_rates rates = {NAN, NAN};
         dsv4_err err;
-        CHECK(exec_measure(execs[e], e == 1 ? 0.2 : 0, &rates, &err) == 0, "%s", err.msg);
+        CHECK(exec_measure(execs[e], 64 << 20, e == 1 ? 0.2 : 0, &rates, &err) == 0, "%s", err.msg);
         CHECK(rates.read_bytes_s > 1e7 && rates.read_bytes_s < 1e12, "%g bytes a second",
               rates.read_bytes_s);
         CHECK(rates.macs_s > 1e6 && rates.macs_s < 1e14, "%g multiply-adds a second", rates.macs_s);
