@@ -32,9 +32,9 @@ endif
 OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o kv.o text.o)
 SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c kv.c text.c main.c
 C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_kv test_park test_text \
-             test_chat test_model)
+             test_chat test_doc test_model)
 FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer \
-             fuzz_segment)
+             fuzz_segment fuzz_doc)
 VENV     = build/venv/bin/python3
 
 all: $(BIN)

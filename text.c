@@ -1739,8 +1739,9 @@ static const char html_breaks[] =
 
 /* End the line, and with n = 2 the paragraph. */
 static void html_gap(buffer *out, size_t n) {
-    while (out->n && (out->s[out->n - 1] == ' ' || out->s[out->n - 1] == '\n')) out->n--;
-    if (out->n) put_bytes(out, "\n\n", n);
+    size_t ends = 0;
+    for (; out->n && strchr(" \n", out->s[out->n - 1]); out->n--) ends += out->s[out->n - 1] == '\n';
+    if (out->n) put_bytes(out, "\n\n", ends > n ? 2 : n);
 }
 
 static void html_start(void *arg, const xmlChar *name, const xmlChar **attributes) {

@@ -24,6 +24,8 @@ test) want python3-venv python3 -c 'import ensurepip, venv'
       want xz-utils xz --version
       want tmux tmux -V
       want zsh zsh --version
+      want poppler-utils pdftotext -v
+      want parallel parallel --version
       want mandoc sh -c 'command -v mandoc' ;;
 fuzz) want clang clang --version
       want libclang-rt-dev sh -c 'echo "int LLVMFuzzerTestOneInput(char*d,long n){return !d&&n;}" |

@@ -22,6 +22,7 @@ done
 try "$build/test_kernels"
 try "$build/test_text"
 try "$build/test_chat"
+try "$build/test_doc"
 try "$build/test_offload"
 try "$build/test_park"
 try "$build/test_model"
@@ -29,6 +30,7 @@ try $venv tests/test_ref.py
 try $venv tests/test_tokenizer.py "$build/tokenize"
 try $venv tests/test_cli.py "$dsv4" "$build/mkmodel"
 try $venv tests/test_long.py "$dsv4" "$build/mkmodel"
+try $venv tests/test_summarize.py "$dsv4" "$build/mkmodel"
 try $venv tests/test_terminal.py "$dsv4" "$build/mkmodel"
 try $venv tests/cachesim.py --selftest
 passed=$(grep -c '^ok ' "$log")
