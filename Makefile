@@ -109,6 +109,7 @@ bench:
 	@tests/deps.sh test
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/bench
 	@$(VENV) tests/bench.py $(B)/bench ./$(BIN) $(B)/mkmodel
+	@$(VENV) tests/bench_eta.py ./$(BIN) $(B)/mkmodel
 
 stress:
 	@tests/deps.sh test
