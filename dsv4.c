@@ -754,7 +754,8 @@ static void plan_token(dsv4_engine *e, dsv4_plan *p) {
         const need *n = &e->w->needs[i];
         if (n->mtp || n->kind != NEED_RAW || !strcmp(n->t->name, "embed.weight")) continue;
         p->token_dense += n->t->bytes;
-        e->dense_macs += (double)n->t->shape[0] * (double)n->t->shape[1];
+        if (strcmp(n->t->name, "head.weight"))     /* a prompt needs that once */
+            e->dense_macs += (double)n->t->shape[0] * (double)n->t->shape[1];
     }
 }
 
