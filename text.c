@@ -48,11 +48,12 @@
 
 enum {
     MAX_JSON_BYTES = 16 << 20,     /* V4's file has 6.4 MB; jansson may need 80 times as much   */
-    MAX_IDS = 1 << 24,             /* V4 has 129,280                                            */
+    MAX_IDS = 1 << 21,             /* V4 has 129,280                                            */
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
     MAX_SPLITS = 16,
     MAX_PATTERN_BYTES = 4096,
-    MAX_TEXT_BYTES = 1 << 30,      /* so that places in a text fit 32 bits                      */
+    MAX_TEXT_BYTES = 1 << 28,      /* so that 4 times the places of a repaired text, which may
+                                      be 3 times as long, fit 32 bits                           */
     MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                   */
     SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try           */
     CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
@@ -241,16 +242,26 @@ static int by_bytes(const void *a, const void *b) {
 
 static const named *find_named(const named *table, size_t n, const char *s, size_t len) {
     const named key = {.s = s, .len = (uint32_t)len};
-    return table ? bsearch(&key, table, n, sizeof key, by_bytes) : NULL;
+    return bsearch(&key, table, n, sizeof key, by_bytes);
 }
 
 /* === 3. Patterns ==============================================================================
  * `tokenizers` runs its regexes with Oniguruma, we with PCRE2.  Only what both read alike passes,
- * by being listed here; the rest is refused by name.  Two things are rewritten:
+ * by being listed in a regex of regexes; the rest is refused.  Two things are rewritten:
  *   \s       PCRE2's also takes U+180E: Oniguruma's 25 characters are written out;
  *   \p{L}    has the letters of the library's Unicode version.  Distributions ship PCRE2 with
  *            Unicode 14; what 15 and 16 added (some 10,000 characters, among them the pink heart
  *            emoji) is added to the class.  For a later PCRE2 the addition says nothing new. */
+
+static const char read_alike[] =
+    "(?: [^\\\\ \\[ ( { ]"                                              /* a character         */
+    "| \\\\ (?: [rnt[:punct:]] | [sS] | [pP] \\{ [LMNPSZ] \\} )"        /* an escape           */
+    "| \\( (?: \\? (?: [:=!>] | <[=!] ) | (?![?*]) )"                   /* a group             */
+    "| \\{ [0-9]+ (?: , [0-9]* )? \\} (?![+?])"  /* what {2}+ and {2}? mean differs            */
+    "| \\[ \\^?+ (?!\\]) (?: [^\\\\ \\[ \\] &] | &(?!&) | \\\\ [rnt[:punct:]]"
+    "        | (?<!-) \\\\ (?: s | p \\{ [LMNPSZ] \\} ) (?!-[^\\]])"    /* "a-\s" is no range  */
+    "    )++ \\]"                                /* and no [^...] can stand within brackets    */
+    ")*+";
 
 static const char white_space[] = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000";
 
@@ -283,77 +294,42 @@ static void put_ranges(buffer *out, const char *ranges) {
     }
 }
 
-/* Rewrite the escape at s into out.  Returns its length in s, or 0 if it is not one we know. */
-static size_t put_escape(buffer *out, const char *s, bool in_brackets) {
-    const char *added = s[1] == 's' || s[1] == 'S' ? white_space : NULL;
-    bool negated = s[1] == 'S' || s[1] == 'P';
-    size_t len = 2;
-    if ((s[1] == 'p' || s[1] == 'P') && s[2] == '{' && s[3] && s[4] == '}') {
-        len = 5;
-        for (size_t i = 0; i < sizeof unicode_16 / sizeof *unicode_16; i++)
-            if (unicode_16[i].category == s[3]) added = unicode_16[i].added;
-    }
-    if (!added) {
-        if (!s[1] || !strchr("rnt!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", s[1])) return 0;
-        put_bytes(out, s, 2);
-        return 2;
-    }
-    /* "a-\s" is no range, and [^...] cannot stand in brackets. */
-    if (in_brackets && (negated || s[-1] == '-' || (s[len] == '-' && s[len + 1] != ']'))) return 0;
-    put_text(out, in_brackets ? "" : negated ? "[^" : "[");
-    if (len == 5) put_format(out, "\\p{%c}", s[3]);
-    put_ranges(out, added);
-    put_text(out, in_brackets ? "" : "]");
-    return len;
+/* How much of a pattern, from its start, do both libraries read alike? */
+static size_t alike(const char *pattern) {
+    int code;
+    size_t at;
+    pcre2_code *re = pcre2_compile((PCRE2_SPTR)read_alike, PCRE2_ZERO_TERMINATED,
+                                   PCRE2_ANCHORED | PCRE2_EXTENDED_MORE, &code, &at, NULL);
+    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
+    int rc = re && match ? pcre2_match(re, (PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, 0, match,
+                                       NULL) : -1;
+    at = rc < 0 ? 0 : pcre2_get_ovector_pointer(match)[1];
+    pcre2_match_data_free(match);
+    pcre2_code_free(re);
+    return at;
 }
 
-/* Length of the quantifier {n}, {n,} or {n,m} at s; 0 if it is none, or has a + or ? behind it,
- * which the two libraries read differently. */
-static size_t quantifier(const char *s) {
-    static const char digits[] = "0123456789";
-    size_t n = 1 + strspn(s + 1, digits);
-    if (n == 1) return 0;
-    if (s[n] == ',') n += 1 + strspn(s + n + 1, digits);
-    return s[n] == '}' && s[n + 1] != '+' && s[n + 1] != '?' ? n + 1 : 0;
-}
-
-/* May the '(' at s open a group? */
-static bool group_known(const char *s) {
-    static const char *const known[] = {"?:", "?=", "?!", "?>", "?<=", "?<!"};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strncmp(s + 1, known[i], strlen(known[i])) == 0) return true;
-    return s[1] != '?' && s[1] != '*';
-}
-
-/* Rewrite pattern into out.  Returns NULL, or the place of what is not understood. */
-static const char *put_pattern(buffer *out, const char *pattern) {
+/* A pattern, all of which is read alike, as PCRE2 is to have it. */
+static void put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
-    size_t len;                    /* of what is read and, but for escapes, copied as it is     */
+    size_t len;
     for (const char *s = pattern; *s; s += len) {
-        bool known = true;
-        len = 1;
-        if (*s == '\\') {
-            len = put_escape(out, s, in_brackets);
-            if (len == 0) return s;
+        char escaped = *s == '\\' ? s[1] : 0, category = 0;
+        if (escaped == 'p' || escaped == 'P') category = s[3];
+        len = category ? strlen("\\p{L}") : escaped ? 2 : 1;
+        if (!category && escaped != 's' && escaped != 'S') {
+            in_brackets = *s == '[' || (in_brackets && *s != ']');
+            put_bytes(out, s, len);
             continue;
         }
-        if (in_brackets) {
-            known = *s != '[' && (*s != '&' || s[1] != '&'); /* classes within classes          */
-            in_brackets = *s != ']';
-        } else if (*s == '[') {
-            in_brackets = true;
-            if (s[1] == '^') len = 2;
-            known = s[len] != ']';
-        } else if (*s == '{') {
-            len = quantifier(s);
-            known = len > 0;
-        } else if (*s == '(') {
-            known = group_known(s);
-        }
-        if (!known) return s;
-        put_bytes(out, s, len);
+        const char *ranges = white_space;
+        for (size_t i = 0; i < sizeof unicode_16 / sizeof *unicode_16; i++)
+            if (unicode_16[i].category == category) ranges = unicode_16[i].added;
+        put_text(out, in_brackets ? "" : escaped == 'S' || escaped == 'P' ? "[^" : "[");
+        if (category) put_format(out, "\\p{%c}", category);
+        put_ranges(out, ranges);
+        put_text(out, in_brackets ? "" : "]");
     }
-    return NULL;
 }
 
 /* === 4. Reading tokenizer.json ================================================================
@@ -366,26 +342,12 @@ static const char *put_pattern(buffer *out, const char *pattern) {
 
 typedef struct {
     tok *t;
-    const char *where;             /* names the file in messages                                */
-    const json_t *root, *model;
-    json_t *vocab;                 /* also finds the strings of merges: jansson's hash is seeded,
-                                      so no file can make its look-ups slow                     */
-    char *scratch;                 /* as long as the file: any string in it fits                */
-    size_t n_bytes;                /* of tok.bytes in use                                       */
-    int byte_of[0x144];            /* a character of GPT-2's alphabet, as 1 + its byte, or 0    */
+    const json_t *model;
+    json_t *root, *vocab;          /* vocab also finds the strings of merges: jansson's hash is
+                                      seeded, so no file can make its look-ups slow             */
+    size_t file_len, n_bytes;      /* n_bytes of tok.bytes are in use                           */
     dsv4_err *err;
 } reader;
-
-/* fail() with the file's name. */
-__attribute__((format(printf, 2, 3)))
-static int refuse(const reader *r, const char *fmt, ...) {
-    char line[256];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(line, sizeof line, fmt, args);
-    va_end(args);
-    return fail(r->err, "%s: %s", r->where, line);
-}
 
 /* Absent, null, false or "": a setting that does nothing. */
 static bool is_off(const json_t *v) {
@@ -393,10 +355,20 @@ static bool is_off(const json_t *v) {
     return !v || json_is_null(v) || json_is_false(v) || (s && !*s);
 }
 
+static const char *text_at(const json_t *v, const char *key) {
+    return json_string_value(json_object_get(v, key));
+}
+
 /* The "type" of an object, to compare or to print. */
 static const char *type_of(const json_t *v) {
-    const char *type = json_string_value(json_object_get(v, "type"));
+    const char *type = text_at(v, "type");
     return type ? type : "(no type)";
+}
+
+/* A setting that only one value of is supported. */
+static int expect(const reader *r, const char *what, const char *value, const char *wanted) {
+    if (value && strcmp(value, wanted) == 0) return 0;
+    return fail(r->err, "%s %.60s is not %s", what, value ? value : "(none)", wanted);
 }
 
 /* The settings around the tables.  post_processor is left alone: it adds tokens that the prompt
@@ -408,66 +380,40 @@ static int check_settings(const reader *r) {
         {r->model, "byte_fallback"}};
     const json_t *normalizer = json_object_get(r->root, "normalizer");
     const json_t *steps = json_object_get(normalizer, "normalizers");
-    const json_t *decoder = json_object_get(r->root, "decoder");
-    if (!json_is_object(r->root)) return refuse(r, "not a JSON object");
+    if (!json_is_object(r->root)) return fail(r->err, "not a JSON object");
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
         if (!is_off(json_object_get(off[i].in, off[i].name)))
-            return refuse(r, "%s is set, which is not supported", off[i].name);
+            return fail(r->err, "%s is set, which is not supported", off[i].name);
     if (!is_off(normalizer) && (!json_is_array(steps) || json_array_size(steps) > 0))
-        return refuse(r, "normalizer %.60s is not supported",
-                      type_of(steps ? json_array_get(steps, 0) : normalizer));
-    if (strcmp(type_of(decoder), "ByteLevel") != 0)
-        return refuse(r, "decoder %.60s is not ByteLevel", type_of(decoder));
-    if (strcmp(type_of(r->model), "BPE") != 0)
-        return refuse(r, "model.type %.60s is not BPE", type_of(r->model));
-    if (!json_is_object(r->vocab)) return refuse(r, "model.vocab is not an object");
-    return 0;
-}
-
-/* Room for as many ids as the file names and as many bytes as it has.  What is not written to
- * costs no memory, so gaps between ids are free, and so is the part of the file that is syntax. */
-static int make_room(reader *r, size_t file_len) {
-    const json_t *added = json_object_get(r->root, "added_tokens"), *value;
-    json_int_t max_id = 0;
-    const char *key;
-    size_t i;
-    tok *t = r->t;
-    json_object_foreach(r->vocab, key, value)
-        if (json_integer_value(value) > max_id) max_id = json_integer_value(value);
-    json_array_foreach(added, i, value) {
-        json_int_t id = json_integer_value(json_object_get(value, "id"));
-        if (id > max_id) max_id = id;
-    }
-    t->n_ids = max_id < MAX_IDS ? (int)max_id + 1 : MAX_IDS;
-    t->pieces = calloc((size_t)t->n_ids, sizeof *t->pieces);
-    t->bytes = malloc(file_len);
-    t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
-    return t->pieces && t->bytes && t->added ? 0 : oom(r->err);
+        return fail(r->err, "normalizer %.60s is not supported",
+                    type_of(steps ? json_array_get(steps, 0) : normalizer));
+    return expect(r, "decoder", type_of(json_object_get(r->root, "decoder")), "ByteLevel")
+           || expect(r, "model.type", type_of(r->model), "BPE");
 }
 
 /* An id of the file as a number, or -1. */
-static int32_t id_of(const reader *r, const json_t *v) {
+static int32_t id_of(const json_t *v) {
     json_int_t id = json_is_integer(v) ? json_integer_value(v) : -1;
-    return id >= 0 && id < r->t->n_ids ? (int32_t)id : -1;
+    return id >= 0 && id < MAX_IDS ? (int32_t)id : -1;
 }
 
 /* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
- * other 68 in order. */
-static void make_alphabet(reader *r) {
-    for (int b = 0, next = 0x100; b < 256; b++) {
-        bool printable = (b > ' ' && b < 0x7f) || (b > 0xa0 && b != 0xad);
-        r->byte_of[printable ? b : next++] = b + 1;
-    }
+ * other 68 in order (00 to 20, 7f to a0, ad).  -1 for a character that is not in it. */
+static int byte_of(unsigned c) {
+    if ((c > ' ' && c < 0x7f) || (c > 0xa0 && c <= 0xff && c != 0xad)) return (int)c;
+    return c < 0x100 ? -1 : c <= 0x120 ? (int)c - 0x100 : c <= 0x142 ? (int)c - 0x121 + 0x7f
+           : c == 0x143 ? 0xad : -1;
 }
 
 /* Decodes s; returns its length, or 0 if a character is not in the alphabet. */
-static size_t from_byte_level(const reader *r, char *out, const char *s) {
+static size_t from_byte_level(char *out, const char *s) {
     size_t n = 0;
     for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
         unsigned c = *p++;         /* jansson checked UTF-8                                     */
         if (c >= 0x80) c = c < 0xc6 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : 0;
-        if (c >= 0x144 || !r->byte_of[c]) return 0;
-        out[n] = (char)(r->byte_of[c] - 1);
+        int byte = byte_of(c);
+        if (byte < 0) return 0;
+        out[n] = (char)byte;
     }
     return n;
 }
@@ -476,46 +422,50 @@ static size_t from_byte_level(const reader *r, char *out, const char *s) {
 static void place(reader *r, int32_t id, size_t n) {
     r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true};
     r->n_bytes += n;
+    if (id >= r->t->n_ids) r->t->n_ids = id + 1;
 }
 
 /* Strings outside the alphabet (V4 lists its first special tokens in vocab too) are no result of
- * merging bytes; they only stand for themselves. */
+ * merging bytes; they only stand for themselves.  There is room for any id and for all bytes of
+ * the file: what is not written to costs no memory. */
 static int read_vocab(reader *r) {
     tok *t = r->t;
     json_t *value;
     const char *key;
-    make_alphabet(r);
-    for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
-    if (!is_off(json_object_get(r->model, "ignore_merges"))) {
-        t->words = calloc(json_object_size(r->vocab) + 1, sizeof *t->words);
-        if (!t->words) return oom(r->err);
-    }
+    bool whole_words = !is_off(json_object_get(r->model, "ignore_merges"));
+    if (!json_is_object(r->vocab)) return fail(r->err, "model.vocab is not an object");
+    t->pieces = calloc(MAX_IDS, sizeof *t->pieces);
+    t->bytes = malloc(r->file_len);
+    t->words = calloc(whole_words ? json_object_size(r->vocab) : 1, sizeof *t->words);
+    if (!t->pieces || !t->bytes || !t->words) return oom(r->err);
+    memset(t->byte_id, 0xff, sizeof t->byte_id); /* -1 */
     json_object_foreach(r->vocab, key, value) {
-        int32_t id = id_of(r, value);
+        int32_t id = id_of(value);
         char *s = t->bytes + r->n_bytes;
-        size_t n = from_byte_level(r, s, key);
+        size_t n = from_byte_level(s, key);
         if (id < 0 || !*key)
-            return refuse(r, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
+            return fail(r->err, "model.vocab \"%.60s\": empty, or id not in 0..%d", key,
+                        MAX_IDS - 1);
         if (t->pieces[id].known)
-            return refuse(r, "model.vocab \"%.60s\": id %d has another string too", key, id);
+            return fail(r->err, "model.vocab \"%.60s\": id %d has another string too", key, id);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
-        if (n > 0 && t->words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
+        if (n > 0 && whole_words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
         place(r, id, n);
     }
     for (int b = 0; b < 256; b++)
-        if (t->byte_id[b] < 0) return refuse(r, "model.vocab has no token for byte 0x%02x", b);
-    if (t->words) qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
+        if (t->byte_id[b] < 0) return fail(r->err, "model.vocab has no token for byte 0x%02x", b);
+    qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
     return 0;
 }
 
 /* A merge is "left right", or ["left", "right"] as newer files have it. */
 static int read_merges(reader *r) {
     tok *t = r->t;
-    const json_t *merges = json_object_get(r->model, "merges"), *v;
-    size_t n_slots = 2, i;
-    char *both = r->scratch;
-    if (!json_is_array(merges)) return refuse(r, "model.merges is not an array");
+    json_t *merges = json_object_get(r->model, "merges"), *v;
+    size_t n_slots = 2, i, n;
+    char *both = t->bytes + r->n_bytes; /* room: this merge stands in the file too              */
+    if (!json_is_array(merges)) return fail(r->err, "model.merges is not an array");
     while (n_slots < 2 * json_array_size(merges)) n_slots *= 2;
     t->slots = malloc(n_slots * sizeof *t->slots);
     t->merged = malloc((json_array_size(merges) + 1) * sizeof *t->merged);
@@ -523,24 +473,23 @@ static int read_merges(reader *r) {
     memset(t->slots, 0xff, n_slots * sizeof *t->slots); /* all NO_RANK */
     t->slot_mask = (uint32_t)(n_slots - 1);
     json_array_foreach(merges, i, v) {
-        const char *left = json_string_value(json_is_string(v) ? v : json_array_get(v, 0));
-        const char *right = json_string_value(json_array_get(v, 1));
-        size_t n = !left ? 0 : json_is_string(v) ? strcspn(left, " ") : strlen(left);
-        if (json_is_string(v)) right = left[n] ? left + n + 1 : NULL;
-        if (!left || !right || json_array_size(v) > 2)
-            return refuse(r, "model.merges[%zu] is no pair of strings", i);
-        snprintf(both, n + 1, "%s", left);
-        int32_t l = id_of(r, json_object_get(r->vocab, both));
-        int32_t m = id_of(r, json_object_get(r->vocab, right));
+        const char *left = json_string_value(v), *right = left ? strchr(left, ' ') : NULL;
+        if (right) n = (size_t)(right++ - left);
+        else if (json_unpack(v, "[s%s!]", &left, &n, &right))
+            return fail(r->err, "model.merges[%zu] is no pair of strings", i);
+        memcpy(both, left, n);
+        both[n] = 0;
+        int32_t l = id_of(json_object_get(r->vocab, both));
+        int32_t m = id_of(json_object_get(r->vocab, right));
         if (l >= 0 && m >= 0) strcpy(both + n, right);
-        t->merged[i] = id_of(r, json_object_get(r->vocab, both));
+        t->merged[i] = id_of(json_object_get(r->vocab, both));
         if (l < 0 || m < 0 || t->merged[i] < 0)
-            return refuse(r, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
-                          l >= 0 && m < 0 ? right : both);
+            return fail(r->err, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
+                        l >= 0 && m < 0 ? right : both);
         merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
-        if (!slot) return refuse(r, "model.merges[%zu]: too many pairs collide", i);
+        if (!slot) return fail(r->err, "model.merges[%zu]: too many pairs collide", i);
         if (slot->rank != NO_RANK)
-            return refuse(r, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
+            return fail(r->err, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
         *slot = (merge_slot){(uint32_t)l, (uint32_t)m, (uint32_t)i};
     }
     return 0;
@@ -552,29 +501,32 @@ static int read_added(reader *r) {
     json_t *added = json_object_get(r->root, "added_tokens"), *v, *id_value;
     json_error_t why;
     size_t i, n;
-    if (!is_off(added) && !json_is_array(added)) return refuse(r, "added_tokens is not an array");
+    if (!is_off(added) && !json_is_array(added))
+        return fail(r->err, "added_tokens is not an array");
+    t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
+    if (!t->added) return oom(r->err);
     json_array_foreach(added, i, v) {
         const char *s;
         int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
         if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n,
                            "id", &id_value, "special", &special, "normalized", &normalized,
                            "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
-            return refuse(r, "added_tokens[%zu]: %s", i, why.text);
+            return fail(r->err, "added_tokens[%zu]: %s", i, why.text);
         if (n == 0 || n > MAX_ADDED_BYTES)
-            return refuse(r, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
+            return fail(r->err, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
         if (lstrip || rstrip || single_word)
-            return refuse(r, "added token \"%.60s\": lstrip, rstrip, single_word are not supported",
-                          s);
-        int32_t id = id_of(r, id_value);
-        if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", s, MAX_IDS - 1);
+            return fail(r->err, "added token \"%.60s\": lstrip, rstrip, single_word are not "
+                        "supported", s);
+        int32_t id = id_of(id_value);
+        if (id < 0) return fail(r->err, "added token \"%.60s\": id not in 0..%d", s, MAX_IDS - 1);
         /* It may stand in vocab too, but then as the same id for the same bytes. */
         const json_t *in_vocab = json_object_get(r->vocab, s);
         const piece *known = &t->pieces[id];
-        if (in_vocab ? id_of(r, in_vocab) != id || known->len != n
+        if (in_vocab ? id_of(in_vocab) != id || known->len != n
                            || memcmp(t->bytes + known->at, s, n) != 0
                      : known->known)
-            return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
-                          s, id);
+            return fail(r->err, "added token \"%.60s\": id %d contradicts model.vocab or another "
+                        "one", s, id);
         int pass = normalized < 0 ? !special : normalized;
         s = memcpy(t->bytes + r->n_bytes, s, n);
         place(r, id, n);
@@ -584,44 +536,43 @@ static int read_added(reader *r) {
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
     for (i = 1; i < t->n_added; i++)
         if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
-            return refuse(r, "added token \"%.*s\" stands there twice", (int)t->added[i].len,
+            return fail(r->err, "added token \"%.*s\" stands there twice", (int)t->added[i].len,
                           t->added[i].s);
     return 0;
 }
 
 /* Compile a pattern and append it to tok.split. */
 static int add_split(reader *r, const char *pattern, bool literal) {
-    tok *t = r->t;
     /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
      * of the text: with search()'s windows that would be quadratic. */
     uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
     uint32_t may_be_empty = 1;
+    size_t at = literal ? strlen(pattern) : alike(pattern);
     buffer text = {0};
-    const char *unknown = NULL;
     int code = 0;
-    size_t at;
-    if (t->n_splits == MAX_SPLITS) return refuse(r, "pre_tokenizer has over %d splits", MAX_SPLITS);
+    if (r->t->n_splits == MAX_SPLITS)
+        return fail(r->err, "pre_tokenizer has over %d splits", MAX_SPLITS);
     if (strlen(pattern) > MAX_PATTERN_BYTES)
-        return refuse(r, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
+        return fail(r->err, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
+    if (pattern[at])
+        return fail(r->err, "pre_tokenizer: pattern not supported from \"%.60s\"", pattern + at);
     /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
     options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
     put_text(&text, literal ? pattern : "(*LF)");
-    if (!literal) unknown = put_pattern(&text, pattern);
+    if (!literal) put_pattern(&text, pattern);
     put_bytes(&text, "", 1);
     pcre2_code *re = text.failed ? NULL : pcre2_compile((PCRE2_SPTR)text.s, PCRE2_ZERO_TERMINATED,
                                                         options, &code, &at, NULL);
     free(text.s);
-    t->split[t->n_splits] = re;
-    t->n_splits += re != NULL;
-    if (unknown) return refuse(r, "pre_tokenizer: pattern not supported from \"%.60s\"", unknown);
     if (text.failed) return oom(r->err);
     if (!re) {
         PCRE2_UCHAR why[128];
         pcre2_get_error_message(code, why, sizeof why);
-        return refuse(r, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
+        return fail(r->err, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
     }
+    r->t->split[r->t->n_splits++] = re;
     pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
-    if (may_be_empty) return refuse(r, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
+    if (may_be_empty) return fail(r->err, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
     pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
     return 0;
 }
@@ -629,35 +580,22 @@ static int add_split(reader *r, const char *pattern, bool literal) {
 /* One step that cuts by a regex or a literal. */
 static int read_split(reader *r, const json_t *step) {
     const json_t *pattern = json_object_get(step, "pattern");
-    const char *regex = json_string_value(json_object_get(pattern, "Regex"));
-    const char *literal = json_string_value(json_object_get(pattern, "String"));
-    const char *behavior = json_string_value(json_object_get(step, "behavior"));
-    if (strcmp(type_of(step), "Split") != 0)
-        return refuse(r, "pre_tokenizer: %.60s is not supported here", type_of(step));
-    if (!behavior || strcmp(behavior, "Isolated") != 0)
-        return refuse(r, "pre_tokenizer: Split with behavior %.60s is not supported",
-                      behavior ? behavior : "(none)");
+    const char *regex = text_at(pattern, "Regex"), *literal = text_at(pattern, "String");
+    if (expect(r, "pre_tokenizer: step", type_of(step), "Split")
+        || expect(r, "pre_tokenizer: Split's behavior", text_at(step, "behavior"), "Isolated"))
+        return -1;
     if (!is_off(json_object_get(step, "invert")))
-        return refuse(r, "pre_tokenizer: Split with invert is not supported");
-    if (!regex && !literal) return refuse(r, "pre_tokenizer: Split without a pattern");
+        return fail(r->err, "pre_tokenizer: Split with invert is not supported");
+    if (!regex && !literal) return fail(r->err, "pre_tokenizer: Split without a pattern");
     return add_split(r, regex ? regex : literal, !regex);
 }
 
-/* The last step.  What it does to text, bytes to GPT-2's alphabet, is undone in the tables, so
- * only its regex is left to do. */
-static int read_byte_level(reader *r, const json_t *step) {
+/* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone.  What that does to text, bytes
+ * to GPT-2's alphabet, is undone in the tables, so only its regex is left to do. */
+static int read_pre_tokenizer(reader *r) {
     /* The library's own pattern for "use_regex", which is true where it is absent. */
     static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
                                "|\\s+(?!\\S)|\\s+";
-    if (strcmp(type_of(step), "ByteLevel") != 0)
-        return refuse(r, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
-    if (!json_is_false(json_object_get(step, "add_prefix_space")))
-        return refuse(r, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
-    return json_is_false(json_object_get(step, "use_regex")) ? 0 : add_split(r, gpt2, false);
-}
-
-/* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone. */
-static int read_pre_tokenizer(reader *r) {
     const json_t *last = json_object_get(r->root, "pre_tokenizer");
     const json_t *steps = json_object_get(last, "pretokenizers");
     if (strcmp(type_of(last), "Sequence") == 0) {
@@ -666,33 +604,37 @@ static int read_pre_tokenizer(reader *r) {
             if (read_split(r, json_array_get(steps, i))) return -1;
         last = json_array_get(steps, n ? n - 1 : 0);
     }
-    return read_byte_level(r, last);
+    if (expect(r, "pre_tokenizer: last step", type_of(last), "ByteLevel")) return -1;
+    if (!json_is_false(json_object_get(last, "add_prefix_space")))
+        return fail(r->err, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
+    return json_is_false(json_object_get(last, "use_regex")) ? 0 : add_split(r, gpt2, false);
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
-    reader r = {.where = where, .err = err};
+    reader r = {.t = calloc(1, sizeof *r.t), .file_len = len, .err = err};
     json_error_t why;
+    int rc;
     *out = NULL;
-    if (len > MAX_JSON_BYTES)
-        return refuse(&r, "%zu bytes, over the limit of %d", len, MAX_JSON_BYTES);
-    json_t *root = json_loadb(json, len, JSON_REJECT_DUPLICATES, &why);
-    if (!root) return refuse(&r, "line %d: %s", why.line, why.text);
-    r.root = root;
-    r.model = json_object_get(root, "model");
+    if (len <= MAX_JSON_BYTES) r.root = json_loadb(json, len, JSON_REJECT_DUPLICATES, &why);
+    r.model = json_object_get(r.root, "model");
     r.vocab = json_object_get(r.model, "vocab");
-    r.t = calloc(1, sizeof *r.t);
-    r.scratch = malloc(len);
-    int rc = r.t && r.scratch ? check_settings(&r) : oom(err);
-    rc = rc || make_room(&r, len) || read_vocab(&r) || read_merges(&r) || read_added(&r) ||
-         read_pre_tokenizer(&r) ? -1 : 0;
-    free(r.scratch);
-    json_decref(root);
+    if (!r.t) rc = oom(err);
+    else if (len > MAX_JSON_BYTES)
+        rc = fail(err, "%zu bytes, over the limit of %d", len, MAX_JSON_BYTES);
+    else if (!r.root) rc = fail(err, "line %d: %s", why.line, why.text);
+    else rc = check_settings(&r) || read_vocab(&r) || read_merges(&r) || read_added(&r) ||
+              read_pre_tokenizer(&r) ? -1 : 0;
+    json_decref(r.root);
 #ifdef __GLIBC__
     malloc_trim(0);                /* the tree was 250,000 small blocks; glibc would keep them  */
 #endif
-    if (rc) tok_close(r.t);
-    else *out = r.t;
-    return rc;
+    if (rc) {
+        dsv4_err what = *err;
+        tok_close(r.t);
+        return fail(err, "%s: %s", where, what.msg);
+    }
+    *out = r.t;
+    return 0;
 }
 
 int read_file(buffer *out, const char *path, size_t most, dsv4_err *err) {
@@ -810,61 +752,47 @@ static int cut_regex(encoder *e, int i, const char *s, size_t len) {
     return 0;
 }
 
-/* In tok.added[lo..hi), whose first `depth` bytes are alike: the first with a byte >= c there. */
-static size_t narrow(const named *added, size_t lo, size_t hi, uint32_t depth, int c) {
-    while (lo < hi) {
-        size_t mid = lo + (hi - lo) / 2;
-        if ((unsigned char)added[mid].s[depth] < c) lo = mid + 1;
-        else hi = mid;
-    }
-    return lo;
-}
-
-/* The longest added token of this pass that the text starts with, or NULL.  The sorted table is
- * walked like a tree: [lo, hi) are those that begin with the bytes read so far. */
+/* The longest added token of this pass that the text starts with, or NULL.  In order of bytes it
+ * stands before the text, and what stands between them begins with it too: so where the nearest
+ * one is not it, no more of the text matters than that one has in common with it. */
 static const named *longest_added(const tok *t, int pass, const char *s, size_t len) {
-    const named *best = NULL;
-    size_t lo = 0, hi = t->n_added;
-    for (uint32_t depth = 0; lo < hi; depth++) {
-        if (t->added[lo].len == depth) { /* the shortest stands first */
-            if (t->added[lo].pass == pass) best = &t->added[lo];
-            lo++;
+    named text = {.s = s, .len = len < MAX_ADDED_BYTES ? (uint32_t)len : MAX_ADDED_BYTES};
+    size_t hi = t->n_added;
+    while (text.len > 0) {
+        for (size_t lo = 0; lo < hi;) {
+            size_t mid = lo + (hi - lo) / 2;
+            if (by_bytes(&t->added[mid], &text) <= 0) lo = mid + 1;
+            else hi = mid;
         }
-        if (depth == len) break;
-        int c = (unsigned char)s[depth];
-        lo = narrow(t->added, lo, hi, depth, c);
-        hi = narrow(t->added, lo, hi, depth, c + 1);
+        if (hi == 0) break;
+        const named *nearest = &t->added[--hi];
+        uint32_t same = 0;
+        while (same < nearest->len && same < text.len && nearest->s[same] == s[same]) same++;
+        if (same == nearest->len && nearest->pass == pass) return nearest;
+        text.len = same == nearest->len ? same - 1 : same;
     }
-    return best;
+    return NULL;
 }
 
-/* Where does what is free at s + *i end?  *i is moved out of a cut first.  Each pass asks from the
- * left to the right, so all its calls together look at each cut once. */
-static size_t free_end(encoder *e, int pass, const char *s, size_t len, size_t *i) {
-    size_t base = (size_t)(s - e->text), *k = &e->cut[pass];
-    while (*k < e->n_cuts && e->cuts[*k + 1] <= base + *i) *k += 2;
-    if (*k == e->n_cuts || e->cuts[*k] >= base + len) return len;
-    if (e->cuts[*k] > base + *i) return e->cuts[*k] - base;
-    *i = e->cuts[*k + 1] < base + len ? e->cuts[*k + 1] - base : len;
-    return *i;
-}
-
-/* Added tokens of this pass become their ids; what lies between them goes on, as one text, be it
- * free or cut. */
+/* Added tokens of this pass become their ids, but for what would touch a cut; what lies between
+ * them goes on, as one text.  Each pass goes from the left to the right, so all its calls together
+ * look at each cut once. */
 static int cut_added(encoder *e, int pass, const char *s, size_t len) {
     if (pass == 2) return cut_regex(e, 0, s, len);
-    size_t done = 0;
-    for (size_t i = 0, end = 0; i < len;) {
-        if (i >= end) {
-            end = free_end(e, pass, s, len, &i);
+    size_t base = (size_t)(s - e->text), *k = &e->cut[pass], done = 0;
+    for (size_t i = 0; i < len;) {
+        const named *added = NULL;
+        size_t end = len;          /* of what is free at i                                      */
+        while (*k < e->n_cuts && e->cuts[*k + 1] <= base + i) *k += 2;
+        if (*k < e->n_cuts && e->cuts[*k] <= base + i) {
+            i = e->cuts[*k + 1] - base;
             continue;
         }
-        const named *added = e->t->starts[pass][(unsigned char)s[i]]
-                                 ? longest_added(e->t, pass, s + i, end - i) : NULL;
-        if (!added) {
-            i++;
-            continue;
-        }
+        if (*k < e->n_cuts && e->cuts[*k] < base + len) end = e->cuts[*k] - base;
+        for (; i < end && !added; i += !added)
+            if (e->t->starts[pass][(unsigned char)s[i]])
+                added = longest_added(e->t, pass, s + i, end - i);
+        if (!added) continue;
         if (i > done && cut_added(e, pass + 1, s + done, i - done)) return -1;
         if (ids_push(e->ids, added->id, e->err)) return -1;
         done = i += added->len;
@@ -968,17 +896,24 @@ int ids_push(id_list *l, int32_t id, dsv4_err *err) {
     return 0;
 }
 
-/* Encode e->text, len bytes of valid UTF-8. */
+/* Encode e->text, len bytes. */
 static int encode(encoder *e, size_t len) {
+    buffer repaired = {0};
     size_t before = e->ids->n;
+    if (len > MAX_TEXT_BYTES)
+        return fail(e->err, "text of %zu bytes is over the limit of %d", len, MAX_TEXT_BYTES);
+    if (!utf8_valid(e->text, len)) {
+        put_repaired(&repaired, e->text, len);
+        e->text = repaired.s;
+        len = repaired.n;
+    }
     e->match = pcre2_match_data_create(1, NULL);
     e->limits = pcre2_match_context_create(NULL);
-    int rc = e->match && e->limits ? 0 : oom(e->err);
-    if (!rc && len > 0) {
+    int rc = e->match && e->limits && !repaired.failed ? 0 : oom(e->err);
+    if (!rc) {
         /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s
          * even without a JIT; these limits are far above both. */
-        uint32_t steps = len < UINT32_MAX / 8 ? 4u * (uint32_t)len : UINT32_MAX / 2;
-        pcre2_set_match_limit(e->limits, 100000u + steps);
+        pcre2_set_match_limit(e->limits, 100000 + 4 * (uint32_t)len);
         pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
         e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
         rc = cut_added(e, 0, e->text, len);
@@ -988,38 +923,25 @@ static int encode(encoder *e, size_t len) {
     pcre2_match_data_free(e->match);
     free(e->heap);
     free(e->sym);
+    free(repaired.s);
     return rc;
 }
 
 int tok_encode(const tok *t, const char *text, size_t len, bool special, id_list *out,
                dsv4_err *err) {
-    buffer repaired = {0};
-    if (len > MAX_TEXT_BYTES / 3)  /* each byte of broken text may become three                 */
-        return fail(err, "text of %zu bytes is over the limit of %d", len, MAX_TEXT_BYTES / 3);
-    if (!utf8_valid(text, len)) {
-        put_repaired(&repaired, text, len);
-        text = repaired.s;
-        len = repaired.n;
-    }
-    const size_t all[2] = {0, len}; /* where nothing may be special, all of it is cut out       */
-    encoder e = {.t = t, .text = text, .cuts = all, .n_cuts = special ? 0 : 2, .ids = out,
-                 .err = err};
-    int rc = repaired.failed ? oom(err) : encode(&e, len);
-    free(repaired.s);
-    return rc;
+    const size_t all[2] = {0, SIZE_MAX}; /* where nothing may be special, all of it is cut out  */
+    return encode(&(encoder){.t = t, .text = text, .cuts = all, .n_cuts = special ? 0 : 2,
+                             .ids = out, .err = err}, len);
 }
 
 int prompt_encode(const tok *t, const prompt *p, id_list *out, dsv4_err *err) {
     static const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
                                         "<｜Assistant｜>", "<think>", "</think>"};
-    encoder e = {.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts, .ids = out,
-                 .err = err};
     for (size_t i = 0; i < sizeof frame / sizeof *frame; i++)
         if (tok_special(t, frame[i]) < 0) return fail(err, "the tokenizer has no %s", frame[i]);
-    if (p->len > MAX_TEXT_BYTES)
-        return fail(err, "text of %zu bytes is over the limit of %d", p->len, MAX_TEXT_BYTES);
-    assert(utf8_valid(p->text, p->len));
-    return encode(&e, p->len);
+    assert(utf8_valid(p->text, p->len)); /* for what is repaired the cuts are not */
+    return encode(&(encoder){.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts,
+                             .ids = out, .err = err}, p->len);
 }
 
 int tok_n_ids(const tok *t) { return t->n_ids; }
