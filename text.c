@@ -174,9 +174,8 @@ static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer
 /* === 2. The tables ============================================================================
  * Everything an open tokenizer is.  For V4: 1.5 MB of pieces, 1 MB of bytes, 3.6 MB of merges. */
 
-typedef struct {                   /* what an id stands for                                     */
+typedef struct {                   /* what an id stands for: nothing, where len is 0            */
     uint32_t at, len;              /* in tok.bytes                                              */
-    bool known;
 } piece;
 
 typedef struct {                   /* a string to be looked up in a sorted table                */
@@ -191,7 +190,8 @@ typedef struct { uint32_t left, right, rank; } merge_slot; /* rank NO_RANK: empt
 struct tok {
     int n_ids;
     piece *pieces;                 /* [n_ids]                                                   */
-    char *bytes;                   /* of all pieces                                             */
+    char *bytes;                   /* [n_bytes] of all pieces                                   */
+    size_t n_bytes;
     int32_t byte_id[256];          /* where every word starts: no byte is without one           */
     merge_slot *slots;             /* [slot_mask + 1] open addressing, at most half full        */
     uint32_t slot_mask;
@@ -263,9 +263,8 @@ static const char read_alike[] =
     "    )++ \\]"                                /* and no [^...] can stand within brackets    */
     ")*+";
 
-static const char white_space[] = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000";
-
-static const struct { char category; const char *added; } unicode_16[] = {
+static const struct { char escape; const char *ranges; } classes[] = {
+    {'s', "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"},
     {'L', "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 "
           "1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 "
           "11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff "
@@ -284,15 +283,6 @@ static const struct { char category; const char *added; } unicode_16[] = {
           "1fbcb-1fbef"},
     {'Z', ""},
 };
-
-/* "9-d 20" as "\x{9}-\x{d}\x{20}", to stand in brackets. */
-static void put_ranges(buffer *out, const char *ranges) {
-    for (const char *s = ranges; *s; s += strspn(s, " -")) {
-        int n = (int)strspn(s, "0123456789abcdef");
-        put_format(out, "\\x{%.*s}%s", n, s, s[n] == '-' ? "-" : "");
-        s += n;
-    }
-}
 
 /* How much of a pattern, from its start, do both libraries read alike? */
 static size_t alike(const char *pattern) {
@@ -313,21 +303,24 @@ static size_t alike(const char *pattern) {
 static void put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
     size_t len;
-    for (const char *s = pattern; *s; s += len) {
-        char escaped = *s == '\\' ? s[1] : 0, category = 0;
-        if (escaped == 'p' || escaped == 'P') category = s[3];
-        len = category ? strlen("\\p{L}") : escaped ? 2 : 1;
-        if (!category && escaped != 's' && escaped != 'S') {
+    for (const char *s = pattern, *ranges = ""; *s; s += len) {
+        char escaped = *s == '\\' ? s[1] : 0;
+        bool property = escaped == 'p' || escaped == 'P';
+        len = property ? strlen("\\p{L}") : escaped ? 2 : 1;
+        if (!property && escaped != 's' && escaped != 'S') {
             in_brackets = *s == '[' || (in_brackets && *s != ']');
             put_bytes(out, s, len);
             continue;
         }
-        const char *ranges = white_space;
-        for (size_t i = 0; i < sizeof unicode_16 / sizeof *unicode_16; i++)
-            if (unicode_16[i].category == category) ranges = unicode_16[i].added;
+        for (size_t i = 0; i < sizeof classes / sizeof *classes; i++)
+            if (classes[i].escape == (property ? s[3] : 's')) ranges = classes[i].ranges;
         put_text(out, in_brackets ? "" : escaped == 'S' || escaped == 'P' ? "[^" : "[");
-        if (category) put_format(out, "\\p{%c}", category);
-        put_ranges(out, ranges);
+        if (property) put_format(out, "\\p{%c}", s[3]);
+        while (*ranges) {          /* "9-d 20" as "\x{9}-\x{d}\x{20}"                           */
+            int n = (int)strspn(ranges, "0123456789abcdef");
+            put_format(out, "\\x{%.*s}%s", n, ranges, ranges[n] == '-' ? "-" : "");
+            ranges += n + (ranges[n] != 0);
+        }
         put_text(out, in_brackets ? "" : "]");
     }
 }
@@ -339,15 +332,6 @@ static void put_pattern(buffer *out, const char *pattern) {
  *   pre_tokenizer {...}        -> split
  * The file is not trusted: every id, pair and size is checked, and a setting that could change
  * ids and is not known here is refused by name rather than passed over.                         */
-
-typedef struct {
-    tok *t;
-    const json_t *model;
-    json_t *root, *vocab;          /* vocab also finds the strings of merges: jansson's hash is
-                                      seeded, so no file can make its look-ups slow             */
-    size_t file_len, n_bytes;      /* n_bytes of tok.bytes are in use                           */
-    dsv4_err *err;
-} reader;
 
 /* Absent, null, false or "": a setting that does nothing. */
 static bool is_off(const json_t *v) {
@@ -365,30 +349,31 @@ static const char *type_of(const json_t *v) {
     return type ? type : "(no type)";
 }
 
-/* A setting that only one value of is supported. */
-static int expect(const reader *r, const char *what, const char *value, const char *wanted) {
-    if (value && strcmp(value, wanted) == 0) return 0;
-    return fail(r->err, "%s %.60s is not %s", what, value ? value : "(none)", wanted);
+/* A setting of which we know one value, or (NULL) no other than off. */
+static int expect(const char *what, const json_t *value, const char *wanted, dsv4_err *err) {
+    const char *text = json_string_value(value);
+    if (wanted ? text && strcmp(text, wanted) == 0 : is_off(value)) return 0;
+    return fail(err, "%s %.60s is not supported", what,
+                text ? text : value ? "as it is set" : "(none)");
 }
 
 /* The settings around the tables.  post_processor is left alone: it adds tokens that the prompt
  * format (M4) places itself. */
-static int check_settings(const reader *r) {
+static int check_settings(const json_t *root, const json_t *model, dsv4_err *err) {
     const struct { const json_t *in; const char *name; } off[] = {
-        {r->root, "truncation"}, {r->root, "padding"}, {r->model, "dropout"},
-        {r->model, "continuing_subword_prefix"}, {r->model, "end_of_word_suffix"},
-        {r->model, "byte_fallback"}};
-    const json_t *normalizer = json_object_get(r->root, "normalizer");
+        {root, "truncation"}, {root, "padding"}, {model, "dropout"},
+        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"},
+        {model, "byte_fallback"}};
+    const json_t *normalizer = json_object_get(root, "normalizer");
     const json_t *steps = json_object_get(normalizer, "normalizers");
-    if (!json_is_object(r->root)) return fail(r->err, "not a JSON object");
+    const json_t *decoder = json_object_get(root, "decoder");
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
-        if (!is_off(json_object_get(off[i].in, off[i].name)))
-            return fail(r->err, "%s is set, which is not supported", off[i].name);
+        if (expect(off[i].name, json_object_get(off[i].in, off[i].name), NULL, err)) return -1;
     if (!is_off(normalizer) && (!json_is_array(steps) || json_array_size(steps) > 0))
-        return fail(r->err, "normalizer %.60s is not supported",
+        return fail(err, "normalizer %.60s is not supported",
                     type_of(steps ? json_array_get(steps, 0) : normalizer));
-    return expect(r, "decoder", type_of(json_object_get(r->root, "decoder")), "ByteLevel")
-           || expect(r, "model.type", type_of(r->model), "BPE");
+    return expect("decoder.type", json_object_get(decoder, "type"), "ByteLevel", err)
+           || expect("model.type", json_object_get(model, "type"), "BPE", err);
 }
 
 /* An id of the file as a number, or -1. */
@@ -399,150 +384,142 @@ static int32_t id_of(const json_t *v) {
 
 /* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
  * other 68 in order (00 to 20, 7f to a0, ad).  -1 for a character that is not in it. */
-static int byte_of(unsigned c) {
-    if ((c > ' ' && c < 0x7f) || (c > 0xa0 && c <= 0xff && c != 0xad)) return (int)c;
-    return c < 0x100 ? -1 : c <= 0x120 ? (int)c - 0x100 : c <= 0x142 ? (int)c - 0x121 + 0x7f
-           : c == 0x143 ? 0xad : -1;
+static int byte_of(int c) {
+    if (c < 0x100) return (c > ' ' && c < 0x7f) || (c > 0xa0 && c != 0xad) ? c : -1;
+    return c <= 0x120 ? c - 0x100 : c <= 0x142 ? c - 0x121 + 0x7f : c == 0x143 ? 0xad : -1;
 }
 
 /* Decodes s; returns its length, or 0 if a character is not in the alphabet. */
 static size_t from_byte_level(char *out, const char *s) {
     size_t n = 0;
     for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
-        unsigned c = *p++;         /* jansson checked UTF-8                                     */
-        if (c >= 0x80) c = c < 0xc6 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : 0;
-        int byte = byte_of(c);
-        if (byte < 0) return 0;
-        out[n] = (char)byte;
+        int c = *p++;              /* jansson checked UTF-8; beyond 2 bytes all is foreign      */
+        if (c >= 0x80) c = c < 0xe0 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : INT32_MAX;
+        if (byte_of(c) < 0) return 0;
+        out[n] = (char)byte_of(c);
     }
     return n;
 }
 
 /* Give id the n bytes that were just written behind those in use. */
-static void place(reader *r, int32_t id, size_t n) {
-    r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true};
-    r->n_bytes += n;
-    if (id >= r->t->n_ids) r->t->n_ids = id + 1;
+static void place(tok *t, int32_t id, size_t n) {
+    t->pieces[id] = (piece){(uint32_t)t->n_bytes, (uint32_t)n};
+    t->n_bytes += n;
+    if (id >= t->n_ids) t->n_ids = id + 1;
 }
 
 /* Strings outside the alphabet (V4 lists its first special tokens in vocab too) are no result of
  * merging bytes; they only stand for themselves.  There is room for any id and for all bytes of
  * the file: what is not written to costs no memory. */
-static int read_vocab(reader *r) {
-    tok *t = r->t;
-    json_t *value;
+static int read_vocab(tok *t, const json_t *model, size_t file_len, dsv4_err *err) {
+    bool whole_words = !is_off(json_object_get(model, "ignore_merges"));
+    json_t *vocab = json_object_get(model, "vocab"), *value;
     const char *key;
-    bool whole_words = !is_off(json_object_get(r->model, "ignore_merges"));
-    if (!json_is_object(r->vocab)) return fail(r->err, "model.vocab is not an object");
+    if (!json_is_object(vocab)) return fail(err, "model.vocab is not an object");
     t->pieces = calloc(MAX_IDS, sizeof *t->pieces);
-    t->bytes = malloc(r->file_len);
-    t->words = calloc(whole_words ? json_object_size(r->vocab) : 1, sizeof *t->words);
-    if (!t->pieces || !t->bytes || !t->words) return oom(r->err);
+    t->bytes = malloc(file_len);
+    t->words = calloc(json_object_size(vocab) + 1, sizeof *t->words);
+    if (!t->pieces || !t->bytes || !t->words) return oom(err);
     memset(t->byte_id, 0xff, sizeof t->byte_id); /* -1 */
-    json_object_foreach(r->vocab, key, value) {
+    json_object_foreach(vocab, key, value) {
         int32_t id = id_of(value);
-        char *s = t->bytes + r->n_bytes;
+        char *s = t->bytes + t->n_bytes;
         size_t n = from_byte_level(s, key);
         if (id < 0 || !*key)
-            return fail(r->err, "model.vocab \"%.60s\": empty, or id not in 0..%d", key,
-                        MAX_IDS - 1);
-        if (t->pieces[id].known)
-            return fail(r->err, "model.vocab \"%.60s\": id %d has another string too", key, id);
+            return fail(err, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
+        if (t->pieces[id].len)
+            return fail(err, "model.vocab \"%.60s\": id %d has another string too", key, id);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
         if (n > 0 && whole_words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
-        place(r, id, n);
+        place(t, id, n);
     }
     for (int b = 0; b < 256; b++)
-        if (t->byte_id[b] < 0) return fail(r->err, "model.vocab has no token for byte 0x%02x", b);
+        if (t->byte_id[b] < 0) return fail(err, "model.vocab has no token for byte 0x%02x", b);
     qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
     return 0;
 }
 
-/* A merge is "left right", or ["left", "right"] as newer files have it. */
-static int read_merges(reader *r) {
-    tok *t = r->t;
-    json_t *merges = json_object_get(r->model, "merges"), *v;
+/* A merge is "left right", or ["left", "right"] as newer files have it.  jansson's hash is seeded,
+ * so no file can make the look-ups of its strings slow. */
+static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
+    json_t *merges = json_object_get(model, "merges"), *vocab = json_object_get(model, "vocab"), *v;
     size_t n_slots = 2, i, n;
-    char *both = t->bytes + r->n_bytes; /* room: this merge stands in the file too              */
-    if (!json_is_array(merges)) return fail(r->err, "model.merges is not an array");
+    char *both = t->bytes + t->n_bytes; /* there is room: this merge stands in the file too     */
+    if (!json_is_array(merges)) return fail(err, "model.merges is not an array");
     while (n_slots < 2 * json_array_size(merges)) n_slots *= 2;
     t->slots = malloc(n_slots * sizeof *t->slots);
     t->merged = malloc((json_array_size(merges) + 1) * sizeof *t->merged);
-    if (!t->slots || !t->merged) return oom(r->err);
+    if (!t->slots || !t->merged) return oom(err);
     memset(t->slots, 0xff, n_slots * sizeof *t->slots); /* all NO_RANK */
     t->slot_mask = (uint32_t)(n_slots - 1);
     json_array_foreach(merges, i, v) {
         const char *left = json_string_value(v), *right = left ? strchr(left, ' ') : NULL;
         if (right) n = (size_t)(right++ - left);
         else if (json_unpack(v, "[s%s!]", &left, &n, &right))
-            return fail(r->err, "model.merges[%zu] is no pair of strings", i);
+            return fail(err, "model.merges[%zu] is no pair of strings", i);
         memcpy(both, left, n);
         both[n] = 0;
-        int32_t l = id_of(json_object_get(r->vocab, both));
-        int32_t m = id_of(json_object_get(r->vocab, right));
+        int32_t l = id_of(json_object_get(vocab, both));
+        int32_t m = id_of(json_object_get(vocab, right));
         if (l >= 0 && m >= 0) strcpy(both + n, right);
-        t->merged[i] = id_of(json_object_get(r->vocab, both));
+        t->merged[i] = id_of(json_object_get(vocab, both));
         if (l < 0 || m < 0 || t->merged[i] < 0)
-            return fail(r->err, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
+            return fail(err, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
                         l >= 0 && m < 0 ? right : both);
         merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
-        if (!slot) return fail(r->err, "model.merges[%zu]: too many pairs collide", i);
+        if (!slot) return fail(err, "model.merges[%zu]: too many pairs collide", i);
         if (slot->rank != NO_RANK)
-            return fail(r->err, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
+            return fail(err, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
         *slot = (merge_slot){(uint32_t)l, (uint32_t)m, (uint32_t)i};
     }
     return 0;
 }
 
 /* An added token stands for its content as it is written, never for bytes of the alphabet. */
-static int read_added(reader *r) {
-    tok *t = r->t;
-    json_t *added = json_object_get(r->root, "added_tokens"), *v, *id_value;
+static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err *err) {
+    json_t *added = json_object_get(root, "added_tokens"), *v, *id_value;
     json_error_t why;
     size_t i, n;
-    if (!is_off(added) && !json_is_array(added))
-        return fail(r->err, "added_tokens is not an array");
+    if (!is_off(added) && !json_is_array(added)) return fail(err, "added_tokens is not an array");
     t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
-    if (!t->added) return oom(r->err);
+    if (!t->added) return oom(err);
     json_array_foreach(added, i, v) {
         const char *s;
         int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
         if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n,
                            "id", &id_value, "special", &special, "normalized", &normalized,
                            "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
-            return fail(r->err, "added_tokens[%zu]: %s", i, why.text);
+            return fail(err, "added_tokens[%zu]: %s", i, why.text);
         if (n == 0 || n > MAX_ADDED_BYTES)
-            return fail(r->err, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
+            return fail(err, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
         if (lstrip || rstrip || single_word)
-            return fail(r->err, "added token \"%.60s\": lstrip, rstrip, single_word are not "
-                        "supported", s);
+            return fail(err, "added_tokens[%zu] sets lstrip, rstrip or single_word", i);
         int32_t id = id_of(id_value);
-        if (id < 0) return fail(r->err, "added token \"%.60s\": id not in 0..%d", s, MAX_IDS - 1);
+        if (id < 0) return fail(err, "added_tokens[%zu]: id not in 0..%d", i, MAX_IDS - 1);
         /* It may stand in vocab too, but then as the same id for the same bytes. */
-        const json_t *in_vocab = json_object_get(r->vocab, s);
+        const json_t *in_vocab = json_object_get(json_object_get(model, "vocab"), s);
         const piece *known = &t->pieces[id];
-        if (in_vocab ? id_of(in_vocab) != id || known->len != n
-                           || memcmp(t->bytes + known->at, s, n) != 0
-                     : known->known)
-            return fail(r->err, "added token \"%.60s\": id %d contradicts model.vocab or another "
-                        "one", s, id);
+        if (known->len ? id_of(in_vocab) != id || known->len != n
+                             || memcmp(t->bytes + known->at, s, n) != 0
+                       : in_vocab != NULL)
+            return fail(err, "added_tokens[%zu]: id %d contradicts vocab or another one", i, id);
         int pass = normalized < 0 ? !special : normalized;
-        s = memcpy(t->bytes + r->n_bytes, s, n);
-        place(r, id, n);
+        s = memcpy(t->bytes + t->n_bytes, s, n);
+        place(t, id, n);
         t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
         t->starts[pass][(unsigned char)*s] = true;
     }
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
     for (i = 1; i < t->n_added; i++)
         if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
-            return fail(r->err, "added token \"%.*s\" stands there twice", (int)t->added[i].len,
-                          t->added[i].s);
+            return fail(err, "added token \"%.*s\" stands there twice", (int)t->added[i].len,
+                        t->added[i].s);
     return 0;
 }
 
 /* Compile a pattern and append it to tok.split. */
-static int add_split(reader *r, const char *pattern, bool literal) {
+static int add_split(tok *t, const char *pattern, bool literal, dsv4_err *err) {
     /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
      * of the text: with search()'s windows that would be quadratic. */
     uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
@@ -550,12 +527,11 @@ static int add_split(reader *r, const char *pattern, bool literal) {
     size_t at = literal ? strlen(pattern) : alike(pattern);
     buffer text = {0};
     int code = 0;
-    if (r->t->n_splits == MAX_SPLITS)
-        return fail(r->err, "pre_tokenizer has over %d splits", MAX_SPLITS);
+    if (t->n_splits == MAX_SPLITS) return fail(err, "pre_tokenizer has over %d splits", MAX_SPLITS);
     if (strlen(pattern) > MAX_PATTERN_BYTES)
-        return fail(r->err, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
+        return fail(err, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
     if (pattern[at])
-        return fail(r->err, "pre_tokenizer: pattern not supported from \"%.60s\"", pattern + at);
+        return fail(err, "pre_tokenizer: pattern not supported from \"%.60s\"", pattern + at);
     /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
     options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
     put_text(&text, literal ? pattern : "(*LF)");
@@ -564,76 +540,73 @@ static int add_split(reader *r, const char *pattern, bool literal) {
     pcre2_code *re = text.failed ? NULL : pcre2_compile((PCRE2_SPTR)text.s, PCRE2_ZERO_TERMINATED,
                                                         options, &code, &at, NULL);
     free(text.s);
-    if (text.failed) return oom(r->err);
+    if (text.failed) return oom(err);
     if (!re) {
         PCRE2_UCHAR why[128];
         pcre2_get_error_message(code, why, sizeof why);
-        return fail(r->err, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
+        return fail(err, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
     }
-    r->t->split[r->t->n_splits++] = re;
+    t->split[t->n_splits++] = re;
     pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
-    if (may_be_empty) return fail(r->err, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
+    if (may_be_empty) return fail(err, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
     pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
     return 0;
 }
 
 /* One step that cuts by a regex or a literal. */
-static int read_split(reader *r, const json_t *step) {
+static int read_split(tok *t, const json_t *step, dsv4_err *err) {
     const json_t *pattern = json_object_get(step, "pattern");
     const char *regex = text_at(pattern, "Regex"), *literal = text_at(pattern, "String");
-    if (expect(r, "pre_tokenizer: step", type_of(step), "Split")
-        || expect(r, "pre_tokenizer: Split's behavior", text_at(step, "behavior"), "Isolated"))
-        return -1;
-    if (!is_off(json_object_get(step, "invert")))
-        return fail(r->err, "pre_tokenizer: Split with invert is not supported");
-    if (!regex && !literal) return fail(r->err, "pre_tokenizer: Split without a pattern");
-    return add_split(r, regex ? regex : literal, !regex);
+    if (expect("pre_tokenizer: step", json_object_get(step, "type"), "Split", err)
+        || expect("Split's behavior", json_object_get(step, "behavior"), "Isolated", err)
+        || expect("Split's invert", json_object_get(step, "invert"), NULL, err)) return -1;
+    if (!regex && !literal) return fail(err, "pre_tokenizer: Split without a pattern");
+    return add_split(t, regex ? regex : literal, !regex, err);
 }
 
 /* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone.  What that does to text, bytes
  * to GPT-2's alphabet, is undone in the tables, so only its regex is left to do. */
-static int read_pre_tokenizer(reader *r) {
+static int read_pre_tokenizer(tok *t, const json_t *root, dsv4_err *err) {
     /* The library's own pattern for "use_regex", which is true where it is absent. */
     static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
                                "|\\s+(?!\\S)|\\s+";
-    const json_t *last = json_object_get(r->root, "pre_tokenizer");
+    const json_t *last = json_object_get(root, "pre_tokenizer");
     const json_t *steps = json_object_get(last, "pretokenizers");
     if (strcmp(type_of(last), "Sequence") == 0) {
         size_t n = json_array_size(steps);
         for (size_t i = 0; i + 1 < n; i++)
-            if (read_split(r, json_array_get(steps, i))) return -1;
+            if (read_split(t, json_array_get(steps, i), err)) return -1;
         last = json_array_get(steps, n ? n - 1 : 0);
     }
-    if (expect(r, "pre_tokenizer: last step", type_of(last), "ByteLevel")) return -1;
+    if (strcmp(type_of(last), "ByteLevel") != 0)
+        return fail(err, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(last));
     if (!json_is_false(json_object_get(last, "add_prefix_space")))
-        return fail(r->err, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
-    return json_is_false(json_object_get(last, "use_regex")) ? 0 : add_split(r, gpt2, false);
+        return fail(err, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
+    return json_is_false(json_object_get(last, "use_regex")) ? 0 : add_split(t, gpt2, false, err);
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
-    reader r = {.t = calloc(1, sizeof *r.t), .file_len = len, .err = err};
     json_error_t why;
-    int rc;
     *out = NULL;
-    if (len <= MAX_JSON_BYTES) r.root = json_loadb(json, len, JSON_REJECT_DUPLICATES, &why);
-    r.model = json_object_get(r.root, "model");
-    r.vocab = json_object_get(r.model, "vocab");
-    if (!r.t) rc = oom(err);
-    else if (len > MAX_JSON_BYTES)
-        rc = fail(err, "%zu bytes, over the limit of %d", len, MAX_JSON_BYTES);
-    else if (!r.root) rc = fail(err, "line %d: %s", why.line, why.text);
-    else rc = check_settings(&r) || read_vocab(&r) || read_merges(&r) || read_added(&r) ||
-              read_pre_tokenizer(&r) ? -1 : 0;
-    json_decref(r.root);
+    if (len > MAX_JSON_BYTES)
+        return fail(err, "%s: %zu bytes, over the limit of %d", where, len, MAX_JSON_BYTES);
+    json_t *root = json_loadb(json, len, JSON_REJECT_DUPLICATES, &why);
+    const json_t *model = json_object_get(root, "model");
+    tok *t = calloc(1, sizeof *t);
+    int rc = !t ? oom(err) : !root ? fail(err, "line %d: %s", why.line, why.text) :
+             check_settings(root, model, err) || read_vocab(t, model, len, err) ||
+             read_merges(t, model, err) || read_added(t, root, model, err) ||
+             read_pre_tokenizer(t, root, err) ? -1 : 0;
+    json_decref(root);
 #ifdef __GLIBC__
     malloc_trim(0);                /* the tree was 250,000 small blocks; glibc would keep them  */
 #endif
     if (rc) {
         dsv4_err what = *err;
-        tok_close(r.t);
+        tok_close(t);
         return fail(err, "%s: %s", where, what.msg);
     }
-    *out = r.t;
+    *out = t;
     return 0;
 }
 
@@ -842,8 +815,11 @@ static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
     heap_push(e, (uint64_t)s->rank << 32 | i);
 }
 
-/* The ids of one word, by merging; O(len log len), and 32 bytes of memory a byte of it. */
-static int merge_word(encoder *e, const unsigned char *s, size_t len) {
+/* The ids of one word: by the vocabulary as a whole where the file asks for that, else by merging,
+ * in O(len log len), and 32 bytes of memory a byte of it. */
+static int word(encoder *e, const char *s, size_t len) {
+    const named *whole = find_named(e->t->words, e->t->n_words, s, len);
+    if (whole) return ids_push(e->ids, whole->id, e->err);
     uint32_t n = (uint32_t)len;
     if (e->n_sym < len) {
         free(e->sym);
@@ -855,7 +831,7 @@ static int merge_word(encoder *e, const unsigned char *s, size_t len) {
     }
     assert(e->n_heap == 0);
     for (uint32_t i = 0; i < n; i++) /* symbol 0 has no one before it: prev is n */
-        e->sym[i] = (symbol){e->t->byte_id[s[i]], NO_RANK, i ? i - 1 : n, i + 1};
+        e->sym[i] = (symbol){e->t->byte_id[(unsigned char)s[i]], NO_RANK, i ? i - 1 : n, i + 1};
     for (uint32_t i = 0; i < n; i++) offer_pair(e, i, n);
     while (e->n_heap > 0) {
         uint64_t entry = heap_pop(e);
@@ -873,13 +849,6 @@ static int merge_word(encoder *e, const unsigned char *s, size_t len) {
     for (uint32_t i = 0; i != n; i = e->sym[i].next)
         if (ids_push(e->ids, e->sym[i].id, e->err)) return -1;
     return 0;
-}
-
-/* A word's ids, by the vocabulary as a whole where the file asks for that, else by merging. */
-static int word(encoder *e, const char *s, size_t len) {
-    const named *whole = find_named(e->t->words, e->t->n_words, s, len);
-    return whole ? ids_push(e->ids, whole->id, e->err)
-                 : merge_word(e, (const unsigned char *)s, len);
 }
 
 /* === 7. Encoding, decoding ==================================================================== */
