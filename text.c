@@ -541,11 +541,7 @@ static int add_split(tok *t, const char *pattern, bool literal, dsv4_err *err) {
                                                         options, &code, &at, NULL);
     free(text.s);
     if (text.failed) return oom(err);
-    if (!re) {
-        PCRE2_UCHAR why[128];
-        pcre2_get_error_message(code, why, sizeof why);
-        return fail(err, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
-    }
+    if (!re) return fail(err, "pre_tokenizer: \"%.60s\": error %d of PCRE2", pattern, code);
     t->split[t->n_splits++] = re;
     pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
     if (may_be_empty) return fail(err, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
@@ -672,57 +668,45 @@ static double cpu_seconds(void) {
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-/* Find the first match of split i at or behind *from: [*from, *to), or [len, len) for none.
+/* Matches of split i, and what lies between them, go to split i + 1 ("Isolated").  Each piece is
+ * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends.
  *
  * PCRE2's match limit bounds how often one attempt steps back, not how many places of the text it
  * is tried at, nor how far it looks ahead from each: a(?=a*b) on a line of n letters a takes n^2
  * steps within every limit.  So the search goes window by window, and every few thousand bytes
  * the clock is asked; it is this thread's CPU time, so that a busy machine changes nothing. */
-static int search(encoder *e, int i, const char *s, size_t len, size_t *from, size_t *to) {
+static int cut_regex(encoder *e, int i, const char *s, size_t len) {
+    if (i == e->t->n_splits) return word(e, s, len);
     const pcre2_code *re = e->t->split[i];
-    for (size_t at = *from; at < len;) {
+    size_t done = 0;
+    for (size_t at = 0, next; at < len; at = next) {
         pcre2_set_offset_limit(e->limits, at + SEARCH_WINDOW);
         int rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK, e->match, e->limits);
         if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter may use more memory */
             rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
                              e->match, e->limits);
-        if (rc < 0 && rc != PCRE2_ERROR_NOMATCH) {
-            PCRE2_UCHAR why[128];
-            pcre2_get_error_message(rc, why, sizeof why);
-            return fail(e->err, "tokenizer: regex %d fails on this text: %s", i, (char *)why);
-        }
+        if (rc < 0 && rc != PCRE2_ERROR_NOMATCH)
+            return fail(e->err, "tokenizer: regex %d goes over the match limit or its memory on "
+                        "this text (error %d of PCRE2)", i, rc);
         const size_t *span = pcre2_get_ovector_pointer(e->match);
-        size_t next = rc < 0 ? at + SEARCH_WINDOW + 1 : span[1];
+        size_t from = span[0], to = span[1];
+        next = rc < 0 ? at + SEARCH_WINDOW + 1 : to;
         e->unclocked += next - at;
         if (e->unclocked >= CLOCK_BYTES) {
             e->unclocked = 0;
             if (cpu_seconds() > e->deadline_s)
                 return fail(e->err, "tokenizer: regex %d is too slow on this text", i);
         }
-        if (rc >= 0) {
-            assert(span[1] > span[0]); /* patterns that match nothing were refused */
-            *from = span[0];
-            *to = span[1];
-            return 0;
+        if (rc < 0) {              /* on from the start of a character                          */
+            while (next < len && ((unsigned char)s[next] & 0xc0) == 0x80) next++;
+            continue;
         }
-        for (at = next; at < len && ((unsigned char)s[at] & 0xc0) == 0x80;) at++;
-    }
-    *from = *to = len;
-    return 0;
-}
-
-/* Matches of split i, and what lies between them, go to split i + 1 ("Isolated").  Each piece is
- * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends. */
-static int cut_regex(encoder *e, int i, const char *s, size_t len) {
-    if (i == e->t->n_splits) return word(e, s, len);
-    for (size_t done = 0; done < len;) {
-        size_t from = done, to = len;
-        if (search(e, i, s, len, &from, &to)) return -1;
+        assert(to > from);         /* patterns that match nothing were refused                  */
         if (from > done && cut_regex(e, i + 1, s + done, from - done)) return -1;
-        if (to > from && cut_regex(e, i + 1, s + from, to - from)) return -1;
+        if (cut_regex(e, i + 1, s + from, to - from)) return -1;
         done = to;
     }
-    return 0;
+    return done < len ? cut_regex(e, i + 1, s + done, len - done) : 0;
 }
 
 /* The longest added token of this pass that the text starts with, or NULL.  In order of bytes it
@@ -930,20 +914,16 @@ int32_t tok_special(const tok *t, const char *content) {
 /* === 8. Writing JSON ==========================================================================
  * As Python's json.dumps(ensure_ascii=False) writes it, for the model was trained on that.       */
 
-/* Of valid UTF-8 only what JSON wants escaped is; what stands between escapes goes in at once. */
+/* Of valid UTF-8 only what JSON wants escaped is. */
 static void put_json_string(buffer *b, const char *s, size_t n) {
     static const char plain[] = "\"\\\n\r\t\b\f", escaped[] = "\"\\nrtbf";
-    size_t done = 0;
     put_text(b, "\"");
     for (size_t i = 0; i < n; i++) {
         const char *short_form = s[i] ? strchr(plain, s[i]) : NULL;
-        if (!short_form && (unsigned char)s[i] >= ' ') continue;
-        put_bytes(b, s + done, i - done);
         if (short_form) put_format(b, "\\%c", escaped[short_form - plain]);
-        else put_format(b, "\\u%04x", (unsigned)s[i]);
-        done = i + 1;
+        else if ((unsigned char)s[i] < ' ') put_format(b, "\\u%04x", (unsigned)s[i]);
+        else put_bytes(b, s + i, 1);
     }
-    put_bytes(b, s + done, n - done);
     put_text(b, "\"");
 }
 
@@ -1113,14 +1093,8 @@ static void put_content(writer *w, const json_t *message, const char *key) {
     }
 }
 
-/* Strings are written bare, so that the model need not escape what it quotes from them. */
-static void put_parameter(writer *w, const char *name, json_t *value) {
-    emit(w, json_is_string(value) ? PARAMETER_OPEN "%s" PARAMETER_TRUE "%j" PARAMETER_CLOSE
-                                  : PARAMETER_OPEN "%s" PARAMETER_FALSE "%j" PARAMETER_CLOSE,
-         name, value);
-}
-
-/* One tool call.  Its arguments are an object or the JSON of one; other text stands for itself. */
+/* One tool call.  Its arguments are an object or the JSON of one; other text stands for itself.
+ * Strings are written bare, so that the model need not escape what it quotes from them. */
 static void put_call(writer *w, const json_t *call, size_t i) {
     const json_t *function = json_object_get(call, "function");
     json_t *name = json_object_get(function, "name"), *value, *object;
@@ -1131,11 +1105,17 @@ static void put_call(writer *w, const json_t *call, size_t i) {
         wrong(w, "tool_calls[%zu].function.arguments is neither text nor an object", i);
     object = text ? json_loadb(text, json_string_length(arguments), JSON_ALLOW_NUL, NULL)
                   : json_incref(arguments);
+    if (text && !json_is_object(object)) {
+        json_decref(object);
+        object = json_pack("{s:O}", "arguments", arguments);
+        if (!object) w->rc = oom(w->err);
+    }
     emit(w, INVOKE_OPEN "%j\">\n", name);
-    if (text && !json_is_object(object)) put_parameter(w, "arguments", arguments);
     json_object_foreach(object, key, value) {
         emit(w, sep);
-        put_parameter(w, key, value);
+        emit(w, json_is_string(value) ? PARAMETER_OPEN "%s" PARAMETER_TRUE "%j" PARAMETER_CLOSE
+                                      : PARAMETER_OPEN "%s" PARAMETER_FALSE "%j" PARAMETER_CLOSE,
+             key, value);
         sep = "\n";
     }
     emit(w, "\n" INVOKE_CLOSE);
@@ -1152,7 +1132,7 @@ static void put_assistant(writer *w, const json_t *message, bool reasoning) {
     put_content(w, message, "content");
     json_object_clear(w->order);   /* results belong to the calls just before them              */
     json_array_foreach(calls, i, call) {
-        const char *id = json_string_value(json_object_get(call, "id"));
+        const char *id = text_at(call, "id");
         if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
             w->rc = oom(w->err);
         emit(w, i ? "\n" : "\n\n" CALLS_OPEN "\n");
@@ -1188,7 +1168,7 @@ static void put_system(writer *w, const json_t *message, bool first) {
 static char role(const json_t *message) {
     static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
                                         "latest_reminder"};
-    const char *name = json_string_value(json_object_get(message, "role"));
+    const char *name = text_at(message, "role");
     for (size_t i = 0; name && i < sizeof names / sizeof *names; i++)
         if (strcmp(name, names[i]) == 0) return *name;
     return 0;
@@ -1256,7 +1236,7 @@ static void put_prompt(writer *w, generation gen, prompt *out) {
     if (n == 0) wrong(w, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
         const json_t *m = message_at(w, i);
-        const char *name = json_string_value(json_object_get(m, "role"));
+        const char *name = text_at(m, "role");
         if (!role(m))
             wrong(w, "role \"%s\" is not one of system, user, assistant, tool, developer, "
                   "latest_reminder", name && strlen(name) < 60 ? name : "...");
@@ -1312,10 +1292,10 @@ void prompt_free(prompt *p) {
 struct json_t *prompt_message(const char *role_name, const char *text, size_t len) {
     buffer repaired = {0};
     put_repaired(&repaired, text, len);
-    json_t *content = repaired.failed ? NULL : json_stringn(repaired.n ? repaired.s : "",
-                                                            repaired.n);
+    json_t *message = repaired.failed ? NULL : json_pack("{s:s, s:s%}", "role", role_name, "content",
+                                                         repaired.n ? repaired.s : "", repaired.n);
     free(repaired.s);
-    return json_pack("{s:s, s:o}", "role", role_name, "content", content);
+    return message;
 }
 
 /* === 10. The answer ===========================================================================
@@ -1366,7 +1346,7 @@ struct answer {
     buffer out;                    /* certain, not handed over yet                              */
     buffer arguments;              /* of the call that is being read                            */
     size_t item, tag;              /* in held: behind the last whole tag; and its white space   */
-    size_t invoke, name, name_len; /* in held                                                   */
+    size_t invoke, name_len;       /* in held: a call; how long its name is                     */
     bool string;                   /* the value is text, not JSON                               */
     bool called;                   /* this block gave a call                                    */
     answer_fn each;
@@ -1445,24 +1425,24 @@ static void end_value(answer *a) {
 
 /* An opening tag is whole; s [n] is what follows its name=".  Is it right? */
 static bool end_open_tag(answer *a, const char *s, size_t n) {
-    const char *quote = memchr(s, '"', n);
-    size_t len = quote ? (size_t)(quote - s) : n;
+    const char *close = a->state == INVOKE ? "\">" : PARAMETER_FALSE;
+    a->string = a->state == PARAMETER && ends(s, n, PARAMETER_TRUE);
+    if (a->string) close = PARAMETER_TRUE;
+    if (!ends(s, n, close)) return false;
+    n -= strlen(close);
+    if (memchr(s, '"', n) || (a->state == INVOKE && n == 0)) return false;
     if (a->state == INVOKE) {
-        if (len == 0 || n - len != strlen("\">")) return false;
         a->invoke = a->tag;
-        a->name = (size_t)(s - a->held.s);
-        a->name_len = len;
+        a->name_len = n;
         a->arguments.n = 0;
         put_text(&a->arguments, "{");
         a->state = PARAMETER;
-        return true;
+    } else {
+        put_text(&a->arguments, a->arguments.n > 1 ? ", " : "");
+        put_json_string(&a->arguments, s, n);
+        put_text(&a->arguments, ": ");
+        a->state = VALUE;
     }
-    a->string = quote && like(quote, n - len, PARAMETER_TRUE) == WHOLE;
-    if (!a->string && !(quote && like(quote, n - len, PARAMETER_FALSE) == WHOLE)) return false;
-    put_text(&a->arguments, a->arguments.n > 1 ? ", " : "");
-    put_json_string(&a->arguments, s, len);
-    put_text(&a->arguments, ": ");
-    a->state = VALUE;
     return true;
 }
 
@@ -1475,8 +1455,9 @@ static bool end_close_tag(answer *a) {
     hand_over(a);
     if (a->called && !a->arguments.failed)
         a->each(a->arg, &(answer_piece){
-            ANSWER_CALL, a->arguments.s, a->arguments.n, a->held.s + a->name,
-            a->held.s + a->invoke, a->name_len, a->held.n - a->invoke});
+            ANSWER_CALL, a->arguments.s, a->arguments.n,
+            a->held.s + a->invoke + strlen(INVOKE_OPEN), a->held.s + a->invoke, a->name_len,
+            a->held.n - a->invoke});
     a->held.n = 0;
     return true;
 }
