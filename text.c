@@ -3,12 +3,12 @@
  *   {"messages": [...]}          a request; its prompt, in which is known who wrote what  section 9
  *        |
  *   "x = 15<think>"              bytes; what is not UTF-8 becomes U+FFFD            section 1
- *        | added tokens first, longest first (only if the caller wants them)        section 5
+ *        | added tokens first, longest first (only if the caller wants them)        section 6
  *   "x = 15"  128821
- *        | regex after regex, each cutting the pieces that the one before left      section 5
+ *        | regex after regex, each cutting the pieces that the one before left      section 6
  *   "x" " =" " " "15"            words
  *        | one id a byte; the pair of neighbours with the lowest rank is merged,
- *        | the leftmost one on ties, until no pair has a rank                       section 6
+ *        | the leftmost one on ties, until no pair has a rank                       section 5
  *   90 438 223 856  128821       ids, to the model and from it
  *        | bytes of ids, whole characters, until a stop word                  sections 7, 1, 10
  *   "why</think>because"         reasoning, content and tool calls                   section 10
@@ -23,7 +23,7 @@
  *             7 an answer's pieces do not depend on how its bytes were handed over
  *
  * Contents    1 bytes, UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
- *             5 cutting text   6 merging a word   7 encoding, decoding
+ *             5 merging a word   6 cutting text   7 encoding, decoding
  *             8 writing JSON   9 the prompt   10 the answer
  * Not here    HTTP, and running tools
  */
@@ -52,8 +52,7 @@ enum {
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
     MAX_SPLITS = 16,
     MAX_PATTERN_BYTES = 4096,
-    MAX_TEXT_BYTES = 1 << 28,      /* so that 4 times the places of a repaired text, which may
-                                      be 3 times as long, fit 32 bits                           */
+    MAX_TEXT_BYTES = 1 << 28,      /* so that 4 times a repaired text's places fit 32 bits      */
     MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                   */
     SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try           */
     CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
@@ -88,11 +87,10 @@ void put_format(buffer *b, const char *fmt, ...) {
     char *s;
     va_list args;
     va_start(args, fmt);
-    int n = vasprintf(&s, fmt, args);
+    if (vasprintf(&s, fmt, args) < 0) s = NULL;
     va_end(args);
-    b->failed |= n < 0;
-    if (n < 0) return;
-    put_bytes(b, s, (size_t)n);
+    if (s) put_text(b, s);
+    b->failed |= !s;
     free(s);
 }
 
@@ -150,7 +148,7 @@ void utf8_push(utf8_stream *s, const char *bytes, size_t len, buffer *out) {
 
 static void put_repaired(buffer *out, const char *text, size_t len) {
     utf8_stream s = {0};
-    if (len > 0) utf8_push(&s, text, len, out);
+    utf8_push(&s, text, len, out);
     utf8_push(&s, NULL, 0, out);
 }
 
@@ -174,9 +172,7 @@ static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer
 /* === 2. The tables ============================================================================
  * Everything an open tokenizer is.  For V4: 1.5 MB of pieces, 1 MB of bytes, 3.6 MB of merges. */
 
-typedef struct {                   /* what an id stands for: nothing, where len is 0            */
-    uint32_t at, len;              /* in tok.bytes                                              */
-} piece;
+typedef struct { uint32_t at, len; } piece; /* of tok.bytes, what an id stands for; or len 0 */
 
 typedef struct {                   /* a string to be looked up in a sorted table                */
     const char *s;                 /* in tok.bytes                                              */
@@ -191,7 +187,7 @@ struct tok {
     int n_ids;
     piece *pieces;                 /* [n_ids]                                                   */
     char *bytes;                   /* [n_bytes] of all pieces                                   */
-    size_t n_bytes;
+    size_t n_bytes, n_added, n_words;
     int32_t byte_id[256];          /* where every word starts: no byte is without one           */
     merge_slot *slots;             /* [slot_mask + 1] open addressing, at most half full        */
     uint32_t slot_mask;
@@ -199,11 +195,9 @@ struct tok {
     named *added;                  /* [n_added] in order of bytes.  `tokenizers` looks for those
                                       with "normalized" false in the whole text (pass 0), then
                                       for the others in what is left (pass 1)                   */
-    size_t n_added;
     bool starts[2][256];           /* an added token of this pass starts with this byte         */
     named *words;                  /* [n_words] the vocabulary in order of bytes, only where
                                       "ignore_merges" looks whole words up first                */
-    size_t n_words;
     pcre2_code *split[MAX_SPLITS]; /* [n_splits] in order; compiled code is only read           */
     int n_splits;
 };
@@ -240,11 +234,6 @@ static int by_bytes(const void *a, const void *b) {
     return order ? order : (x->len > y->len) - (x->len < y->len);
 }
 
-static const named *find_named(const named *table, size_t n, const char *s, size_t len) {
-    const named key = {.s = s, .len = (uint32_t)len};
-    return bsearch(&key, table, n, sizeof key, by_bytes);
-}
-
 /* === 3. Patterns ==============================================================================
  * `tokenizers` runs its regexes with Oniguruma, we with PCRE2.  Only what both read alike passes,
  * by being listed in a regex of regexes; the rest is refused.  Two things are rewritten:
@@ -260,29 +249,23 @@ static const char read_alike[] =
     "| \\{ [0-9]+ (?: , [0-9]* )? \\} (?![+?])"  /* what {2}+ and {2}? mean differs            */
     "| \\[ \\^?+ (?!\\]) (?: [^\\\\ \\[ \\] &] | &(?!&) | \\\\ [rnt[:punct:]]"
     "        | (?<!-) \\\\ (?: s | p \\{ [LMNPSZ] \\} ) (?!-[^\\]])"    /* "a-\s" is no range  */
-    "    )++ \\]"                                /* and no [^...] can stand within brackets    */
-    ")*+";
+    "    )++ \\] )*+";                           /* and no [^...] can stand within brackets    */
 
-static const struct { char escape; const char *ranges; } classes[] = {
-    {'s', "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"},
-    {'L', "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 "
-          "1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 "
-          "11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff "
-          "1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d "
-          "31350-323af"},
-    {'M', "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca "
-          "113cc-113d0 113d2 113e1-113e2 11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 "
-          "13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef"},
-    {'N', "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 "
-          "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"},
-    {'P', "1b4e-1b4f 1b7f 10d6e 113d4-113d5 113d7-113d8 11b00-11b09 11be1 11f43-11f4f "
-          "16d6d-16d6f 1e5ff"},
-    {'S', "2427-2429 2ffc-2fff 31e4-31e5 31ef 10d8e-10d8f 1cc00-1ccef 1cd00-1ceb3 1f6dc "
-          "1f774-1f776 1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f "
-          "1faad-1faaf 1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 "
-          "1fbcb-1fbef"},
-    {'Z', ""},
-};
+static const char classes[] =      /* a letter, and its ranges up to the next letter            */
+    "s9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000 "
+    "L1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 1123f-11240 "
+    "11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 11f04-11f10 "
+    "11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff 1b132 1b155 "
+    "1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af "
+    "M897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 "
+    "113d2 113e1-113e2 11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 13447-13455 "
+    "1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef "
+    "N10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 "
+    "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa "
+    "P1b4e-1b4f 1b7f 10d6e 113d4-113d5 113d7-113d8 11b00-11b09 11be1 11f43-11f4f 16d6d-16d6f 1e5ff "
+    "S2427-2429 2ffc-2fff 31e4-31e5 31ef 10d8e-10d8f 1cc00-1ccef 1cd00-1ceb3 1f6dc 1f774-1f776 "
+    "1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f 1faad-1faaf "
+    "1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 1fbcb-1fbef Z";
 
 /* How much of a pattern, from its start, do both libraries read alike? */
 static size_t alike(const char *pattern) {
@@ -291,8 +274,7 @@ static size_t alike(const char *pattern) {
     pcre2_code *re = pcre2_compile((PCRE2_SPTR)read_alike, PCRE2_ZERO_TERMINATED,
                                    PCRE2_ANCHORED | PCRE2_EXTENDED_MORE, &code, &at, NULL);
     pcre2_match_data *match = pcre2_match_data_create(1, NULL);
-    int rc = re && match ? pcre2_match(re, (PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, 0, match,
-                                       NULL) : -1;
+    int rc = pcre2_match(re, (PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, 0, match, NULL);
     at = rc < 0 ? 0 : pcre2_get_ovector_pointer(match)[1];
     pcre2_match_data_free(match);
     pcre2_code_free(re);
@@ -303,7 +285,7 @@ static size_t alike(const char *pattern) {
 static void put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
     size_t len;
-    for (const char *s = pattern, *ranges = ""; *s; s += len) {
+    for (const char *s = pattern; *s; s += len) {
         char escaped = *s == '\\' ? s[1] : 0;
         bool property = escaped == 'p' || escaped == 'P';
         len = property ? strlen("\\p{L}") : escaped ? 2 : 1;
@@ -312,15 +294,11 @@ static void put_pattern(buffer *out, const char *pattern) {
             put_bytes(out, s, len);
             continue;
         }
-        for (size_t i = 0; i < sizeof classes / sizeof *classes; i++)
-            if (classes[i].escape == (property ? s[3] : 's')) ranges = classes[i].ranges;
         put_text(out, in_brackets ? "" : escaped == 'S' || escaped == 'P' ? "[^" : "[");
         if (property) put_format(out, "\\p{%c}", s[3]);
-        while (*ranges) {          /* "9-d 20" as "\x{9}-\x{d}\x{20}"                           */
-            int n = (int)strspn(ranges, "0123456789abcdef");
-            put_format(out, "\\x{%.*s}%s", n, ranges, ranges[n] == '-' ? "-" : "");
-            ranges += n + (ranges[n] != 0);
-        }
+        const char *range = strchr(classes, property ? s[3] : 's') + 1;
+        for (int n; (n = (int)strspn(range, "0123456789abcdef")) > 0; range += n + 1)
+            put_format(out, "\\x{%.*s}%s", n, range, range[n] == '-' ? "-" : "");
         put_text(out, in_brackets ? "" : "]");
     }
 }
@@ -350,30 +328,29 @@ static const char *type_of(const json_t *v) {
 }
 
 /* A setting of which we know one value, or (NULL) no other than off. */
-static int expect(const char *what, const json_t *value, const char *wanted, dsv4_err *err) {
+static int expect(const char *what, const json_t *in, const char *key, const char *wanted,
+                  dsv4_err *err) {
+    const json_t *value = json_object_get(in, key);
     const char *text = json_string_value(value);
     if (wanted ? text && strcmp(text, wanted) == 0 : is_off(value)) return 0;
-    return fail(err, "%s %.60s is not supported", what,
-                text ? text : value ? "as it is set" : "(none)");
+    return fail(err, "%s %.60s is not supported", what, text ? text : value ? "as set" : "(none)");
 }
 
 /* The settings around the tables.  post_processor is left alone: it adds tokens that the prompt
  * format (M4) places itself. */
 static int check_settings(const json_t *root, const json_t *model, dsv4_err *err) {
     const struct { const json_t *in; const char *name; } off[] = {
-        {root, "truncation"}, {root, "padding"}, {model, "dropout"},
-        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"},
-        {model, "byte_fallback"}};
+        {root, "truncation"}, {root, "padding"}, {model, "dropout"}, {model, "byte_fallback"},
+        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"}};
     const json_t *normalizer = json_object_get(root, "normalizer");
     const json_t *steps = json_object_get(normalizer, "normalizers");
-    const json_t *decoder = json_object_get(root, "decoder");
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
-        if (expect(off[i].name, json_object_get(off[i].in, off[i].name), NULL, err)) return -1;
+        if (expect(off[i].name, off[i].in, off[i].name, NULL, err)) return -1;
     if (!is_off(normalizer) && (!json_is_array(steps) || json_array_size(steps) > 0))
         return fail(err, "normalizer %.60s is not supported",
                     type_of(steps ? json_array_get(steps, 0) : normalizer));
-    return expect("decoder.type", json_object_get(decoder, "type"), "ByteLevel", err)
-           || expect("model.type", json_object_get(model, "type"), "BPE", err);
+    return expect("model.type", model, "type", "BPE", err)
+           || expect("decoder.type", json_object_get(root, "decoder"), "type", "ByteLevel", err);
 }
 
 /* An id of the file as a number, or -1. */
@@ -479,6 +456,7 @@ static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
 /* An added token stands for its content as it is written, never for bytes of the alphabet. */
 static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err *err) {
     json_t *added = json_object_get(root, "added_tokens"), *v, *id_value;
+    json_t *vocab = json_object_get(model, "vocab");
     json_error_t why;
     size_t i, n;
     if (!is_off(added) && !json_is_array(added)) return fail(err, "added_tokens is not an array");
@@ -498,12 +476,13 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
         int32_t id = id_of(id_value);
         if (id < 0) return fail(err, "added_tokens[%zu]: id not in 0..%d", i, MAX_IDS - 1);
         /* It may stand in vocab too, but then as the same id for the same bytes. */
-        const json_t *in_vocab = json_object_get(json_object_get(model, "vocab"), s);
+        const json_t *in_vocab = json_object_get(vocab, s);
         const piece *known = &t->pieces[id];
         if (known->len ? id_of(in_vocab) != id || known->len != n
                              || memcmp(t->bytes + known->at, s, n) != 0
                        : in_vocab != NULL)
-            return fail(err, "added_tokens[%zu]: id %d contradicts vocab or another one", i, id);
+            return fail(err, "added_tokens[%zu]: id %d contradicts vocab or comes twice", i, id);
+        if (json_object_set(vocab, s, v)) return oom(err); /* no id: refused if it comes again */
         int pass = normalized < 0 ? !special : normalized;
         s = memcpy(t->bytes + t->n_bytes, s, n);
         place(t, id, n);
@@ -511,17 +490,13 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
         t->starts[pass][(unsigned char)*s] = true;
     }
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
-    for (i = 1; i < t->n_added; i++)
-        if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
-            return fail(err, "added token \"%.*s\" stands there twice", (int)t->added[i].len,
-                        t->added[i].s);
     return 0;
 }
 
 /* Compile a pattern and append it to tok.split. */
 static int add_split(tok *t, const char *pattern, bool literal, dsv4_err *err) {
     /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
-     * of the text: with search()'s windows that would be quadratic. */
+     * of the text: with cut_regex()'s windows that would be quadratic. */
     uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
     uint32_t may_be_empty = 1;
     size_t at = literal ? strlen(pattern) : alike(pattern);
@@ -553,9 +528,9 @@ static int add_split(tok *t, const char *pattern, bool literal, dsv4_err *err) {
 static int read_split(tok *t, const json_t *step, dsv4_err *err) {
     const json_t *pattern = json_object_get(step, "pattern");
     const char *regex = text_at(pattern, "Regex"), *literal = text_at(pattern, "String");
-    if (expect("pre_tokenizer: step", json_object_get(step, "type"), "Split", err)
-        || expect("Split's behavior", json_object_get(step, "behavior"), "Isolated", err)
-        || expect("Split's invert", json_object_get(step, "invert"), NULL, err)) return -1;
+    if (expect("pre_tokenizer: step", step, "type", "Split", err)
+        || expect("pre_tokenizer: Split's behavior", step, "behavior", "Isolated", err)
+        || expect("pre_tokenizer: Split's invert", step, "invert", NULL, err)) return -1;
     if (!regex && !literal) return fail(err, "pre_tokenizer: Split without a pattern");
     return add_split(t, regex ? regex : literal, !regex, err);
 }
@@ -566,19 +541,18 @@ static int read_pre_tokenizer(tok *t, const json_t *root, dsv4_err *err) {
     /* The library's own pattern for "use_regex", which is true where it is absent. */
     static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
                                "|\\s+(?!\\S)|\\s+";
-    const json_t *last = json_object_get(root, "pre_tokenizer");
-    const json_t *steps = json_object_get(last, "pretokenizers");
-    if (strcmp(type_of(last), "Sequence") == 0) {
-        size_t n = json_array_size(steps);
-        for (size_t i = 0; i + 1 < n; i++)
-            if (read_split(t, json_array_get(steps, i), err)) return -1;
-        last = json_array_get(steps, n ? n - 1 : 0);
+    const json_t *step = json_object_get(root, "pre_tokenizer");
+    const json_t *steps = json_object_get(step, "pretokenizers");
+    size_t n = strcmp(type_of(step), "Sequence") == 0 ? json_array_size(steps) : 0;
+    for (size_t i = 0; i < n; i++) {
+        step = json_array_get(steps, i);
+        if (i + 1 < n && read_split(t, step, err)) return -1;
     }
-    if (strcmp(type_of(last), "ByteLevel") != 0)
-        return fail(err, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(last));
-    if (!json_is_false(json_object_get(last, "add_prefix_space")))
+    if (strcmp(type_of(step), "ByteLevel") != 0)
+        return fail(err, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
+    if (!json_is_false(json_object_get(step, "add_prefix_space")))
         return fail(err, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
-    return json_is_false(json_object_get(last, "use_regex")) ? 0 : add_split(t, gpt2, false, err);
+    return json_is_false(json_object_get(step, "use_regex")) ? 0 : add_split(t, gpt2, false, err);
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
@@ -627,16 +601,23 @@ int tok_open(tok **out, const char *dir, dsv4_err *err) {
     *out = NULL;
     if (snprintf(path, sizeof path, "%s/tokenizer.json", dir) >= (int)sizeof path)
         return fail(err, "%s: path is too long", dir);
-    int rc = read_file(&json, path, MAX_JSON_BYTES, err);
-    if (!rc) rc = tok_parse(out, json.s, json.n, path, err);
+    int rc = read_file(&json, path, MAX_JSON_BYTES, err)
+             || tok_parse(out, json.s, json.n, path, err) ? -1 : 0;
     free(json.s);
     return rc;
 }
 
-/* === 5. Cutting text ==========================================================================
- * Each stage hands its pieces to the next one at once, so that no list of pieces is ever made:
- *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
- * The recursion is as deep as there are stages, whatever the text.                              */
+/* === 5. Merging a word ========================================================================
+ * A word is a list of symbols, at first one a byte, linked by place.  Ranks of some pairs:
+ *
+ *   l 40 o 70 w - e 12 r        the pair (e, r) has the lowest rank: it is merged
+ *   l 40 o 70 w 90 er           its left neighbour now makes a new pair, (w, er)
+ *   lo 55 w 90 er               and so on, until no pair has a rank
+ *
+ * A heap holds every pair as rank << 32 | place, so its top is the lowest rank, and the leftmost
+ * of several.  A merge changes at most two pairs and pushes them anew.  Their old entries stay in
+ * the heap; one whose rank is no longer its symbol's is stale and is skipped.  n symbols start
+ * with n - 1 entries and each of at most n - 1 merges takes one and adds two: 2n are enough.    */
 
 typedef struct {                   /* a part of the word that is being merged                   */
     int32_t id;
@@ -660,7 +641,74 @@ typedef struct {                   /* one tok_encode                            
     dsv4_err *err;
 } encoder;
 
-static int word(encoder *e, const char *s, size_t len); /* section 6 */
+static void heap_push(encoder *e, uint64_t entry) {
+    size_t i = e->n_heap++;
+    for (; i > 0 && e->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
+        e->heap[i] = e->heap[(i - 1) / 2];
+    e->heap[i] = entry;
+}
+
+static uint64_t heap_pop(encoder *e) {
+    uint64_t top = e->heap[0], last = e->heap[--e->n_heap];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < e->n_heap; i = child) {
+        if (child + 1 < e->n_heap && e->heap[child + 1] < e->heap[child]) child++;
+        if (e->heap[child] >= last) break;
+        e->heap[i] = e->heap[child];
+    }
+    e->heap[i] = last;
+    return top;
+}
+
+/* Look up the pair of symbol i and the next one; if it has a rank, into the heap with it. */
+static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
+    symbol *s = &e->sym[i];
+    const merge_slot *slot = NULL;
+    if (s->next != n) slot = merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id);
+    s->rank = slot ? slot->rank : NO_RANK;
+    if (s->rank != NO_RANK) heap_push(e, (uint64_t)s->rank << 32 | i);
+}
+
+/* The ids of one word: by the vocabulary as a whole where the file asks for that, else by merging,
+ * in O(len log len), and 32 bytes of memory a byte of it. */
+static int word(encoder *e, const char *s, size_t len) {
+    uint32_t n = (uint32_t)len;
+    const named key = {.s = s, .len = n};
+    const named *whole = bsearch(&key, e->t->words, e->t->n_words, sizeof key, by_bytes);
+    if (whole) return ids_push(e->ids, whole->id, e->err);
+    if (e->n_sym < len) {
+        free(e->sym);
+        free(e->heap);
+        e->n_sym = len < 256 ? 256 : len;
+        e->sym = malloc(e->n_sym * sizeof *e->sym);
+        e->heap = malloc(e->n_sym * 2 * sizeof *e->heap);
+        if (!e->sym || !e->heap) return oom(e->err);
+    }
+    assert(e->n_heap == 0);
+    for (uint32_t i = n; i-- > 0; offer_pair(e, i, n)) /* symbol 0 has none before it: prev is n */
+        e->sym[i] = (symbol){e->t->byte_id[(unsigned char)s[i]], NO_RANK, i ? i - 1 : n, i + 1};
+    while (e->n_heap > 0) {
+        uint64_t entry = heap_pop(e);
+        uint32_t rank = (uint32_t)(entry >> 32), i = (uint32_t)entry;
+        symbol *left = &e->sym[i];
+        if (left->rank != rank) continue;
+        symbol *right = &e->sym[left->next];
+        left->id = e->t->merged[rank];
+        left->next = right->next;
+        right->rank = NO_RANK;     /* it is gone: its entries are stale                         */
+        if (left->next != n) e->sym[left->next].prev = i;
+        offer_pair(e, i, n);
+        if (left->prev != n) offer_pair(e, left->prev, n);
+    }
+    for (uint32_t i = 0; i != n; i = e->sym[i].next)
+        if (ids_push(e->ids, e->sym[i].id, e->err)) return -1;
+    return 0;
+}
+
+/* === 6. Cutting text ==========================================================================
+ * Each stage hands its pieces to the next one at once, so that no list of pieces is ever made:
+ *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
+ * The recursion is as deep as there are stages, whatever the text.                              */
 
 static double cpu_seconds(void) {
     struct timespec now;
@@ -757,84 +805,6 @@ static int cut_added(encoder *e, int pass, const char *s, size_t len) {
     return done < len ? cut_added(e, pass + 1, s + done, len - done) : 0;
 }
 
-/* === 6. Merging a word ========================================================================
- * A word is a list of symbols, at first one a byte, linked by place.  Ranks of some pairs:
- *
- *   l 40 o 70 w - e 12 r        the pair (e, r) has the lowest rank: it is merged
- *   l 40 o 70 w 90 er           its left neighbour now makes a new pair, (w, er)
- *   lo 55 w 90 er               and so on, until no pair has a rank
- *
- * A heap holds every pair as rank << 32 | place, so its top is the lowest rank, and the leftmost
- * of several.  A merge changes at most two pairs and pushes them anew.  Their old entries stay in
- * the heap; one whose rank is no longer its symbol's is stale and is skipped.  n symbols start
- * with n - 1 entries and each of at most n - 1 merges takes one and adds two: 2n are enough.    */
-
-static void heap_push(encoder *e, uint64_t entry) {
-    size_t i = e->n_heap++;
-    for (; i > 0 && e->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
-        e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = entry;
-}
-
-static uint64_t heap_pop(encoder *e) {
-    uint64_t top = e->heap[0], last = e->heap[--e->n_heap];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < e->n_heap; i = child) {
-        if (child + 1 < e->n_heap && e->heap[child + 1] < e->heap[child]) child++;
-        if (e->heap[child] >= last) break;
-        e->heap[i] = e->heap[child];
-    }
-    e->heap[i] = last;
-    return top;
-}
-
-/* Look up the pair of symbol i and the next one; if it has a rank, into the heap with it. */
-static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
-    symbol *s = &e->sym[i];
-    s->rank = NO_RANK;
-    if (s->next == n) return;
-    const merge_slot *slot = merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id);
-    if (!slot || slot->rank == NO_RANK) return;
-    s->rank = slot->rank;
-    heap_push(e, (uint64_t)s->rank << 32 | i);
-}
-
-/* The ids of one word: by the vocabulary as a whole where the file asks for that, else by merging,
- * in O(len log len), and 32 bytes of memory a byte of it. */
-static int word(encoder *e, const char *s, size_t len) {
-    const named *whole = find_named(e->t->words, e->t->n_words, s, len);
-    if (whole) return ids_push(e->ids, whole->id, e->err);
-    uint32_t n = (uint32_t)len;
-    if (e->n_sym < len) {
-        free(e->sym);
-        free(e->heap);
-        e->n_sym = len < 256 ? 256 : len;
-        e->sym = malloc(e->n_sym * sizeof *e->sym);
-        e->heap = malloc(e->n_sym * 2 * sizeof *e->heap);
-        if (!e->sym || !e->heap) return oom(e->err);
-    }
-    assert(e->n_heap == 0);
-    for (uint32_t i = 0; i < n; i++) /* symbol 0 has no one before it: prev is n */
-        e->sym[i] = (symbol){e->t->byte_id[(unsigned char)s[i]], NO_RANK, i ? i - 1 : n, i + 1};
-    for (uint32_t i = 0; i < n; i++) offer_pair(e, i, n);
-    while (e->n_heap > 0) {
-        uint64_t entry = heap_pop(e);
-        uint32_t rank = (uint32_t)(entry >> 32), i = (uint32_t)entry;
-        symbol *left = &e->sym[i];
-        if (left->rank != rank) continue;
-        symbol *right = &e->sym[left->next];
-        left->id = e->t->merged[rank];
-        left->next = right->next;
-        right->rank = NO_RANK;     /* it is gone: its entries are stale                         */
-        if (left->next != n) e->sym[left->next].prev = i;
-        offer_pair(e, i, n);
-        if (left->prev != n) offer_pair(e, left->prev, n);
-    }
-    for (uint32_t i = 0; i != n; i = e->sym[i].next)
-        if (ids_push(e->ids, e->sym[i].id, e->err)) return -1;
-    return 0;
-}
-
 /* === 7. Encoding, decoding ==================================================================== */
 
 int ids_push(id_list *l, int32_t id, dsv4_err *err) {
@@ -900,14 +870,14 @@ int prompt_encode(const tok *t, const prompt *p, id_list *out, dsv4_err *err) {
 int tok_n_ids(const tok *t) { return t->n_ids; }
 
 const char *tok_bytes(const tok *t, int32_t id, size_t *len) {
-    *len = 0;
-    if (id < 0 || id >= t->n_ids) return "";
-    *len = t->pieces[id].len;
-    return t->bytes + t->pieces[id].at;
+    const piece p = id >= 0 && id < t->n_ids ? t->pieces[id] : (piece){0, 0};
+    *len = p.len;
+    return t->bytes + p.at;
 }
 
 int32_t tok_special(const tok *t, const char *content) {
-    const named *added = find_named(t->added, t->n_added, content, strlen(content));
+    const named key = {.s = content, .len = (uint32_t)strlen(content)};
+    const named *added = bsearch(&key, t->added, t->n_added, sizeof key, by_bytes);
     return added ? added->id : -1;
 }
 
@@ -1009,12 +979,14 @@ static const char first_tool[] =
     "### Available Tool Schemas\n\n%j";
 static const char after_tools[] = "\n\nYou MUST strictly follow the above defined tool name and "
     "parameter schemas to invoke tool calls.\n";
-#define RESPONSE_FORMAT \
-    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+static const char response_format[] =
+    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
 
 typedef struct {
     buffer text, cuts;             /* cuts holds size_t                                         */
     const json_t *request, *messages;
+    char *roles;                   /* [n_messages] the first letter of each role, and a 0       */
+    uint64_t *results;             /* [n_messages] for put_turn()                               */
     char at[40];                   /* "messages[2].": the one that is being looked at           */
     const char *where;             /* `at`, or "" in the request itself                         */
     json_t *order;                 /* {id: place} of the last assistant's tool calls            */
@@ -1050,10 +1022,9 @@ static void emit(writer *w, const char *fmt, ...) {
     va_start(args, fmt);
     for (const char *p; (p = strchr(fmt, '%')); fmt = p + 2) {
         put_bytes(&w->text, fmt, (size_t)(p - fmt));
-        const char *s = p[1] == 's' ? va_arg(args, const char *) : NULL;
-        json_t *v = s ? NULL : va_arg(args, json_t *);
+        json_t *v = p[1] == 'j' ? va_arg(args, json_t *) : NULL;
         cut(w);
-        if (s) put_text(&w->text, s);
+        if (p[1] == 's') put_text(&w->text, va_arg(args, const char *));
         else if (json_is_string(v))
             put_bytes(&w->text, json_string_value(v), json_string_length(v));
         else put_json(&w->text, v);
@@ -1158,25 +1129,9 @@ static void put_system(writer *w, const json_t *message, bool first) {
     }
     emit(w, n_tools ? after_tools : "");
     if (is_off(format) || strcmp(type_of(format), "text") == 0) return;
-    if (strcmp(type_of(format), "json_schema") != 0) schema = NULL;
-    if (strcmp(type_of(format), "json_object") == 0)
-        emit(w, RESPONSE_FORMAT "{\"type\": \"object\"}");
-    else emit(w, RESPONSE_FORMAT "%j", schema ? schema : format);
-}
-
-/* A role's first letter; 0 for one that is not known. */
-static char role(const json_t *message) {
-    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
-                                        "latest_reminder"};
-    const char *name = text_at(message, "role");
-    for (size_t i = 0; name && i < sizeof names / sizeof *names; i++)
-        if (strcmp(name, names[i]) == 0) return *name;
-    return 0;
-}
-
-/* Is message i part of a turn of the user? */
-static bool in_turn(const writer *w, size_t i) {
-    return memchr("utd", role(json_array_get(w->messages, i)), 3) != NULL;
+    emit(w, response_format);
+    if (strcmp(type_of(format), "json_object") == 0) emit(w, "{\"type\": \"object\"}");
+    else emit(w, "%j", schema && strcmp(type_of(format), "json_schema") == 0 ? schema : format);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -1187,25 +1142,22 @@ static int by_value(const void *a, const void *b) {
 /* Messages [from, to) as one turn of the user.  Where the tools speak stays; which result stands
  * at which of these places goes by the order of the calls, those of no known call last. */
 static void put_turn(writer *w, size_t from, size_t to) {
-    uint64_t *results = calloc(to - from, sizeof *results); /* place of its call << 32 | message */
     size_t n = 0, next = 0;
-    if (!results) w->rc = oom(w->err);
-    for (size_t i = from; results && i < to; i++) {
-        const json_t *m = json_array_get(w->messages, i), *id = json_object_get(m, "tool_call_id");
-        const json_t *place = json_object_get(w->order, json_string_value(id));
-        if (role(m) == 't')
-            results[n++] = (place ? (uint64_t)json_integer_value(place) : UINT32_MAX) << 32 | i;
+    for (size_t i = from; i < to; i++) { /* place of its call << 32 | message */
+        const char *id = text_at(json_array_get(w->messages, i), "tool_call_id");
+        const json_t *place = json_object_get(w->order, id);
+        uint64_t high = place ? (uint64_t)json_integer_value(place) : UINT32_MAX;
+        if (w->roles[i] == 't') w->results[n++] = high << 32 | i;
     }
-    if (n) qsort(results, n, sizeof *results, by_value);
+    qsort(w->results, n, sizeof *w->results, by_value);
     emit(w, "<｜User｜>");
-    for (size_t i = from; results && i < to; i++) {
-        bool tool = role(json_array_get(w->messages, i)) == 't';
+    for (size_t i = from; i < to; i++) {
+        bool tool = w->roles[i] == 't';
         emit(w, i > from ? "\n\n" : "");
         emit(w, tool ? "<tool_result>" : "");
-        put_content(w, message_at(w, tool ? results[next++] & UINT32_MAX : i), "content");
+        put_content(w, message_at(w, tool ? w->results[next++] & UINT32_MAX : i), "content");
         emit(w, tool ? "</tool_result>" : "");
     }
-    free(results);
 }
 
 /* How hard to think; false for not at all. */
@@ -1230,51 +1182,59 @@ static bool put_effort(writer *w, generation gen) {
 }
 
 static void put_prompt(writer *w, generation gen, prompt *out) {
+    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
+                                        "latest_reminder"};
     size_t n = json_array_size(w->messages), last_turn = 0;
-    bool tools = json_array_size(json_object_get(w->request, "tools")) > 0, system = false;
+    bool tools = json_array_size(json_object_get(w->request, "tools")) > 0;
     /* Whether reasoning is kept depends on messages behind it, so all are looked at first. */
     if (n == 0) wrong(w, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
         const json_t *m = message_at(w, i);
         const char *name = text_at(m, "role");
-        if (!role(m))
+        for (size_t k = 0; name && k < sizeof names / sizeof *names; k++)
+            if (strcmp(name, names[k]) == 0) w->roles[i] = *name;
+        if (!w->roles[i])
             wrong(w, "role \"%s\" is not one of system, user, assistant, tool, developer, "
                   "latest_reminder", name && strlen(name) < 60 ? name : "...");
-        if (in_turn(w, i)) last_turn = i;
-        system |= role(m) == 's';
-        tools |= role(m) == 's' && json_array_size(json_object_get(m, "tools")) > 0;
+        if (strspn(w->roles + i, "utd")) last_turn = i;
+        tools |= w->roles[i] == 's' && json_array_size(json_object_get(m, "tools")) > 0;
     }
     w->where = "";
     emit(w, "<｜begin▁of▁sentence｜>");
-    bool think = put_effort(w, gen), first = true;
+    bool think = put_effort(w, gen);
+    const char *system = strchr(w->roles, 's');
     if (!system) put_system(w, NULL, true);
-    for (size_t i = 0, end; i < n && !w->rc; i = end) {
+    for (size_t i = 0, turn; i < n && !w->rc; i += turn ? turn : 1) {
         const json_t *m = message_at(w, i);
-        for (end = i + 1; in_turn(w, i) && end < n && in_turn(w, end);) end++;
-        if (role(m) == 's') {
-            put_system(w, m, first);
-            first = false;
-        } else if (role(m) == 'a') {
+        turn = strspn(w->roles + i, "utd");
+        if (turn) {
+            put_turn(w, i, i + turn);
+        } else if (w->roles[i] == 's') {
+            put_system(w, m, w->roles + i == system);
+        } else if (w->roles[i] == 'a') {
             put_assistant(w, m, think && (tools || i >= last_turn));
-        } else if (role(m) == 'l') {
+        } else {
             emit(w, "<｜latest_reminder｜>");
             put_content(w, m, "content");
-        } else {
-            put_turn(w, i, end);
         }
     }
-    out->answered = role(json_array_get(w->messages, n - 1)) == 'a';
+    out->answered = n > 0 && w->roles[n - 1] == 'a';
     out->think = think && !out->answered;
     if (!out->answered) emit(w, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
 }
 
 int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err) {
-    writer w = {.request = request, .where = "", .order = json_object(), .err = err};
-    w.messages = json_object_get(request, "messages");
+    size_t n = json_array_size(json_object_get(request, "messages"));
+    writer w = {.request = request, .messages = json_object_get(request, "messages"),
+                .roles = calloc(n + 1, 1), .results = calloc(n + 1, sizeof *w.results),
+                .where = "", .order = json_object(), .err = err};
+    bool room = w.roles && w.results && w.order;
     *out = (prompt){0};
-    if (w.order) put_prompt(&w, gen, out);
-    if (!w.order || w.text.failed || w.cuts.failed) w.rc = oom(err);
+    if (room) put_prompt(&w, gen, out);
+    if (!room || w.text.failed || w.cuts.failed) w.rc = oom(err);
     json_decref(w.order);
+    free(w.results);
+    free(w.roles);
     out->text = w.text.s;
     out->len = w.text.n;
     out->cuts = (size_t *)(void *)w.cuts.s;
@@ -1292,8 +1252,10 @@ void prompt_free(prompt *p) {
 struct json_t *prompt_message(const char *role_name, const char *text, size_t len) {
     buffer repaired = {0};
     put_repaired(&repaired, text, len);
-    json_t *message = repaired.failed ? NULL : json_pack("{s:s, s:s%}", "role", role_name, "content",
-                                                         repaired.n ? repaired.s : "", repaired.n);
+    json_t *message = NULL;
+    if (!repaired.failed)
+        message = json_pack("{s:s, s:s%}", "role", role_name, "content",
+                            repaired.n ? repaired.s : "", repaired.n);
     free(repaired.s);
     return message;
 }
@@ -1326,11 +1288,9 @@ void stop_push(stop_filter *f, const char *bytes, size_t len, buffer *out) {
     do {
         if (i < len && !f->hit) f->held[f->n_held++] = bytes[i];
         while (f->n_held > 0) {    /* the same again from each place, until one may be a word   */
-            likeness best = DIFFERS;
-            for (int k = 0; k < f->n_words; k++) {
-                likeness is = like(f->held, f->n_held, f->words[k]);
-                if (is > best) best = is;
-            }
+            likeness is, best = DIFFERS;
+            for (int k = 0; k < f->n_words; k++)
+                if ((is = like(f->held, f->n_held, f->words[k])) > best) best = is;
             f->hit = best == WHOLE;
             if (f->hit) f->n_held = 0;
             if (f->hit || (best == BEGINS && len > 0)) break;
@@ -1347,8 +1307,7 @@ struct answer {
     buffer arguments;              /* of the call that is being read                            */
     size_t item, tag;              /* in held: behind the last whole tag; and its white space   */
     size_t invoke, name_len;       /* in held: a call; how long its name is                     */
-    bool string;                   /* the value is text, not JSON                               */
-    bool called;                   /* this block gave a call                                    */
+    bool string, called;           /* the value is text, not JSON; this block gave a call       */
     answer_fn each;
     void *arg;
 };
@@ -1425,9 +1384,8 @@ static void end_value(answer *a) {
 
 /* An opening tag is whole; s [n] is what follows its name=".  Is it right? */
 static bool end_open_tag(answer *a, const char *s, size_t n) {
-    const char *close = a->state == INVOKE ? "\">" : PARAMETER_FALSE;
     a->string = a->state == PARAMETER && ends(s, n, PARAMETER_TRUE);
-    if (a->string) close = PARAMETER_TRUE;
+    const char *close = a->state == INVOKE ? "\">" : a->string ? PARAMETER_TRUE : PARAMETER_FALSE;
     if (!ends(s, n, close)) return false;
     n -= strlen(close);
     if (memchr(s, '"', n) || (a->state == INVOKE && n == 0)) return false;
@@ -1478,7 +1436,7 @@ static void block_byte(answer *a) {
         return;
     } else if (like(s, n, close) == WHOLE) {
         right = end_close_tag(a);
-    } else if (like(s, n, open) == WHOLE && n > name) {
+    } else if (like(s, n, open) == WHOLE) {
         if (last != '<' && last != '>') return; /* in the name */
         right = last == '>' && end_open_tag(a, s + name, n - name);
     } else if (like(s, n, close) || like(s, n, open) || (like(s, n, EOS) && n <= strlen(EOS))) {
