@@ -3,12 +3,12 @@
  *   {"messages": [...]}          a request; its prompt, in which is known who wrote what  section 9
  *        |
  *   "x = 15<think>"              bytes; what is not UTF-8 becomes U+FFFD            section 1
- *        | added tokens first, longest first (only if the caller wants them)        section 5
+ *        | added tokens first, longest first (only if the caller wants them)        section 6
  *   "x = 15"  128821
- *        | regex after regex, each cutting the pieces that the one before left      section 5
+ *        | regex after regex, each cutting the pieces that the one before left      section 6
  *   "x" " =" " " "15"            words
  *        | one id a byte; the pair of neighbours with the lowest rank is merged,
- *        | the leftmost one on ties, until no pair has a rank                       section 6
+ *        | the leftmost one on ties, until no pair has a rank                       section 5
  *   90 438 223 856  128821       ids, to the model and from it
  *        | bytes of ids, whole characters, until a stop word                  sections 7, 1, 10
  *   "why</think>because"         reasoning, content and tool calls                   section 10
@@ -23,7 +23,7 @@
  *             7 an answer's pieces do not depend on how its bytes were handed over
  *
  * Contents    1 bytes, UTF-8   2 the tables   3 patterns   4 reading tokenizer.json
- *             5 cutting text   6 merging a word   7 encoding, decoding
+ *             5 merging a word   6 cutting text   7 encoding, decoding
  *             8 writing JSON   9 the prompt   10 the answer   11 documents
  * Not here    HTTP, and running tools
  */
@@ -57,11 +57,11 @@
 
 enum {
     MAX_JSON_BYTES = 16 << 20,     /* V4's file has 6.4 MB; jansson may need 80 times as much   */
-    MAX_IDS = 1 << 24,             /* V4 has 129,280                                            */
+    MAX_IDS = 1 << 21,             /* V4 has 129,280                                            */
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
     MAX_SPLITS = 16,
     MAX_PATTERN_BYTES = 4096,
-    MAX_TEXT_BYTES = 1 << 30,      /* so that places in a text fit 32 bits                      */
+    MAX_TEXT_BYTES = 1 << 28,      /* so that 4 times a repaired text's places fit 32 bits      */
     MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                   */
     SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try           */
     CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
@@ -96,11 +96,10 @@ void put_format(buffer *b, const char *fmt, ...) {
     char *s;
     va_list args;
     va_start(args, fmt);
-    int n = vasprintf(&s, fmt, args);
+    if (vasprintf(&s, fmt, args) < 0) s = NULL;
     va_end(args);
-    b->failed |= n < 0;
-    if (n < 0) return;
-    put_bytes(b, s, (size_t)n);
+    if (s) put_text(b, s);
+    b->failed |= !s;
     free(s);
 }
 
@@ -158,7 +157,7 @@ void utf8_push(utf8_stream *s, const char *bytes, size_t len, buffer *out) {
 
 static void put_repaired(buffer *out, const char *text, size_t len) {
     utf8_stream s = {0};
-    if (len > 0) utf8_push(&s, text, len, out);
+    utf8_push(&s, text, len, out);
     utf8_push(&s, NULL, 0, out);
 }
 
@@ -182,10 +181,7 @@ static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer
 /* === 2. The tables ============================================================================
  * Everything an open tokenizer is.  For V4: 1.5 MB of pieces, 1 MB of bytes, 3.6 MB of merges. */
 
-typedef struct {                   /* what an id stands for                                     */
-    uint32_t at, len;              /* in tok.bytes                                              */
-    bool known;
-} piece;
+typedef struct { uint32_t at, len; } piece; /* of tok.bytes, what an id stands for; or len 0 */
 
 typedef struct {                   /* a string to be looked up in a sorted table                */
     const char *s;                 /* in tok.bytes                                              */
@@ -199,7 +195,8 @@ typedef struct { uint32_t left, right, rank; } merge_slot; /* rank NO_RANK: empt
 struct tok {
     int n_ids;
     piece *pieces;                 /* [n_ids]                                                   */
-    char *bytes;                   /* of all pieces                                             */
+    char *bytes;                   /* [n_bytes] of all pieces                                   */
+    size_t n_bytes, n_added, n_words;
     int32_t byte_id[256];          /* where every word starts: no byte is without one           */
     merge_slot *slots;             /* [slot_mask + 1] open addressing, at most half full        */
     uint32_t slot_mask;
@@ -207,11 +204,9 @@ struct tok {
     named *added;                  /* [n_added] in order of bytes.  `tokenizers` looks for those
                                       with "normalized" false in the whole text (pass 0), then
                                       for the others in what is left (pass 1)                   */
-    size_t n_added;
     bool starts[2][256];           /* an added token of this pass starts with this byte         */
     named *words;                  /* [n_words] the vocabulary in order of bytes, only where
                                       "ignore_merges" looks whole words up first                */
-    size_t n_words;
     pcre2_code *split[MAX_SPLITS]; /* [n_splits] in order; compiled code is only read           */
     int n_splits;
 };
@@ -248,121 +243,73 @@ static int by_bytes(const void *a, const void *b) {
     return order ? order : (x->len > y->len) - (x->len < y->len);
 }
 
-static const named *find_named(const named *table, size_t n, const char *s, size_t len) {
-    const named key = {.s = s, .len = (uint32_t)len};
-    return table ? bsearch(&key, table, n, sizeof key, by_bytes) : NULL;
-}
-
 /* === 3. Patterns ==============================================================================
  * `tokenizers` runs its regexes with Oniguruma, we with PCRE2.  Only what both read alike passes,
- * by being listed here; the rest is refused by name.  Two things are rewritten:
+ * by being listed in a regex of regexes; the rest is refused.  Two things are rewritten:
  *   \s       PCRE2's also takes U+180E: Oniguruma's 25 characters are written out;
  *   \p{L}    has the letters of the library's Unicode version.  Distributions ship PCRE2 with
  *            Unicode 14; what 15 and 16 added (some 10,000 characters, among them the pink heart
  *            emoji) is added to the class.  For a later PCRE2 the addition says nothing new. */
 
-static const char white_space[] = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000";
+static const char read_alike[] =
+    "(?: [^\\\\ \\[ ( { ]"                                              /* a character         */
+    "| \\\\ (?: [rnt[:punct:]] | [sS] | [pP] \\{ [LMNPSZ] \\} )"        /* an escape           */
+    "| \\( (?: \\? (?: [:=!>] | <[=!] ) | (?![?*]) )"                   /* a group             */
+    "| \\{ [0-9]+ (?: , [0-9]* )? \\} (?![+?])"  /* what {2}+ and {2}? mean differs            */
+    "| \\[ \\^?+ (?!\\]) (?: [^\\\\ \\[ \\] &] | &(?!&) | \\\\ [rnt[:punct:]]"
+    "        | (?<!-) \\\\ (?: s | p \\{ [LMNPSZ] \\} ) (?!-[^\\]])"    /* "a-\s" is no range  */
+    "    )++ \\] )*+";                           /* and no [^...] can stand within brackets    */
 
-static const struct { char category; const char *added; } unicode_16[] = {
-    {'L', "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 "
-          "1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 "
-          "11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff "
-          "1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d "
-          "31350-323af"},
-    {'M', "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca "
-          "113cc-113d0 113d2 113e1-113e2 11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 "
-          "13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef"},
-    {'N', "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 "
-          "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"},
-    {'P', "1b4e-1b4f 1b7f 10d6e 113d4-113d5 113d7-113d8 11b00-11b09 11be1 11f43-11f4f "
-          "16d6d-16d6f 1e5ff"},
-    {'S', "2427-2429 2ffc-2fff 31e4-31e5 31ef 10d8e-10d8f 1cc00-1ccef 1cd00-1ceb3 1f6dc "
-          "1f774-1f776 1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f "
-          "1faad-1faaf 1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 "
-          "1fbcb-1fbef"},
-    {'Z', ""},
-};
+static const char classes[] =      /* a letter, and its ranges up to the next letter            */
+    "s9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000 "
+    "L1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 1123f-11240 "
+    "11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 11f04-11f10 "
+    "11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff 1b132 1b155 "
+    "1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d 31350-323af "
+    "M897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 "
+    "113d2 113e1-113e2 11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 13447-13455 "
+    "1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef "
+    "N10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 "
+    "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa "
+    "P1b4e-1b4f 1b7f 10d6e 113d4-113d5 113d7-113d8 11b00-11b09 11be1 11f43-11f4f 16d6d-16d6f 1e5ff "
+    "S2427-2429 2ffc-2fff 31e4-31e5 31ef 10d8e-10d8f 1cc00-1ccef 1cd00-1ceb3 1f6dc 1f774-1f776 "
+    "1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f 1faad-1faaf "
+    "1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 1fbcb-1fbef Z";
 
-/* "9-d 20" as "\x{9}-\x{d}\x{20}", to stand in brackets. */
-static void put_ranges(buffer *out, const char *ranges) {
-    for (const char *s = ranges; *s; s += strspn(s, " -")) {
-        int n = (int)strspn(s, "0123456789abcdef");
-        put_format(out, "\\x{%.*s}%s", n, s, s[n] == '-' ? "-" : "");
-        s += n;
-    }
+/* How much of a pattern, from its start, do both libraries read alike? */
+static size_t alike(const char *pattern) {
+    int code;
+    size_t at;
+    pcre2_code *re = pcre2_compile((PCRE2_SPTR)read_alike, PCRE2_ZERO_TERMINATED,
+                                   PCRE2_ANCHORED | PCRE2_EXTENDED_MORE, &code, &at, NULL);
+    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
+    int rc = pcre2_match(re, (PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, 0, match, NULL);
+    at = rc < 0 ? 0 : pcre2_get_ovector_pointer(match)[1];
+    pcre2_match_data_free(match);
+    pcre2_code_free(re);
+    return at;
 }
 
-/* Rewrite the escape at s into out.  Returns its length in s, or 0 if it is not one we know. */
-static size_t put_escape(buffer *out, const char *s, bool in_brackets) {
-    const char *added = s[1] == 's' || s[1] == 'S' ? white_space : NULL;
-    bool negated = s[1] == 'S' || s[1] == 'P';
-    size_t len = 2;
-    if ((s[1] == 'p' || s[1] == 'P') && s[2] == '{' && s[3] && s[4] == '}') {
-        len = 5;
-        for (size_t i = 0; i < sizeof unicode_16 / sizeof *unicode_16; i++)
-            if (unicode_16[i].category == s[3]) added = unicode_16[i].added;
-    }
-    if (!added) {
-        if (!s[1] || !strchr("rnt!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", s[1])) return 0;
-        put_bytes(out, s, 2);
-        return 2;
-    }
-    /* "a-\s" is no range, and [^...] cannot stand in brackets. */
-    if (in_brackets && (negated || s[-1] == '-' || (s[len] == '-' && s[len + 1] != ']'))) return 0;
-    put_text(out, in_brackets ? "" : negated ? "[^" : "[");
-    if (len == 5) put_format(out, "\\p{%c}", s[3]);
-    put_ranges(out, added);
-    put_text(out, in_brackets ? "" : "]");
-    return len;
-}
-
-/* Length of the quantifier {n}, {n,} or {n,m} at s; 0 if it is none, or has a + or ? behind it,
- * which the two libraries read differently. */
-static size_t quantifier(const char *s) {
-    static const char digits[] = "0123456789";
-    size_t n = 1 + strspn(s + 1, digits);
-    if (n == 1) return 0;
-    if (s[n] == ',') n += 1 + strspn(s + n + 1, digits);
-    return s[n] == '}' && s[n + 1] != '+' && s[n + 1] != '?' ? n + 1 : 0;
-}
-
-/* May the '(' at s open a group? */
-static bool group_known(const char *s) {
-    static const char *const known[] = {"?:", "?=", "?!", "?>", "?<=", "?<!"};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strncmp(s + 1, known[i], strlen(known[i])) == 0) return true;
-    return s[1] != '?' && s[1] != '*';
-}
-
-/* Rewrite pattern into out.  Returns NULL, or the place of what is not understood. */
-static const char *put_pattern(buffer *out, const char *pattern) {
+/* A pattern, all of which is read alike, as PCRE2 is to have it. */
+static void put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
-    size_t len;                    /* of what is read and, but for escapes, copied as it is     */
+    size_t len;
     for (const char *s = pattern; *s; s += len) {
-        bool known = true;
-        len = 1;
-        if (*s == '\\') {
-            len = put_escape(out, s, in_brackets);
-            if (len == 0) return s;
+        char escaped = *s == '\\' ? s[1] : 0;
+        bool property = escaped == 'p' || escaped == 'P';
+        len = property ? strlen("\\p{L}") : escaped ? 2 : 1;
+        if (!property && escaped != 's' && escaped != 'S') {
+            in_brackets = *s == '[' || (in_brackets && *s != ']');
+            put_bytes(out, s, len);
             continue;
         }
-        if (in_brackets) {
-            known = *s != '[' && (*s != '&' || s[1] != '&'); /* classes within classes          */
-            in_brackets = *s != ']';
-        } else if (*s == '[') {
-            in_brackets = true;
-            if (s[1] == '^') len = 2;
-            known = s[len] != ']';
-        } else if (*s == '{') {
-            len = quantifier(s);
-            known = len > 0;
-        } else if (*s == '(') {
-            known = group_known(s);
-        }
-        if (!known) return s;
-        put_bytes(out, s, len);
+        put_text(out, in_brackets ? "" : escaped == 'S' || escaped == 'P' ? "[^" : "[");
+        if (property) put_format(out, "\\p{%c}", s[3]);
+        const char *range = strchr(classes, property ? s[3] : 's') + 1;
+        for (int n; (n = (int)strspn(range, "0123456789abcdef")) > 0; range += n + 1)
+            put_format(out, "\\x{%.*s}%s", n, range, range[n] == '-' ? "-" : "");
+        put_text(out, in_brackets ? "" : "]");
     }
-    return NULL;
 }
 
 /* === 4. Reading tokenizer.json ================================================================
@@ -373,335 +320,273 @@ static const char *put_pattern(buffer *out, const char *pattern) {
  * The file is not trusted: every id, pair and size is checked, and a setting that could change
  * ids and is not known here is refused by name rather than passed over.                         */
 
-typedef struct {
-    tok *t;
-    const char *where;             /* names the file in messages                                */
-    const json_t *root, *model;
-    json_t *vocab;                 /* also finds the strings of merges: jansson's hash is seeded,
-                                      so no file can make its look-ups slow                     */
-    char *scratch;                 /* as long as the file: any string in it fits                */
-    size_t n_bytes;                /* of tok.bytes in use                                       */
-    int byte_of[0x144];            /* a character of GPT-2's alphabet, as 1 + its byte, or 0    */
-    dsv4_err *err;
-} reader;
-
-/* fail() with the file's name. */
-__attribute__((format(printf, 2, 3)))
-static int refuse(const reader *r, const char *fmt, ...) {
-    char line[256];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(line, sizeof line, fmt, args);
-    va_end(args);
-    return fail(r->err, "%s: %s", r->where, line);
-}
-
 /* Absent, null, false or "": a setting that does nothing. */
 static bool is_off(const json_t *v) {
     const char *s = json_string_value(v);
     return !v || json_is_null(v) || json_is_false(v) || (s && !*s);
 }
 
+static const char *text_at(const json_t *v, const char *key) {
+    return json_string_value(json_object_get(v, key));
+}
+
 /* The "type" of an object, to compare or to print. */
 static const char *type_of(const json_t *v) {
-    const char *type = json_string_value(json_object_get(v, "type"));
+    const char *type = text_at(v, "type");
     return type ? type : "(no type)";
+}
+
+/* A setting of which we know one value, or (NULL) no other than off. */
+static int expect(const char *what, const json_t *in, const char *key, const char *wanted,
+                  dsv4_err *err) {
+    const json_t *value = json_object_get(in, key);
+    const char *text = json_string_value(value);
+    if (wanted ? text && strcmp(text, wanted) == 0 : is_off(value)) return 0;
+    return fail(err, "%s %.60s is not supported", what, text ? text : value ? "as set" : "(none)");
 }
 
 /* The settings around the tables.  post_processor is left alone: it adds tokens that the prompt
  * format (M4) places itself. */
-static int check_settings(const reader *r) {
+static int check_settings(const json_t *root, const json_t *model, dsv4_err *err) {
     const struct { const json_t *in; const char *name; } off[] = {
-        {r->root, "truncation"}, {r->root, "padding"}, {r->model, "dropout"},
-        {r->model, "continuing_subword_prefix"}, {r->model, "end_of_word_suffix"},
-        {r->model, "byte_fallback"}};
-    const json_t *normalizer = json_object_get(r->root, "normalizer");
+        {root, "truncation"}, {root, "padding"}, {model, "dropout"}, {model, "byte_fallback"},
+        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"}};
+    const json_t *normalizer = json_object_get(root, "normalizer");
     const json_t *steps = json_object_get(normalizer, "normalizers");
-    const json_t *decoder = json_object_get(r->root, "decoder");
-    if (!json_is_object(r->root)) return refuse(r, "not a JSON object");
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
-        if (!is_off(json_object_get(off[i].in, off[i].name)))
-            return refuse(r, "%s is set, which is not supported", off[i].name);
+        if (expect(off[i].name, off[i].in, off[i].name, NULL, err)) return -1;
     if (!is_off(normalizer) && (!json_is_array(steps) || json_array_size(steps) > 0))
-        return refuse(r, "normalizer %.60s is not supported",
-                      type_of(steps ? json_array_get(steps, 0) : normalizer));
-    if (strcmp(type_of(decoder), "ByteLevel") != 0)
-        return refuse(r, "decoder %.60s is not ByteLevel", type_of(decoder));
-    if (strcmp(type_of(r->model), "BPE") != 0)
-        return refuse(r, "model.type %.60s is not BPE", type_of(r->model));
-    if (!json_is_object(r->vocab)) return refuse(r, "model.vocab is not an object");
-    return 0;
-}
-
-/* Room for as many ids as the file names and as many bytes as it has.  What is not written to
- * costs no memory, so gaps between ids are free, and so is the part of the file that is syntax. */
-static int make_room(reader *r, size_t file_len) {
-    const json_t *added = json_object_get(r->root, "added_tokens"), *value;
-    json_int_t max_id = 0;
-    const char *key;
-    size_t i;
-    tok *t = r->t;
-    json_object_foreach(r->vocab, key, value)
-        if (json_integer_value(value) > max_id) max_id = json_integer_value(value);
-    json_array_foreach(added, i, value) {
-        json_int_t id = json_integer_value(json_object_get(value, "id"));
-        if (id > max_id) max_id = id;
-    }
-    t->n_ids = max_id < MAX_IDS ? (int)max_id + 1 : MAX_IDS;
-    t->pieces = calloc((size_t)t->n_ids, sizeof *t->pieces);
-    t->bytes = malloc(file_len);
-    t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
-    return t->pieces && t->bytes && t->added ? 0 : oom(r->err);
+        return fail(err, "normalizer %.60s is not supported",
+                    type_of(steps ? json_array_get(steps, 0) : normalizer));
+    return expect("model.type", model, "type", "BPE", err)
+           || expect("decoder.type", json_object_get(root, "decoder"), "type", "ByteLevel", err);
 }
 
 /* An id of the file as a number, or -1. */
-static int32_t id_of(const reader *r, const json_t *v) {
+static int32_t id_of(const json_t *v) {
     json_int_t id = json_is_integer(v) ? json_integer_value(v) : -1;
-    return id >= 0 && id < r->t->n_ids ? (int32_t)id : -1;
+    return id >= 0 && id < MAX_IDS ? (int32_t)id : -1;
 }
 
 /* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
- * other 68 in order. */
-static void make_alphabet(reader *r) {
-    for (int b = 0, next = 0x100; b < 256; b++) {
-        bool printable = (b > ' ' && b < 0x7f) || (b > 0xa0 && b != 0xad);
-        r->byte_of[printable ? b : next++] = b + 1;
-    }
+ * other 68 in order (00 to 20, 7f to a0, ad).  -1 for a character that is not in it. */
+static int byte_of(int c) {
+    if (c < 0x100) return (c > ' ' && c < 0x7f) || (c > 0xa0 && c != 0xad) ? c : -1;
+    return c <= 0x120 ? c - 0x100 : c <= 0x142 ? c - 0x121 + 0x7f : c == 0x143 ? 0xad : -1;
 }
 
 /* Decodes s; returns its length, or 0 if a character is not in the alphabet. */
-static size_t from_byte_level(const reader *r, char *out, const char *s) {
+static size_t from_byte_level(char *out, const char *s) {
     size_t n = 0;
     for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
-        unsigned c = *p++;         /* jansson checked UTF-8                                     */
-        if (c >= 0x80) c = c < 0xc6 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : 0;
-        if (c >= 0x144 || !r->byte_of[c]) return 0;
-        out[n] = (char)(r->byte_of[c] - 1);
+        int c = *p++;              /* jansson checked UTF-8; beyond 2 bytes all is foreign      */
+        if (c >= 0x80) c = c < 0xe0 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : INT32_MAX;
+        if (byte_of(c) < 0) return 0;
+        out[n] = (char)byte_of(c);
     }
     return n;
 }
 
 /* Give id the n bytes that were just written behind those in use. */
-static void place(reader *r, int32_t id, size_t n) {
-    r->t->pieces[id] = (piece){(uint32_t)r->n_bytes, (uint32_t)n, true};
-    r->n_bytes += n;
+static void place(tok *t, int32_t id, size_t n) {
+    t->pieces[id] = (piece){(uint32_t)t->n_bytes, (uint32_t)n};
+    t->n_bytes += n;
+    if (id >= t->n_ids) t->n_ids = id + 1;
 }
 
 /* Strings outside the alphabet (V4 lists its first special tokens in vocab too) are no result of
- * merging bytes; they only stand for themselves. */
-static int read_vocab(reader *r) {
-    tok *t = r->t;
-    json_t *value;
+ * merging bytes; they only stand for themselves.  There is room for any id and for all bytes of
+ * the file: what is not written to costs no memory. */
+static int read_vocab(tok *t, const json_t *model, size_t file_len, dsv4_err *err) {
+    bool whole_words = !is_off(json_object_get(model, "ignore_merges"));
+    json_t *vocab = json_object_get(model, "vocab"), *value;
     const char *key;
-    make_alphabet(r);
-    for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
-    if (!is_off(json_object_get(r->model, "ignore_merges"))) {
-        t->words = calloc(json_object_size(r->vocab) + 1, sizeof *t->words);
-        if (!t->words) return oom(r->err);
-    }
-    json_object_foreach(r->vocab, key, value) {
-        int32_t id = id_of(r, value);
-        char *s = t->bytes + r->n_bytes;
-        size_t n = from_byte_level(r, s, key);
+    if (!json_is_object(vocab)) return fail(err, "model.vocab is not an object");
+    t->pieces = calloc(MAX_IDS, sizeof *t->pieces);
+    t->bytes = malloc(file_len);
+    t->words = calloc(json_object_size(vocab) + 1, sizeof *t->words);
+    if (!t->pieces || !t->bytes || !t->words) return oom(err);
+    memset(t->byte_id, 0xff, sizeof t->byte_id); /* -1 */
+    json_object_foreach(vocab, key, value) {
+        int32_t id = id_of(value);
+        char *s = t->bytes + t->n_bytes;
+        size_t n = from_byte_level(s, key);
         if (id < 0 || !*key)
-            return refuse(r, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
-        if (t->pieces[id].known)
-            return refuse(r, "model.vocab \"%.60s\": id %d has another string too", key, id);
+            return fail(err, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
+        if (t->pieces[id].len)
+            return fail(err, "model.vocab \"%.60s\": id %d has another string too", key, id);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
-        if (n > 0 && t->words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
+        if (n > 0 && whole_words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
-        place(r, id, n);
+        place(t, id, n);
     }
     for (int b = 0; b < 256; b++)
-        if (t->byte_id[b] < 0) return refuse(r, "model.vocab has no token for byte 0x%02x", b);
-    if (t->words) qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
+        if (t->byte_id[b] < 0) return fail(err, "model.vocab has no token for byte 0x%02x", b);
+    qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
     return 0;
 }
 
-/* A merge is "left right", or ["left", "right"] as newer files have it. */
-static int read_merges(reader *r) {
-    tok *t = r->t;
-    const json_t *merges = json_object_get(r->model, "merges"), *v;
-    size_t n_slots = 2, i;
-    char *both = r->scratch;
-    if (!json_is_array(merges)) return refuse(r, "model.merges is not an array");
+/* A merge is "left right", or ["left", "right"] as newer files have it.  jansson's hash is seeded,
+ * so no file can make the look-ups of its strings slow. */
+static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
+    json_t *merges = json_object_get(model, "merges"), *vocab = json_object_get(model, "vocab"), *v;
+    size_t n_slots = 2, i, n;
+    char *both = t->bytes + t->n_bytes; /* there is room: this merge stands in the file too     */
+    if (!json_is_array(merges)) return fail(err, "model.merges is not an array");
     while (n_slots < 2 * json_array_size(merges)) n_slots *= 2;
     t->slots = malloc(n_slots * sizeof *t->slots);
     t->merged = malloc((json_array_size(merges) + 1) * sizeof *t->merged);
-    if (!t->slots || !t->merged) return oom(r->err);
+    if (!t->slots || !t->merged) return oom(err);
     memset(t->slots, 0xff, n_slots * sizeof *t->slots); /* all NO_RANK */
     t->slot_mask = (uint32_t)(n_slots - 1);
     json_array_foreach(merges, i, v) {
-        const char *left = json_string_value(json_is_string(v) ? v : json_array_get(v, 0));
-        const char *right = json_string_value(json_array_get(v, 1));
-        size_t n = !left ? 0 : json_is_string(v) ? strcspn(left, " ") : strlen(left);
-        if (json_is_string(v)) right = left[n] ? left + n + 1 : NULL;
-        if (!left || !right || json_array_size(v) > 2)
-            return refuse(r, "model.merges[%zu] is no pair of strings", i);
-        snprintf(both, n + 1, "%s", left);
-        int32_t l = id_of(r, json_object_get(r->vocab, both));
-        int32_t m = id_of(r, json_object_get(r->vocab, right));
+        const char *left = json_string_value(v), *right = left ? strchr(left, ' ') : NULL;
+        if (right) n = (size_t)(right++ - left);
+        else if (json_unpack(v, "[s%s!]", &left, &n, &right))
+            return fail(err, "model.merges[%zu] is no pair of strings", i);
+        memcpy(both, left, n);
+        both[n] = 0;
+        int32_t l = id_of(json_object_get(vocab, both));
+        int32_t m = id_of(json_object_get(vocab, right));
         if (l >= 0 && m >= 0) strcpy(both + n, right);
-        t->merged[i] = id_of(r, json_object_get(r->vocab, both));
+        t->merged[i] = id_of(json_object_get(vocab, both));
         if (l < 0 || m < 0 || t->merged[i] < 0)
-            return refuse(r, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
-                          l >= 0 && m < 0 ? right : both);
+            return fail(err, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
+                        l >= 0 && m < 0 ? right : both);
         merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
-        if (!slot) return refuse(r, "model.merges[%zu]: too many pairs collide", i);
+        if (!slot) return fail(err, "model.merges[%zu]: too many pairs collide", i);
         if (slot->rank != NO_RANK)
-            return refuse(r, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
+            return fail(err, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
         *slot = (merge_slot){(uint32_t)l, (uint32_t)m, (uint32_t)i};
     }
     return 0;
 }
 
 /* An added token stands for its content as it is written, never for bytes of the alphabet. */
-static int read_added(reader *r) {
-    tok *t = r->t;
-    json_t *added = json_object_get(r->root, "added_tokens"), *v, *id_value;
+static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err *err) {
+    json_t *added = json_object_get(root, "added_tokens"), *v, *id_value;
+    json_t *vocab = json_object_get(model, "vocab");
     json_error_t why;
     size_t i, n;
-    if (!is_off(added) && !json_is_array(added)) return refuse(r, "added_tokens is not an array");
+    if (!is_off(added) && !json_is_array(added)) return fail(err, "added_tokens is not an array");
+    t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
+    if (!t->added) return oom(err);
     json_array_foreach(added, i, v) {
         const char *s;
         int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
         if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n,
                            "id", &id_value, "special", &special, "normalized", &normalized,
                            "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
-            return refuse(r, "added_tokens[%zu]: %s", i, why.text);
+            return fail(err, "added_tokens[%zu]: %s", i, why.text);
         if (n == 0 || n > MAX_ADDED_BYTES)
-            return refuse(r, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
+            return fail(err, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
         if (lstrip || rstrip || single_word)
-            return refuse(r, "added token \"%.60s\": lstrip, rstrip, single_word are not supported",
-                          s);
-        int32_t id = id_of(r, id_value);
-        if (id < 0) return refuse(r, "added token \"%.60s\": id not in 0..%d", s, MAX_IDS - 1);
+            return fail(err, "added_tokens[%zu] sets lstrip, rstrip or single_word", i);
+        int32_t id = id_of(id_value);
+        if (id < 0) return fail(err, "added_tokens[%zu]: id not in 0..%d", i, MAX_IDS - 1);
         /* It may stand in vocab too, but then as the same id for the same bytes. */
-        const json_t *in_vocab = json_object_get(r->vocab, s);
+        const json_t *in_vocab = json_object_get(vocab, s);
         const piece *known = &t->pieces[id];
-        if (in_vocab ? id_of(r, in_vocab) != id || known->len != n
-                           || memcmp(t->bytes + known->at, s, n) != 0
-                     : known->known)
-            return refuse(r, "added token \"%.60s\": id %d contradicts model.vocab or another one",
-                          s, id);
+        if (known->len ? id_of(in_vocab) != id || known->len != n
+                             || memcmp(t->bytes + known->at, s, n) != 0
+                       : in_vocab != NULL)
+            return fail(err, "added_tokens[%zu]: id %d contradicts vocab or comes twice", i, id);
+        if (json_object_set(vocab, s, v)) return oom(err); /* no id: refused if it comes again */
         int pass = normalized < 0 ? !special : normalized;
-        s = memcpy(t->bytes + r->n_bytes, s, n);
-        place(r, id, n);
+        s = memcpy(t->bytes + t->n_bytes, s, n);
+        place(t, id, n);
         t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
         t->starts[pass][(unsigned char)*s] = true;
     }
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
-    for (i = 1; i < t->n_added; i++)
-        if (by_bytes(&t->added[i - 1], &t->added[i]) == 0)
-            return refuse(r, "added token \"%.*s\" stands there twice", (int)t->added[i].len,
-                          t->added[i].s);
     return 0;
 }
 
 /* Compile a pattern and append it to tok.split. */
-static int add_split(reader *r, const char *pattern, bool literal) {
-    tok *t = r->t;
+static int add_split(tok *t, const char *pattern, bool literal, dsv4_err *err) {
     /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
-     * of the text: with search()'s windows that would be quadratic. */
+     * of the text: with cut_regex()'s windows that would be quadratic. */
     uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
     uint32_t may_be_empty = 1;
+    size_t at = literal ? strlen(pattern) : alike(pattern);
     buffer text = {0};
-    const char *unknown = NULL;
     int code = 0;
-    size_t at;
-    if (t->n_splits == MAX_SPLITS) return refuse(r, "pre_tokenizer has over %d splits", MAX_SPLITS);
+    if (t->n_splits == MAX_SPLITS) return fail(err, "pre_tokenizer has over %d splits", MAX_SPLITS);
     if (strlen(pattern) > MAX_PATTERN_BYTES)
-        return refuse(r, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
+        return fail(err, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
+    if (pattern[at])
+        return fail(err, "pre_tokenizer: pattern not supported from \"%.60s\"", pattern + at);
     /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
     options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
     put_text(&text, literal ? pattern : "(*LF)");
-    if (!literal) unknown = put_pattern(&text, pattern);
+    if (!literal) put_pattern(&text, pattern);
     put_bytes(&text, "", 1);
     pcre2_code *re = text.failed ? NULL : pcre2_compile((PCRE2_SPTR)text.s, PCRE2_ZERO_TERMINATED,
                                                         options, &code, &at, NULL);
     free(text.s);
-    t->split[t->n_splits] = re;
-    t->n_splits += re != NULL;
-    if (unknown) return refuse(r, "pre_tokenizer: pattern not supported from \"%.60s\"", unknown);
-    if (text.failed) return oom(r->err);
-    if (!re) {
-        PCRE2_UCHAR why[128];
-        pcre2_get_error_message(code, why, sizeof why);
-        return refuse(r, "pre_tokenizer: pattern \"%.60s\": %s", pattern, (char *)why);
-    }
+    if (text.failed) return oom(err);
+    if (!re) return fail(err, "pre_tokenizer: \"%.60s\": error %d of PCRE2", pattern, code);
+    t->split[t->n_splits++] = re;
     pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
-    if (may_be_empty) return refuse(r, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
+    if (may_be_empty) return fail(err, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
     pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
     return 0;
 }
 
 /* One step that cuts by a regex or a literal. */
-static int read_split(reader *r, const json_t *step) {
+static int read_split(tok *t, const json_t *step, dsv4_err *err) {
     const json_t *pattern = json_object_get(step, "pattern");
-    const char *regex = json_string_value(json_object_get(pattern, "Regex"));
-    const char *literal = json_string_value(json_object_get(pattern, "String"));
-    const char *behavior = json_string_value(json_object_get(step, "behavior"));
-    if (strcmp(type_of(step), "Split") != 0)
-        return refuse(r, "pre_tokenizer: %.60s is not supported here", type_of(step));
-    if (!behavior || strcmp(behavior, "Isolated") != 0)
-        return refuse(r, "pre_tokenizer: Split with behavior %.60s is not supported",
-                      behavior ? behavior : "(none)");
-    if (!is_off(json_object_get(step, "invert")))
-        return refuse(r, "pre_tokenizer: Split with invert is not supported");
-    if (!regex && !literal) return refuse(r, "pre_tokenizer: Split without a pattern");
-    return add_split(r, regex ? regex : literal, !regex);
+    const char *regex = text_at(pattern, "Regex"), *literal = text_at(pattern, "String");
+    if (expect("pre_tokenizer: step", step, "type", "Split", err)
+        || expect("pre_tokenizer: Split's behavior", step, "behavior", "Isolated", err)
+        || expect("pre_tokenizer: Split's invert", step, "invert", NULL, err)) return -1;
+    if (!regex && !literal) return fail(err, "pre_tokenizer: Split without a pattern");
+    return add_split(t, regex ? regex : literal, !regex, err);
 }
 
-/* The last step.  What it does to text, bytes to GPT-2's alphabet, is undone in the tables, so
- * only its regex is left to do. */
-static int read_byte_level(reader *r, const json_t *step) {
+/* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone.  What that does to text, bytes
+ * to GPT-2's alphabet, is undone in the tables, so only its regex is left to do. */
+static int read_pre_tokenizer(tok *t, const json_t *root, dsv4_err *err) {
     /* The library's own pattern for "use_regex", which is true where it is absent. */
     static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
                                "|\\s+(?!\\S)|\\s+";
-    if (strcmp(type_of(step), "ByteLevel") != 0)
-        return refuse(r, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
-    if (!json_is_false(json_object_get(step, "add_prefix_space")))
-        return refuse(r, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
-    return json_is_false(json_object_get(step, "use_regex")) ? 0 : add_split(r, gpt2, false);
-}
-
-/* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone. */
-static int read_pre_tokenizer(reader *r) {
-    const json_t *last = json_object_get(r->root, "pre_tokenizer");
-    const json_t *steps = json_object_get(last, "pretokenizers");
-    if (strcmp(type_of(last), "Sequence") == 0) {
-        size_t n = json_array_size(steps);
-        for (size_t i = 0; i + 1 < n; i++)
-            if (read_split(r, json_array_get(steps, i))) return -1;
-        last = json_array_get(steps, n ? n - 1 : 0);
+    const json_t *step = json_object_get(root, "pre_tokenizer");
+    const json_t *steps = json_object_get(step, "pretokenizers");
+    size_t n = strcmp(type_of(step), "Sequence") == 0 ? json_array_size(steps) : 0;
+    for (size_t i = 0; i < n; i++) {
+        step = json_array_get(steps, i);
+        if (i + 1 < n && read_split(t, step, err)) return -1;
     }
-    return read_byte_level(r, last);
+    if (strcmp(type_of(step), "ByteLevel") != 0)
+        return fail(err, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
+    if (!json_is_false(json_object_get(step, "add_prefix_space")))
+        return fail(err, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
+    return json_is_false(json_object_get(step, "use_regex")) ? 0 : add_split(t, gpt2, false, err);
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
-    reader r = {.where = where, .err = err};
     json_error_t why;
     *out = NULL;
     if (len > MAX_JSON_BYTES)
-        return refuse(&r, "%zu bytes, over the limit of %d", len, MAX_JSON_BYTES);
+        return fail(err, "%s: %zu bytes, over the limit of %d", where, len, MAX_JSON_BYTES);
     json_t *root = json_loadb(json, len, JSON_REJECT_DUPLICATES, &why);
-    if (!root) return refuse(&r, "line %d: %s", why.line, why.text);
-    r.root = root;
-    r.model = json_object_get(root, "model");
-    r.vocab = json_object_get(r.model, "vocab");
-    r.t = calloc(1, sizeof *r.t);
-    r.scratch = malloc(len);
-    int rc = r.t && r.scratch ? check_settings(&r) : oom(err);
-    rc = rc || make_room(&r, len) || read_vocab(&r) || read_merges(&r) || read_added(&r) ||
-         read_pre_tokenizer(&r) ? -1 : 0;
-    free(r.scratch);
+    const json_t *model = json_object_get(root, "model");
+    tok *t = calloc(1, sizeof *t);
+    int rc = !t ? oom(err) : !root ? fail(err, "line %d: %s", why.line, why.text) :
+             check_settings(root, model, err) || read_vocab(t, model, len, err) ||
+             read_merges(t, model, err) || read_added(t, root, model, err) ||
+             read_pre_tokenizer(t, root, err) ? -1 : 0;
     json_decref(root);
 #ifdef __GLIBC__
     malloc_trim(0);                /* the tree was 250,000 small blocks; glibc would keep them  */
 #endif
-    if (rc) tok_close(r.t);
-    else *out = r.t;
-    return rc;
+    if (rc) {
+        dsv4_err what = *err;
+        tok_close(t);
+        return fail(err, "%s: %s", where, what.msg);
+    }
+    *out = t;
+    return 0;
 }
 
 int read_file(buffer *out, const char *path, size_t most, dsv4_err *err) {
@@ -725,16 +610,23 @@ int tok_open(tok **out, const char *dir, dsv4_err *err) {
     *out = NULL;
     if (snprintf(path, sizeof path, "%s/tokenizer.json", dir) >= (int)sizeof path)
         return fail(err, "%s: path is too long", dir);
-    int rc = read_file(&json, path, MAX_JSON_BYTES, err);
-    if (!rc) rc = tok_parse(out, json.s, json.n, path, err);
+    int rc = read_file(&json, path, MAX_JSON_BYTES, err)
+             || tok_parse(out, json.s, json.n, path, err) ? -1 : 0;
     free(json.s);
     return rc;
 }
 
-/* === 5. Cutting text ==========================================================================
- * Each stage hands its pieces to the next one at once, so that no list of pieces is ever made:
- *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
- * The recursion is as deep as there are stages, whatever the text.                              */
+/* === 5. Merging a word ========================================================================
+ * A word is a list of symbols, at first one a byte, linked by place.  Ranks of some pairs:
+ *
+ *   l 40 o 70 w - e 12 r        the pair (e, r) has the lowest rank: it is merged
+ *   l 40 o 70 w 90 er           its left neighbour now makes a new pair, (w, er)
+ *   lo 55 w 90 er               and so on, until no pair has a rank
+ *
+ * A heap holds every pair as rank << 32 | place, so its top is the lowest rank, and the leftmost
+ * of several.  A merge changes at most two pairs and pushes them anew.  Their old entries stay in
+ * the heap; one whose rank is no longer its symbol's is stale and is skipped.  n symbols start
+ * with n - 1 entries and each of at most n - 1 merges takes one and adds two: 2n are enough.    */
 
 typedef struct {                   /* a part of the word that is being merged                   */
     int32_t id;
@@ -758,141 +650,6 @@ typedef struct {                   /* one tok_encode                            
     dsv4_err *err;
 } encoder;
 
-static int word(encoder *e, const char *s, size_t len); /* section 6 */
-
-static double cpu_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
-
-/* Find the first match of split i at or behind *from: [*from, *to), or [len, len) for none.
- *
- * PCRE2's match limit bounds how often one attempt steps back, not how many places of the text it
- * is tried at, nor how far it looks ahead from each: a(?=a*b) on a line of n letters a takes n^2
- * steps within every limit.  So the search goes window by window, and every few thousand bytes
- * the clock is asked; it is this thread's CPU time, so that a busy machine changes nothing. */
-static int search(encoder *e, int i, const char *s, size_t len, size_t *from, size_t *to) {
-    const pcre2_code *re = e->t->split[i];
-    for (size_t at = *from; at < len;) {
-        pcre2_set_offset_limit(e->limits, at + SEARCH_WINDOW);
-        int rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK, e->match, e->limits);
-        if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter may use more memory */
-            rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
-                             e->match, e->limits);
-        if (rc < 0 && rc != PCRE2_ERROR_NOMATCH) {
-            PCRE2_UCHAR why[128];
-            pcre2_get_error_message(rc, why, sizeof why);
-            return fail(e->err, "tokenizer: regex %d fails on this text: %s", i, (char *)why);
-        }
-        const size_t *span = pcre2_get_ovector_pointer(e->match);
-        size_t next = rc < 0 ? at + SEARCH_WINDOW + 1 : span[1];
-        e->unclocked += next - at;
-        if (e->unclocked >= CLOCK_BYTES) {
-            e->unclocked = 0;
-            if (cpu_seconds() > e->deadline_s)
-                return fail(e->err, "tokenizer: regex %d is too slow on this text", i);
-        }
-        if (rc >= 0) {
-            assert(span[1] > span[0]); /* patterns that match nothing were refused */
-            *from = span[0];
-            *to = span[1];
-            return 0;
-        }
-        for (at = next; at < len && ((unsigned char)s[at] & 0xc0) == 0x80;) at++;
-    }
-    *from = *to = len;
-    return 0;
-}
-
-/* Matches of split i, and what lies between them, go to split i + 1 ("Isolated").  Each piece is
- * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends. */
-static int cut_regex(encoder *e, int i, const char *s, size_t len) {
-    if (i == e->t->n_splits) return word(e, s, len);
-    for (size_t done = 0; done < len;) {
-        size_t from = done, to = len;
-        if (search(e, i, s, len, &from, &to)) return -1;
-        if (from > done && cut_regex(e, i + 1, s + done, from - done)) return -1;
-        if (to > from && cut_regex(e, i + 1, s + from, to - from)) return -1;
-        done = to;
-    }
-    return 0;
-}
-
-/* In tok.added[lo..hi), whose first `depth` bytes are alike: the first with a byte >= c there. */
-static size_t narrow(const named *added, size_t lo, size_t hi, uint32_t depth, int c) {
-    while (lo < hi) {
-        size_t mid = lo + (hi - lo) / 2;
-        if ((unsigned char)added[mid].s[depth] < c) lo = mid + 1;
-        else hi = mid;
-    }
-    return lo;
-}
-
-/* The longest added token of this pass that the text starts with, or NULL.  The sorted table is
- * walked like a tree: [lo, hi) are those that begin with the bytes read so far. */
-static const named *longest_added(const tok *t, int pass, const char *s, size_t len) {
-    const named *best = NULL;
-    size_t lo = 0, hi = t->n_added;
-    for (uint32_t depth = 0; lo < hi; depth++) {
-        if (t->added[lo].len == depth) { /* the shortest stands first */
-            if (t->added[lo].pass == pass) best = &t->added[lo];
-            lo++;
-        }
-        if (depth == len) break;
-        int c = (unsigned char)s[depth];
-        lo = narrow(t->added, lo, hi, depth, c);
-        hi = narrow(t->added, lo, hi, depth, c + 1);
-    }
-    return best;
-}
-
-/* Where does what is free at s + *i end?  *i is moved out of a cut first.  Each pass asks from the
- * left to the right, so all its calls together look at each cut once. */
-static size_t free_end(encoder *e, int pass, const char *s, size_t len, size_t *i) {
-    size_t base = (size_t)(s - e->text), *k = &e->cut[pass];
-    while (*k < e->n_cuts && e->cuts[*k + 1] <= base + *i) *k += 2;
-    if (*k == e->n_cuts || e->cuts[*k] >= base + len) return len;
-    if (e->cuts[*k] > base + *i) return e->cuts[*k] - base;
-    *i = e->cuts[*k + 1] < base + len ? e->cuts[*k + 1] - base : len;
-    return *i;
-}
-
-/* Added tokens of this pass become their ids; what lies between them goes on, as one text, be it
- * free or cut. */
-static int cut_added(encoder *e, int pass, const char *s, size_t len) {
-    if (pass == 2) return cut_regex(e, 0, s, len);
-    size_t done = 0;
-    for (size_t i = 0, end = 0; i < len;) {
-        if (i >= end) {
-            end = free_end(e, pass, s, len, &i);
-            continue;
-        }
-        const named *added = e->t->starts[pass][(unsigned char)s[i]]
-                                 ? longest_added(e->t, pass, s + i, end - i) : NULL;
-        if (!added) {
-            i++;
-            continue;
-        }
-        if (i > done && cut_added(e, pass + 1, s + done, i - done)) return -1;
-        if (ids_push(e->ids, added->id, e->err)) return -1;
-        done = i += added->len;
-    }
-    return done < len ? cut_added(e, pass + 1, s + done, len - done) : 0;
-}
-
-/* === 6. Merging a word ========================================================================
- * A word is a list of symbols, at first one a byte, linked by place.  Ranks of some pairs:
- *
- *   l 40 o 70 w - e 12 r        the pair (e, r) has the lowest rank: it is merged
- *   l 40 o 70 w 90 er           its left neighbour now makes a new pair, (w, er)
- *   lo 55 w 90 er               and so on, until no pair has a rank
- *
- * A heap holds every pair as rank << 32 | place, so its top is the lowest rank, and the leftmost
- * of several.  A merge changes at most two pairs and pushes them anew.  Their old entries stay in
- * the heap; one whose rank is no longer its symbol's is stale and is skipped.  n symbols start
- * with n - 1 entries and each of at most n - 1 merges takes one and adds two: 2n are enough.    */
-
 static void heap_push(encoder *e, uint64_t entry) {
     size_t i = e->n_heap++;
     for (; i > 0 && e->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
@@ -915,17 +672,19 @@ static uint64_t heap_pop(encoder *e) {
 /* Look up the pair of symbol i and the next one; if it has a rank, into the heap with it. */
 static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
     symbol *s = &e->sym[i];
-    s->rank = NO_RANK;
-    if (s->next == n) return;
-    const merge_slot *slot = merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id);
-    if (!slot || slot->rank == NO_RANK) return;
-    s->rank = slot->rank;
-    heap_push(e, (uint64_t)s->rank << 32 | i);
+    const merge_slot *slot = NULL;
+    if (s->next != n) slot = merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id);
+    s->rank = slot ? slot->rank : NO_RANK;
+    if (s->rank != NO_RANK) heap_push(e, (uint64_t)s->rank << 32 | i);
 }
 
-/* The ids of one word, by merging; O(len log len), and 32 bytes of memory a byte of it. */
-static int merge_word(encoder *e, const unsigned char *s, size_t len) {
+/* The ids of one word: by the vocabulary as a whole where the file asks for that, else by merging,
+ * in O(len log len), and 32 bytes of memory a byte of it. */
+static int word(encoder *e, const char *s, size_t len) {
     uint32_t n = (uint32_t)len;
+    const named key = {.s = s, .len = n};
+    const named *whole = bsearch(&key, e->t->words, e->t->n_words, sizeof key, by_bytes);
+    if (whole) return ids_push(e->ids, whole->id, e->err);
     if (e->n_sym < len) {
         free(e->sym);
         free(e->heap);
@@ -935,9 +694,8 @@ static int merge_word(encoder *e, const unsigned char *s, size_t len) {
         if (!e->sym || !e->heap) return oom(e->err);
     }
     assert(e->n_heap == 0);
-    for (uint32_t i = 0; i < n; i++) /* symbol 0 has no one before it: prev is n */
-        e->sym[i] = (symbol){e->t->byte_id[s[i]], NO_RANK, i ? i - 1 : n, i + 1};
-    for (uint32_t i = 0; i < n; i++) offer_pair(e, i, n);
+    for (uint32_t i = n; i-- > 0; offer_pair(e, i, n)) /* symbol 0 has none before it: prev is n */
+        e->sym[i] = (symbol){e->t->byte_id[(unsigned char)s[i]], NO_RANK, i ? i - 1 : n, i + 1};
     while (e->n_heap > 0) {
         uint64_t entry = heap_pop(e);
         uint32_t rank = (uint32_t)(entry >> 32), i = (uint32_t)entry;
@@ -956,11 +714,104 @@ static int merge_word(encoder *e, const unsigned char *s, size_t len) {
     return 0;
 }
 
-/* A word's ids, by the vocabulary as a whole where the file asks for that, else by merging. */
-static int word(encoder *e, const char *s, size_t len) {
-    const named *whole = find_named(e->t->words, e->t->n_words, s, len);
-    return whole ? ids_push(e->ids, whole->id, e->err)
-                 : merge_word(e, (const unsigned char *)s, len);
+/* === 6. Cutting text ==========================================================================
+ * Each stage hands its pieces to the next one at once, so that no list of pieces is ever made:
+ *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
+ * The recursion is as deep as there are stages, whatever the text.                              */
+
+static double cpu_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+/* Matches of split i, and what lies between them, go to split i + 1 ("Isolated").  Each piece is
+ * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends.
+ *
+ * PCRE2's match limit bounds how often one attempt steps back, not how many places of the text it
+ * is tried at, nor how far it looks ahead from each: a(?=a*b) on a line of n letters a takes n^2
+ * steps within every limit.  So the search goes window by window, and every few thousand bytes
+ * the clock is asked; it is this thread's CPU time, so that a busy machine changes nothing. */
+static int cut_regex(encoder *e, int i, const char *s, size_t len) {
+    if (i == e->t->n_splits) return word(e, s, len);
+    const pcre2_code *re = e->t->split[i];
+    size_t done = 0;
+    for (size_t at = 0, next; at < len; at = next) {
+        pcre2_set_offset_limit(e->limits, at + SEARCH_WINDOW);
+        int rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK, e->match, e->limits);
+        if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter may use more memory */
+            rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
+                             e->match, e->limits);
+        if (rc < 0 && rc != PCRE2_ERROR_NOMATCH)
+            return fail(e->err, "tokenizer: regex %d goes over the match limit or its memory on "
+                        "this text (error %d of PCRE2)", i, rc);
+        const size_t *span = pcre2_get_ovector_pointer(e->match);
+        size_t from = span[0], to = span[1];
+        next = rc < 0 ? at + SEARCH_WINDOW + 1 : to;
+        e->unclocked += next - at;
+        if (e->unclocked >= CLOCK_BYTES) {
+            e->unclocked = 0;
+            if (cpu_seconds() > e->deadline_s)
+                return fail(e->err, "tokenizer: regex %d is too slow on this text", i);
+        }
+        if (rc < 0) {              /* on from the start of a character                          */
+            while (next < len && ((unsigned char)s[next] & 0xc0) == 0x80) next++;
+            continue;
+        }
+        assert(to > from);         /* patterns that match nothing were refused                  */
+        if (from > done && cut_regex(e, i + 1, s + done, from - done)) return -1;
+        if (cut_regex(e, i + 1, s + from, to - from)) return -1;
+        done = to;
+    }
+    return done < len ? cut_regex(e, i + 1, s + done, len - done) : 0;
+}
+
+/* The longest added token of this pass that the text starts with, or NULL.  In order of bytes it
+ * stands before the text, and what stands between them begins with it too: so where the nearest
+ * one is not it, no more of the text matters than that one has in common with it. */
+static const named *longest_added(const tok *t, int pass, const char *s, size_t len) {
+    named text = {.s = s, .len = len < MAX_ADDED_BYTES ? (uint32_t)len : MAX_ADDED_BYTES};
+    size_t hi = t->n_added;
+    while (text.len > 0) {
+        for (size_t lo = 0; lo < hi;) {
+            size_t mid = lo + (hi - lo) / 2;
+            if (by_bytes(&t->added[mid], &text) <= 0) lo = mid + 1;
+            else hi = mid;
+        }
+        if (hi == 0) break;
+        const named *nearest = &t->added[--hi];
+        uint32_t same = 0;
+        while (same < nearest->len && same < text.len && nearest->s[same] == s[same]) same++;
+        if (same == nearest->len && nearest->pass == pass) return nearest;
+        text.len = same == nearest->len ? same - 1 : same;
+    }
+    return NULL;
+}
+
+/* Added tokens of this pass become their ids, but for what would touch a cut; what lies between
+ * them goes on, as one text.  Each pass goes from the left to the right, so all its calls together
+ * look at each cut once. */
+static int cut_added(encoder *e, int pass, const char *s, size_t len) {
+    if (pass == 2) return cut_regex(e, 0, s, len);
+    size_t base = (size_t)(s - e->text), *k = &e->cut[pass], done = 0;
+    for (size_t i = 0; i < len;) {
+        const named *added = NULL;
+        size_t end = len;          /* of what is free at i                                      */
+        while (*k < e->n_cuts && e->cuts[*k + 1] <= base + i) *k += 2;
+        if (*k < e->n_cuts && e->cuts[*k] <= base + i) {
+            i = e->cuts[*k + 1] - base;
+            continue;
+        }
+        if (*k < e->n_cuts && e->cuts[*k] < base + len) end = e->cuts[*k] - base;
+        for (; i < end && !added; i += !added)
+            if (e->t->starts[pass][(unsigned char)s[i]])
+                added = longest_added(e->t, pass, s + i, end - i);
+        if (!added) continue;
+        if (i > done && cut_added(e, pass + 1, s + done, i - done)) return -1;
+        if (ids_push(e->ids, added->id, e->err)) return -1;
+        done = i += added->len;
+    }
+    return done < len ? cut_added(e, pass + 1, s + done, len - done) : 0;
 }
 
 /* === 7. Encoding, decoding ==================================================================== */
@@ -977,17 +828,24 @@ int ids_push(id_list *l, int32_t id, dsv4_err *err) {
     return 0;
 }
 
-/* Encode e->text, len bytes of valid UTF-8. */
+/* Encode e->text, len bytes. */
 static int encode(encoder *e, size_t len) {
+    buffer repaired = {0};
     size_t before = e->ids->n;
+    if (len > MAX_TEXT_BYTES)
+        return fail(e->err, "text of %zu bytes is over the limit of %d", len, MAX_TEXT_BYTES);
+    if (!utf8_valid(e->text, len)) {
+        put_repaired(&repaired, e->text, len);
+        e->text = repaired.s;
+        len = repaired.n;
+    }
     e->match = pcre2_match_data_create(1, NULL);
     e->limits = pcre2_match_context_create(NULL);
-    int rc = e->match && e->limits ? 0 : oom(e->err);
-    if (!rc && len > 0) {
+    int rc = e->match && e->limits && !repaired.failed ? 0 : oom(e->err);
+    if (!rc) {
         /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s
          * even without a JIT; these limits are far above both. */
-        uint32_t steps = len < UINT32_MAX / 8 ? 4u * (uint32_t)len : UINT32_MAX / 2;
-        pcre2_set_match_limit(e->limits, 100000u + steps);
+        pcre2_set_match_limit(e->limits, 100000 + 4 * (uint32_t)len);
         pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
         e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
         rc = cut_added(e, 0, e->text, len);
@@ -997,71 +855,54 @@ static int encode(encoder *e, size_t len) {
     pcre2_match_data_free(e->match);
     free(e->heap);
     free(e->sym);
+    free(repaired.s);
     return rc;
 }
 
 int tok_encode(const tok *t, const char *text, size_t len, bool special, id_list *out,
                dsv4_err *err) {
-    buffer repaired = {0};
-    if (len > MAX_TEXT_BYTES / 3)  /* each byte of broken text may become three                 */
-        return fail(err, "text of %zu bytes is over the limit of %d", len, MAX_TEXT_BYTES / 3);
-    if (!utf8_valid(text, len)) {
-        put_repaired(&repaired, text, len);
-        text = repaired.s;
-        len = repaired.n;
-    }
-    const size_t all[2] = {0, len}; /* where nothing may be special, all of it is cut out       */
-    encoder e = {.t = t, .text = text, .cuts = all, .n_cuts = special ? 0 : 2, .ids = out,
-                 .err = err};
-    int rc = repaired.failed ? oom(err) : encode(&e, len);
-    free(repaired.s);
-    return rc;
+    const size_t all[2] = {0, SIZE_MAX}; /* where nothing may be special, all of it is cut out  */
+    return encode(&(encoder){.t = t, .text = text, .cuts = all, .n_cuts = special ? 0 : 2,
+                             .ids = out, .err = err}, len);
 }
 
 int prompt_encode(const tok *t, const prompt *p, id_list *out, dsv4_err *err) {
     static const char *const frame[] = {"<｜begin▁of▁sentence｜>", "<｜User｜>",
                                         "<｜Assistant｜>", "<think>", "</think>"};
-    encoder e = {.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts, .ids = out,
-                 .err = err};
     for (size_t i = 0; i < sizeof frame / sizeof *frame; i++)
         if (tok_special(t, frame[i]) < 0) return fail(err, "the tokenizer has no %s", frame[i]);
-    if (p->len > MAX_TEXT_BYTES)
-        return fail(err, "text of %zu bytes is over the limit of %d", p->len, MAX_TEXT_BYTES);
-    assert(utf8_valid(p->text, p->len));
-    return encode(&e, p->len);
+    assert(utf8_valid(p->text, p->len)); /* for what is repaired the cuts are not */
+    return encode(&(encoder){.t = t, .text = p->text, .cuts = p->cuts, .n_cuts = p->n_cuts,
+                             .ids = out, .err = err}, p->len);
 }
 
 int tok_n_ids(const tok *t) { return t->n_ids; }
 
 const char *tok_bytes(const tok *t, int32_t id, size_t *len) {
-    *len = 0;
-    if (id < 0 || id >= t->n_ids) return "";
-    *len = t->pieces[id].len;
-    return t->bytes + t->pieces[id].at;
+    const piece p = id >= 0 && id < t->n_ids ? t->pieces[id] : (piece){0, 0};
+    *len = p.len;
+    return t->bytes + p.at;
 }
 
 int32_t tok_special(const tok *t, const char *content) {
-    const named *added = find_named(t->added, t->n_added, content, strlen(content));
+    const named key = {.s = content, .len = (uint32_t)strlen(content)};
+    const named *added = bsearch(&key, t->added, t->n_added, sizeof key, by_bytes);
     return added ? added->id : -1;
 }
 
 /* === 8. Writing JSON ==========================================================================
  * As Python's json.dumps(ensure_ascii=False) writes it, for the model was trained on that.       */
 
-/* Of valid UTF-8 only what JSON wants escaped is; what stands between escapes goes in at once. */
+/* Of valid UTF-8 only what JSON wants escaped is. */
 static void put_json_string(buffer *b, const char *s, size_t n) {
     static const char plain[] = "\"\\\n\r\t\b\f", escaped[] = "\"\\nrtbf";
-    size_t done = 0;
     put_text(b, "\"");
     for (size_t i = 0; i < n; i++) {
         const char *short_form = s[i] ? strchr(plain, s[i]) : NULL;
-        if (!short_form && (unsigned char)s[i] >= ' ') continue;
-        put_bytes(b, s + done, i - done);
         if (short_form) put_format(b, "\\%c", escaped[short_form - plain]);
-        else put_format(b, "\\u%04x", (unsigned)s[i]);
-        done = i + 1;
+        else if ((unsigned char)s[i] < ' ') put_format(b, "\\u%04x", (unsigned)s[i]);
+        else put_bytes(b, s + i, 1);
     }
-    put_bytes(b, s + done, n - done);
     put_text(b, "\"");
 }
 
@@ -1147,12 +988,14 @@ static const char first_tool[] =
     "### Available Tool Schemas\n\n%j";
 static const char after_tools[] = "\n\nYou MUST strictly follow the above defined tool name and "
     "parameter schemas to invoke tool calls.\n";
-#define RESPONSE_FORMAT \
-    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+static const char response_format[] =
+    "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
 
 typedef struct {
     buffer text, cuts;             /* cuts holds size_t                                         */
     const json_t *request, *messages;
+    char *roles;                   /* [n_messages] the first letter of each role, and a 0       */
+    uint64_t *results;             /* [n_messages] for put_turn()                               */
     char at[40];                   /* "messages[2].": the one that is being looked at           */
     const char *where;             /* `at`, or "" in the request itself                         */
     json_t *order;                 /* {id: place} of the last assistant's tool calls            */
@@ -1188,10 +1031,9 @@ static void emit(writer *w, const char *fmt, ...) {
     va_start(args, fmt);
     for (const char *p; (p = strchr(fmt, '%')); fmt = p + 2) {
         put_bytes(&w->text, fmt, (size_t)(p - fmt));
-        const char *s = p[1] == 's' ? va_arg(args, const char *) : NULL;
-        json_t *v = s ? NULL : va_arg(args, json_t *);
+        json_t *v = p[1] == 'j' ? va_arg(args, json_t *) : NULL;
         cut(w);
-        if (s) put_text(&w->text, s);
+        if (p[1] == 's') put_text(&w->text, va_arg(args, const char *));
         else if (json_is_string(v))
             put_bytes(&w->text, json_string_value(v), json_string_length(v));
         else put_json(&w->text, v);
@@ -1231,14 +1073,8 @@ static void put_content(writer *w, const json_t *message, const char *key) {
     }
 }
 
-/* Strings are written bare, so that the model need not escape what it quotes from them. */
-static void put_parameter(writer *w, const char *name, json_t *value) {
-    emit(w, json_is_string(value) ? PARAMETER_OPEN "%s" PARAMETER_TRUE "%j" PARAMETER_CLOSE
-                                  : PARAMETER_OPEN "%s" PARAMETER_FALSE "%j" PARAMETER_CLOSE,
-         name, value);
-}
-
-/* One tool call.  Its arguments are an object or the JSON of one; other text stands for itself. */
+/* One tool call.  Its arguments are an object or the JSON of one; other text stands for itself.
+ * Strings are written bare, so that the model need not escape what it quotes from them. */
 static void put_call(writer *w, const json_t *call, size_t i) {
     const json_t *function = json_object_get(call, "function");
     json_t *name = json_object_get(function, "name"), *value, *object;
@@ -1249,11 +1085,17 @@ static void put_call(writer *w, const json_t *call, size_t i) {
         wrong(w, "tool_calls[%zu].function.arguments is neither text nor an object", i);
     object = text ? json_loadb(text, json_string_length(arguments), JSON_ALLOW_NUL, NULL)
                   : json_incref(arguments);
+    if (text && !json_is_object(object)) {
+        json_decref(object);
+        object = json_pack("{s:O}", "arguments", arguments);
+        if (!object) w->rc = oom(w->err);
+    }
     emit(w, INVOKE_OPEN "%j\">\n", name);
-    if (text && !json_is_object(object)) put_parameter(w, "arguments", arguments);
     json_object_foreach(object, key, value) {
         emit(w, sep);
-        put_parameter(w, key, value);
+        emit(w, json_is_string(value) ? PARAMETER_OPEN "%s" PARAMETER_TRUE "%j" PARAMETER_CLOSE
+                                      : PARAMETER_OPEN "%s" PARAMETER_FALSE "%j" PARAMETER_CLOSE,
+             key, value);
         sep = "\n";
     }
     emit(w, "\n" INVOKE_CLOSE);
@@ -1270,7 +1112,7 @@ static void put_assistant(writer *w, const json_t *message, bool reasoning) {
     put_content(w, message, "content");
     json_object_clear(w->order);   /* results belong to the calls just before them              */
     json_array_foreach(calls, i, call) {
-        const char *id = json_string_value(json_object_get(call, "id"));
+        const char *id = text_at(call, "id");
         if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
             w->rc = oom(w->err);
         emit(w, i ? "\n" : "\n\n" CALLS_OPEN "\n");
@@ -1296,25 +1138,9 @@ static void put_system(writer *w, const json_t *message, bool first) {
     }
     emit(w, n_tools ? after_tools : "");
     if (is_off(format) || strcmp(type_of(format), "text") == 0) return;
-    if (strcmp(type_of(format), "json_schema") != 0) schema = NULL;
-    if (strcmp(type_of(format), "json_object") == 0)
-        emit(w, RESPONSE_FORMAT "{\"type\": \"object\"}");
-    else emit(w, RESPONSE_FORMAT "%j", schema ? schema : format);
-}
-
-/* A role's first letter; 0 for one that is not known. */
-static char role(const json_t *message) {
-    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
-                                        "latest_reminder"};
-    const char *name = json_string_value(json_object_get(message, "role"));
-    for (size_t i = 0; name && i < sizeof names / sizeof *names; i++)
-        if (strcmp(name, names[i]) == 0) return *name;
-    return 0;
-}
-
-/* Is message i part of a turn of the user? */
-static bool in_turn(const writer *w, size_t i) {
-    return memchr("utd", role(json_array_get(w->messages, i)), 3) != NULL;
+    emit(w, response_format);
+    if (strcmp(type_of(format), "json_object") == 0) emit(w, "{\"type\": \"object\"}");
+    else emit(w, "%j", schema && strcmp(type_of(format), "json_schema") == 0 ? schema : format);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -1325,25 +1151,22 @@ static int by_value(const void *a, const void *b) {
 /* Messages [from, to) as one turn of the user.  Where the tools speak stays; which result stands
  * at which of these places goes by the order of the calls, those of no known call last. */
 static void put_turn(writer *w, size_t from, size_t to) {
-    uint64_t *results = calloc(to - from, sizeof *results); /* place of its call << 32 | message */
     size_t n = 0, next = 0;
-    if (!results) w->rc = oom(w->err);
-    for (size_t i = from; results && i < to; i++) {
-        const json_t *m = json_array_get(w->messages, i), *id = json_object_get(m, "tool_call_id");
-        const json_t *place = json_object_get(w->order, json_string_value(id));
-        if (role(m) == 't')
-            results[n++] = (place ? (uint64_t)json_integer_value(place) : UINT32_MAX) << 32 | i;
+    for (size_t i = from; i < to; i++) { /* place of its call << 32 | message */
+        const char *id = text_at(json_array_get(w->messages, i), "tool_call_id");
+        const json_t *place = json_object_get(w->order, id);
+        uint64_t high = place ? (uint64_t)json_integer_value(place) : UINT32_MAX;
+        if (w->roles[i] == 't') w->results[n++] = high << 32 | i;
     }
-    if (n) qsort(results, n, sizeof *results, by_value);
+    qsort(w->results, n, sizeof *w->results, by_value);
     emit(w, "<｜User｜>");
-    for (size_t i = from; results && i < to; i++) {
-        bool tool = role(json_array_get(w->messages, i)) == 't';
+    for (size_t i = from; i < to; i++) {
+        bool tool = w->roles[i] == 't';
         emit(w, i > from ? "\n\n" : "");
         emit(w, tool ? "<tool_result>" : "");
-        put_content(w, message_at(w, tool ? results[next++] & UINT32_MAX : i), "content");
+        put_content(w, message_at(w, tool ? w->results[next++] & UINT32_MAX : i), "content");
         emit(w, tool ? "</tool_result>" : "");
     }
-    free(results);
 }
 
 /* How hard to think; false for not at all. */
@@ -1368,51 +1191,59 @@ static bool put_effort(writer *w, generation gen) {
 }
 
 static void put_prompt(writer *w, generation gen, prompt *out) {
+    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
+                                        "latest_reminder"};
     size_t n = json_array_size(w->messages), last_turn = 0;
-    bool tools = json_array_size(json_object_get(w->request, "tools")) > 0, system = false;
+    bool tools = json_array_size(json_object_get(w->request, "tools")) > 0;
     /* Whether reasoning is kept depends on messages behind it, so all are looked at first. */
     if (n == 0) wrong(w, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
         const json_t *m = message_at(w, i);
-        const char *name = json_string_value(json_object_get(m, "role"));
-        if (!role(m))
+        const char *name = text_at(m, "role");
+        for (size_t k = 0; name && k < sizeof names / sizeof *names; k++)
+            if (strcmp(name, names[k]) == 0) w->roles[i] = *name;
+        if (!w->roles[i])
             wrong(w, "role \"%s\" is not one of system, user, assistant, tool, developer, "
                   "latest_reminder", name && strlen(name) < 60 ? name : "...");
-        if (in_turn(w, i)) last_turn = i;
-        system |= role(m) == 's';
-        tools |= role(m) == 's' && json_array_size(json_object_get(m, "tools")) > 0;
+        if (strspn(w->roles + i, "utd")) last_turn = i;
+        tools |= w->roles[i] == 's' && json_array_size(json_object_get(m, "tools")) > 0;
     }
     w->where = "";
     emit(w, "<｜begin▁of▁sentence｜>");
-    bool think = put_effort(w, gen), first = true;
+    bool think = put_effort(w, gen);
+    const char *system = strchr(w->roles, 's');
     if (!system) put_system(w, NULL, true);
-    for (size_t i = 0, end; i < n && !w->rc; i = end) {
+    for (size_t i = 0, turn; i < n && !w->rc; i += turn ? turn : 1) {
         const json_t *m = message_at(w, i);
-        for (end = i + 1; in_turn(w, i) && end < n && in_turn(w, end);) end++;
-        if (role(m) == 's') {
-            put_system(w, m, first);
-            first = false;
-        } else if (role(m) == 'a') {
+        turn = strspn(w->roles + i, "utd");
+        if (turn) {
+            put_turn(w, i, i + turn);
+        } else if (w->roles[i] == 's') {
+            put_system(w, m, w->roles + i == system);
+        } else if (w->roles[i] == 'a') {
             put_assistant(w, m, think && (tools || i >= last_turn));
-        } else if (role(m) == 'l') {
+        } else {
             emit(w, "<｜latest_reminder｜>");
             put_content(w, m, "content");
-        } else {
-            put_turn(w, i, end);
         }
     }
-    out->answered = role(json_array_get(w->messages, n - 1)) == 'a';
+    out->answered = n > 0 && w->roles[n - 1] == 'a';
     out->think = think && !out->answered;
     if (!out->answered) emit(w, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
 }
 
 int prompt_build(prompt *out, const struct json_t *request, generation gen, dsv4_err *err) {
-    writer w = {.request = request, .where = "", .order = json_object(), .err = err};
-    w.messages = json_object_get(request, "messages");
+    size_t n = json_array_size(json_object_get(request, "messages"));
+    writer w = {.request = request, .messages = json_object_get(request, "messages"),
+                .roles = calloc(n + 1, 1), .results = calloc(n + 1, sizeof *w.results),
+                .where = "", .order = json_object(), .err = err};
+    bool room = w.roles && w.results && w.order;
     *out = (prompt){0};
-    if (w.order) put_prompt(&w, gen, out);
-    if (!w.order || w.text.failed || w.cuts.failed) w.rc = oom(err);
+    if (room) put_prompt(&w, gen, out);
+    if (!room || w.text.failed || w.cuts.failed) w.rc = oom(err);
     json_decref(w.order);
+    free(w.results);
+    free(w.roles);
     out->text = w.text.s;
     out->len = w.text.n;
     out->cuts = (size_t *)(void *)w.cuts.s;
@@ -1430,10 +1261,12 @@ void prompt_free(prompt *p) {
 struct json_t *prompt_message(const char *role_name, const char *text, size_t len) {
     buffer repaired = {0};
     put_repaired(&repaired, text, len);
-    json_t *content = repaired.failed ? NULL : json_stringn(repaired.n ? repaired.s : "",
-                                                            repaired.n);
+    json_t *message = NULL;
+    if (!repaired.failed)
+        message = json_pack("{s:s, s:s%}", "role", role_name, "content",
+                            repaired.n ? repaired.s : "", repaired.n);
     free(repaired.s);
-    return json_pack("{s:s, s:o}", "role", role_name, "content", content);
+    return message;
 }
 
 /* === 10. The answer ===========================================================================
@@ -1464,11 +1297,9 @@ void stop_push(stop_filter *f, const char *bytes, size_t len, buffer *out) {
     do {
         if (i < len && !f->hit) f->held[f->n_held++] = bytes[i];
         while (f->n_held > 0) {    /* the same again from each place, until one may be a word   */
-            likeness best = DIFFERS;
-            for (int k = 0; k < f->n_words; k++) {
-                likeness is = like(f->held, f->n_held, f->words[k]);
-                if (is > best) best = is;
-            }
+            likeness is, best = DIFFERS;
+            for (int k = 0; k < f->n_words; k++)
+                if ((is = like(f->held, f->n_held, f->words[k])) > best) best = is;
             f->hit = best == WHOLE;
             if (f->hit) f->n_held = 0;
             if (f->hit || (best == BEGINS && len > 0)) break;
@@ -1484,9 +1315,8 @@ struct answer {
     buffer out;                    /* certain, not handed over yet                              */
     buffer arguments;              /* of the call that is being read                            */
     size_t item, tag;              /* in held: behind the last whole tag; and its white space   */
-    size_t invoke, name, name_len; /* in held                                                   */
-    bool string;                   /* the value is text, not JSON                               */
-    bool called;                   /* this block gave a call                                    */
+    size_t invoke, name_len;       /* in held: a call; how long its name is                     */
+    bool string, called;           /* the value is text, not JSON; this block gave a call       */
     answer_fn each;
     void *arg;
 };
@@ -1563,24 +1393,23 @@ static void end_value(answer *a) {
 
 /* An opening tag is whole; s [n] is what follows its name=".  Is it right? */
 static bool end_open_tag(answer *a, const char *s, size_t n) {
-    const char *quote = memchr(s, '"', n);
-    size_t len = quote ? (size_t)(quote - s) : n;
+    a->string = a->state == PARAMETER && ends(s, n, PARAMETER_TRUE);
+    const char *close = a->state == INVOKE ? "\">" : a->string ? PARAMETER_TRUE : PARAMETER_FALSE;
+    if (!ends(s, n, close)) return false;
+    n -= strlen(close);
+    if (memchr(s, '"', n) || (a->state == INVOKE && n == 0)) return false;
     if (a->state == INVOKE) {
-        if (len == 0 || n - len != strlen("\">")) return false;
         a->invoke = a->tag;
-        a->name = (size_t)(s - a->held.s);
-        a->name_len = len;
+        a->name_len = n;
         a->arguments.n = 0;
         put_text(&a->arguments, "{");
         a->state = PARAMETER;
-        return true;
+    } else {
+        put_text(&a->arguments, a->arguments.n > 1 ? ", " : "");
+        put_json_string(&a->arguments, s, n);
+        put_text(&a->arguments, ": ");
+        a->state = VALUE;
     }
-    a->string = quote && like(quote, n - len, PARAMETER_TRUE) == WHOLE;
-    if (!a->string && !(quote && like(quote, n - len, PARAMETER_FALSE) == WHOLE)) return false;
-    put_text(&a->arguments, a->arguments.n > 1 ? ", " : "");
-    put_json_string(&a->arguments, s, len);
-    put_text(&a->arguments, ": ");
-    a->state = VALUE;
     return true;
 }
 
@@ -1593,8 +1422,9 @@ static bool end_close_tag(answer *a) {
     hand_over(a);
     if (a->called && !a->arguments.failed)
         a->each(a->arg, &(answer_piece){
-            ANSWER_CALL, a->arguments.s, a->arguments.n, a->held.s + a->name,
-            a->held.s + a->invoke, a->name_len, a->held.n - a->invoke});
+            ANSWER_CALL, a->arguments.s, a->arguments.n,
+            a->held.s + a->invoke + strlen(INVOKE_OPEN), a->held.s + a->invoke, a->name_len,
+            a->held.n - a->invoke});
     a->held.n = 0;
     return true;
 }
@@ -1615,7 +1445,7 @@ static void block_byte(answer *a) {
         return;
     } else if (like(s, n, close) == WHOLE) {
         right = end_close_tag(a);
-    } else if (like(s, n, open) == WHOLE && n > name) {
+    } else if (like(s, n, open) == WHOLE) {
         if (last != '<' && last != '>') return; /* in the name */
         right = last == '>' && end_open_tag(a, s + name, n - name);
     } else if (like(s, n, close) || like(s, n, open) || (like(s, n, EOS) && n <= strlen(EOS))) {
