@@ -93,6 +93,33 @@ def ten_questions_take_one_prefill():
     return f"{prefill:,} tokens read for a document of {n:,}"
 
 
+def parked_tokens(path):
+    """How many tokens' KV a file holds (dsv4.h, park_info)."""
+    with open(path, "rb") as f:
+        f.seek(320)
+        return int.from_bytes(f.read(4), "little")
+
+
+@test
+def a_damaged_tail_is_read_again():
+    path, folder = write("tail.txt", words(1500)), os.path.join(TMP, "tail")
+    flags = ("--jsonl", "-q", *asked(QUESTIONS[:2]), "--kv-dir", folder)
+    want, _, _ = summarize(path, *flags, model=long())
+    files = [os.path.join(folder, name) for name in os.listdir(folder)]
+    tails = [f for f in files if parked_tokens(f) < SEGMENT]
+    need(len(tails) == 1 and len(files) > 1, f"{len(tails)} tails among {len(files)} files")
+    with open(tails[0], "r+b") as f:
+        f.seek(-100, os.SEEK_END)
+        byte = f.read(1)
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte[0] ^ 4]))
+    got, _, s = summarize(path, *flags, model=long())
+    need(got[0]["answers"] == want[0]["answers"], "other answers")
+    need(got[0]["reused"] == SEGMENT, f"{got[0]['reused']} tokens reused")
+    again, _, _ = summarize(path, *flags, model=long())
+    need(again[0]["reused"] >= got[0]["tokens"], "the tail was not parked anew")
+
+
 @test
 def special_tokens_in_a_document_are_text():
     added = json.load(open(os.path.join(tiny(), "tokenizer.json")))["added_tokens"]
