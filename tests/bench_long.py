@@ -253,9 +253,39 @@ def bench():
     measure_prefill(wide, ids)
 
 
+def measure_same(model, ids, place, n):
+    """Behind n parked tokens, KV in RAM and the least of it: the same answer, and every bit of the
+    logits it was drawn from.  dsv4 shows none behind parked context; mkpark has the same code."""
+    said, bits = [], []
+    want, s = answer(model, ids, place, ANSWER, "1500M")
+    least = s["plan"]["kv_least"]
+    row(f"{n:,} parked, KV in RAM", s["kv_bytes"]["ram"] / 2**20, "MiB", "nothing in a file",
+        None, s["kv_bytes"]["file"] == 0 and s["tokens"]["reused"] == n)
+    got, s = answer(model, ids, place, ANSWER, "1500M", "--kv-ram", least)
+    kv, blocks = s["kv_bytes"], s["kv_blocks"]
+    row("  --kv-ram at the least", kv["ram"] / 2**20, "MiB", "read from the file", None,
+        kv["file"] > 0 and kv["read"] > 0 and blocks["read"] > 0 and s["tokens"]["reused"] == n)
+    row("  read from the file", kv["read"] / 2**20, "MiB")
+    row("  blocks of entries read", blocks["read"], "", "and found in RAM", blocks["found"])
+    row(f"  ids of {len(want.split())} tokens", len(got.split()), "", "the same", None, got == want)
+    for ram in (0, least):
+        out = os.path.join(WORK, "logits")
+        said.append(lines(MKPARK, "--logits", 1500 << 20, ram, model, place, n, out))
+        with open(out, "rb") as f:
+            bits.append(f.read())
+    whole_file = 4 * (MORE + ANSWER - 1) * config(model)["vocab_size"]
+    row("  their logits, bit for bit", len(bits[1]) // 4, "floats", "the same", None,
+        bits[0] == bits[1] and len(bits[1]) == whole_file and said[0]["kv.file"] == [0] and
+        said[1]["kv.file"][0] > 0 and said[1]["kv.blocks"][0] > 0)
+    drew = [int(x) for x in said[1]["id"]]
+    answered = [int(x) for x in got.split()]            # dsv4 may end its answer early
+    row("  ids drawn from them", len(drew), "", "dsv4's", None,
+        said[0]["id"] == said[1]["id"] and drew[:len(answered)] == answered)
+
+
 def whole():
-    """A prompt of 1,048,576 tokens read from the first to the last; then, behind as many that
-    mkpark wrote, the same answer from KV in RAM and from the least of it."""
+    """A prompt of 1,048,576 tokens read from the first to the last; then, behind what mkpark wrote,
+    the same from KV in RAM and from the least of it."""
     model, deep, minutes = narrow("1m"), narrow("narrow9", "--layers", 9), 20
     ids, place = parked(deep, TOP)
     begin = time.monotonic()
@@ -266,17 +296,8 @@ def whole():
     row("  passes", s["passes"], "")
     row("  prefill", TOP / s["seconds"]["prefill"], "tokens/s")
     DATA["whole"] = s
-    want, s = answer(deep, ids, place, ANSWER, "1500M")
-    least = s["plan"]["kv_least"]
-    row(f"{TOP:,} parked, KV in RAM", s["kv_bytes"]["ram"] / 2**20, "MiB", "nothing in a file",
-        None, s["kv_bytes"]["file"] == 0 and s["tokens"]["reused"] == TOP)
-    got, s = answer(deep, ids, place, ANSWER, "1500M", "--kv-ram", least)
-    kv, blocks = s["kv_bytes"], s["kv_blocks"]
-    row("  --kv-ram at the least", kv["ram"] / 2**20, "MiB", "read from the file", None,
-        kv["file"] > 0 and kv["read"] > 0 and blocks["read"] > 0 and s["tokens"]["reused"] == TOP)
-    row("  read from the file", kv["read"] / 2**20, "MiB")
-    row("  blocks of entries read", blocks["read"], "", "and found in RAM", blocks["found"])
-    row(f"  ids of {len(want.split())} tokens", len(got.split()), "", "the same", None, got == want)
+    for n in (TOP // 16, TOP):
+        measure_same(deep, ids[:n + MORE], place, n)
 
 
 # === all of it ================================================================================
