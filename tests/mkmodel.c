@@ -125,6 +125,7 @@ typedef struct {
     uint64_t seed;
     dtype storage;           /* of the tensors that are BF16 in the official checkpoints */
     bool mtp, split_experts, no_index;
+    bool even;               /* gates choose no expert much more often than another             */
 } options;
 
 /* The compress ratio of layer l, by the pattern that all published checkpoints share. */
@@ -161,7 +162,8 @@ static int parse_flags(char **argv, options *o, mk_err *err) {
         {"--shard-bytes", 1, UINT64_MAX / 2, &s->shard_bytes},
         {"--seed", 0, UINT64_MAX, &o->seed}};
     const struct { const char *flag; bool *value; } switches[] = {
-        {"--mtp", &o->mtp}, {"--split-experts", &o->split_experts}, {"--no-index", &o->no_index}};
+        {"--mtp", &o->mtp}, {"--split-experts", &o->split_experts}, {"--no-index", &o->no_index},
+        {"--even", &o->even}};
     const struct { const char *name; dtype type; } dtypes[] = {
         {"bf16", BF16}, {"f16", F16}, {"f32", F32}};
     for (const char *flag; (flag = *argv++);) {
@@ -202,7 +204,8 @@ static int parse_args(int argc, char **argv, options *o, mk_err *err) {
     if (!o->shape.name || argv[2][0] == '-' || argv[2][0] == '\0')
         return fail(err, "usage: mkmodel tiny|flash|pro|1m DIR [--layers N] [--experts N] "
                     "[--hidden N] [--inter N] [--hash-layers N] [--mtp] [--seed S] "
-                    "[--shard-bytes SIZE] [--split-experts] [--no-index] [--dtype bf16|f16|f32]");
+                    "[--shard-bytes SIZE] [--even] [--split-experts] [--no-index] "
+                    "[--dtype bf16|f16|f32]");
     o->dir = argv[2];
     return parse_flags(argv + 3, o, err);
 }
@@ -498,7 +501,8 @@ static void put_ffn(model *m, bool hashed) {
     double routed = s->routed_scaling_factor / sqrt(s->num_experts_per_tok);
     double out_gain = m->residual / swiglu_rms / sqrt(1 + routed * routed);
     put_dense(m, "ffn.gate", n, dim, gate_gain);
-    if (!hashed) put(m, F32, n, 0, (rule){.fill = fill_gate_bias}, "ffn.gate.bias");
+    rule bias = m->o.even ? (rule){fill_normal, 0, 0} : (rule){.fill = fill_gate_bias};
+    if (!hashed) put(m, F32, n, 0, bias, "ffn.gate.bias");
     else put(m, I64, s->vocab_size, s->num_experts_per_tok, (rule){.fill = fill_tid2eid},
              "ffn.gate.tid2eid");
     for (m->expert = 0; m->expert < n; m->expert++) {
