@@ -326,7 +326,7 @@ def whole():
     row("  passes", s["passes"], "")
     row("  prefill", TOP / s["seconds"]["prefill"], "tokens/s")
     DATA["whole"] = s
-    for n in (TOP // 16, TOP):
+    for n in sorted({64 << 10, TOP}):                   # less than that goes to no file
         measure_same(deep, ids[:n + MORE], place, n)
 
 
