@@ -1,6 +1,6 @@
 """Long contexts against what they may take: tables, and build/bench_long.json for curves.py.
 
-usage: bench_long.py DSV4 MKMODEL MKPARK BENCH [--quick]        (`make bench-long`; 15 minutes)
+usage: bench_long.py DSV4 MKMODEL MKPARK BENCH [--quick]        (`make bench-long`; 20 minutes)
        bench_long.py DSV4 MKMODEL MKPARK BENCH --1m [--quick]   (`make bench-1m`; 25 minutes)
 
 Contexts that decoding begins with are noise that mkpark wrote; it costs what a real one costs.
@@ -10,6 +10,7 @@ shared machine changes from minute to minute.  --quick takes a sixteenth of ever
 
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -174,6 +175,34 @@ def measure_passes(ids):
     shutil.rmtree(model)
 
 
+def measure_disk():
+    """128K tokens where a third of the experts fits RAM: the bytes that the disk gives for them,
+    with the same --ram for a short span and for the one that dsv4 chooses.  The streams are as
+    narrow as can be, since a long span takes four times their room and a short one gets it for
+    experts; no expert is busier than another, so that a span needs nearly all, as at true widths.
+    """
+    n, ram = (128 << 10) // LESS, "140M" if QUICK else "900M"
+    model, read = narrow("disk", "--even", "--experts", 1024 // LESS, "--hidden", 64, "--inter",
+                         8192, "--hash-layers", 0, "--shard-bytes", "256M"), {}
+    rng = random.Random(1)
+    ids = [str(rng.randrange(3, 507)) for _ in range(n)]
+    for span in (4096 // LESS, None):
+        _, s = dsv4("eval", model, ids, "--ram", ram, *(["--span", span] if span else []))
+        plan, experts = s["plan"], 3 * (1024 // LESS) * s["plan"]["slot_bytes"]
+        read[span] = s["bytes_read"]["experts_from_disk"] / n
+        name = f"--ram {ram}, {n:,} tokens by {span or 'auto'}"
+        row(f"{name}: passes", s["passes"], "", "n over span", n / (span or n),
+            s["passes"] == n // (span or n))
+        row(f"{name}: experts that fit", plan["slots"] * plan["slot_bytes"] / experts, "of all",
+            "not all", 1, plan["slots"] * plan["slot_bytes"] < experts)
+        row(f"{name}: experts from disk", read[span], "B/token")
+        row(f"{name}: time", s["seconds"]["prefill"], "s")
+    least = read[4096 // LESS] / 16                     # small lengths: small spans get more room
+    row("experts from disk, auto", read[None], "B/token", "1/16 of 4,096's", least,
+        None if QUICK else read[None] <= least)
+    shutil.rmtree(model)
+
+
 def measure_prefill(model, ids):
     """Wall time at true widths: short spans read all experts again and again."""
     for n in (4096 // LESS, 8192 // LESS):
@@ -244,6 +273,7 @@ def bench():
     measure_restore(wide)
     ids, place = parked(deep, TOP)
     measure_passes(ids)
+    measure_disk()
     measure_decode("narrow", deep, ids, place, "1500M", 64)
     _, s = answer(deep, ids[:MORE], place, 1, "1500M", "--ctx", TOP + MORE + 64)
     measure_decode("narrow, KV in a file", deep, ids, place, "1500M", 64, "--ctx", TOP + MORE + 64,
@@ -253,9 +283,39 @@ def bench():
     measure_prefill(wide, ids)
 
 
+def measure_same(model, ids, place, n):
+    """Behind n parked tokens, KV in RAM and the least of it: the same answer, and every bit of the
+    logits it was drawn from.  dsv4 shows none behind parked context; mkpark has the same code."""
+    said, bits = [], []
+    want, s = answer(model, ids, place, ANSWER, "1500M")
+    least = s["plan"]["kv_least"]
+    row(f"{n:,} parked, KV in RAM", s["kv_bytes"]["ram"] / 2**20, "MiB", "nothing in a file",
+        None, s["kv_bytes"]["file"] == 0 and s["tokens"]["reused"] == n)
+    got, s = answer(model, ids, place, ANSWER, "1500M", "--kv-ram", least)
+    kv, blocks = s["kv_bytes"], s["kv_blocks"]
+    row("  --kv-ram at the least", kv["ram"] / 2**20, "MiB", "read from the file", None,
+        kv["file"] > 0 and kv["read"] > 0 and blocks["read"] > 0 and s["tokens"]["reused"] == n)
+    row("  read from the file", kv["read"] / 2**20, "MiB")
+    row("  blocks of entries read", blocks["read"], "", "and found in RAM", blocks["found"])
+    row(f"  ids of {len(want.split())} tokens", len(got.split()), "", "the same", None, got == want)
+    for ram in (0, least):
+        out = os.path.join(WORK, "logits")
+        said.append(lines(MKPARK, "--logits", 1500 << 20, ram, model, place, n, out))
+        with open(out, "rb") as f:
+            bits.append(f.read())
+    whole_file = 4 * (MORE + ANSWER - 1) * config(model)["vocab_size"]
+    row("  their logits, bit for bit", len(bits[1]) // 4, "floats", "the same", None,
+        bits[0] == bits[1] and len(bits[1]) == whole_file and said[0]["kv.file"] == [0] and
+        said[1]["kv.file"][0] > 0 and said[1]["kv.blocks"][0] > 0)
+    drew = [int(x) for x in said[1]["id"]]
+    answered = [int(x) for x in got.split()]            # dsv4 may end its answer early
+    row("  ids drawn from them", len(drew), "", "dsv4's", None,
+        said[0]["id"] == said[1]["id"] and drew[:len(answered)] == answered)
+
+
 def whole():
-    """A prompt of 1,048,576 tokens read from the first to the last; then, behind as many that
-    mkpark wrote, the same answer from KV in RAM and from the least of it."""
+    """A prompt of 1,048,576 tokens read from the first to the last; then, behind what mkpark wrote,
+    the same from KV in RAM and from the least of it."""
     model, deep, minutes = narrow("1m"), narrow("narrow9", "--layers", 9), 20
     ids, place = parked(deep, TOP)
     begin = time.monotonic()
@@ -266,17 +326,8 @@ def whole():
     row("  passes", s["passes"], "")
     row("  prefill", TOP / s["seconds"]["prefill"], "tokens/s")
     DATA["whole"] = s
-    want, s = answer(deep, ids, place, ANSWER, "1500M")
-    least = s["plan"]["kv_least"]
-    row(f"{TOP:,} parked, KV in RAM", s["kv_bytes"]["ram"] / 2**20, "MiB", "nothing in a file",
-        None, s["kv_bytes"]["file"] == 0 and s["tokens"]["reused"] == TOP)
-    got, s = answer(deep, ids, place, ANSWER, "1500M", "--kv-ram", least)
-    kv, blocks = s["kv_bytes"], s["kv_blocks"]
-    row("  --kv-ram at the least", kv["ram"] / 2**20, "MiB", "read from the file", None,
-        kv["file"] > 0 and kv["read"] > 0 and blocks["read"] > 0 and s["tokens"]["reused"] == TOP)
-    row("  read from the file", kv["read"] / 2**20, "MiB")
-    row("  blocks of entries read", blocks["read"], "", "and found in RAM", blocks["found"])
-    row(f"  ids of {len(want.split())} tokens", len(got.split()), "", "the same", None, got == want)
+    for n in sorted({64 << 10, TOP}):                   # less than that goes to no file
+        measure_same(deep, ids[:n + MORE], place, n)
 
 
 # === all of it ================================================================================

@@ -1,6 +1,7 @@
 """What tests that run the program share: a folder, dsv4 as a person runs it, small models.
 
-usage: TEST.py DSV4 MKMODEL.  run(NAME) prints "ok   NAME: TEST" or "FAIL NAME: TEST: why" a test.
+usage: TEST.py DSV4 MKMODEL.  run(NAME) prints "ok   NAME: TEST" or "FAIL NAME: TEST: why" a test,
+or "skip NAME: TEST: why" for what this machine does not let a test do.
 """
 
 import os
@@ -16,6 +17,10 @@ FOLDER = tempfile.TemporaryDirectory(prefix="dsv4-test-")
 TMP = FOLDER.name
 TESTS = []
 os.environ["XDG_CACHE_HOME"] = os.path.join(TMP, "cache")
+
+
+class Skip(Exception):
+    """Neither passed nor failed."""
 
 
 def test(fn):
@@ -77,6 +82,8 @@ def run(name):
         try:
             figure = fn()
             print(f"ok   {name}: {fn.__name__}" + (f"  {figure}" if figure else ""), flush=True)
+        except Skip as e:
+            print(f"skip {name}: {fn.__name__}: {e}", flush=True)
         except Exception as e:
             failed += 1
             print(f"FAIL {name}: {fn.__name__}: {type(e).__name__}: {e}", flush=True)

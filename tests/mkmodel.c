@@ -40,6 +40,7 @@
 enum {
     LAYERS_MAX = 1000,         /* three digits in a tensor's name                              */
     EXPERTS_MAX = 4096,        /* bounds the tables on the stack in section 2                  */
+    WIDTH_MAX = 1 << 15,       /* of the streams and of an expert; dsv4 takes no more          */
     SHARDS_MAX = 99999,        /* five digits in a shard's name                                */
     BLOCK_TENSORS_MAX = 64,    /* tensors of a block besides its routed experts (true: 40)     */
     PATH_BYTES = 4096,
@@ -124,6 +125,7 @@ typedef struct {
     uint64_t seed;
     dtype storage;           /* of the tensors that are BF16 in the official checkpoints */
     bool mtp, split_experts, no_index;
+    bool even;               /* gates choose no expert much more often than another             */
 } options;
 
 /* The compress ratio of layer l, by the pattern that all published checkpoints share. */
@@ -150,14 +152,18 @@ static int parse_flags(char **argv, options *o, mk_err *err) {
     shape *s = &o->shape;
     uint64_t layers = (uint64_t)s->num_hidden_layers, experts = (uint64_t)s->n_routed_experts;
     uint64_t hash_layers = UINT64_MAX, top_k = (uint64_t)s->num_experts_per_tok;
+    uint64_t hidden = (uint64_t)s->hidden_size, inter = (uint64_t)s->moe_intermediate_size;
     const struct { const char *flag; uint64_t low, high, *value; } numbers[] = {
         {"--layers", 1, LAYERS_MAX, &layers},
         {"--experts", top_k, EXPERTS_MAX, &experts},
+        {"--hidden", FP4_BLOCK, WIDTH_MAX, &hidden},
+        {"--inter", FP4_BLOCK, WIDTH_MAX, &inter},
         {"--hash-layers", 0, LAYERS_MAX, &hash_layers},
         {"--shard-bytes", 1, UINT64_MAX / 2, &s->shard_bytes},
         {"--seed", 0, UINT64_MAX, &o->seed}};
     const struct { const char *flag; bool *value; } switches[] = {
-        {"--mtp", &o->mtp}, {"--split-experts", &o->split_experts}, {"--no-index", &o->no_index}};
+        {"--mtp", &o->mtp}, {"--split-experts", &o->split_experts}, {"--no-index", &o->no_index},
+        {"--even", &o->even}};
     const struct { const char *name; dtype type; } dtypes[] = {
         {"bf16", BF16}, {"f16", F16}, {"f32", F32}};
     for (const char *flag; (flag = *argv++);) {
@@ -179,10 +185,14 @@ static int parse_flags(char **argv, options *o, mk_err *err) {
     }
     if (hash_layers != UINT64_MAX && hash_layers > layers)
         return fail(err, "--hash-layers %" PRIu64 ": more than the layers", hash_layers);
+    if (hidden % FP4_BLOCK || inter % FP4_BLOCK)
+        return fail(err, "--hidden and --inter: multiples of %d", FP4_BLOCK);
     if (hash_layers != UINT64_MAX) s->num_hash_layers = (int)hash_layers;
     if (s->num_hash_layers > (int)layers) s->num_hash_layers = (int)layers;
     s->num_hidden_layers = (int)layers;
     s->n_routed_experts = (int)experts;
+    s->hidden_size = (int)hidden;
+    s->moe_intermediate_size = (int)inter;
     return 0;
 }
 
@@ -193,8 +203,9 @@ static int parse_args(int argc, char **argv, options *o, mk_err *err) {
         if (!strcmp(argv[1], presets[i].name)) o->shape = presets[i];
     if (!o->shape.name || argv[2][0] == '-' || argv[2][0] == '\0')
         return fail(err, "usage: mkmodel tiny|flash|pro|1m DIR [--layers N] [--experts N] "
-                    "[--hash-layers N] [--mtp] [--seed S] [--shard-bytes SIZE] "
-                    "[--split-experts] [--no-index] [--dtype bf16|f16|f32]");
+                    "[--hidden N] [--inter N] [--hash-layers N] [--mtp] [--seed S] "
+                    "[--shard-bytes SIZE] [--even] [--split-experts] [--no-index] "
+                    "[--dtype bf16|f16|f32]");
     o->dir = argv[2];
     return parse_flags(argv + 3, o, err);
 }
@@ -490,7 +501,8 @@ static void put_ffn(model *m, bool hashed) {
     double routed = s->routed_scaling_factor / sqrt(s->num_experts_per_tok);
     double out_gain = m->residual / swiglu_rms / sqrt(1 + routed * routed);
     put_dense(m, "ffn.gate", n, dim, gate_gain);
-    if (!hashed) put(m, F32, n, 0, (rule){.fill = fill_gate_bias}, "ffn.gate.bias");
+    rule bias = m->o.even ? (rule){fill_normal, 0, 0} : (rule){.fill = fill_gate_bias};
+    if (!hashed) put(m, F32, n, 0, bias, "ffn.gate.bias");
     else put(m, I64, s->vocab_size, s->num_experts_per_tok, (rule){.fill = fill_tid2eid},
              "ffn.gate.tid2eid");
     for (m->expert = 0; m->expert < n; m->expert++) {

@@ -4,13 +4,17 @@
  *                                                 N_TOKENS that nobody put through the model
  *   mkpark --restore LAYERS MODEL_DIR KV_DIR N_TOKENS    the same for as many layers as a larger
  *                                                 model has, and how fast they come back
+ *   mkpark --logits RAM KV_RAM MODEL_DIR KV_DIR N_TOKENS OUT    goes on behind what is parked:
+ *                                                 every logit of it, as bytes, into OUT
  *
  * Rows are noise of variance 1, rounded by the model's own operations, so that every code and
  * scale in them is one that a prompt could have left.  Ids follow from their position alone: what
  * is parked for a long context serves every shorter one.  --restore prints a line "name value
  * unit" for each figure and repetition: .cold into fresh memory, .warm into the same once more.
+ * --logits resumes with the ids that IDS_OUT has, then takes the likeliest token ANSWER times; its
+ * lines tell the answer's ids, and where KV was: KV_RAM 0 is as dsv4 without --kv-ram.
  *
- * Contents  1 noise   2 parking   3 the model's key   4 restoring   5 main                       */
+ * Contents  1 noise   2 parking   3 the model's key   4 restoring   5 going on   6 main          */
 #define _GNU_SOURCE
 #include <unistd.h>
 #include <zstd.h>
@@ -26,6 +30,7 @@ static size_t time_unpack(ZSTD_DCtx *ctx, void *dst, size_t room, const void *sr
 
 enum {
     MORE_IDS = 8,                  /* behind what is parked                                     */
+    ANSWER = 16,                   /* tokens, as bench_long.py has dsv4 say                     */
     REPETITIONS = 7,
     RAW_BYTES = 8 << 20,           /* of one direct read                                        */
 };
@@ -98,20 +103,25 @@ static void make_state(writer *w, int layer) {
 
 /* === 2. Parking =============================================================================== */
 
+/* Those of n parked tokens and MORE_IDS; the caller frees them. */
+static int32_t *make_ids(const dsv4_config *c, int64_t n) {
+    int32_t *ids = malloc((size_t)(n + MORE_IDS) * sizeof *ids);
+    for (int64_t i = 0; ids && i < n + MORE_IDS; i++)  /* special ones lie at both ends: none */
+        ids[i] = 3 + (int32_t)(mix((uint64_t)i + 1) % (unsigned)(c->vocab_size / 2));
+    return ids;
+}
+
 static int writer_open(writer *w, const char *kv_dir, dsv4_err *err) {
     const dsv4_config *c = w->cfg;
     size_t rows = (size_t)(c->sliding_window > SEGMENT_TOKENS ? c->sliding_window : SEGMENT_TOKENS);
-    size_t n_ids = (size_t)w->opts.ctx + MORE_IDS;
     if (park_open(&w->opts.park, kv_dir, 0, err) || exec_open(&w->ex, default_threads(), err) ||
         kv_open(&w->kv, NULL, c, &w->opts, err))
         return -1;
-    w->ids = malloc(n_ids * sizeof *w->ids);
+    w->ids = make_ids(c, w->opts.ctx);
     w->x = malloc(rows * MAX_HEAD_DIM * sizeof *w->x);
     w->rows = aligned_alloc(64, rows * MAX_HEAD_DIM * sizeof(float));
     w->marks = malloc(kv_mark_bytes(c, &w->opts));
     if (!w->ids || !w->x || !w->rows || !w->marks) return fail(err, "out of memory");
-    for (size_t i = 0; i < n_ids; i++)         /* no special tokens, which lie at both ends */
-        w->ids[i] = 3 + (int32_t)(mix(i + 1) % (unsigned)(c->vocab_size / 2));
     for (int l = 0; l < w->opts.n_blocks; l++) make_state(w, l);
     return 0;
 }
@@ -228,7 +238,62 @@ static int restore(const writer *w, dsv4_err *err) {
     return rc;
 }
 
-/* === 5. Main ================================================================================== */
+/* === 5. Going on ============================================================================== */
+
+/* Behind n parked tokens of ids [n + MORE_IDS]: the logits of all that follow, into out. */
+static int say_more(dsv4_session *s, const int32_t *ids, int64_t n, int vocab, FILE *out,
+                    dsv4_err *err) {
+    const sample_opts likeliest = {.top_p = 1, .repetition_penalty = 1};
+    sampler *pick = NULL;
+    float *logits = malloc((size_t)MORE_IDS * (size_t)vocab * sizeof *logits);
+    int rc = logits ? sampler_open(&pick, &likeliest, vocab, err) : fail(err, "out of memory");
+    int64_t pos = rc ? -1 : session_resume(s, ids, n + MORE_IDS, err);
+    if (pos >= 0 && pos != n) rc = fail(err, "only %lld tokens came back", (long long)pos);
+    if (pos < 0) rc = -1;
+    const int32_t *in = ids + n;
+    int32_t next;
+    for (int i = 0, m = MORE_IDS; i < ANSWER && rc == 0; i++, in = &next, m = 1) {
+        rc = session_forward(s, in, m, err) || session_logits(s, 0, m, logits, err) ? -1 : 0;
+        if (rc) break;
+        fwrite(logits, sizeof *logits, (size_t)m * (size_t)vocab, out);
+        next = sampler_next(pick, logits + (size_t)(m - 1) * (size_t)vocab);
+        printf("id %d token\n", next);
+    }
+    sampler_close(pick);
+    free(logits);
+    return rc;
+}
+
+/* As `dsv4 run` does it, but that nothing ends the answer. */
+static int go_on(const dsv4_config *cfg, const dsv4_opts *o, int64_t n, const char *path,
+                 dsv4_err *err) {
+    ckpt *c = NULL;
+    dsv4_engine *e = NULL;
+    dsv4_session *s = NULL;
+    int32_t *ids = make_ids(cfg, n);
+    FILE *out = fopen(path, "wb");
+    int rc = !ids ? fail(err, "out of memory") : 0;
+    if (rc == 0 && !out) rc = fail(err, "write %s: %s", path, strerror(errno));
+    if (rc == 0)
+        rc = ckpt_open(&c, o->dir, err) || engine_open(&e, cfg, c, o, err) ||
+             engine_load(e, NULL, NULL, err) || session_open(&s, e, NULL, NULL, err) ||
+             say_more(s, ids, n, cfg->vocab_size, out, err) ? -1 : 0;
+    if (rc == 0) {
+        const kv_plan *p = &engine_plan(e)->kv_plan;
+        const kv_stats *k = session_kv_stats(s);
+        printf("kv.ram %.0f bytes\nkv.file %.0f bytes\nkv.read %.0f bytes\nkv.blocks %.0f read\n",
+               (double)p->ram, (double)p->file, (double)k->read_bytes, (double)k->blocks_read);
+    }
+    bool bad = out && ferror(out);
+    if (out && (fclose(out) || bad) && rc == 0) rc = fail(err, "write %s: it failed", path);
+    session_close(s);
+    engine_close(e);
+    ckpt_close(c);
+    free(ids);
+    return rc;
+}
+
+/* === 6. Main ================================================================================== */
 
 /* As published: what follows the first two layers is CSA and HCA in turn. */
 static void more_layers(dsv4_config *c, int n) {
@@ -237,13 +302,39 @@ static void more_layers(dsv4_config *c, int n) {
     c->num_hidden_layers = n;
 }
 
+/* Park n tokens, then either what --restore measures (layers > 0) or the ids. */
+static int main_park(dsv4_config *cfg, char **arg, int layers, int64_t n, dsv4_err *err) {
+    writer w = {.cfg = cfg, .opts = {.ctx = n, .packed = true}, .state = 1};
+    int rc = 0;
+    if (layers) more_layers(cfg, layers);
+    else rc = model_key(&w.opts.model, cfg, arg[0], err);
+    w.opts.n_blocks = cfg->num_hidden_layers;
+    if (rc == 0) rc = writer_open(&w, arg[1], err);
+    if (rc == 0) rc = park_all(&w, err);
+    if (rc == 0) rc = layers ? restore(&w, err) : write_ids(&w, arg[3], err);
+    writer_close(&w);
+    return rc;
+}
+
+static int main_logits(const dsv4_config *cfg, char **arg, const char *ram, const char *kv_ram,
+                       int64_t n, dsv4_err *err) {
+    dsv4_opts o = {.dir = arg[0], .ram_bytes = strtoull(ram, NULL, 10), .kv_dir = arg[1],
+                   .kv_ram = strtoull(kv_ram, NULL, 10), .ctx = n + MORE_IDS + ANSWER,
+                   .span_hint = MORE_IDS};
+    if (park_open(&o.park, arg[1], 0, err)) return -1;
+    int rc = go_on(cfg, &o, n, arg[3], err);
+    park_close(o.park);
+    return rc;
+}
+
 int main(int argc, char **argv) {
     dsv4_config cfg;
     dsv4_err err;
     bool again = argc == 6 && !strcmp(argv[1], "--restore");
-    char **arg = argv + (again ? 3 : 1);
+    bool logits = argc == 8 && !strcmp(argv[1], "--logits");
+    char **arg = argv + (logits ? 4 : again ? 3 : 1);
     int layers = again ? atoi(argv[2]) : 0;
-    int64_t n = again || argc == 5 ? atoll(arg[2]) : 0;
+    int64_t n = logits || again || argc == 5 ? atoll(arg[2]) : 0;
     bool sane = !again || (layers > 0 && layers <= MAX_LAYERS);
     if (!sane || n < SEGMENT_TOKENS || n % SEGMENT_TOKENS) {
         fprintf(stderr, "usage: see the top of tests/mkpark.c; N_TOKENS is a multiple of %d\n",
@@ -251,14 +342,8 @@ int main(int argc, char **argv) {
         return 2;
     }
     int rc = config_load(&cfg, arg[0], &err);
-    writer w = {.cfg = &cfg, .opts = {.ctx = n, .packed = true}, .state = 1};
-    if (rc == 0 && again) more_layers(&cfg, layers);
-    else if (rc == 0) rc = model_key(&w.opts.model, &cfg, arg[0], &err);
-    w.opts.n_blocks = cfg.num_hidden_layers;
-    if (rc == 0) rc = writer_open(&w, arg[1], &err);
-    if (rc == 0) rc = park_all(&w, &err);
-    if (rc == 0) rc = again ? restore(&w, &err) : write_ids(&w, arg[3], &err);
+    if (rc == 0) rc = logits ? main_logits(&cfg, arg, argv[2], argv[3], n, &err)
+                             : main_park(&cfg, arg, layers, n, &err);
     if (rc) fprintf(stderr, "mkpark: %s\n", err.msg);
-    writer_close(&w);
     return rc ? 1 : 0;
 }

@@ -3,6 +3,8 @@
 usage: test_terminal.py DSV4 MKMODEL.  Prints "ok   terminal: NAME" or "FAIL terminal: NAME: why".
 """
 
+import glob
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,24 @@ import time
 from harness import DSV4, TMP, mkmodel, need, run, test
 
 TINY = mkmodel("tiny", "tiny", "--seed", "3")
+
+
+def endless():
+    """A model with room for a long answer, whose likeliest token is never EOS: its row of the head
+    is zero, and so its logit."""
+    model = mkmodel("endless", "1m", "--seed", "3")
+    with open(os.path.join(model, "config.json")) as f:
+        config = json.load(f)
+    row = 2 * config["hidden_size"]                    # bytes: BF16
+    for shard in glob.glob(os.path.join(model, "*.safetensors")):
+        with open(shard, "r+b") as f:
+            size = int.from_bytes(f.read(8), "little")
+            head = json.loads(f.read(size)).get("head.weight")
+            if head:
+                f.seek(8 + size + head["data_offsets"][0] + row * config["eos_token_id"])
+                f.write(bytes(row))
+                return model
+    raise AssertionError("no head.weight")
 
 
 class Terminal:
@@ -63,6 +83,17 @@ class Terminal:
             time.sleep(0.05)
         raise AssertionError(f"{what!r} never came; the screen: {text.strip()[-1500:]!r}")
 
+    def wait_behind(self, mark, what="", seconds=60):
+        """Wait until `what`, or anything at all, stands behind the mark."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            text = self.screen()
+            behind = text.partition(mark)[2]
+            if (what or behind.strip()) and what in behind:
+                return text
+            time.sleep(0.05)
+        raise AssertionError(f"{what!r} never came behind {mark!r}: {text.strip()[-1500:]!r}")
+
     def prompts(self, times):
         """Wait for so many lines that begin with chat's prompt."""
         self.wait("\n>", times=times)
@@ -76,8 +107,8 @@ class Terminal:
         body, _, code = text.rpartition(mark + "=")
         return body, int(code.split(".")[0])
 
-    def chat(self, *flags):
-        self.type(" ".join(["clear;", DSV4, "chat", "-m", TINY, "--ram", "200M", *flags]))
+    def chat(self, *flags, model=TINY):
+        self.type(" ".join(["clear;", DSV4, "chat", "-m", model, "--ram", "200M", *flags]))
         self.wait("Ctrl-D leaves")
         self.prompts(1)
 
@@ -162,15 +193,18 @@ def chat_takes_a_file_and_commands():
 
 @test
 def ctrl_c_stops_the_answer_not_the_program():
+    story = "Tell me a long story"
     with Terminal() as t:
-        t.chat("-n", "900", "--no-think", "--no-loop-guard", "-t", "1")
-        t.type("Tell me a long story")
-        time.sleep(0.05)               # the answer takes a third of a second
+        t.chat("-n", "300000", "--ctx", "300100", "--temp", "0", "--no-think", "--no-loop-guard",
+               model=endless())
+        t.type(story)                                  # for minutes, if nobody stops it
+        t.wait_behind(story)
         t.key("C-c")
-        t.wait("note: stopped")
-        t.type("half a line")
+        t.wait_behind("note: stopped", "\n>")
+        t.type("half a line", enter=False)
+        t.wait_behind("note: stopped", "\n> half a line")
         t.key("C-c")                                   # at the prompt it drops the line
-        t.prompts(3)
+        t.wait_behind("> half a line", "\n>")
         t.type("/help")
         t.wait("/nothink")
         t.key("C-d")
