@@ -5,7 +5,7 @@
 # make install PREFIX=/usr/local                 make clean
 # make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
 # make stress    200 writers killed, processes sharing a directory, 200,000 tokens (10 minutes)
-# make bench-long    long contexts: passes, bytes, times, curves (20 minutes, 17 GB in build/)
+# make bench-long    long contexts: passes, bytes, times, curves (25 minutes, 20 GB in build/)
 # make bench-1m      a prompt of 1,048,576 tokens under --ram 1G (25 minutes)
 
 CC      ?= gcc
