@@ -247,7 +247,7 @@ static int say_more(dsv4_session *s, const int32_t *ids, int64_t n, int vocab, F
     sampler *pick = NULL;
     float *logits = malloc((size_t)MORE_IDS * (size_t)vocab * sizeof *logits);
     int rc = logits ? sampler_open(&pick, &likeliest, vocab, err) : fail(err, "out of memory");
-    int64_t pos = rc ? -1 : session_resume(s, ids, n + MORE_IDS, err);
+    int64_t pos = rc ? -1 : session_resume(s, ids, n + MORE_IDS, 0, err);
     if (pos >= 0 && pos != n) rc = fail(err, "only %lld tokens came back", (long long)pos);
     if (pos < 0) rc = -1;
     const int32_t *in = ids + n;
