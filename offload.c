@@ -143,8 +143,9 @@ static int read_text(char **text, size_t *len, const char *path, size_t max, dsv
     *len = (size_t)size;
     *text = size <= max ? malloc(*len + 1) : NULL;
     if (*text) rc = read_at(fd, *text, *len, 0, path, err);
-    else rc = fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu, and what fits memory",
-                   path, size, max);
+    else if (size > max)
+        rc = fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    else rc = fail(err, "%s: out of memory", path);
     if (rc) free(*text);
     close(fd);
     return rc;
