@@ -31,6 +31,7 @@
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <limits.h>
@@ -43,7 +44,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/sysmacros.h>
@@ -409,7 +409,7 @@ typedef struct {
 } ckpt_shard;
 
 struct ckpt {
-    ckpt_shard *shards;
+    ckpt_shard shards[MAX_SHARDS]; /* [n_shards]                                                */
     int n_shards;
     ckpt_tensor *tensors;          /* in order of name once open; names are ours                */
     size_t n_tensors;
@@ -437,18 +437,17 @@ static int bad_entry(const ckpt_tensor *t, const char *path, const json_t *entry
 static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64_t data_at,
                        dsv4_err *err) {
     const json_t *type = json_object_get(v, "dtype"), *shape = json_object_get(v, "shape");
-    const json_t *range = json_object_get(v, "data_offsets");
-    const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
+    json_t *range = json_object_get(v, "data_offsets");
+    json_int_t begin, end;
     size_t n = strlen(t->name);    /* JSON with a NUL inside a name is refused already          */
     if (n == 0 || n >= MAX_NAME)
         return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path, n,
                     MAX_NAME - 1, t->name);
     if (!json_is_string(type)) return bad_entry(t, path, v, "dtype", "a string", err);
-    if (json_array_size(range) != 2 || !whole(begin) || !whole(end) ||
-        json_integer_value(begin) > json_integer_value(end))
+    if (json_unpack(range, "[I,I!]", &begin, &end) || begin < 0 || begin > end)
         return bad_entry(t, path, v, "data_offsets", "[begin,end]", err);
-    t->offset = data_at + (uint64_t)json_integer_value(begin);
-    t->bytes = (uint64_t)(json_integer_value(end) - json_integer_value(begin));
+    t->offset = data_at + (uint64_t)begin;
+    t->bytes = (uint64_t)(end - begin);
 
     const struct stored_type *stored = types;
     while (stored->name && strcmp(json_string_value(type), stored->name)) stored++;
@@ -607,15 +606,13 @@ static ckpt *list_shards(const char *dir, dsv4_err *err) {
                                                         : list_index(c, files, path, err);
     size_t n = json_object_size(files);
     if (!rc && n > MAX_SHARDS) rc = fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
-    if (!rc && !(c->shards = calloc(n + 1, sizeof *c->shards)))
-        rc = fail(err, "%s: out of memory", dir);
     json_object_foreach(files, file, value) {
         if (rc || (rc = join(path, dir, file, err))) break;
         ckpt_shard *s = &c->shards[c->n_shards++];
         if (!(s->path = strdup(path))) rc = fail(err, "%s: out of memory", dir);
         else s->file = s->path + strlen(dir) + 1;
     }
-    if (!rc && n) qsort(c->shards, n, sizeof *c->shards, by_path);
+    if (!rc) qsort(c->shards, n, sizeof *c->shards, by_path);
     json_decref(files);
     if (!rc) return c;
     ckpt_close(c);
@@ -664,7 +661,7 @@ static int check_table(const ckpt *c, dsv4_err *err) {
     return 0;
 }
 
-/* Checks are done: keep only what the model can use, in as little memory as that needs. */
+/* Checks are done: keep only what the model can use. */
 static void drop_unused(ckpt *c) {
     size_t n = 0;
     for (size_t i = 0; i < c->n_tensors; i++) {
@@ -672,8 +669,6 @@ static void drop_unused(ckpt *c) {
         else free((char *)c->tensors[i].name);
     }
     c->n_tensors = n;
-    ckpt_tensor *fit = realloc(c->tensors, (n + 1) * sizeof *fit);
-    if (fit) c->tensors = fit;
     json_decref(c->map);
     c->map = NULL;
 }
@@ -696,7 +691,6 @@ void ckpt_close(ckpt *c) {
     json_decref(c->map);
     for (size_t i = 0; i < c->n_tensors; i++) free((char *)c->tensors[i].name);
     for (int i = 0; i < c->n_shards; i++) free(c->shards[i].path);
-    free(c->shards);
     free(c->tensors);
     free(c);
 }
@@ -708,7 +702,6 @@ const ckpt_tensor *ckpt_find(const ckpt *c, const char *name) {
 }
 
 int ckpt_n_shards(const ckpt *c) { return c->n_shards; }
-
 size_t ckpt_n_tensors(const ckpt *c) { return c->n_tensors; }
 
 const ckpt_tensor *ckpt_at(const ckpt *c, size_t i) {
@@ -740,7 +733,8 @@ int config_generation(generation *out, const char *dir, dsv4_err *err) {
     ckpt *c = list_shards(dir, err);
     int rc = c ? 0 : -1;
     for (int i = 0; !rc && !c->map && i < c->n_shards; i++) rc = shard_read(c, i, err);
-    json_object_foreach(c ? c->map : NULL, name, value) found |= !strncmp(name, second, sizeof second - 1);
+    json_object_foreach(c ? c->map : NULL, name, value)
+        found |= !strncmp(name, second, sizeof second - 1);
     for (size_t i = 0; c && i < c->n_tensors; i++)
         found |= !strncmp(c->tensors[i].name, second, sizeof second - 1);
     *out = found ? GEN_0731 : GEN_V4;
@@ -753,19 +747,16 @@ int config_generation(generation *out, const char *dir, dsv4_err *err) {
 /* Bytes of a file that Hugging Face's client has not finished: it lies elsewhere until it is whole,
  * as NAME.ETAG.incomplete. */
 static uint64_t partial_bytes(const char *dir, const char *file) {
-    char path[PATH_MAX];
-    dsv4_err ignored;
-    const struct dirent *e;
+    char pattern[PATH_MAX];
     struct stat st;
     uint64_t most = 0;
-    DIR *d = join(path, dir, PARTIAL_DIR, &ignored) ? NULL : opendir(path);
-    while (d && (e = readdir(d))) {
-        const char *dot = strrchr(e->d_name, '.');
-        if (dot && !strcmp(dot, ".incomplete") && !strncmp(e->d_name, file, strlen(file)) &&
-            !fstatat(dirfd(d), e->d_name, &st, 0) && most < (uint64_t)st.st_size)
+    glob_t found = {.gl_pathc = 0};
+    snprintf(pattern, sizeof pattern, "%s/" PARTIAL_DIR "/%s*.incomplete", dir, file);
+    (void)glob(pattern, GLOB_NOSORT, NULL, &found);
+    for (size_t i = 0; i < found.gl_pathc; i++)
+        if (!stat(found.gl_pathv[i], &st) && most < (uint64_t)st.st_size)
             most = (uint64_t)st.st_size;
-    }
-    if (d) closedir(d);
+    globfree(&found);
     return most;
 }
 
@@ -912,9 +903,9 @@ struct cache {
     group_uses *uses;
     uint32_t *heat;                /* of earlier runs                                           */
     size_t n_groups;
-    void *map;                     /* [map_bytes], the arena in it                              */
-    uint8_t *arena;                /* [n_slots][slot_bytes], on the edge of a huge page         */
-    size_t slot_bytes, map_bytes;
+    arena map;
+    uint8_t *arena;                /* [n_slots][slot_bytes] in it, on the edge of a huge page   */
+    size_t slot_bytes;
     cache_slot *slots;
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
     int in_flight;                 /* pieces                                                    */
@@ -955,14 +946,10 @@ struct offload {
     io_req reqs[IO_DEPTH];
 };
 
-static void slot_piece_in(cache_slot *s, const io_req *r, bool failed);
+static void slot_piece_in(cache_slot *s);
 static void slot_feed(offload *o);
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+static double seconds(void) { return now_s(); }
 
 /* === 6. Ring and threads ====================================================================== */
 
@@ -1002,11 +989,6 @@ static void give_req(offload *o, io_req *r) {
     o->free_reqs = r;
 }
 
-/* The first failure of many requests is kept. */
-static void fault_note(io_fault *f, const io_req *r) {
-    if (!f->cause) *f = (io_fault){r->cause, r->file, r->write, r->off + r->done, r->t};
-}
-
 /* The one path of every completion: again, or to whoever asked. */
 static void io_complete(offload *o, io_req *r, int res) {
     io_next next = io_on_answer(r, res);
@@ -1021,16 +1003,18 @@ static void io_complete(offload *o, io_req *r, int res) {
     const io_file *f = &o->files[r->file];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
-    if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
-    if (r->batch) r->batch->in_flight--;
-    if (r->batch && next == IO_FAILED) fault_note(&r->batch->fault, r);
+    io_fault *fault = r->slot ? &r->slot->fault : &r->batch->fault;
+    if (next == IO_FAILED && !fault->cause)    /* the first failure of many is kept             */
+        *fault = (io_fault){r->cause, r->file, r->write, r->off + r->done, r->t};
+    if (r->slot) slot_piece_in(r->slot);
+    else r->batch->in_flight--;
     give_req(o, r);
 }
 
 /* With `wait` sleep until the ring has a completion.  Signals wake us: the caller looks and comes
  * back. */
 static void ring_reap(offload *o, bool wait) {
-    struct io_uring_cqe *cqes[IO_DEPTH];
+    struct io_uring_cqe *cqe;
     bool sleep = wait && !io_uring_cq_ready(&o->ring);
     int rc = sleep ? io_uring_submit_and_wait(&o->ring, 1) : 0;
     for (int n = 0; (rc == -EAGAIN || rc == -EBUSY) && n < IO_TRIES_MAX; n++) {
@@ -1038,12 +1022,11 @@ static void ring_reap(offload *o, bool wait) {
         rc = io_uring_submit_and_wait(&o->ring, 1);
     }
     if (rc < 0 && rc != -EINTR) o->ring_error = -rc;
-    unsigned n = io_uring_peek_batch_cqe(&o->ring, cqes, IO_DEPTH);
-    for (unsigned i = 0; i < n; i++) {
-        io_req *r = io_uring_cqe_get_data(cqes[i]);
-        io_complete(o, r, cqes[i]->res);
+    while (!io_uring_peek_cqe(&o->ring, &cqe)) {
+        io_req *r = io_uring_cqe_get_data(cqe);
+        io_complete(o, r, cqe->res);
+        io_uring_cqe_seen(&o->ring, cqe);
     }
-    io_uring_cq_advance(&o->ring, n);
 }
 
 /* Handle the answers that are there; with `wait` sleep until there is one, or a signal. */
@@ -1187,7 +1170,6 @@ void offload_close(offload *o) {
 }
 
 const offload_stats *offload_get_stats(const offload *o) { return &o->stats; }
-
 const char *offload_note(const offload *o) { return o->note; }
 
 /* One failure as one line.  Which tensor of a run was hit is not known, only its first one. */
@@ -1368,23 +1350,22 @@ static void arena_reserve(cache *c, size_t most_bytes) {
  * Best effort, and only when a slot is first used: it makes the pages, which takes its time. */
 static void arena_register(cache *c, int slot) {
     offload *o = c->o;
-    while (!c->refused && c->first_buf + c->n_bufs < c->end_buf &&
+    int rc = 1;
+    while (rc == 1 && !c->refused && c->first_buf + c->n_bufs < c->end_buf &&
            c->n_bufs <= slot / c->buf_slots) {
         int at = c->n_bufs * c->buf_slots;
         int n = c->n_slots - at < c->buf_slots ? c->n_slots - at : c->buf_slots;
-        int rc = o->fixed_bufs ? buf_set(o, c->first_buf + c->n_bufs,
-                                         c->arena + (size_t)at * c->slot_bytes,
-                                         (size_t)n * c->slot_bytes) : -EINVAL;
-        if (rc == 1) {
-            c->n_bufs++;
-            continue;
-        }
-        c->refused = true;
-        if (!o->note)
-            o->note = rc == -EINVAL ? "this kernel registers no buffers (Linux before 5.19): reads "
-                      "cost more CPU" : "the kernel refuses to register buffers (RLIMIT_MEMLOCK): "
-                      "reads cost more CPU; raise `ulimit -l`";
+        rc = o->fixed_bufs ? buf_set(o, c->first_buf + c->n_bufs,
+                                     c->arena + (size_t)at * c->slot_bytes,
+                                     (size_t)n * c->slot_bytes) : -EINVAL;
+        c->n_bufs += rc == 1;
     }
+    if (rc == 1) return;
+    c->refused = true;
+    if (!o->note)
+        o->note = rc == -EINVAL ? "this kernel registers no buffers (Linux before 5.19): reads "
+                  "cost more CPU" : "the kernel refuses to register buffers (RLIMIT_MEMLOCK): "
+                  "reads cost more CPU; raise `ulimit -l`";
 }
 
 static void arena_unregister(cache *c) {
@@ -1397,39 +1378,35 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
                dsv4_err *err) {
     assert(n >= 1);
     assert(n_slots >= 1);
-    cache *c = calloc(1, sizeof *c);
     size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
-    *out = NULL;
-    if (!c || __builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) ||
-        __builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes))
-        goto bad;
-    *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
-    o->n_caches++;
-    c->map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (c->map == MAP_FAILED) goto bad;
-    c->map_bytes = bytes;
-    c->slot_of = calloc(n, sizeof(cache_slot *));
-    c->uses = calloc(n, sizeof *c->uses);
-    c->heat = calloc(n, sizeof *c->heat);
-    c->slots = calloc((size_t)n_slots, sizeof *c->slots);
-    if (!c->slot_of || !c->uses || !c->heat || !c->slots) goto bad;
-    /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
+    bool fits = !__builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) &&
+                !__builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes);
+    cache *c = *out = fits ? calloc(1, sizeof *c) : NULL;
+    if (c) {
+        *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
+        o->n_caches++;
+        c->slot_of = calloc(n, sizeof(cache_slot *));
+        c->uses = calloc(n, sizeof *c->uses);
+        c->heat = calloc(n, sizeof *c->heat);
+        c->slots = calloc((size_t)n_slots, sizeof *c->slots);
+    }
+    if (!c || !c->slot_of || !c->uses || !c->heat || !c->slots ||
+        arena_open(&c->map, bytes, "slots", err)) {
+        cache_close(c);
+        *out = NULL;
+        return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
+                    slot_bytes);
+    }
+    /* In huge pages, a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
      * ones from edge to edge: else a registered buffer is kept page by page. */
-    (void)madvise(c->map, bytes, MADV_HUGEPAGE);
-    c->arena = (uint8_t *)c->map + (HUGE_PAGE - (uintptr_t)c->map % HUGE_PAGE) % HUGE_PAGE;
+    c->arena = c->map.base + (HUGE_PAGE - (uintptr_t)c->map.base % HUGE_PAGE) % HUGE_PAGE;
     c->n_slots = n_slots;
     arena_reserve(c, IO_BUF_BYTES);
     for (int i = 0; i < n_slots; i++) {
         c->slots[i].c = c;
         list_put(&c->free, &c->slots[i], false);
     }
-    *out = c;
     return 0;
-bad:
-    if (c && c->o) cache_close(c);
-    else free(c);
-    return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
-                slot_bytes);
 }
 
 /* What is on its way must land first.  Where the ring broke, the arena is left to reads that may
@@ -1443,7 +1420,7 @@ void cache_close(cache *c) {
             list_take(&c->slots[i]);
     while (c->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
     arena_unregister(c);
-    if (c->map_bytes && !c->in_flight) munmap(c->map, c->map_bytes);
+    if (!c->in_flight) arena_close(&c->map);
     o->n_caches--;
     free(c->slots);
     free(c->heat);
@@ -1503,15 +1480,14 @@ static void slot_settle(cache_slot *s) {
 
 /* A piece has come or failed.  The last one settles the slot; until then even a failed slot
  * stays READING, since the others still land in it. */
-static void slot_piece_in(cache_slot *s, const io_req *r, bool failed) {
+static void slot_piece_in(cache_slot *s) {
     assert(s->state == SLOT_READING);
     assert(s->in_flight > 0);
     s->in_flight--;
     s->c->in_flight--;
-    if (failed) {
-        fault_note(&s->fault, r);
+    if (s->fault.cause) {          /* ask for nothing more                                      */
         if (s->list) list_take(s);
-        s->run = s->n_runs;        /* ask for nothing more                                      */
+        s->run = s->n_runs;
     }
     if (s->in_flight == 0 && s->run == s->n_runs) slot_settle(s);
 }
@@ -1597,7 +1573,6 @@ static int slot_get(cache *c, size_t id, slot_rank rank, dsv4_err *err) {
 }
 
 int cache_get(cache *c, size_t id, dsv4_err *err) { return slot_get(c, id, USED, err); }
-
 int cache_pass(cache *c, size_t id, dsv4_err *err) { return slot_get(c, id, PASSING, err); }
 
 bool cache_holds(const cache *c, size_t id) {
@@ -1651,13 +1626,12 @@ void cache_unpin(cache *c, int slot) {
 }
 
 const cache_stats *cache_get_stats(const cache *c) { return &c->stats; }
-
 const group_uses *cache_uses(const cache *c) { return c->uses; }
 
-/* Heat above, the complement of the id below: descending, ties go to the lower id. */
+/* Places in heat[]: descending by what stands there, ties go to the lower id. */
 static int by_heat(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x < y) - (x > y);
+    const uint32_t *x = *(uint32_t *const *)a, *y = *(uint32_t *const *)b;
+    return *x != *y ? (*x < *y) - (*x > *y) : (x > y) - (x < y);
 }
 
 /* {"groups": n, "heat": [n]}.  Groups that were never used are not asked for. */
@@ -1666,18 +1640,18 @@ void cache_load_heat(cache *c, const char *path) {
     size_t n = c->n_groups;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, &ignored);
     const json_t *count = json_object_get(root, "groups"), *heat = json_object_get(root, "heat");
-    uint64_t *order = calloc(n, sizeof *order);
-    bool good = order && n <= UINT32_MAX && whole(count) && json_array_size(heat) == n &&
+    uint32_t **order = calloc(n, sizeof *order);
+    bool good = order && whole(count) && json_array_size(heat) == n &&
                 (uint64_t)json_integer_value(count) == n;
     for (size_t i = 0; good && i < n; i++) {
         const json_t *v = json_array_get(heat, i);
         good = whole(v) && json_integer_value(v) <= UINT32_MAX;
-        order[i] = (uint64_t)json_integer_value(v) << 32 | (UINT32_MAX - i);
+        c->heat[i] = (uint32_t)json_integer_value(v);
+        order[i] = &c->heat[i];
     }
-    for (size_t i = 0; good && i < n; i++) c->heat[i] = (uint32_t)(order[i] >> 32);
     if (good) qsort(order, n, sizeof *order, by_heat);
-    for (size_t i = 0; good && i < n && order[i] >> 32; i++)
-        cache_ask(c, UINT32_MAX - (uint32_t)order[i]);
+    else memset(c->heat, 0, n * sizeof *c->heat);
+    for (size_t i = 0; good && i < n && *order[i]; i++) cache_ask(c, (size_t)(order[i] - c->heat));
     free(order);
     json_decref(root);
 }
@@ -1987,25 +1961,22 @@ static bool sys_begins(const char *node, const char *file, const char *text) {
 
 /* A block device by its directory in sysfs: what it lies on is looked at, down to the drives. */
 static void describe_node(disk_info *d, const char *dir, int layers) {
-    char node[PATH_MAX], slaves[PATH_MAX], path[PATH_MAX];
+    char node[PATH_MAX], outer[PATH_MAX], path[PATH_MAX];
     dsv4_err ignored;
-    const struct dirent *e;
-    bool drive = true;
+    glob_t slaves;
     /* a partition has no queue of its own, the disk around it has */
-    if (join(path, dir, "queue", &ignored) || join(slaves, dir, "../queue", &ignored)) return;
-    bool part = access(path, F_OK) && !access(slaves, F_OK);
+    if (join(path, dir, "queue", &ignored) || join(outer, dir, "../queue", &ignored)) return;
+    bool part = access(path, F_OK) && !access(outer, F_OK);
     if (join(path, dir, part ? ".." : ".", &ignored) || !realpath(path, node) ||
-        join(slaves, node, "slaves", &ignored))
+        join(path, node, "slaves/*", &ignored))
         return;
     if (sys_begins(node, "dm/uuid", "CRYPT-")) d->encrypted = true;
-    DIR *list = opendir(slaves);
-    while (list && (e = readdir(list))) {
-        if (e->d_name[0] == '.' || join(path, slaves, e->d_name, &ignored)) continue;
-        drive = false;
-        if (layers > 1) describe_node(d, path, layers - 1);
+    if (!glob(path, 0, NULL, &slaves)) {
+        for (size_t i = 0; i < slaves.gl_pathc && layers > 1; i++)
+            describe_node(d, slaves.gl_pathv[i], layers - 1);
+        globfree(&slaves);
+        return;
     }
-    if (list) closedir(list);
-    if (!drive) return;
     if (sys_begins(node, "queue/rotational", "1")) d->rotating = true;
     if (strstr(node, "/ata")) d->sata = true;
     if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
