@@ -124,7 +124,7 @@ typedef union {
     const int32_t **ids;           /* tid2eid, I64 converted to int32                           */
 } need_dst;
 typedef struct {
-    const ckpt_tensor *t;
+    const ckpt_tensor *t;          /* first: tensors_by_place() looks there                     */
     need_kind kind;
     bool mtp;
     int unit;                      /* layer that it can be streamed with, UNIT_TABLE, or RESIDENT */
@@ -336,12 +336,6 @@ static void bind_layers(binder *b) {
     }
 }
 
-static int need_by_place(const void *a, const void *b) {
-    const ckpt_tensor *x = ((const need *)a)->t, *y = ((const need *)b)->t;
-    if (x->shard != y->shard) return x->shard < y->shard ? -1 : 1;
-    return (x->offset > y->offset) - (x->offset < y->offset);
-}
-
 /* What is read together: an expert, the matrices of a layer, a block of head.weight's rows as
  * large as the largest layer. */
 static int units_make(dsv4_weights *w, const ckpt *c) {
@@ -349,7 +343,7 @@ static int units_make(dsv4_weights *w, const ckpt *c) {
     const ckpt_tensor *head = ckpt_find(c, "head.weight");
     uint64_t bytes[MAX_LAYERS + 1] = {0}, row = head->bytes / (uint64_t)vocab, most = row;
     size_t n = 0;
-    qsort(w->needs, w->n_needs, sizeof *w->needs, need_by_place);
+    qsort(w->needs, w->n_needs, sizeof *w->needs, tensors_by_place);
     for (size_t i = 0; i < w->n_needs; i++) {
         int l = w->needs[i].unit;
         if (l < 0) continue;

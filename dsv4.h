@@ -287,6 +287,9 @@ typedef struct {
     uint64_t offset, bytes;        /* in the shard's file; checked to lie inside it             */
 } ckpt_tensor;
 
+/* For qsort(): pointers to tensors, or what begins with one, in the order of the files. */
+int tensors_by_place(const void *a, const void *b);
+
 typedef struct ckpt ckpt;
 /* Open every shard of DIR (by model.safetensors.index.json, or every *.safetensors without one)
  * and validate every header: bounds, overlaps, sizes, duplicates, index against shards.  Only

@@ -402,7 +402,7 @@ int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
  * bytes a tensor.                                                                                */
 
 typedef struct {
-    char *path;                    /* DIR/FILE, ours                                            */
+    const char *path;              /* DIR/FILE, ours                                            */
     const char *file;              /* FILE, in path                                             */
     uint64_t size;                 /* of the file when its header was read                      */
     uint64_t need;                 /* what its header describes; UINT64_MAX: not all of it came */
@@ -550,12 +550,9 @@ static int shard_read(ckpt *c, int which, dsv4_err *err) {
 
 /* === 4. Checkpoint ============================================================================ */
 
-static int by_path(const void *a, const void *b) {
-    return strcmp(((const ckpt_shard *)a)->path, ((const ckpt_shard *)b)->path);
-}
-
+/* Of tensors and of shards: what they are called comes first in both. */
 static int by_name(const void *a, const void *b) {
-    return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
 /* Without an index: every *.safetensors of the directory. */
@@ -612,7 +609,7 @@ static ckpt *list_shards(const char *dir, dsv4_err *err) {
         if (!(s->path = strdup(path))) rc = fail(err, "%s: out of memory", dir);
         else s->file = s->path + strlen(dir) + 1;
     }
-    if (!rc) qsort(c->shards, n, sizeof *c->shards, by_path);
+    if (!rc) qsort(c->shards, n, sizeof *c->shards, by_name);
     json_decref(files);
     if (!rc) return c;
     ckpt_close(c);
@@ -661,9 +658,18 @@ static int check_table(const ckpt *c, dsv4_err *err) {
     return 0;
 }
 
-/* Checks are done: keep only what the model can use. */
-static void drop_unused(ckpt *c) {
-    size_t n = 0;
+int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
+    ckpt *c = *out = list_shards(dir, err);
+    int rc = c ? check_missing(c, dir, err) : -1;
+    for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
+    if (!rc && c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+    if (!rc) rc = check_table(c, err);
+    if (rc) {
+        ckpt_close(c);
+        *out = NULL;
+        return -1;
+    }
+    size_t n = 0;                  /* checks are done: keep only what the model can use         */
     for (size_t i = 0; i < c->n_tensors; i++) {
         if (c->tensors[i].dtype != DT_N) c->tensors[n++] = c->tensors[i];
         else free((char *)c->tensors[i].name);
@@ -671,26 +677,14 @@ static void drop_unused(ckpt *c) {
     c->n_tensors = n;
     json_decref(c->map);
     c->map = NULL;
-}
-
-int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
-    ckpt *c = *out = list_shards(dir, err);
-    int rc = c ? check_missing(c, dir, err) : -1;
-    for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
-    if (!rc && c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
-    if (!rc) rc = check_table(c, err);
-    if (!rc) drop_unused(c);
-    if (!rc) return 0;
-    ckpt_close(c);
-    *out = NULL;
-    return -1;
+    return 0;
 }
 
 void ckpt_close(ckpt *c) {
     if (!c) return;
     json_decref(c->map);
     for (size_t i = 0; i < c->n_tensors; i++) free((char *)c->tensors[i].name);
-    for (int i = 0; i < c->n_shards; i++) free(c->shards[i].path);
+    for (int i = 0; i < c->n_shards; i++) free((char *)c->shards[i].path);
     free(c->tensors);
     free(c);
 }
@@ -1291,7 +1285,7 @@ static void list_put(slot_list *l, cache_slot *s, bool first) {
     *(s->next ? &s->next->prev : &l->last) = s;
 }
 
-static int by_place(const void *a, const void *b) {
+int tensors_by_place(const void *a, const void *b) {
     const ckpt_tensor *x = *(const ckpt_tensor *const *)a, *y = *(const ckpt_tensor *const *)b;
     return x->shard != y->shard ? x->shard - y->shard : by_offset(x, y);
 }
@@ -1305,7 +1299,7 @@ static size_t lay_out(const read_group *g, slot_run *runs, int *n_runs) {
     assert(g->n_parts <= GROUP_PARTS);
     for (int i = 0; i < g->n_parts; i++)
         if (g->part[i]->bytes > 0) part[n_parts++] = g->part[i];
-    if (n_parts) qsort(part, (size_t)n_parts, sizeof *part, by_place);
+    if (n_parts) qsort(part, (size_t)n_parts, sizeof *part, tensors_by_place);
     for (int i = 0; i < n_parts; n++) {
         const ckpt_tensor *first = part[i];
         uint64_t begin = first->offset, end = begin;
@@ -1511,11 +1505,6 @@ static cache_slot *slot_take(cache *c) {
     list_take(s);
     assert(s->pins == 0);              /* never while somebody may still read it                */
     assert(s->in_flight == 0);         /* never while a read is landing in it                   */
-    if (s->state != SLOT_FREE) {
-        assert(c->slot_of[s->id] == s);
-        c->slot_of[s->id] = NULL;
-    }
-    s->state = SLOT_FREE;
     return s;
 }
 
@@ -1525,6 +1514,7 @@ static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     size_t bytes = lay_out(&c->groups[id], s->runs, &s->n_runs);
     assert(bytes <= c->slot_bytes);
     c->stats.read_bytes += bytes;
+    if (s->state != SLOT_FREE) c->slot_of[s->id] = NULL;
     s->state = SLOT_READING;
     s->rank = rank;
     s->pins = rank != ASKED;
@@ -1695,6 +1685,7 @@ static int stream_open(stream *s, offload *o, uint64_t bytes, dsv4_err *err) {
 }
 
 static bool stream_full(const stream *s) { return s->asked - s->taken == STREAM_SLOTS; }
+static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
 
 /* Ask for a range of a tensor, from its byte *at on, which is 0 again behind the last one. */
 static int stream_ask(stream *s, const ckpt_tensor *t, uint64_t *at, dsv4_err *err) {
@@ -1725,8 +1716,6 @@ static int stream_look(const stream *s, const uint8_t **data, dsv4_err *err) {
     return 0;
 }
 
-static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
-
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     stream s;
     char *dst[STREAM_IDS];
@@ -1753,16 +1742,15 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
 static json_t *record_read(const char *record, line_fn each, void *arg) {
     char line[sizeof(dsv4_err) + 64];
     dsv4_err err = {"it is no record of hashes"};
-    const char *name, *hash, *date;
+    const char *name;
     json_t *value, *root = NULL;
-    json_int_t bytes;
     if (!access(record, F_OK) || errno != ENOENT) {
         root = parse_file(record, MAX_CONFIG_BYTES, &err);
         json_t *shards = json_object_get(root, "shards");
         bool good = json_is_object(shards);
         json_object_foreach(shards, name, value)
-            good &= !json_unpack(value, "{s:s,s:I,s:s}", "hash", &hash, "bytes", &bytes, "date",
-                                 &date);
+            good &= !json_unpack_ex(value, NULL, JSON_VALIDATE_ONLY, "{s:s,s:I,s:s}", "hash",
+                                    "bytes", "date");
         if (good) return root;
         snprintf(line, sizeof line, "the record is damaged and counts for nothing: %s", err.msg);
         each(arg, line);
@@ -1856,10 +1844,9 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
 }
 
 /* A range of the shards somewhere: each byte is as likely as another. */
-static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t *rng) {
+static ckpt_tensor draw_range(const ckpt *c, uint64_t total, unsigned short rng[3]) {
     int i = 0;
-    *rng = *rng * 6364136223846793005u + 1442695040888963407u;
-    uint64_t at = (*rng >> 16) % total;
+    uint64_t at = (uint64_t)(erand48(rng) * (double)total);
     for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
     uint64_t size = c->shards[i].size, n = size < EXPERT_BYTES ? size : EXPERT_BYTES;
     if (at > size - n) at = size - n;
@@ -1871,7 +1858,8 @@ static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t *rng) {
 int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
     stream s = {.slots = NULL};
     offload *o;
-    uint64_t total = 0, asked = 0, rng = 1, at = 0;
+    uint64_t total = 0, asked = 0, at = 0;
+    unsigned short rng[3] = {0};
     const uint8_t *data;
     const char *note;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
@@ -1882,7 +1870,7 @@ int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
         double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
         if (asked < 2 * total && !stream_full(&s) &&
             (!s.asked || (double)(s.asked + 1 - s.taken) * EXPERT_BYTES < soon)) {
-            ckpt_tensor range = draw_range(c, total, &rng);
+            ckpt_tensor range = draw_range(c, total, rng);
             rc = stream_ask(&s, &range, &at, err);
             asked += range.bytes;
         } else if (s.taken == s.asked) {
