@@ -605,9 +605,9 @@ static ckpt *list_shards(const char *dir, dsv4_err *err) {
     if (!rc && n > MAX_SHARDS) rc = fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
     json_object_foreach(files, file, value) {
         if (rc || (rc = join(path, dir, file, err))) break;
-        ckpt_shard *s = &c->shards[c->n_shards++];
-        if (!(s->path = strdup(path))) rc = fail(err, "%s: out of memory", dir);
-        else s->file = s->path + strlen(dir) + 1;
+        const char *copy = strdup(path);
+        if (!copy) rc = fail(err, "%s: out of memory", dir);
+        else c->shards[c->n_shards++] = (ckpt_shard){.path = copy, .file = copy + strlen(dir) + 1};
     }
     if (!rc) qsort(c->shards, n, sizeof *c->shards, by_name);
     json_decref(files);
@@ -782,8 +782,7 @@ static int survey_shard(ckpt *c, int which, const char *dir, line_fn each, void 
 int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
     struct stat st;
     int n = 0, rc = stat(dir, &st) ? errno : 0;
-    if (rc == ENOENT) return fail(err, "%s: no such directory", dir);
-    if (rc) return fail(err, "%s: %s", dir, strerror(rc));
+    if (rc) return fail(err, "%s: %s", dir, rc == ENOENT ? "no such directory" : strerror(rc));
     if (!S_ISDIR(st.st_mode)) return fail(err, "%s is not a directory", dir);
     ckpt *c = list_shards(dir, err);
     if (!c) return -1;
