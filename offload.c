@@ -1378,13 +1378,14 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     if (c) {
         *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
         o->n_caches++;
+    }
+    if (c && !arena_open(&c->map, bytes, "slots", err)) {
         c->slot_of = calloc(n, sizeof(cache_slot *));
         c->uses = calloc(n, sizeof *c->uses);
         c->heat = calloc(n, sizeof *c->heat);
         c->slots = calloc((size_t)n_slots, sizeof *c->slots);
     }
-    if (!c || !c->slot_of || !c->uses || !c->heat || !c->slots ||
-        arena_open(&c->map, bytes, "slots", err)) {
+    if (!c || !c->slot_of || !c->uses || !c->heat || !c->slots) {
         cache_close(c);
         *out = NULL;
         return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
