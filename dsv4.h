@@ -337,7 +337,7 @@ typedef struct offload offload;
 int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err);
 void offload_close(offload *o);
 const offload_stats *offload_get_stats(const offload *o);
-/* The note of offload_open(), or one on what cache_open() was refused since, or NULL. */
+/* The note of offload_open(), or one on what offload_raw_open() was refused since, or NULL. */
 const char *offload_note(const offload *o);
 
 typedef struct { const ckpt_tensor *t; void *dst; } load_item;

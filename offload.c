@@ -64,8 +64,6 @@ enum {
     IO_GETS = 48,                  /* when cache_get() adds no more: drives saturate far below,
                                       and of more the one that is waited for comes later        */
     IO_BACKGROUND = 16,            /* of them for cache_ask(), which a get waits for            */
-    IO_BUFS = 1024,                /* registered pieces of arenas                               */
-    IO_BUF_BYTES = 256 << 20,      /* registered at once; the kernel accepts 1 GiB              */
     IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
     RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
@@ -821,7 +819,6 @@ typedef struct io_req {
     io_batch *batch;               /* who asked: this,                                          */
     struct cache_slot *slot;       /* or this                                                   */
     bool background;               /* counts in n_background                                    */
-    int fixed;                     /* the registered buffer it lies in, or -1                   */
     int tries, io_errors;          /* in a row without progress; EIO so far                     */
     int res;                       /* a thread's answer: bytes or -errno, as io_uring gives it  */
     int cause;                     /* set by IO_FAILED                                          */
@@ -902,9 +899,6 @@ struct cache {
     cache_slot *slots;
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
     int in_flight;                 /* pieces                                                    */
-    int first_buf, end_buf;        /* ours in the table of buffers, buf_slots in each           */
-    int buf_slots, n_bufs;         /* registered so far                                         */
-    bool refused;
     slot_list free, passing, idle; /* the last two: READY, in the order in which they go; with
                                       pins only where cache_pass() found them there             */
     cache_stats stats;
@@ -929,8 +923,7 @@ struct offload {
     int n_caches;
     bool batch_waits;              /* for a request: the background does not get it             */
 
-    bool has_ring, fixed_bufs;
-    int n_bufs;                    /* first free entry of the table of buffers                  */
+    bool has_ring;
     int ring_error;                /* errno: it broke, and every call from then on says so      */
     struct io_uring ring;
     pthread_t threads[IO_THREADS]; /* else                                                      */
@@ -958,8 +951,7 @@ static void io_start(offload *o, io_req *r) {
         struct io_uring_sqe *sqe = io_uring_get_sqe(&o->ring);
         assert(sqe);               /* as many entries as requests                               */
         if (r->write) io_uring_prep_write(sqe, fd, r->buf + r->done, n, at);
-        else if (r->fixed < 0) io_uring_prep_read(sqe, fd, r->buf + r->done, n, at);
-        else io_uring_prep_read_fixed(sqe, fd, r->buf + r->done, n, at, r->fixed);
+        else io_uring_prep_read(sqe, fd, r->buf + r->done, n, at);
         io_uring_sqe_set_data(sqe, r);
         return;
     }
@@ -1112,7 +1104,6 @@ static bool ring_open(offload *o) {
         io_uring_queue_exit(&o->ring);
         return false;
     }
-    o->fixed_bufs = !io_uring_register_buffers_sparse(&o->ring, IO_BUFS); /* Linux 5.19         */
     return true;
 }
 
@@ -1243,7 +1234,7 @@ int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t
         uint32_t n = bytes - at < IO_PIECE ? (uint32_t)(bytes - at) : IO_PIECE;
         b->in_flight++;
         io_begin(o, (io_req){.file = file, .write = write, .buf = (uint8_t *)buf + at,
-                             .off = off + at, .len = n, .want = n, .batch = b, .fixed = -1});
+                             .off = off + at, .len = n, .want = n, .batch = b});
     }
     io_kick(o);
     return 0;
@@ -1322,51 +1313,6 @@ size_t cache_slot_bytes(const read_group *g, size_t n) {
     return most;
 }
 
-static int buf_set(offload *o, int at, void *piece, size_t bytes) {
-    return io_uring_register_buffers_update_tag(&o->ring, (unsigned)at,
-                                                &(struct iovec){piece, bytes}, &(__u64){0}, 1);
-}
-
-/* Room in the table of buffers for the arena, in pieces of at most most_bytes that end on slot
- * edges.  Slots without that are read as well. */
-static void arena_reserve(cache *c, size_t most_bytes) {
-    offload *o = c->o;
-    c->buf_slots = (int)(most_bytes / c->slot_bytes);
-    c->first_buf = c->end_buf = o->n_bufs;
-    if (!o->has_ring || !c->buf_slots) return;
-    o->n_bufs += (c->n_slots + c->buf_slots - 1) / c->buf_slots;
-    if (o->n_bufs > IO_BUFS) o->n_bufs = IO_BUFS;
-    c->end_buf = o->n_bufs;
-}
-
-/* Have the kernel hold the arena's pages up to this slot, so that no read has to look them up.
- * Best effort, and only when a slot is first used: it makes the pages, which takes its time. */
-static void arena_register(cache *c, int slot) {
-    offload *o = c->o;
-    int rc = 1;
-    while (rc == 1 && !c->refused && c->first_buf + c->n_bufs < c->end_buf &&
-           c->n_bufs <= slot / c->buf_slots) {
-        int at = c->n_bufs * c->buf_slots;
-        int n = c->n_slots - at < c->buf_slots ? c->n_slots - at : c->buf_slots;
-        rc = o->fixed_bufs ? buf_set(o, c->first_buf + c->n_bufs,
-                                     c->arena + (size_t)at * c->slot_bytes,
-                                     (size_t)n * c->slot_bytes) : -EINVAL;
-        c->n_bufs += rc == 1;
-    }
-    if (rc == 1) return;
-    c->refused = true;
-    if (!o->note)
-        o->note = rc == -EINVAL ? "this kernel registers no buffers (Linux before 5.19): reads "
-                  "cost more CPU" : "the kernel refuses to register buffers (RLIMIT_MEMLOCK): "
-                  "reads cost more CPU; raise `ulimit -l`";
-}
-
-static void arena_unregister(cache *c) {
-    offload *o = c->o;
-    for (int i = c->first_buf; i < c->first_buf + c->n_bufs; i++) (void)buf_set(o, i, NULL, 0);
-    if (c->end_buf == o->n_bufs) o->n_bufs = c->first_buf;     /* else a hole stays */
-}
-
 int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int n_slots,
                dsv4_err *err) {
     assert(n >= 1);
@@ -1391,11 +1337,9 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
         return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
                     slot_bytes);
     }
-    /* In huge pages, a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
-     * ones from edge to edge: else a registered buffer is kept page by page. */
+    /* In huge pages, a read pins 512 times fewer of them.  Where refused, only that is lost. */
     c->arena = c->map.base + (HUGE_PAGE - (uintptr_t)c->map.base % HUGE_PAGE) % HUGE_PAGE;
     c->n_slots = n_slots;
-    arena_reserve(c, IO_BUF_BYTES);
     for (int i = 0; i < n_slots; i++) {
         c->slots[i].c = c;
         list_put(&c->free, &c->slots[i], false);
@@ -1413,7 +1357,6 @@ void cache_close(cache *c) {
         if (c->slots[i].list == &o->demand || c->slots[i].list == &o->background)
             list_take(&c->slots[i]);
     while (c->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
-    arena_unregister(c);
     if (!c->in_flight) arena_close(&c->map);
     o->n_caches--;
     free(c->slots);
@@ -1437,12 +1380,10 @@ static void slot_feed(offload *o) {
         uint64_t begin = t->offset / IO_ALIGN * IO_ALIGN + s->at, end = t->offset + run->bytes;
         assert(s->state == SLOT_READING && begin < end);
         uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
-        int buf = c->n_bufs ? (int)which / c->buf_slots : 0;
         io_req r = {.file = t->shard, .off = begin, .want = want, .t = t, .slot = s,
                     .len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1),
                     .buf = c->arena + c->slot_bytes * which + run->region + s->at,
-                    .background = s->list == &o->background,
-                    .fixed = buf < c->n_bufs ? c->first_buf + buf : -1};
+                    .background = s->list == &o->background};
         s->at += r.len;
         s->in_flight++;
         c->in_flight++;
@@ -1523,7 +1464,6 @@ static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     s->at = 0;
     s->fault.cause = 0;
     c->slot_of[id] = s;
-    arena_register(c, (int)(s - c->slots));
     c->n_orphans += !s->pins;
     if (s->n_runs) list_put(s->pins ? &c->o->demand : &c->o->background, s, false);
     else slot_settle(s);
