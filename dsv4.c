@@ -117,18 +117,18 @@ typedef struct {                   /* the MTP block's own tensors around its lay
 typedef enum { NEED_RAW, NEED_SCALE, NEED_F32, NEED_IDS } need_kind;
 enum { RESIDENT = -1, UNIT_TABLE = -2 };               /* the tables are embed and head */
 enum { W1, W2, W3, S1, S2, S3, EXPERT_PARTS };
-typedef struct { const ckpt_tensor *part[EXPERT_PARTS]; } expert_source;
+typedef union {
+    const void **raw;              /* a matrix as stored                                        */
+    const uint8_t **scale;
+    const float **f32;             /* small tensors, converted to F32                           */
+    const int32_t **ids;           /* tid2eid, I64 converted to int32                           */
+} need_dst;
 typedef struct {
-    const ckpt_tensor *t;
+    const ckpt_tensor *t;          /* first: tensors_by_place() looks there                     */
     need_kind kind;
     bool mtp;
     int unit;                      /* layer that it can be streamed with, UNIT_TABLE, or RESIDENT */
-    union {
-        const void **raw;          /* a matrix as stored                                        */
-        const uint8_t **scale;
-        const float **f32;         /* small tensors, converted to F32                           */
-        const int32_t **ids;       /* tid2eid, I64 converted to int32                           */
-    } dst;
+    need_dst dst;
 } need;
 
 struct dsv4_weights {
@@ -138,11 +138,11 @@ struct dsv4_weights {
     dsv4_hc hc_head;
     mtp_w mtp;
     layer_w *layer;                /* [num_hidden_layers + has_mtp]                             */
-    expert_source *expert;         /* [num_hidden_layers + has_mtp][n_routed_experts]           */
+    read_group *expert_group;      /* [num_hidden_layers + has_mtp][n_routed_experts]           */
+    const ckpt_tensor **expert_part;   /* what these point to [..][EXPERT_PARTS]                */
     need *needs;                   /* in the order of the files                                 */
-    size_t n_needs, cap_needs;
+    size_t n_needs;
     weights_bytes bytes;
-    read_group *expert_group;      /* as expert                                                 */
     read_group *unit;              /* [n_units]: each layer's matrices, then blocks of head     */
     const ckpt_tensor **unit_part; /* what these point to                                       */
     ckpt_tensor *head_block;
@@ -160,183 +160,162 @@ typedef struct {
     dsv4_err *err;
 } binder;
 
-static void bind_fail(binder *b, const char *name, const char *what) {
-    b->failed = true;
-    fail(b->err, "tensor %s %s; the checkpoint does not fit its config.json: download both again",
-         name, what);
-}
-
 static const char *const dtype_name[DT_N] = {
     "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I8", "I64",
 };
 
-/* Find prefix+name and demand its shape (d1 < 0: one dimension); NULL after an error. */
-static const ckpt_tensor *bind_find(binder *b, const char *name, int64_t d0, int64_t d1) {
-    if (b->failed) return NULL;
-    char full[MAX_NAME], what[160];
-    snprintf(full, sizeof full, "%s%s", b->prefix, name);
-    const ckpt_tensor *t = ckpt_find(b->ck, full);
-    if (!t) return bind_fail(b, full, "is missing"), NULL;
-    int n_dims = d1 < 0 ? 1 : 2;
-    if (t->n_dims == n_dims && t->shape[0] == d0 && (d1 < 0 || t->shape[1] == d1)) return t;
-    int at = snprintf(what, sizeof what, "has shape [");
-    for (int i = 0; i < t->n_dims; i++)
-        at += snprintf(what + at, sizeof what - (size_t)at, "%s%lld", i ? "," : "",
-                       (long long)t->shape[i]);
-    if (d1 < 0) snprintf(what + at, sizeof what - (size_t)at, "] and not [%lld]", (long long)d0);
-    else snprintf(what + at, sizeof what - (size_t)at, "] and not [%lld,%lld]", (long long)d0,
-                  (long long)d1);
-    bind_fail(b, full, what);
-    return NULL;
+static const char *show_shape(char text[96], const int64_t *shape, int n_dims) {
+    int at = snprintf(text, 96, "[");
+    for (int i = 0; i < n_dims; i++)
+        at += snprintf(text + at, 96 - (size_t)at, "%s%lld", i ? "," : "", (long long)shape[i]);
+    return strcat(text, "]");
 }
 
 static bool is_float(dsv4_dtype t) { return t == DT_F32 || t == DT_F16 || t == DT_BF16; }
 
-/* Refuse a dtype that the graph cannot take; want DT_F32 means any of F32, F16, BF16. */
-static bool bind_dtype(binder *b, const ckpt_tensor *t, dsv4_dtype want) {
-    if (!t) return false;
-    if (t->dtype == want || (want == DT_F32 && is_float(t->dtype))) return true;
-    char what[80];
-    snprintf(what, sizeof what, "is %s and not %s", dtype_name[t->dtype],
-             want == DT_F32 ? "BF16, F16 or F32" : dtype_name[want]);
-    bind_fail(b, t->name, what);
-    return false;
+/* Find prefix+stem+end and demand its shape (d1 < 0: one dimension) and dtype (DT_F32 means any of
+ * F32, F16, BF16); NULL after an error. */
+static const ckpt_tensor *bind_find(binder *b, const char *stem, const char *end, dsv4_dtype want,
+                                    int64_t d0, int64_t d1) {
+    if (b->failed) return NULL;
+    char name[MAX_NAME], what[256] = "is missing", is[96], not[96];
+    int n_dims = d1 < 0 ? 1 : 2;
+    snprintf(name, sizeof name, "%s%s%s", b->prefix, stem, end);
+    const ckpt_tensor *t = ckpt_find(b->ck, name);
+    if (t && (t->n_dims != n_dims || t->shape[0] != d0 || (d1 >= 0 && t->shape[1] != d1)))
+        snprintf(what, sizeof what, "has shape %s and not %s", show_shape(is, t->shape, t->n_dims),
+                 show_shape(not, (int64_t[]){d0, d1}, n_dims));
+    else if (t && t->dtype != want && !(want == DT_F32 && is_float(t->dtype)))
+        snprintf(what, sizeof what, "is %s and not %s", dtype_name[t->dtype],
+                 want == DT_F32 ? "BF16, F16 or F32" : dtype_name[want]);
+    else if (t) return t;
+    b->failed = true;
+    fail(b->err, "tensor %s %s; the checkpoint does not fit its config.json: download both again",
+         name, what);
+    return NULL;
 }
 
-static need *bind_need(binder *b, const ckpt_tensor *t, need_kind kind) {
+/* Find a tensor that is to be loaded, and which pointer shall point to it; NULL after an error. */
+static const ckpt_tensor *bind(binder *b, need_kind kind, need_dst dst, const char *stem,
+                               const char *end, dsv4_dtype want, int64_t d0, int64_t d1) {
     dsv4_weights *w = b->w;
-    if (w->n_needs == w->cap_needs) {
-        size_t cap = w->cap_needs ? 2 * w->cap_needs : 1024;
-        need *grown = realloc(w->needs, cap * sizeof *grown);
-        if (!grown) {
-            b->failed = true;
-            fail(b->err, "out of memory for the table of weights");
-            return NULL;
-        }
-        w->needs = grown;
-        w->cap_needs = cap;
-    }
-    need *n = &w->needs[w->n_needs++];
+    const ckpt_tensor *t = bind_find(b, stem, end, want, d0, d1);
+    if (!t) return NULL;
     bool whole = t->offset % (t->dtype == DT_F32 ? 4 : is_float(t->dtype) ? 2 : 1) == 0;
     bool matrix = (kind == NEED_RAW || kind == NEED_SCALE) && whole;   /* used where it lands */
-    *n = (need){.t = t, .kind = kind, .mtp = b->mtp, .unit = matrix ? b->unit : RESIDENT};
+    assert(w->n_needs < ckpt_n_tensors(b->ck));        /* each has another name */
+    w->needs[w->n_needs++] = (need){t, kind, b->mtp, matrix ? b->unit : RESIDENT, dst};
     *(b->mtp ? &w->bytes.mtp : &w->bytes.dense) += t->bytes;
-    return n;
+    return t;
 }
 
-static void bind_f32(binder *b, const float **dst, const char *name, int64_t d0, int64_t d1) {
-    const ckpt_tensor *t = bind_find(b, name, d0, d1);
-    need *n = bind_dtype(b, t, DT_F32) ? bind_need(b, t, NEED_F32) : NULL;
-    if (n) n->dst.f32 = dst;
+static void bind_f32(binder *b, const float **dst, const char *stem, const char *end, int64_t d0,
+                     int64_t d1) {
+    bind(b, NEED_F32, (need_dst){.f32 = dst}, stem, end, DT_F32, d0, d1);
 }
 
 /* An unquantized matrix, kept in whichever float format it has. */
-static void bind_float(binder *b, dsv4_mat *m, const char *name, int rows, int cols) {
-    const ckpt_tensor *t = bind_find(b, name, rows, cols);
-    need *n = bind_dtype(b, t, DT_F32) ? bind_need(b, t, NEED_RAW) : NULL;
-    if (!n) return;
-    *m = (dsv4_mat){.dtype = t->dtype, .rows = rows, .cols = cols};
-    n->dst.raw = &m->data;
+static void bind_float(binder *b, dsv4_mat *m, const char *stem, const char *end, int rows,
+                       int cols) {
+    const ckpt_tensor *t = bind(b, NEED_RAW, (need_dst){.raw = &m->data}, stem, end, DT_F32, rows,
+                                cols);
+    if (t) *m = (dsv4_mat){.dtype = t->dtype, .rows = rows, .cols = cols};
 }
 
 static void bind_fp8(binder *b, dsv4_mat *m, const char *stem, int rows, int cols) {
-    char name[MAX_NAME];
-    snprintf(name, sizeof name, "%s.weight", stem);
-    const ckpt_tensor *t = bind_find(b, name, rows, cols);
-    need *n = bind_dtype(b, t, DT_F8_E4M3) ? bind_need(b, t, NEED_RAW) : NULL;
-    if (!n) return;
     *m = (dsv4_mat){.dtype = DT_F8_E4M3, .rows = rows, .cols = cols};
-    n->dst.raw = &m->data;
-    snprintf(name, sizeof name, "%s.scale", stem);
-    t = bind_find(b, name, (rows + 127) / 128, (cols + 127) / 128);
-    n = bind_dtype(b, t, DT_F8_E8M0) ? bind_need(b, t, NEED_SCALE) : NULL;
-    if (n) n->dst.scale = &m->scale;
+    bind(b, NEED_RAW, (need_dst){.raw = &m->data}, stem, ".weight", DT_F8_E4M3, rows, cols);
+    bind(b, NEED_SCALE, (need_dst){.scale = &m->scale}, stem, ".scale", DT_F8_E8M0,
+         (rows + 127) / 128, (cols + 127) / 128);
 }
 
 static void bind_hc(binder *b, dsv4_hc *hc, const char *stem, bool head) {
     const dsv4_config *c = b->w->cfg;
-    char name[64];
     int mixes = head ? c->hc_mult : (2 + c->hc_mult) * c->hc_mult;
-    snprintf(name, sizeof name, "%s_fn", stem);
-    bind_f32(b, &hc->fn, name, mixes, c->hc_mult * c->hidden_size);
-    snprintf(name, sizeof name, "%s_base", stem);
-    bind_f32(b, &hc->base, name, mixes, -1);
-    snprintf(name, sizeof name, "%s_scale", stem);
-    bind_f32(b, &hc->scale, name, head ? 1 : 3, -1);
+    bind_f32(b, &hc->fn, stem, "_fn", mixes, c->hc_mult * c->hidden_size);
+    bind_f32(b, &hc->base, stem, "_base", mixes, -1);
+    bind_f32(b, &hc->scale, stem, "_scale", head ? 1 : 3, -1);
 }
 
 static void bind_compressor(binder *b, compressor_w *c, const char *stem, int ratio, int d) {
     int width = (ratio == 4 ? 2 : 1) * d;
-    char name[96];
-    snprintf(name, sizeof name, "%s.wkv.weight", stem);
-    bind_float(b, &c->wkv, name, width, b->w->cfg->hidden_size);
-    snprintf(name, sizeof name, "%s.wgate.weight", stem);
-    bind_float(b, &c->wgate, name, width, b->w->cfg->hidden_size);
-    snprintf(name, sizeof name, "%s.ape", stem);
-    bind_f32(b, &c->ape, name, ratio, width);
-    snprintf(name, sizeof name, "%s.norm.weight", stem);
-    bind_f32(b, &c->norm, name, d, -1);
+    bind_float(b, &c->wkv, stem, ".wkv.weight", width, b->w->cfg->hidden_size);
+    bind_float(b, &c->wgate, stem, ".wgate.weight", width, b->w->cfg->hidden_size);
+    bind_f32(b, &c->ape, stem, ".ape", ratio, width);
+    bind_f32(b, &c->norm, stem, ".norm.weight", d, -1);
 }
 
 static void bind_attention(binder *b, layer_w *l) {
     const dsv4_config *c = b->w->cfg;
     int dim = c->hidden_size, hd = c->head_dim, heads = c->num_attention_heads;
-    bind_f32(b, &l->attn_norm, "attn_norm.weight", dim, -1);
+    bind_f32(b, &l->attn_norm, "attn_norm", ".weight", dim, -1);
     bind_hc(b, &l->hc_attn, "hc_attn", false);
     bind_fp8(b, &l->wq_a, "attn.wq_a", c->q_lora_rank, dim);
-    bind_f32(b, &l->q_norm, "attn.q_norm.weight", c->q_lora_rank, -1);
+    bind_f32(b, &l->q_norm, "attn.q_norm", ".weight", c->q_lora_rank, -1);
     bind_fp8(b, &l->wq_b, "attn.wq_b", heads * hd, c->q_lora_rank);
     bind_fp8(b, &l->wkv, "attn.wkv", hd, dim);
-    bind_f32(b, &l->kv_norm, "attn.kv_norm.weight", hd, -1);
-    bind_f32(b, &l->attn_sink, "attn.attn_sink", heads, -1);
+    bind_f32(b, &l->kv_norm, "attn.kv_norm", ".weight", hd, -1);
+    bind_f32(b, &l->attn_sink, "attn.attn_sink", "", heads, -1);
     bind_fp8(b, &l->wo_a, "attn.wo_a", c->o_groups * c->o_lora_rank, heads * hd / c->o_groups);
     bind_fp8(b, &l->wo_b, "attn.wo_b", dim, c->o_groups * c->o_lora_rank);
     if (l->ratio) bind_compressor(b, &l->comp, "attn.compressor", l->ratio, hd);
     if (l->ratio != 4) return;
     bind_fp8(b, &l->index_wq_b, "attn.indexer.wq_b", c->index_n_heads * c->index_head_dim,
              c->q_lora_rank);
-    bind_float(b, &l->index_weights_proj, "attn.indexer.weights_proj.weight", c->index_n_heads,
+    bind_float(b, &l->index_weights_proj, "attn.indexer.weights_proj", ".weight", c->index_n_heads,
                dim);
     bind_compressor(b, &l->index_comp, "attn.indexer.compressor", 4, c->index_head_dim);
 }
 
-static void bind_experts(binder *b, expert_source *src) {
-    static const char *const part_name[EXPERT_PARTS] = {
-        "w1.weight", "w2.weight", "w3.weight", "w1.scale", "w2.scale", "w3.scale",
+static void bind_experts(binder *b, size_t layer) {
+    static const char *const end[EXPERT_PARTS] = {
+        ".w1.weight", ".w2.weight", ".w3.weight", ".w1.scale", ".w2.scale", ".w3.scale",
     };
     const dsv4_config *c = b->w->cfg;
     int dim = c->hidden_size, inter = c->moe_intermediate_size;
     uint64_t *bytes = b->mtp ? &b->w->bytes.mtp : &b->w->bytes.experts;
-    for (int e = 0; e < c->n_routed_experts && !b->failed; e++)
+    for (int e = 0; e < c->n_routed_experts; e++) {
+        size_t at = layer * (size_t)c->n_routed_experts + (size_t)e;
+        const ckpt_tensor **part = b->w->expert_part + at * EXPERT_PARTS;
+        char stem[32];
+        snprintf(stem, sizeof stem, "ffn.experts.%d", e);
         for (int p = 0; p < EXPERT_PARTS; p++) {
-            char name[96];
-            snprintf(name, sizeof name, "ffn.experts.%d.%s", e, part_name[p]);
-            bool down = p == W2 || p == S2;
+            bool down = p == W2 || p == S2, weight = p < S1;
             int rows = down ? dim : inter, cols = down ? inter : dim;
-            const ckpt_tensor *t = bind_find(b, name, rows, p < S1 ? cols / 2 : cols / 32);
-            if (!bind_dtype(b, t, p < S1 ? DT_I8 : DT_F8_E8M0)) return;
-            src[e].part[p] = t;
-            *bytes += t->bytes;
+            part[p] = bind_find(b, stem, end[p], weight ? DT_I8 : DT_F8_E8M0, rows,
+                                cols / (weight ? 2 : 32));
+            if (!part[p]) return;
+            *bytes += part[p]->bytes;
         }
+        b->w->expert_group[at] = (read_group){part, EXPERT_PARTS};
+    }
 }
 
 static void bind_moe(binder *b, layer_w *l, bool hash) {
     const dsv4_config *c = b->w->cfg;
     int dim = c->hidden_size, inter = c->moe_intermediate_size;
-    bind_f32(b, &l->ffn_norm, "ffn_norm.weight", dim, -1);
+    bind_f32(b, &l->ffn_norm, "ffn_norm", ".weight", dim, -1);
     bind_hc(b, &l->hc_ffn, "hc_ffn", false);
-    bind_float(b, &l->gate, "ffn.gate.weight", c->n_routed_experts, dim);
-    if (hash) {
-        const ckpt_tensor *t = bind_find(b, "ffn.gate.tid2eid", c->vocab_size,
-                                         c->num_experts_per_tok);
-        need *n = bind_dtype(b, t, DT_I64) ? bind_need(b, t, NEED_IDS) : NULL;
-        if (n) n->dst.ids = &l->tid2eid;
-    } else {
-        bind_f32(b, &l->gate_bias, "ffn.gate.bias", c->n_routed_experts, -1);
-    }
+    bind_float(b, &l->gate, "ffn.gate", ".weight", c->n_routed_experts, dim);
+    if (!hash)
+        bind_f32(b, &l->gate_bias, "ffn.gate", ".bias", c->n_routed_experts, -1);
+    else
+        bind(b, NEED_IDS, (need_dst){.ids = &l->tid2eid}, "ffn.gate", ".tid2eid", DT_I64,
+             c->vocab_size, c->num_experts_per_tok);
     bind_fp8(b, &l->shared.w1, "ffn.shared_experts.w1", inter, dim);
     bind_fp8(b, &l->shared.w2, "ffn.shared_experts.w2", dim, inter);
     bind_fp8(b, &l->shared.w3, "ffn.shared_experts.w3", inter, dim);
+}
+
+static void bind_mtp(binder *b, mtp_w *m) {
+    int dim = b->w->cfg->hidden_size;
+    b->unit = RESIDENT;            /* used outside of its layer */
+    bind_fp8(b, &m->e_proj, "e_proj", dim, dim);
+    bind_fp8(b, &m->h_proj, "h_proj", dim, dim);
+    bind_f32(b, &m->enorm, "enorm", ".weight", dim, -1);
+    bind_f32(b, &m->hnorm, "hnorm", ".weight", dim, -1);
+    bind_f32(b, &m->norm, "norm", ".weight", dim, -1);
+    bind_hc(b, &m->hc_head, "hc_head", true);
 }
 
 static void bind_layers(binder *b) {
@@ -344,75 +323,41 @@ static void bind_layers(binder *b) {
     const dsv4_config *c = w->cfg;
     int n_layers = c->num_hidden_layers + w->bytes.has_mtp;
     for (int l = 0; l < n_layers && !b->failed; l++) {
-        char prefix[32];
+        char prefix[32] = "mtp.0.";
         b->mtp = l == c->num_hidden_layers;
         b->unit = l;
-        if (b->mtp) snprintf(prefix, sizeof prefix, "mtp.0.");
-        else snprintf(prefix, sizeof prefix, "layers.%d.", l);
         b->prefix = prefix;
+        if (!b->mtp) snprintf(prefix, sizeof prefix, "layers.%d.", l);
         w->layer[l].ratio = c->compress_ratios[l];
         bind_attention(b, &w->layer[l]);
         bind_moe(b, &w->layer[l], l < c->num_hash_layers && !b->mtp);
-        bind_experts(b, w->expert + (size_t)l * (size_t)c->n_routed_experts);
+        bind_experts(b, (size_t)l);
+        if (b->mtp) bind_mtp(b, &w->mtp);
     }
-    b->mtp = false;
-    b->unit = UNIT_TABLE;
-    b->prefix = "";
-}
-
-static void bind_mtp(binder *b) {
-    int dim = b->w->cfg->hidden_size;
-    mtp_w *m = &b->w->mtp;
-    b->mtp = true;
-    b->unit = RESIDENT;            /* used outside of its layer */
-    b->prefix = "mtp.0.";
-    bind_fp8(b, &m->e_proj, "e_proj", dim, dim);
-    bind_fp8(b, &m->h_proj, "h_proj", dim, dim);
-    bind_f32(b, &m->enorm, "enorm.weight", dim, -1);
-    bind_f32(b, &m->hnorm, "hnorm.weight", dim, -1);
-    bind_f32(b, &m->norm, "norm.weight", dim, -1);
-    bind_hc(b, &m->hc_head, "hc_head", true);
-    b->mtp = false;
-    b->prefix = "";
-}
-
-static int need_by_place(const void *a, const void *b) {
-    const ckpt_tensor *x = ((const need *)a)->t, *y = ((const need *)b)->t;
-    if (x->shard != y->shard) return x->shard < y->shard ? -1 : 1;
-    return (x->offset > y->offset) - (x->offset < y->offset);
 }
 
 /* What is read together: an expert, the matrices of a layer, a block of head.weight's rows as
  * large as the largest layer. */
-static void units_make(binder *b) {
-    dsv4_weights *w = b->w;
-    const dsv4_config *c = w->cfg;
-    int n_layers = c->num_hidden_layers + w->bytes.has_mtp;
-    size_t n_experts = (size_t)n_layers * (size_t)c->n_routed_experts, n = 0;
-    const ckpt_tensor *head = ckpt_find(b->ck, "head.weight");
-    uint64_t row = head->bytes / (uint64_t)c->vocab_size, most = row;
-    w->embed_tensor = ckpt_find(b->ck, "embed.weight");
-    qsort(w->needs, w->n_needs, sizeof *w->needs, need_by_place);
-    for (int l = 0; l < n_layers; l++) {
-        uint64_t bytes = 0;
-        for (size_t i = 0; i < w->n_needs; i++)
-            if (w->needs[i].unit == l) bytes += w->needs[i].t->bytes;
-        if (bytes > most) most = bytes;
+static int units_make(dsv4_weights *w, const ckpt *c) {
+    int n_layers = w->cfg->num_hidden_layers + w->bytes.has_mtp, vocab = w->cfg->vocab_size;
+    const ckpt_tensor *head = ckpt_find(c, "head.weight");
+    uint64_t bytes[MAX_LAYERS + 1] = {0}, row = head->bytes / (uint64_t)vocab, most = row;
+    size_t n = 0;
+    qsort(w->needs, w->n_needs, sizeof *w->needs, tensors_by_place);
+    for (size_t i = 0; i < w->n_needs; i++) {
+        int l = w->needs[i].unit;
+        if (l < 0) continue;
+        bytes[l] += w->needs[i].t->bytes;
+        if (bytes[l] > most) most = bytes[l];
     }
+    w->embed_tensor = ckpt_find(c, "embed.weight");
     w->head_rows = (int)(most / row);
-    int n_blocks = (c->vocab_size + w->head_rows - 1) / w->head_rows;
+    int n_blocks = (vocab + w->head_rows - 1) / w->head_rows;
     w->n_units = n_layers + n_blocks;
     w->unit = calloc((size_t)w->n_units, sizeof *w->unit);
     w->unit_part = calloc(w->n_needs + (size_t)n_blocks, sizeof *w->unit_part);
     w->head_block = calloc((size_t)n_blocks, sizeof *w->head_block);
-    w->expert_group = calloc(n_experts, sizeof *w->expert_group);
-    b->failed = !w->unit || !w->unit_part || !w->head_block || !w->expert_group;
-    if (b->failed) {
-        fail(b->err, "out of memory for the table of weights");
-        return;
-    }
-    for (size_t i = 0; i < n_experts; i++)
-        w->expert_group[i] = (read_group){w->expert[i].part, EXPERT_PARTS};
+    if (!w->unit || !w->unit_part || !w->head_block) return -1;
     for (int l = 0; l < n_layers; l++) {
         w->unit[l].part = w->unit_part + n;
         for (size_t i = 0; i < w->n_needs; i++) {
@@ -422,49 +367,50 @@ static void units_make(binder *b) {
         }
         assert(w->unit[l].n_parts <= GROUP_PARTS);
     }
+    uint64_t block = (uint64_t)w->head_rows * row;
     for (int k = 0; k < n_blocks; k++) {
-        uint64_t first = (uint64_t)k * (uint64_t)w->head_rows * row, bytes = head->bytes - first;
-        uint64_t block = (uint64_t)w->head_rows * row;
-        w->head_block[k] = *head;
-        w->head_block[k].offset += first;
-        w->head_block[k].bytes = bytes < block ? bytes : block;
-        w->unit_part[n] = &w->head_block[k];
+        ckpt_tensor *t = &w->head_block[k];
+        *t = *head;
+        t->offset += (uint64_t)k * block;
+        t->bytes -= (uint64_t)k * block;
+        if (t->bytes > block) t->bytes = block;
+        w->unit_part[n] = t;
         w->unit[n_layers + k] = (read_group){w->unit_part + n++, 1};
     }
+    return 0;
 }
 
 int weights_bind(dsv4_weights **out, const ckpt *c, const dsv4_config *cfg, dsv4_err *err) {
-    *out = NULL;
-    dsv4_weights *w = calloc(1, sizeof *w);
-    if (!w) return fail(err, "out of memory for the table of weights");
+    static const char no_memory[] = "out of memory for the table of weights";
+    dsv4_weights *w = *out = calloc(1, sizeof *w);
+    if (!w) return fail(err, no_memory);
     w->cfg = cfg;
     /* DSpark checkpoints have mtp.1.* and other tensors in mtp.0: no MTP block there (M3) */
     w->bytes.has_mtp = cfg->num_nextn_predict_layers > 0 && ckpt_find(c, "mtp.0.e_proj.weight") &&
                        !ckpt_find(c, "mtp.1.attn_norm.weight");
     size_t n_layers = (size_t)cfg->num_hidden_layers + w->bytes.has_mtp;
+    size_t n_experts = n_layers * (size_t)cfg->n_routed_experts;
     w->layer = calloc(n_layers, sizeof *w->layer);
-    w->expert = calloc(n_layers * (size_t)cfg->n_routed_experts, sizeof *w->expert);
-    binder b = {.w = w, .ck = c, .prefix = "", .unit = UNIT_TABLE, .err = err};
-    if (!w->layer || !w->expert) {
-        b.failed = true;
-        fail(err, "out of memory for the table of weights");
-    }
+    w->expert_group = calloc(n_experts, sizeof *w->expert_group);
+    w->expert_part = calloc(n_experts * EXPERT_PARTS, sizeof *w->expert_part);
+    w->needs = calloc(ckpt_n_tensors(c) + 1, sizeof *w->needs);
+    bool room = w->layer && w->expert_group && w->expert_part && w->needs;
+    binder b = {.w = w, .ck = c, .prefix = "", .unit = UNIT_TABLE, .failed = !room, .err = err};
     int dim = cfg->hidden_size;
-    bind_float(&b, &w->embed, "embed.weight", cfg->vocab_size, dim);
-    if (!b.failed) bind_layers(&b);
-    bind_f32(&b, &w->norm, "norm.weight", dim, -1);
+    bind_float(&b, &w->embed, "embed", ".weight", cfg->vocab_size, dim);
+    bind_f32(&b, &w->norm, "norm", ".weight", dim, -1);
     bind_hc(&b, &w->hc_head, "hc_head", true);
-    bind_float(&b, &w->head, "head.weight", cfg->vocab_size, dim);
-    if (w->bytes.has_mtp) bind_mtp(&b);
-    if (!b.failed) units_make(&b);
-    if (b.failed) {
+    bind_float(&b, &w->head, "head", ".weight", cfg->vocab_size, dim);
+    bind_layers(&b);
+    room = room && (b.failed || !units_make(w, c));
+    if (!room) fail(err, no_memory);
+    if (!room || b.failed) {
         weights_close(w);
+        *out = NULL;
         return -1;
     }
-    uint64_t total = 0;
-    for (size_t i = 0; i < ckpt_n_tensors(c); i++) total += ckpt_at(c, i)->bytes;
-    w->bytes.unused = total - w->bytes.dense - w->bytes.experts - w->bytes.mtp;
-    *out = w;
+    for (size_t i = 0; i < ckpt_n_tensors(c); i++) w->bytes.unused += ckpt_at(c, i)->bytes;
+    w->bytes.unused -= w->bytes.dense + w->bytes.experts + w->bytes.mtp;
     return 0;
 }
 
@@ -474,8 +420,8 @@ void weights_close(dsv4_weights *w) {
     free(w->unit_part);
     free(w->head_block);
     free(w->expert_group);
+    free(w->expert_part);
     free(w->layer);
-    free(w->expert);
     free(w->needs);
     free(w);
 }
@@ -488,34 +434,26 @@ static uint64_t need_bytes(const need *n) {
     return n->t->bytes * (n->t->dtype == DT_F32 ? 1 : 2);
 }
 
-/* Turn what was read into what the graph uses.  F16 and BF16 vectors were read into the upper
- * half of their place, so that widening front to back never overwrites what is still to read. */
-static int need_finish(const need *n, void *place, const dsv4_config *cfg, dsv4_err *err) {
-    if (n->kind == NEED_RAW) {
-        *n->dst.raw = place;
-    } else if (n->kind == NEED_SCALE) {
-        *n->dst.scale = place;
-    } else if (n->kind == NEED_F32) {
-        float *f = place;
-        *n->dst.f32 = f;
-        if (n->t->dtype == DT_F32) return 0;
-        size_t count = n->t->bytes / 2;
-        for (size_t i = 0; i < count; i++) {
-            uint16_t bits;
-            memcpy(&bits, (uint8_t *)place + n->t->bytes + 2 * i, 2);
-            f[i] = n->t->dtype == DT_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
-        }
-    } else {
-        int32_t *ids = place;
-        *n->dst.ids = ids;
-        for (size_t i = 0; i < n->t->bytes / 8; i++) {
-            int64_t id;
-            memcpy(&id, (uint8_t *)place + 8 * i, 8);
-            if (id < 0 || id >= cfg->n_routed_experts)
-                return fail(err, "tensor %s names expert %lld of %d: download the checkpoint "
-                            "again", n->t->name, (long long)id, cfg->n_routed_experts);
-            ids[i] = (int32_t)id;
-        }
+/* Turn what was read into what the graph uses, in place.  F16 and BF16 vectors were read into the
+ * upper half of it, so that widening front to back never overwrites what is still to read. */
+static int need_finish(const need *n, const dsv4_config *cfg, dsv4_err *err) {
+    bool wider = n->kind == NEED_F32 && n->t->dtype != DT_F32;
+    float *f;
+    int32_t *ids;
+    memcpy(&f, n->dst.raw, sizeof f);
+    memcpy(&ids, n->dst.raw, sizeof ids);
+    for (size_t i = 0; wider && i < n->t->bytes / 2; i++) {
+        uint16_t bits;
+        memcpy(&bits, (uint8_t *)f + n->t->bytes + 2 * i, 2);
+        f[i] = n->t->dtype == DT_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
+    }
+    for (size_t i = 0; n->kind == NEED_IDS && i < n->t->bytes / 8; i++) {
+        int64_t id;
+        memcpy(&id, (uint8_t *)ids + 8 * i, 8);
+        if (id < 0 || id >= cfg->n_routed_experts)
+            return fail(err, "tensor %s names expert %lld of %d: download the checkpoint again",
+                        n->t->name, (long long)id, cfg->n_routed_experts);
+        ids[i] = (int32_t)id;
     }
     return 0;
 }
@@ -543,7 +481,8 @@ static int weights_load(dsv4_weights *w, offload *o, arena *a, dense_mode mode,
         const need *d = &w->needs[i];
         if (!is_kept(d, mode)) continue;
         uint8_t *place = arena_take(a, need_bytes(d));
-        items[n++] = (load_item){d->t, place + (need_bytes(d) > d->t->bytes ? d->t->bytes : 0)};
+        memcpy((void *)d->dst.raw, &place, sizeof place);      /* pointers are all alike */
+        items[n++] = (load_item){d->t, place + need_bytes(d) - d->t->bytes};
     }
     int rc = 0;
     for (size_t i = 0, end; i < n && rc == 0; i = end) {
@@ -552,13 +491,8 @@ static int weights_load(dsv4_weights *w, offload *o, arena *a, dense_mode mode,
         if (progress && progress(arg, (double)i / (double)n)) rc = fail(err, "interrupted");
         else rc = offload_load(o, items + i, end - i, err);
     }
-    n = 0;
-    for (size_t i = 0; i < w->n_needs && rc == 0; i++) {
-        const need *d = &w->needs[i];
-        if (!is_kept(d, mode)) continue;
-        uint8_t *place = items[n++].dst;
-        rc = need_finish(d, place - (need_bytes(d) > d->t->bytes ? d->t->bytes : 0), w->cfg, err);
-    }
+    for (size_t i = 0; i < w->n_needs && rc == 0; i++)
+        if (is_kept(&w->needs[i], mode)) rc = need_finish(&w->needs[i], w->cfg, err);
     free(items);
     return rc;
 }

@@ -287,6 +287,9 @@ typedef struct {
     uint64_t offset, bytes;        /* in the shard's file; checked to lie inside it             */
 } ckpt_tensor;
 
+/* For qsort(): pointers to tensors, or what begins with one, in the order of the files. */
+int tensors_by_place(const void *a, const void *b);
+
 typedef struct ckpt ckpt;
 /* Open every shard of DIR (by model.safetensors.index.json, or every *.safetensors without one)
  * and validate every header: bounds, overlaps, sizes, duplicates, index against shards.  Only
@@ -334,7 +337,7 @@ typedef struct offload offload;
 int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err);
 void offload_close(offload *o);
 const offload_stats *offload_get_stats(const offload *o);
-/* The note of offload_open(), or one on what cache_open() was refused since, or NULL. */
+/* The note of offload_open(), or one on what offload_raw_open() was refused since, or NULL. */
 const char *offload_note(const offload *o);
 
 typedef struct { const ckpt_tensor *t; void *dst; } load_item;

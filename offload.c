@@ -31,6 +31,7 @@
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <limits.h>
@@ -43,7 +44,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/sysmacros.h>
@@ -64,8 +64,6 @@ enum {
     IO_GETS = 48,                  /* when cache_get() adds no more: drives saturate far below,
                                       and of more the one that is waited for comes later        */
     IO_BACKGROUND = 16,            /* of them for cache_ask(), which a get waits for            */
-    IO_BUFS = 1024,                /* registered pieces of arenas                               */
-    IO_BUF_BYTES = 256 << 20,      /* registered at once; the kernel accepts 1 GiB              */
     IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
     RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
@@ -123,35 +121,32 @@ static json_t *parse_object(const char *text, size_t len, const char *where, dsv
     return NULL;
 }
 
-/* n bytes of an open file, through short reads and signals; the caller frees them.  NULL with
- * err->msg set where they do not come. */
-static char *read_part(int fd, size_t n, uint64_t off, const char *path, dsv4_err *err) {
-    char *bytes = malloc(n + 1);
-    size_t done = 0;
-    ssize_t got = 1;
-    if (!bytes) return fail(err, "%s: out of memory for %zu bytes", path, n), NULL;
-    while (done < n && (got > 0 || (got < 0 && errno == EINTR))) {
-        got = pread(fd, bytes + done, n - done, (off_t)(off + done));
+/* n bytes of an open file, through short reads and signals. */
+static int read_at(int fd, void *to, size_t n, uint64_t off, const char *path, dsv4_err *err) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(fd, (char *)to + done, n - done, (off_t)(off + done));
         if (got > 0) done += (size_t)got;
+        else if (got == 0 || errno != EINTR)
+            return fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
+                        got ? strerror(errno) : "the file ends there");
     }
-    if (done == n) return bytes;
-    fail(err, "read %s at byte %" PRIu64 ": %s", path, off + done,
-         got ? strerror(errno) : "the file ends there");
-    free(bytes);
-    return NULL;
+    return 0;
 }
 
 /* A whole small file; on 0 the caller frees *text. */
 static int read_text(char **text, size_t *len, const char *path, size_t max, dsv4_err *err) {
-    int fd;
+    int fd, rc;
     uint64_t size;
     if (open_file(&fd, &size, path, err)) return -1;
     *len = (size_t)size;
-    *text = size <= max ? read_part(fd, *len, 0, path, err) : NULL;
+    *text = size <= max ? malloc(*len + 1) : NULL;
+    if (*text) rc = read_at(fd, *text, *len, 0, path, err);
+    else if (size > max)
+        rc = fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
+    else rc = fail(err, "%s: out of memory", path);
+    if (rc) free(*text);
     close(fd);
-    if (size > max)
-        fail(err, "%s: has %" PRIu64 " bytes; accepted: at most %zu", path, size, max);
-    return *text ? 0 : -1;
+    return rc;
 }
 
 /* The same from a file. */
@@ -189,7 +184,6 @@ typedef struct {                   /* where values are looked up, and how the pl
     const json_t *object;
     const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
     dsv4_err *err;
-    bool optional;                 /* absent or null leaves what is there                       */
 } config_in;
 
 static int refuse(const config_in *in, const char *key, const char *accepted) {
@@ -199,13 +193,15 @@ static int refuse(const config_in *in, const char *key, const char *accepted) {
 
 /* Numbers by key, where they go and what is accepted.  A whole one (a size, a count, an id: 4096.0
  * is none) is a multiple of `multiple`; a real one has multiple 0 and may be written without a
- * point, as rope_theta is. */
+ * point, as rope_theta is.  And what the program computes in one way only, as JSON writes it. */
 typedef struct {
     const char *key;
     size_t at;
     char type;                     /* of the struct's member: int, long (int64_t), float, double */
     int multiple;
     double lo, hi;
+    const char *only;              /* the one value; NULL: a number                             */
+    bool optional;                 /* absent or null leaves what is there                       */
 } field;
 
 static int want_fields(const config_in *in, const field *f, void *out) {
@@ -215,7 +211,10 @@ static int want_fields(const config_in *in, const field *f, void *out) {
         json_int_t whole = json_integer_value(v);
         bool fits = json_is_number(v) && x >= f->lo && x <= f->hi;
         char *at = (char *)out + f->at, accepted[96];
-        if (in->optional && (!v || json_is_null(v))) continue;
+        if ((f->optional && (!v || json_is_null(v))) ||
+            (f->only && !strcmp(show(v).text, f->only)))
+            continue;
+        if (f->only) return refuse(in, f->key, f->only);
         if (!fits || (f->multiple && (!json_is_integer(v) || whole % f->multiple))) {
             snprintf(accepted, sizeof accepted,
                      f->multiple ? "whole numbers from %.15g to %.15g, multiples of %d"
@@ -230,50 +229,41 @@ static int want_fields(const config_in *in, const field *f, void *out) {
     return 0;
 }
 
-/* What the program computes in one way only.  Values stand as JSON writes them. */
-typedef struct { const char *key, *value; bool optional; } constant;
+#define INT(name, lo, hi, multiple) \
+    {#name, offsetof(dsv4_config, name), 'i', multiple, lo, hi, NULL, false}
+#define REAL(key, name, type, lo, hi) \
+    {key, offsetof(dsv4_config, name), type, 0, lo, hi, NULL, false}
+#define ONLY(key, value, optional) {key, 0, 0, 0, 0, 0, value, optional}
+#define END {.key = NULL}
 
-static const constant constants[] = {
-    {"expert_dtype", "\"fp4\"", false},          {"scoring_func", "\"sqrtsoftplus\"", false},
-    {"topk_method", "\"noaux_tc\"", false},      {"norm_topk_prob", "true", false},
-    {"num_key_value_heads", "1", true},          {NULL, NULL, false},
+static const field constants[] = {
+    ONLY("expert_dtype", "\"fp4\"", false), ONLY("scoring_func", "\"sqrtsoftplus\"", false),
+    ONLY("topk_method", "\"noaux_tc\"", false), ONLY("norm_topk_prob", "true", false),
+    ONLY("num_key_value_heads", "1", true), END,
 }, quant_constants[] = {
-    {"fmt", "\"e4m3\"", true},                   {"scale_fmt", "\"ue8m0\"", true},
-    {"weight_block_size", "[128,128]", true},    {NULL, NULL, false},
-}, yarn_constants[] = {
-    {"type", "\"yarn\"", false},                 {NULL, NULL, false},
+    ONLY("fmt", "\"e4m3\"", true), ONLY("scale_fmt", "\"ue8m0\"", true),
+    ONLY("weight_block_size", "[128,128]", true), END,
 };
-
-static int want_constants(const config_in *in, const constant *k) {
-    for (; k->key; k++) {
-        const json_t *v = json_object_get(in->object, k->key);
-        if ((v || !k->optional) && strcmp(show(v).text, k->value) != 0)
-            return refuse(in, k->key, k->value);
-    }
-    return 0;
-}
 
 /* What says which architecture this is.  model_type comes first: of another one, nothing else
  * need make sense. */
 static int config_kind(const config_in *in) {
     const json_t *type = json_object_get(in->object, "model_type");
     const json_t *quant = json_object_get(in->object, "quantization_config");
-    const config_in sub = {quant, in->where, "quantization_config.", in->err, false};
+    const config_in sub = {quant, in->where, "quantization_config.", in->err};
     if (!json_is_string(type)) return refuse(in, "model_type", "\"deepseek_v4\"");
     if (strcmp(json_string_value(type), "deepseek_v4") != 0)
         return fail(in->err, "%s: model_type %.64s is another architecture; this program runs "
                     "deepseek_v4", in->where, json_string_value(type));
-    if (want_constants(in, constants)) return -1;
+    if (want_fields(in, constants, NULL)) return -1;
     if (!quant || json_is_null(quant)) return 0;       /* the tensors' own dtypes decide        */
     if (!json_is_object(quant)) return refuse(in, "quantization_config", "an object");
-    return want_constants(&sub, quant_constants);
+    return want_fields(&sub, quant_constants, NULL);
 }
 
 /* Every number that the model needs.  One that is a size is bounded, so that what is computed from
  * it later cannot overflow; F32 holds the ranges of reals whole, above zero. */
 static const field config_fields[] = {
-#define INT(name, lo, hi, multiple) {#name, offsetof(dsv4_config, name), 'i', multiple, lo, hi}
-#define REAL(key, name, type, lo, hi) {key, offsetof(dsv4_config, name), type, 0, lo, hi}
     INT(hidden_size, 32, MAX_DIM, 32), INT(moe_intermediate_size, 32, MAX_DIM, 32), /* FP4 scales */
     INT(num_hidden_layers, 1, MAX_LAYERS, 1), INT(num_attention_heads, 1, MAX_DIM, 1),
     INT(head_dim, 2, MAX_HEAD_DIM, 1), INT(qk_rope_head_dim, 2, MAX_DIM, 2), /* turns pairs      */
@@ -286,18 +276,18 @@ static const field config_fields[] = {
     INT(hc_mult, 1, MAX_HC, 1), INT(hc_sinkhorn_iters, 1, 1000, 1),
     INT(vocab_size, 1, MAX_VOCAB, 1), INT(bos_token_id, 0, MAX_VOCAB, 1),
     INT(eos_token_id, 0, MAX_VOCAB, 1),
-    {"max_position_embeddings", offsetof(dsv4_config, max_position_embeddings), 'l', 1, 1, 1 << 30},
+    {"max_position_embeddings", offsetof(dsv4_config, max_position_embeddings), 'l', 1, 1, 1 << 30,
+     NULL, false},
     REAL("rope_theta", rope_theta, 'd', 2, 1e15),  /* ln(theta) is divided by                   */
     REAL("compress_rope_theta", compress_rope_theta, 'd', 2, 1e15),
     REAL("swiglu_limit", swiglu_limit, 'f', 1e-6, 1e6), REAL("hc_eps", hc_eps, 'f', 1e-30, 1),
     REAL("routed_scaling_factor", routed_scaling_factor, 'f', 1e-6, 1e6),
-    REAL("rms_norm_eps", rms_norm_eps, 'f', 1e-30, 1), {NULL, 0, 0, 0, 0, 0},
+    REAL("rms_norm_eps", rms_norm_eps, 'f', 1e-30, 1), END,
 }, yarn_fields[] = {
-    REAL("factor", yarn_factor, 'd', 1, 1e6), REAL("beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
+    ONLY("type", "\"yarn\"", false), REAL("factor", yarn_factor, 'd', 1, 1e6),
+    REAL("beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
     REAL("beta_fast", yarn_beta_fast, 'd', 1e-6, 1e6),
-    REAL("original_max_position_embeddings", yarn_original, 'd', 1, 1e12), {NULL, 0, 0, 0, 0, 0},
-#undef INT
-#undef REAL
+    REAL("original_max_position_embeddings", yarn_original, 'd', 1, 1e12), END,
 };
 
 /* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
@@ -318,14 +308,14 @@ static int config_ratios(dsv4_config *cfg, const config_in *in) {
 
 static int config_yarn(dsv4_config *cfg, const config_in *in) {
     const json_t *rope = json_object_get(in->object, "rope_scaling");
-    const config_in sub = {rope, in->where, "rope_scaling.", in->err, false};
+    const config_in sub = {rope, in->where, "rope_scaling.", in->err};
     bool compressed = false;
     for (int l = 0; l <= cfg->num_hidden_layers; l++) compressed |= cfg->compress_ratios[l] != 0;
     cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
     if (!compressed && (!rope || json_is_null(rope))) return 0;
     if (!json_is_object(rope))
         return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
-    if (want_constants(&sub, yarn_constants) || want_fields(&sub, yarn_fields, cfg)) return -1;
+    if (want_fields(&sub, yarn_fields, cfg)) return -1;
     if (cfg->yarn_beta_fast >= cfg->yarn_beta_slow) return 0;
     return refuse(&sub, "beta_fast", "numbers from beta_slow on");
 }
@@ -359,7 +349,7 @@ int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *whe
     *cfg = (dsv4_config){.name = ""};
     json_t *root = parse_object(json, len, where, err);
     if (!root) return -1;
-    const config_in in = {root, where, "", err, false};
+    const config_in in = {root, where, "", err};
     int rc = config_kind(&in) || want_fields(&in, config_fields, cfg) ||
              config_ratios(cfg, &in) || config_yarn(cfg, &in) || config_check(cfg, &in);
     json_decref(root);
@@ -382,12 +372,10 @@ int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
 
 /* F32 must neither round these to 0 nor to 1 where that means something else. */
 static const field sampling_fields[] = {
-    {"temperature", offsetof(sample_opts, temperature), 'f', 0, 0, 1e6},
-    {"top_p", offsetof(sample_opts, top_p), 'f', 0, 1e-6, 1},
-    {"top_k", offsetof(sample_opts, top_k), 'i', 1, 0, MAX_VOCAB},
-    {"min_p", offsetof(sample_opts, min_p), 'f', 0, 0, 0.999999},
-    {"repetition_penalty", offsetof(sample_opts, repetition_penalty), 'f', 0, 1e-6, 1e6},
-    {NULL, 0, 0, 0, 0, 0},
+#define MAY(name, type, multiple, lo, hi) \
+    {#name, offsetof(sample_opts, name), type, multiple, lo, hi, NULL, true}
+    MAY(temperature, 'f', 0, 0, 1e6), MAY(top_p, 'f', 0, 1e-6, 1), MAY(top_k, 'i', 1, 0, MAX_VOCAB),
+    MAY(min_p, 'f', 0, 0, 0.999999), MAY(repetition_penalty, 'f', 0, 1e-6, 1e6), END,
 };
 
 int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
@@ -397,7 +385,7 @@ int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
     if (access(path, F_OK) && errno == ENOENT) return 0;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, err);
     const json_t *on = json_object_get(root, "do_sample");
-    const config_in in = {root, path, "", err, true};
+    const config_in in = {root, path, "", err};
     int rc = root ? want_fields(&in, sampling_fields, o) : -1;
     if (!rc && on && !json_is_null(on) && !json_is_boolean(on))
         rc = refuse(&in, "do_sample", "true or false");
@@ -412,25 +400,27 @@ int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
  * bytes a tensor.                                                                                */
 
 typedef struct {
-    char *path;                    /* DIR/FILE, ours                                            */
+    const char *path;              /* DIR/FILE, ours                                            */
     const char *file;              /* FILE, in path                                             */
     uint64_t size;                 /* of the file when its header was read                      */
     uint64_t need;                 /* what its header describes; UINT64_MAX: not all of it came */
 } ckpt_shard;
 
 struct ckpt {
-    ckpt_shard *shards;
+    ckpt_shard shards[MAX_SHARDS]; /* [n_shards]                                                */
     int n_shards;
     ckpt_tensor *tensors;          /* in order of name once open; names are ours                */
     size_t n_tensors;
+    json_t *map;                   /* weight_map of the index, until open; NULL: there is none  */
 };
 
-/* Types of the safetensors format by size; DT_N marks those the model never uses. */
-static const struct { const char *name; dsv4_dtype dtype; uint64_t bytes; } stored_types[] = {
+/* Types of the safetensors format by size; DT_N marks those the model never uses.  Of one that is
+ * not here no size is known. */
+static const struct stored_type { const char *name; dsv4_dtype dtype; uint64_t bytes; } types[] = {
     {"F32", DT_F32, 4}, {"F16", DT_F16, 2}, {"BF16", DT_BF16, 2}, {"F8_E4M3", DT_F8_E4M3, 1},
     {"F8_E8M0", DT_F8_E8M0, 1}, {"I8", DT_I8, 1}, {"I64", DT_I64, 8},
     {"F64", DT_N, 8}, {"F8_E5M2", DT_N, 1}, {"I32", DT_N, 4}, {"I16", DT_N, 2}, {"U8", DT_N, 1},
-    {"U16", DT_N, 2}, {"U32", DT_N, 4}, {"U64", DT_N, 8}, {"BOOL", DT_N, 1},
+    {"U16", DT_N, 2}, {"U32", DT_N, 4}, {"U64", DT_N, 8}, {"BOOL", DT_N, 1}, {NULL, DT_N, 0},
 };
 
 static bool whole(const json_t *v) { return json_is_integer(v) && json_integer_value(v) >= 0; }
@@ -445,24 +435,23 @@ static int bad_entry(const ckpt_tensor *t, const char *path, const json_t *entry
 static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64_t data_at,
                        dsv4_err *err) {
     const json_t *type = json_object_get(v, "dtype"), *shape = json_object_get(v, "shape");
-    const json_t *range = json_object_get(v, "data_offsets");
-    const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
+    json_t *range = json_object_get(v, "data_offsets");
+    json_int_t begin, end;
+    size_t n = strlen(t->name);    /* JSON with a NUL inside a name is refused already          */
+    if (n == 0 || n >= MAX_NAME)
+        return fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...", path, n,
+                    MAX_NAME - 1, t->name);
     if (!json_is_string(type)) return bad_entry(t, path, v, "dtype", "a string", err);
-    if (json_array_size(range) != 2 || !whole(begin) || !whole(end) ||
-        json_integer_value(begin) > json_integer_value(end))
+    if (json_unpack(range, "[I,I!]", &begin, &end) || begin < 0 || begin > end)
         return bad_entry(t, path, v, "data_offsets", "[begin,end]", err);
-    t->offset = data_at + (uint64_t)json_integer_value(begin);
-    t->bytes = (uint64_t)(json_integer_value(end) - json_integer_value(begin));
+    t->offset = data_at + (uint64_t)begin;
+    t->bytes = (uint64_t)(end - begin);
 
-    uint64_t bytes = 0;            /* of one element, then of all; 0 while the type is unknown  */
-    t->dtype = DT_N;
-    for (size_t i = 0; i < sizeof stored_types / sizeof *stored_types; i++)
-        if (!strcmp(json_string_value(type), stored_types[i].name)) {
-            t->dtype = stored_types[i].dtype;
-            bytes = stored_types[i].bytes;
-        }
-    bool known = bytes > 0, fits = json_is_array(shape);
-    size_t n = json_array_size(shape);
+    const struct stored_type *stored = types;
+    while (stored->name && strcmp(json_string_value(type), stored->name)) stored++;
+    uint64_t bytes = stored->bytes;            /* of one element, then of all                   */
+    bool fits = json_is_array(shape);
+    n = json_array_size(shape);
     for (size_t d = 0; d < n && fits; d++) {
         const json_t *size = json_array_get(shape, d);
         fits = whole(size) &&
@@ -471,12 +460,12 @@ static int entry_parse(ckpt_tensor *t, const char *path, const json_t *v, uint64
     }
     if (!fits)
         return bad_entry(t, path, v, "shape", "a list of sizes whose product fits 64 bits", err);
-    if (known && bytes != t->bytes)
+    if (stored->name && bytes != t->bytes)
         return fail(err, "%s: tensor %s: shape %s of %s needs %" PRIu64 " bytes but data_offsets "
-                    "give %" PRIu64, path, t->name, show(shape).text, json_string_value(type),
-                    bytes, t->bytes);
-    if (n > 4) t->dtype = DT_N;    /* nothing of ours: no tensor of the model has so many axes  */
+                    "give %" PRIu64, path, t->name, show(shape).text, stored->name, bytes,
+                    t->bytes);
     t->n_dims = (int)(n > 4 ? 4 : n);
+    t->dtype = n > 4 ? DT_N : stored->dtype;   /* no tensor of the model has so many axes       */
     return 0;
 }
 
@@ -513,14 +502,8 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     if (all) c->tensors = all;
     int rc = all ? 0 : fail(err, "%s: out of memory for %zu tensors", s->path, first);
     json_object_foreach(root, name, value) {
-        size_t n = strlen(name);   /* JSON with a NUL inside a name is refused already          */
         if (rc) break;
         if (!strcmp(name, "__metadata__")) continue; /* notes of whoever wrote the file         */
-        if (n == 0 || n >= MAX_NAME) {
-            rc = fail(err, "%s: a tensor's name has %zu bytes; accepted: 1 to %d: %.64s...",
-                      s->path, n, MAX_NAME - 1, name);
-            break;
-        }
         ckpt_tensor *t = &c->tensors[c->n_tensors];
         *t = (ckpt_tensor){.name = strdup(name), .shard = which};
         c->n_tensors += t->name != NULL;
@@ -537,44 +520,37 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     return check_overlaps(c->tensors + first, c->n_tensors - first, s, err);
 }
 
-/* Length of the header from a file's first eight bytes (fewer when it has no more), checked against
- * the file's size. */
-static int header_length(ckpt_shard *s, const char *raw, size_t *len, dsv4_err *err) {
-    uint64_t n = 0;
-    memcpy(&n, raw, s->size < 8 ? (size_t)s->size : 8);
-    *len = (size_t)(n = le64toh(n));
-    if (s->size >= 8 && (n < 2 || n > MAX_HEADER_BYTES))
-        return fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
-                    "safetensors file, or it is damaged", s->path, n, MAX_HEADER_BYTES);
-    if (s->size >= 8 && n <= s->size - 8) return 0;
-    s->need = UINT64_MAX;
-    return fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the file "
-                "is cut short, download it again", s->path, s->size, n + 8);
-}
-
-/* Read one shard's header, and nothing behind it. */
+/* Read one shard's header, and nothing behind it.  A file with fewer than the first eight bytes is
+ * read as if these ended in zeros. */
 static int shard_read(ckpt *c, int which, dsv4_err *err) {
     ckpt_shard *s = &c->shards[which];
-    size_t len;
-    int fd, rc = -1;
+    uint64_t len = 0;
+    char *text = NULL;
+    int fd;
     if (open_file(&fd, &s->size, s->path, err)) return -1;
-    char *raw = read_part(fd, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err), *text = NULL;
-    if (raw && !header_length(s, raw, &len, err)) text = read_part(fd, len, 8, s->path, err);
-    if (text) rc = header_parse(c, which, text, len, err);
+    int rc = read_at(fd, &len, s->size < 8 ? (size_t)s->size : 8, 0, s->path, err);
+    len = le64toh(len);
+    if (!rc && s->size >= 8 && (len < 2 || len > MAX_HEADER_BYTES)) {
+        rc = fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
+                  "safetensors file, or it is damaged", s->path, len, MAX_HEADER_BYTES);
+    } else if (!rc && (s->size < 8 || len > s->size - 8)) {
+        s->need = UINT64_MAX;
+        rc = fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the "
+                  "file is cut short, download it again", s->path, s->size, len + 8);
+    }
+    if (!rc && !(text = malloc(len))) rc = fail(err, "%s: out of memory", s->path);
+    if (!rc) rc = read_at(fd, text, len, 8, s->path, err);
+    if (!rc) rc = header_parse(c, which, text, len, err);
     close(fd);
-    free(raw);
     free(text);
     return rc;
 }
 
 /* === 4. Checkpoint ============================================================================ */
 
-static int by_path(const void *a, const void *b) {
-    return strcmp(((const ckpt_shard *)a)->path, ((const ckpt_shard *)b)->path);
-}
-
+/* Of tensors and of shards: what they are called comes first in both. */
 static int by_name(const void *a, const void *b) {
-    return strcmp(((const ckpt_tensor *)a)->name, ((const ckpt_tensor *)b)->name);
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
 /* Without an index: every *.safetensors of the directory. */
@@ -592,13 +568,16 @@ static int list_dir(json_t *files, const char *dir, dsv4_err *err) {
 }
 
 /* With one: every file that it names.  A name must stay inside the directory. */
-static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *err) {
+static int list_index(ckpt *c, json_t *files, const char *path, dsv4_err *err) {
     const char *name;
-    json_t *value;
-    if (!json_object_size(map))
+    json_t *value, *root = parse_file(path, MAX_INDEX_BYTES, err);
+    if (!root) return -1;
+    c->map = json_incref(json_object_get(root, "weight_map"));
+    json_decref(root);
+    if (!json_object_size(c->map))
         return fail(err, "%s: weight_map is %s; accepted: an object that names at least one "
-                    "tensor", path, show(map).text);
-    json_object_foreach(map, name, value) {
+                    "tensor", path, show(c->map).text);
+    json_object_foreach(c->map, name, value) {
         const char *file = json_string_value(value);
         if (!file || !*file || strlen(file) >= MAX_NAME || strchr(file, '/') ||
             !strcmp(file, ".") || !strcmp(file, ".."))
@@ -609,45 +588,28 @@ static int list_index(json_t *files, json_t *map, const char *path, dsv4_err *er
     return 0;
 }
 
-/* Make the list of shards, in order of name, from the keys of an object. */
-static int set_shards(ckpt *c, const char *dir, json_t *files, dsv4_err *err) {
+/* A table without its tensors: the shards of a directory in order of name, be they all there or
+ * not, by the index where there is one. */
+static ckpt *list_shards(const char *dir, dsv4_err *err) {
     char path[PATH_MAX];
     const char *file;
-    json_t *value;
-    size_t n = json_object_size(files);
-    if (n > MAX_SHARDS) return fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
-    c->shards = calloc(n + 1, sizeof *c->shards);
-    json_object_foreach(files, file, value) {
-        if (join(path, dir, file, err)) return -1;
-        char *copy = c->shards ? strdup(path) : NULL;
-        if (!copy) return fail(err, "%s: out of memory", dir);
-        c->shards[c->n_shards++] = (ckpt_shard){.path = copy, .file = copy + strlen(dir) + 1};
-    }
-    if (n) qsort(c->shards, n, sizeof *c->shards, by_path);
-    return 0;
-}
-
-/* A table without its tensors: the shards of a directory, be they all there or not, by the index
- * where there is one.  *map is then its weight_map, which the caller drops, else NULL. */
-static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
-    char path[PATH_MAX];
     ckpt *c = calloc(1, sizeof *c);
-    json_t *root = NULL, *files = json_object();
+    json_t *files = json_object(), *value;
     int rc = c && files ? join(path, dir, "model.safetensors.index.json", err)
                         : fail(err, "%s: out of memory", dir);
-    *map = NULL;
-    if (!rc && access(path, F_OK) && errno == ENOENT) {
-        rc = list_dir(files, dir, err);
-    } else if (!rc) {
-        root = parse_file(path, MAX_INDEX_BYTES, err);
-        *map = json_incref(json_object_get(root, "weight_map"));
-        rc = root ? list_index(files, *map, path, err) : -1;
+    if (!rc) rc = access(path, F_OK) && errno == ENOENT ? list_dir(files, dir, err)
+                                                        : list_index(c, files, path, err);
+    size_t n = json_object_size(files);
+    if (!rc && n > MAX_SHARDS) rc = fail(err, "%s: more than %d shards", dir, MAX_SHARDS);
+    json_object_foreach(files, file, value) {
+        if (rc || (rc = join(path, dir, file, err))) break;
+        const char *copy = strdup(path);
+        if (!copy) rc = fail(err, "%s: out of memory", dir);
+        else c->shards[c->n_shards++] = (ckpt_shard){.path = copy, .file = copy + strlen(dir) + 1};
     }
-    if (!rc) rc = set_shards(c, dir, files, err);
-    json_decref(root);
+    if (!rc) qsort(c->shards, n, sizeof *c->shards, by_name);
     json_decref(files);
     if (!rc) return c;
-    json_decref(*map);
     ckpt_close(c);
     return NULL;
 }
@@ -655,20 +617,21 @@ static ckpt *list_shards(const char *dir, json_t **map, dsv4_err *err) {
 /* Name the shards that a partial download has not brought, before anything is read. */
 static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
     char names[400] = "";
-    int used = 0, n = 0;
+    size_t used = 0;
+    int n = 0;
     if (!c->n_shards) return fail(err, "%s: holds no *.safetensors file", dir);
     for (int i = 0; i < c->n_shards; i++) {
         if (!access(c->shards[i].path, F_OK) || errno != ENOENT) continue;
         n++;
-        used += snprintf(names + used, sizeof names - (size_t)used, " %s", c->shards[i].file);
-        if (used >= (int)sizeof names) used = sizeof names - 1; /* the list is cut there        */
+        if (used < sizeof names)   /* else the list is cut there                                */
+            used += (size_t)snprintf(names + used, sizeof names - used, " %s", c->shards[i].file);
     }
     return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, go on with the download:%s",
                              dir, n, c->n_shards, names);
 }
 
 /* Every tensor once (the table is in order of name), and where the index says, both ways. */
-static int check_table(const ckpt *c, json_t *map, dsv4_err *err) {
+static int check_table(const ckpt *c, dsv4_err *err) {
     const char *name;
     json_t *value;
     for (size_t i = 1; i < c->n_tensors; i++) {
@@ -677,7 +640,7 @@ static int check_table(const ckpt *c, json_t *map, dsv4_err *err) {
             return fail(err, "tensor %s lies in two shards, %s and %s", a->name,
                         c->shards[a->shard].path, c->shards[b->shard].file);
     }
-    if (map) json_object_foreach(map, name, value) {
+    json_object_foreach(c->map, name, value) {
         const char *file = json_string_value(value);
         const ckpt_tensor *t = ckpt_find(c, name);
         if (!t || strcmp(c->shards[t->shard].file, file) != 0)
@@ -685,47 +648,41 @@ static int check_table(const ckpt *c, json_t *map, dsv4_err *err) {
                         "download both again", name, file,
                         t ? c->shards[t->shard].file : "no shard");
     }
-    for (size_t i = 0; map && i < c->n_tensors; i++)
-        if (!json_object_get(map, c->tensors[i].name))
+    for (size_t i = 0; c->map && i < c->n_tensors; i++)
+        if (!json_object_get(c->map, c->tensors[i].name))
             return fail(err, "tensor %s lies in %s, but the index does not name it; download "
                         "both again", c->tensors[i].name,
                         c->shards[c->tensors[i].shard].path);
     return 0;
 }
 
-/* Checks are done: keep only what the model can use, in as little memory as that needs. */
-static void drop_unused(ckpt *c) {
-    size_t n = 0;
+int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
+    ckpt *c = *out = list_shards(dir, err);
+    int rc = c ? check_missing(c, dir, err) : -1;
+    for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
+    if (!rc && c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+    if (!rc) rc = check_table(c, err);
+    if (rc) {
+        ckpt_close(c);
+        *out = NULL;
+        return -1;
+    }
+    size_t n = 0;                  /* checks are done: keep only what the model can use         */
     for (size_t i = 0; i < c->n_tensors; i++) {
         if (c->tensors[i].dtype != DT_N) c->tensors[n++] = c->tensors[i];
         else free((char *)c->tensors[i].name);
     }
     c->n_tensors = n;
-    ckpt_tensor *fit = realloc(c->tensors, (n + 1) * sizeof *fit);
-    if (fit) c->tensors = fit;
-}
-
-int ckpt_open(ckpt **out, const char *dir, dsv4_err *err) {
-    json_t *map;
-    ckpt *c = list_shards(dir, &map, err);
-    *out = NULL;
-    if (!c) return -1;
-    int rc = check_missing(c, dir, err);
-    for (int i = 0; !rc && i < c->n_shards; i++) rc = shard_read(c, i, err);
-    if (!rc && c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
-    if (!rc) rc = check_table(c, map, err);
-    json_decref(map);
-    if (!rc) drop_unused(c);
-    if (!rc) *out = c;
-    else ckpt_close(c);
-    return rc;
+    json_decref(c->map);
+    c->map = NULL;
+    return 0;
 }
 
 void ckpt_close(ckpt *c) {
     if (!c) return;
+    json_decref(c->map);
     for (size_t i = 0; i < c->n_tensors; i++) free((char *)c->tensors[i].name);
-    for (int i = 0; i < c->n_shards; i++) free(c->shards[i].path);
-    free(c->shards);
+    for (int i = 0; i < c->n_shards; i++) free((char *)c->shards[i].path);
     free(c->tensors);
     free(c);
 }
@@ -737,7 +694,6 @@ const ckpt_tensor *ckpt_find(const ckpt *c, const char *name) {
 }
 
 int ckpt_n_shards(const ckpt *c) { return c->n_shards; }
-
 size_t ckpt_n_tensors(const ckpt *c) { return c->n_tensors; }
 
 const ckpt_tensor *ckpt_at(const ckpt *c, size_t i) {
@@ -765,36 +721,34 @@ int config_generation(generation *out, const char *dir, dsv4_err *err) {
         return 0;
     }
     const char *name;
-    json_t *map, *value;
-    ckpt *c = list_shards(dir, &map, err);
-    if (!c) return -1;
-    json_object_foreach(map, name, value) found |= !strncmp(name, second, sizeof second - 1);
-    int rc = 0;
-    for (int i = 0; !rc && !map && i < c->n_shards; i++) rc = shard_read(c, i, err);
-    for (size_t i = 0; i < c->n_tensors; i++)
+    json_t *value;
+    ckpt *c = list_shards(dir, err);
+    int rc = c ? 0 : -1;
+    for (int i = 0; !rc && !c->map && i < c->n_shards; i++) rc = shard_read(c, i, err);
+    json_object_foreach(c ? c->map : NULL, name, value)
+        found |= !strncmp(name, second, sizeof second - 1);
+    for (size_t i = 0; c && i < c->n_tensors; i++)
         found |= !strncmp(c->tensors[i].name, second, sizeof second - 1);
     *out = found ? GEN_0731 : GEN_V4;
-    json_decref(map);
     ckpt_close(c);
     return rc;
 }
 
+#define PARTIAL_DIR ".cache/huggingface/download"
+
 /* Bytes of a file that Hugging Face's client has not finished: it lies elsewhere until it is whole,
  * as NAME.ETAG.incomplete. */
 static uint64_t partial_bytes(const char *dir, const char *file) {
-    char path[PATH_MAX];
-    dsv4_err ignored;
-    const struct dirent *e;
+    char pattern[PATH_MAX];
     struct stat st;
     uint64_t most = 0;
-    DIR *d = join(path, dir, ".cache/huggingface/download", &ignored) ? NULL : opendir(path);
-    while (d && (e = readdir(d))) {
-        const char *dot = strrchr(e->d_name, '.');
-        if (dot && !strcmp(dot, ".incomplete") && !strncmp(e->d_name, file, strlen(file)) &&
-            !fstatat(dirfd(d), e->d_name, &st, 0) && most < (uint64_t)st.st_size)
+    glob_t found = {.gl_pathc = 0};
+    snprintf(pattern, sizeof pattern, "%s/" PARTIAL_DIR "/%s*.incomplete", dir, file);
+    (void)glob(pattern, GLOB_NOSORT, NULL, &found);
+    for (size_t i = 0; i < found.gl_pathc; i++)
+        if (!stat(found.gl_pathv[i], &st) && most < (uint64_t)st.st_size)
             most = (uint64_t)st.st_size;
-    }
-    if (d) closedir(d);
+    globfree(&found);
     return most;
 }
 
@@ -811,36 +765,29 @@ static int survey_shard(ckpt *c, int which, const char *dir, line_fn each, void 
     uint64_t tenth = (all >= g ? g : all >= m ? m : k) / 10;
     const char *unit = all >= g ? "GB" : all >= m ? "MB" : "kB";
     double had = (double)(have / tenth) / 10;
-    int n = snprintf(line, sizeof line, "%s: %s", s->file, missing ? "missing" : "");
-    char *end = line + n;
-    size_t room = sizeof line - (size_t)n;
-    if (missing && have)
-        snprintf(end, room, ", %.1f %s of it in .cache/huggingface/download", had, unit);
-    else if (!missing && s->need == UINT64_MAX)
-        snprintf(end, room, "its header is cut off");
-    else if (!missing && s->need > s->size)
-        snprintf(end, room, "%.1f of %.1f %s", had, (double)((all + tenth - 1) / tenth) / 10, unit);
-    else if (!missing)             /* most reasons begin with the path: not twice               */
-        snprintf(end, room, "%s", strncmp(why.msg, s->path, strlen(s->path)) ? why.msg
-                 : why.msg + strlen(s->path) + 2);
+    if (missing && have) fail(&why, "missing, %.1f %s of it in " PARTIAL_DIR, had, unit);
+    else if (missing) fail(&why, "missing");
+    else if (s->need == UINT64_MAX) fail(&why, "its header is cut off");
+    else if (s->need > s->size)
+        fail(&why, "%.1f of %.1f %s", had, (double)((all + tenth - 1) / tenth) / 10, unit);
+    size_t path = strlen(s->path); /* most reasons begin with it: not twice                     */
+    snprintf(line, sizeof line, "%s: %s", s->file,
+             strncmp(why.msg, s->path, path) ? why.msg : why.msg + path + 2);
     each(arg, line);
     return 1;
 }
 
 int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
     struct stat st;
-    json_t *map;
     int n = 0, rc = stat(dir, &st) ? errno : 0;
-    if (rc == ENOENT) return fail(err, "%s: no such directory", dir);
-    if (rc) return fail(err, "%s: %s", dir, strerror(rc));
+    if (rc) return fail(err, "%s: %s", dir, rc == ENOENT ? "no such directory" : strerror(rc));
     if (!S_ISDIR(st.st_mode)) return fail(err, "%s is not a directory", dir);
-    ckpt *c = list_shards(dir, &map, err);
+    ckpt *c = list_shards(dir, err);
     if (!c) return -1;
     if (!c->n_shards)
         n = fail(err, "%s holds no model: no model.safetensors.index.json and no *.safetensors",
                  dir);
     for (int i = 0; i < c->n_shards; i++) n += survey_shard(c, i, dir, each, arg);
-    json_decref(map);
     ckpt_close(c);
     return n;
 }
@@ -872,7 +819,6 @@ typedef struct io_req {
     io_batch *batch;               /* who asked: this,                                          */
     struct cache_slot *slot;       /* or this                                                   */
     bool background;               /* counts in n_background                                    */
-    int fixed;                     /* the registered buffer it lies in, or -1                   */
     int tries, io_errors;          /* in a row without progress; EIO so far                     */
     int res;                       /* a thread's answer: bytes or -errno, as io_uring gives it  */
     int cause;                     /* set by IO_FAILED                                          */
@@ -947,15 +893,12 @@ struct cache {
     group_uses *uses;
     uint32_t *heat;                /* of earlier runs                                           */
     size_t n_groups;
-    void *map;                     /* [map_bytes], the arena in it                              */
-    uint8_t *arena;                /* [n_slots][slot_bytes], on the edge of a huge page         */
-    size_t slot_bytes, map_bytes;
+    arena map;
+    uint8_t *arena;                /* [n_slots][slot_bytes] in it, on the edge of a huge page   */
+    size_t slot_bytes;
     cache_slot *slots;
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
     int in_flight;                 /* pieces                                                    */
-    int first_buf, end_buf;        /* ours in the table of buffers, buf_slots in each           */
-    int buf_slots, n_bufs;         /* registered so far                                         */
-    bool refused;
     slot_list free, passing, idle; /* the last two: READY, in the order in which they go; with
                                       pins only where cache_pass() found them there             */
     cache_stats stats;
@@ -963,14 +906,14 @@ struct cache {
 
 typedef struct {
     int fd;
-    const char *path;              /* of a raw file: what messages call it, ours                */
+    const char *path;              /* NULL: there is none; of a raw file: its name, ours        */
     uint64_t size;
-    bool direct, fixed;            /* past the page cache; known to the ring by number          */
+    bool direct;                   /* past the page cache                                       */
 } io_file;
 
 struct offload {
     const ckpt *c;
-    io_file *files;                /* [n_shards + RAW_FILES]; fd -1: there is none              */
+    io_file files[MAX_SHARDS + RAW_FILES]; /* [n_shards + RAW_FILES]                            */
     offload_stats stats;
     const char *note;
     io_req *free_reqs;
@@ -980,8 +923,7 @@ struct offload {
     int n_caches;
     bool batch_waits;              /* for a request: the background does not get it             */
 
-    bool has_ring, fixed_bufs;
-    int n_bufs;                    /* first free entry of the table of buffers                  */
+    bool has_ring;
     int ring_error;                /* errno: it broke, and every call from then on says so      */
     struct io_uring ring;
     pthread_t threads[IO_THREADS]; /* else                                                      */
@@ -990,14 +932,10 @@ struct offload {
     io_req reqs[IO_DEPTH];
 };
 
-static void slot_piece_in(cache_slot *s, const io_req *r, bool failed);
+static void slot_piece_in(cache_slot *s);
 static void slot_feed(offload *o);
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+static double seconds(void) { return now_s(); }
 
 /* === 6. Ring and threads ====================================================================== */
 
@@ -1005,18 +943,15 @@ static double seconds(void) {
 static void io_start(offload *o, io_req *r) {
     uint32_t n = r->len - r->done;
     uint64_t at = r->off + r->done;
-    const io_file *f = &o->files[r->file];
+    int fd = o->files[r->file].fd;
     offload_stats *s = &o->stats;
     *(!r->batch ? &s->read_bytes : r->write ? &s->raw_written : &s->raw_read) += n;
     s->reads += !r->write;
     if (o->has_ring) {
         struct io_uring_sqe *sqe = io_uring_get_sqe(&o->ring);
         assert(sqe);               /* as many entries as requests                               */
-        int fd = f->fixed ? r->file : f->fd;
         if (r->write) io_uring_prep_write(sqe, fd, r->buf + r->done, n, at);
-        else if (r->fixed < 0) io_uring_prep_read(sqe, fd, r->buf + r->done, n, at);
-        else io_uring_prep_read_fixed(sqe, fd, r->buf + r->done, n, at, r->fixed);
-        if (f->fixed) io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
+        else io_uring_prep_read(sqe, fd, r->buf + r->done, n, at);
         io_uring_sqe_set_data(sqe, r);
         return;
     }
@@ -1024,26 +959,19 @@ static void io_start(offload *o, io_req *r) {
     assert(sent == sizeof r);      /* there is room for all requests, so it never waits         */
 }
 
-static void io_begin(offload *o, io_req *r) {
+/* With the first of the free requests, which there must be. */
+static void io_begin(offload *o, io_req what) {
+    io_req *r = o->free_reqs;
+    o->free_reqs = r->next;
+    *r = what;
     o->in_flight++;
     o->n_background += r->background;
     io_start(o, r);
 }
 
-static io_req *take_req(offload *o) {
-    io_req *r = o->free_reqs;
-    if (r) o->free_reqs = r->next;
-    return r;
-}
-
 static void give_req(offload *o, io_req *r) {
     r->next = o->free_reqs;
     o->free_reqs = r;
-}
-
-/* The first failure of many requests is kept. */
-static void fault_note(io_fault *f, const io_req *r) {
-    if (!f->cause) *f = (io_fault){r->cause, r->file, r->write, r->off + r->done, r->t};
 }
 
 /* The one path of every completion: again, or to whoever asked. */
@@ -1060,31 +988,30 @@ static void io_complete(offload *o, io_req *r, int res) {
     const io_file *f = &o->files[r->file];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
-    if (r->slot) slot_piece_in(r->slot, r, next == IO_FAILED);
-    if (r->batch) r->batch->in_flight--;
-    if (r->batch && next == IO_FAILED) fault_note(&r->batch->fault, r);
+    io_fault *fault = r->slot ? &r->slot->fault : &r->batch->fault;
+    if (next == IO_FAILED && !fault->cause)    /* the first failure of many is kept             */
+        *fault = (io_fault){r->cause, r->file, r->write, r->off + r->done, r->t};
+    if (r->slot) slot_piece_in(r->slot);
+    else r->batch->in_flight--;
     give_req(o, r);
 }
 
-/* Sleep until the ring has a completion.  Signals wake us: the caller looks and comes back. */
-static void ring_wait(offload *o) {
-    int rc = io_uring_submit_and_wait(&o->ring, 1);
+/* With `wait` sleep until the ring has a completion.  Signals wake us: the caller looks and comes
+ * back. */
+static void ring_reap(offload *o, bool wait) {
+    struct io_uring_cqe *cqe;
+    bool sleep = wait && !io_uring_cq_ready(&o->ring);
+    int rc = sleep ? io_uring_submit_and_wait(&o->ring, 1) : 0;
     for (int n = 0; (rc == -EAGAIN || rc == -EBUSY) && n < IO_TRIES_MAX; n++) {
         (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL); /* the kernel lacks memory */
         rc = io_uring_submit_and_wait(&o->ring, 1);
     }
     if (rc < 0 && rc != -EINTR) o->ring_error = -rc;
-}
-
-static void ring_reap(offload *o, bool wait) {
-    struct io_uring_cqe *cqes[IO_DEPTH];
-    if (wait && !io_uring_cq_ready(&o->ring)) ring_wait(o);
-    unsigned n = io_uring_peek_batch_cqe(&o->ring, cqes, IO_DEPTH);
-    for (unsigned i = 0; i < n; i++) {
-        io_req *r = io_uring_cqe_get_data(cqes[i]);
-        io_complete(o, r, cqes[i]->res);
+    while (!io_uring_peek_cqe(&o->ring, &cqe)) {
+        io_req *r = io_uring_cqe_get_data(cqe);
+        io_complete(o, r, cqe->res);
+        io_uring_cqe_seen(&o->ring, cqe);
     }
-    io_uring_cq_advance(&o->ring, n);
 }
 
 /* Handle the answers that are there; with `wait` sleep until there is one, or a signal. */
@@ -1162,14 +1089,12 @@ static bool go_direct(int fd, bool written) {
 }
 
 static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
-    uint64_t size;
-    if (open_file(&f->fd, &size, s->path, err)) return -1;
-    if (size != s->size)
-        return fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it "
-                    "still being downloaded?", s->path, size, s->size);
+    if (open_file(&f->fd, &f->size, s->path, err)) return -1;
     f->path = s->path;
     f->direct = go_direct(f->fd, false);
-    return 0;
+    if (f->size == s->size) return 0;
+    return fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it still "
+                "being downloaded?", s->path, f->size, s->size);
 }
 
 /* The ring, or false where it is refused or too old to read (Linux before 5.6). */
@@ -1179,11 +1104,6 @@ static bool ring_open(offload *o) {
         io_uring_queue_exit(&o->ring);
         return false;
     }
-    int fds[MAX_SHARDS + RAW_FILES], n = o->c->n_shards + RAW_FILES;
-    for (int i = 0; i < n; i++) fds[i] = o->files[i].fd;       /* -1: a place for later         */
-    bool fixed = !io_uring_register_files(&o->ring, fds, (unsigned)n);
-    for (int i = 0; i < o->c->n_shards; i++) o->files[i].fixed = fixed;
-    o->fixed_bufs = !io_uring_register_buffers_sparse(&o->ring, IO_BUFS); /* Linux 5.19         */
     return true;
 }
 
@@ -1196,35 +1116,25 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
         {"the checkpoint's file system refuses O_DIRECT: reading through the page cache, which is "
          "slower; a local ext4 or XFS disk does not refuse", NULL},
     };
-    *out = NULL;
-    *note = NULL;
-    offload *o = calloc(1, sizeof *o);
-    int n_files = c->n_shards + RAW_FILES, rc = 0;
-    io_file *files = calloc((size_t)n_files, sizeof *files);
-    if (!o || !files) {
-        free(files);
-        free(o);
-        return fail(err, "out of memory");
-    }
+    offload *o = *out = calloc(1, sizeof *o);
     bool direct = true;
+    int rc = 0;
+    *note = NULL;
+    if (!o) return fail(err, "out of memory");
     o->c = c;
-    o->files = files;
     o->work[0] = o->work[1] = o->answers[0] = o->answers[1] = -1;
     for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
-    for (int i = 0; i < n_files; i++) files[i].fd = -1;
     for (int i = 0; !rc && i < c->n_shards; i++) {
-        rc = file_open(&files[i], &c->shards[i], err);
-        direct &= files[i].direct;
+        rc = file_open(&o->files[i], &c->shards[i], err);
+        direct &= o->files[i].direct;
     }
     if (!rc) o->has_ring = ring_open(o);
     if (!rc && !o->has_ring) rc = threads_open(o, err);
-    if (rc) {
-        offload_close(o);
-        return -1;
-    }
-    o->note = *note = notes[o->has_ring][direct];
-    *out = o;
-    return 0;
+    if (!rc) o->note = *note = notes[o->has_ring][direct];
+    if (!rc) return 0;
+    offload_close(o);
+    *out = NULL;
+    return -1;
 }
 
 void offload_close(offload *o) {
@@ -1232,20 +1142,18 @@ void offload_close(offload *o) {
     dsv4_err ignored;
     assert(o->n_caches == 0);
     while (o->in_flight > 0 && !io_reap(o, true, &ignored)) continue; /* of a broken-off load   */
-    for (int i = 0; i < RAW_FILES; i++)
-        if (o->files[o->c->n_shards + i].fd >= 0) offload_raw_close(o, o->c->n_shards + i);
     if (o->work[1] >= 0) close(o->work[1]);    /* the threads end when nothing more can come    */
     for (int i = 0; i < o->n_threads; i++) pthread_join(o->threads[i], NULL);
     const int pipes[] = {o->work[0], o->answers[0], o->answers[1]};
     for (int i = 0; i < 3; i++) if (pipes[i] >= 0) close(pipes[i]);
     if (o->has_ring) io_uring_queue_exit(&o->ring);
-    for (int i = 0; i < o->c->n_shards; i++) if (o->files[i].fd >= 0) close(o->files[i].fd);
-    free(o->files);
+    for (int i = 0; i < o->c->n_shards; i++) if (o->files[i].path) close(o->files[i].fd);
+    for (int i = o->c->n_shards; i < o->c->n_shards + RAW_FILES; i++)
+        if (o->files[i].path) offload_raw_close(o, i);
     free(o);
 }
 
 const offload_stats *offload_get_stats(const offload *o) { return &o->stats; }
-
 const char *offload_note(const offload *o) { return o->note; }
 
 /* One failure as one line.  Which tensor of a run was hit is not known, only its first one. */
@@ -1260,24 +1168,12 @@ static int fault_message(const offload *o, const io_fault *f, dsv4_err *err) {
                 name ? " on)" : "", cause, f->cause == ENOSPC ? "; free some there" : "");
 }
 
-/* A file in dir that has no name. */
-static int raw_create(const char *dir) {
-    char path[PATH_MAX];
-    int fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR)) return fd;
-    int n = snprintf(path, sizeof path, "%s/dsv4-XX" "XX" "XX", dir);  /* not every file system */
-    if (n < 0 || n >= PATH_MAX) errno = ENAMETOOLONG;
-    else if ((fd = mkostemp(path, O_CLOEXEC)) >= 0) unlink(path);
-    return fd;
-}
-
 /* Make room for all of a file; 0 or errno.  What is free is asked first: an attempt would fill
  * the disk for a while. */
 static int raw_reserve(int fd, uint64_t bytes, uint64_t *room) {
     struct statvfs fs;
     int rc;
-    bool known = !fstatvfs(fd, &fs) && fs.f_blocks;
-    *room = known ? (uint64_t)fs.f_bavail * fs.f_frsize : bytes;
+    *room = !fstatvfs(fd, &fs) && fs.f_blocks ? (uint64_t)fs.f_bavail * fs.f_frsize : bytes;
     if (bytes > *room) return ENOSPC;
     do rc = fallocate(fd, 0, 0, (off_t)bytes);
     while (rc && errno == EINTR);
@@ -1286,44 +1182,47 @@ static int raw_reserve(int fd, uint64_t bytes, uint64_t *room) {
 }
 
 int offload_raw_open(offload *o, const char *dir, uint64_t bytes, dsv4_err *err) {
-    int file = o->c->n_shards, fd = raw_create(dir);
+    static const char what[] = "a temporary file in ";
+    int file = o->c->n_shards;
     uint64_t room = 0;
-    char *path = NULL;
+    char *name;
     assert(bytes > 0 && bytes % IO_ALIGN == 0);
-    while (o->files[file].fd >= 0) file++;
+    while (o->files[file].path) file++;
     assert(file < o->c->n_shards + RAW_FILES);
-    int why = fd < 0 ? errno : raw_reserve(fd, bytes, &room);
-    if (!why && asprintf(&path, "a temporary file in %s", dir) < 0) why = ENOMEM;
-    if (why && fd >= 0) close(fd);
+    if (asprintf(&name, "%s%s/dsv4-XX" "XX" "XX", what, dir) < 0) return fail(err, "out of memory");
+    char *path = name + strlen(what);
+    int fd = mkostemp(path, O_CLOEXEC);
+    int why = fd < 0 || unlink(path) ? errno : raw_reserve(fd, bytes, &room);
+    *strrchr(path, '/') = 0;       /* messages call it by what it is and by its directory       */
+    if (!why) {
+        io_file *f = &o->files[file];
+        *f = (io_file){.fd = fd, .path = name, .size = bytes, .direct = go_direct(fd, true)};
+        if (!f->direct && !o->note)
+            o->note = "the file system that KV is moved to refuses O_DIRECT: it goes through the "
+                      "page cache, which is slower; a local ext4 or XFS disk does not refuse";
+        return file;
+    }
+    if (fd >= 0) close(fd);
+    free(name);
     if (why == ENOSPC)
         return fail(err, "%s has no room for a file of %" PRIu64 " bytes, only for %" PRIu64
                     "; free some there, or choose another directory", dir, bytes, room);
-    if (why)
-        return fail(err, "make a file of %" PRIu64 " bytes in %s: %s; choose another directory",
-                    bytes, dir, strerror(why));
-    io_file *f = &o->files[file];
-    *f = (io_file){.fd = fd, .path = path, .size = bytes, .direct = go_direct(fd, true)};
-    if (o->has_ring)
-        f->fixed = io_uring_register_files_update(&o->ring, (unsigned)file, &fd, 1) == 1;
-    if (!f->direct && !o->note)
-        o->note = "the file system that KV is moved to refuses O_DIRECT: it goes through the page "
-                  "cache, which is slower; a local ext4 or XFS disk does not refuse";
-    return file;
+    return fail(err, "make a file of %" PRIu64 " bytes in %s: %s; choose another directory", bytes,
+                dir, strerror(why));
 }
 
 void offload_raw_close(offload *o, int file) {
     io_file *f = &o->files[file];
-    assert(file >= o->c->n_shards && f->fd >= 0);
-    if (f->fixed) (void)io_uring_register_files_update(&o->ring, (unsigned)file, &(int){-1}, 1);
+    assert(file >= o->c->n_shards && f->path);
     close(f->fd);
     free((char *)f->path);
-    *f = (io_file){.fd = -1};
+    *f = (io_file){.path = NULL};
 }
 
 /* Demand like a slot's: what waits for a request already has it first, the background last. */
 int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
               dsv4_err *err) {
-    assert(file >= o->c->n_shards && o->files[file].fd >= 0);
+    assert(file >= o->c->n_shards && o->files[file].path);
     assert(off % IO_ALIGN == 0 && bytes % IO_ALIGN == 0 && (uintptr_t)buf % IO_ALIGN == 0);
     assert(off <= o->files[file].size && bytes <= o->files[file].size - off);
     for (size_t at = 0; at < bytes; at += IO_PIECE) {
@@ -1333,11 +1232,9 @@ int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t
         o->batch_waits = false;
         if (rc) return -1;
         uint32_t n = bytes - at < IO_PIECE ? (uint32_t)(bytes - at) : IO_PIECE;
-        io_req *r = take_req(o);
-        *r = (io_req){.file = file, .write = write, .buf = (uint8_t *)buf + at, .off = off + at,
-                      .len = n, .want = n, .batch = b, .fixed = -1};
         b->in_flight++;
-        io_begin(o, r);
+        io_begin(o, (io_req){.file = file, .write = write, .buf = (uint8_t *)buf + at,
+                             .off = off + at, .len = n, .want = n, .batch = b});
     }
     io_kick(o);
     return 0;
@@ -1378,7 +1275,7 @@ static void list_put(slot_list *l, cache_slot *s, bool first) {
     *(s->next ? &s->next->prev : &l->last) = s;
 }
 
-static int by_place(const void *a, const void *b) {
+int tensors_by_place(const void *a, const void *b) {
     const ckpt_tensor *x = *(const ckpt_tensor *const *)a, *y = *(const ckpt_tensor *const *)b;
     return x->shard != y->shard ? x->shard - y->shard : by_offset(x, y);
 }
@@ -1392,7 +1289,7 @@ static size_t lay_out(const read_group *g, slot_run *runs, int *n_runs) {
     assert(g->n_parts <= GROUP_PARTS);
     for (int i = 0; i < g->n_parts; i++)
         if (g->part[i]->bytes > 0) part[n_parts++] = g->part[i];
-    if (n_parts) qsort(part, (size_t)n_parts, sizeof *part, by_place);
+    if (n_parts) qsort(part, (size_t)n_parts, sizeof *part, tensors_by_place);
     for (int i = 0; i < n_parts; n++) {
         const ckpt_tensor *first = part[i];
         uint64_t begin = first->offset, end = begin;
@@ -1416,89 +1313,38 @@ size_t cache_slot_bytes(const read_group *g, size_t n) {
     return most;
 }
 
-static int buf_set(offload *o, int at, void *piece, size_t bytes) {
-    return io_uring_register_buffers_update_tag(&o->ring, (unsigned)at,
-                                                &(struct iovec){piece, bytes}, &(__u64){0}, 1);
-}
-
-/* Room in the table of buffers for the arena, in pieces of at most most_bytes that end on slot
- * edges.  Slots without that are read as well. */
-static void arena_reserve(cache *c, size_t most_bytes) {
-    offload *o = c->o;
-    c->buf_slots = (int)(most_bytes / c->slot_bytes);
-    c->first_buf = c->end_buf = o->n_bufs;
-    if (!o->has_ring || !c->buf_slots) return;
-    o->n_bufs += (c->n_slots + c->buf_slots - 1) / c->buf_slots;
-    if (o->n_bufs > IO_BUFS) o->n_bufs = IO_BUFS;
-    c->end_buf = o->n_bufs;
-}
-
-/* Have the kernel hold the arena's pages up to this slot, so that no read has to look them up.
- * Best effort, and only when a slot is first used: it makes the pages, which takes its time. */
-static void arena_register(cache *c, int slot) {
-    offload *o = c->o;
-    while (!c->refused && c->first_buf + c->n_bufs < c->end_buf &&
-           c->n_bufs <= slot / c->buf_slots) {
-        int at = c->n_bufs * c->buf_slots;
-        int n = c->n_slots - at < c->buf_slots ? c->n_slots - at : c->buf_slots;
-        int rc = o->fixed_bufs ? buf_set(o, c->first_buf + c->n_bufs,
-                                         c->arena + (size_t)at * c->slot_bytes,
-                                         (size_t)n * c->slot_bytes) : -EINVAL;
-        if (rc == 1) {
-            c->n_bufs++;
-            continue;
-        }
-        c->refused = true;
-        if (!o->note)
-            o->note = rc == -EINVAL ? "this kernel registers no buffers (Linux before 5.19): reads "
-                      "cost more CPU" : "the kernel refuses to register buffers (RLIMIT_MEMLOCK): "
-                      "reads cost more CPU; raise `ulimit -l`";
-    }
-}
-
-static void arena_unregister(cache *c) {
-    offload *o = c->o;
-    for (int i = c->first_buf; i < c->first_buf + c->n_bufs; i++) (void)buf_set(o, i, NULL, 0);
-    if (c->end_buf == o->n_bufs) o->n_bufs = c->first_buf;     /* else a hole stays */
-}
-
 int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int n_slots,
                dsv4_err *err) {
     assert(n >= 1);
     assert(n_slots >= 1);
-    cache *c = calloc(1, sizeof *c);
     size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
-    *out = NULL;
-    if (!c || __builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) ||
-        __builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes))
-        goto bad;
-    *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
-    o->n_caches++;
-    c->map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (c->map == MAP_FAILED) goto bad;
-    c->map_bytes = bytes;
-    c->slot_of = calloc(n, sizeof(cache_slot *));
-    c->uses = calloc(n, sizeof *c->uses);
-    c->heat = calloc(n, sizeof *c->heat);
-    c->slots = calloc((size_t)n_slots, sizeof *c->slots);
-    if (!c->slot_of || !c->uses || !c->heat || !c->slots) goto bad;
-    /* Huge pages: a read pins 512 times fewer of them.  Where refused, only that is lost.  Whole
-     * ones from edge to edge: else a registered buffer is kept page by page. */
-    (void)madvise(c->map, bytes, MADV_HUGEPAGE);
-    c->arena = (uint8_t *)c->map + (HUGE_PAGE - (uintptr_t)c->map % HUGE_PAGE) % HUGE_PAGE;
+    bool fits = !__builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) &&
+                !__builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes);
+    cache *c = *out = fits ? calloc(1, sizeof *c) : NULL;
+    if (c) {
+        *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
+        o->n_caches++;
+    }
+    if (c && !arena_open(&c->map, bytes, "slots", err)) {
+        c->slot_of = calloc(n, sizeof(cache_slot *));
+        c->uses = calloc(n, sizeof *c->uses);
+        c->heat = calloc(n, sizeof *c->heat);
+        c->slots = calloc((size_t)n_slots, sizeof *c->slots);
+    }
+    if (!c || !c->slot_of || !c->uses || !c->heat || !c->slots) {
+        cache_close(c);
+        *out = NULL;
+        return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
+                    slot_bytes);
+    }
+    /* In huge pages, a read pins 512 times fewer of them.  Where refused, only that is lost. */
+    c->arena = c->map.base + (HUGE_PAGE - (uintptr_t)c->map.base % HUGE_PAGE) % HUGE_PAGE;
     c->n_slots = n_slots;
-    arena_reserve(c, IO_BUF_BYTES);
     for (int i = 0; i < n_slots; i++) {
         c->slots[i].c = c;
         list_put(&c->free, &c->slots[i], false);
     }
-    *out = c;
     return 0;
-bad:
-    if (c && c->o) cache_close(c);
-    else free(c);
-    return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
-                slot_bytes);
 }
 
 /* What is on its way must land first.  Where the ring broke, the arena is left to reads that may
@@ -1511,8 +1357,7 @@ void cache_close(cache *c) {
         if (c->slots[i].list == &o->demand || c->slots[i].list == &o->background)
             list_take(&c->slots[i]);
     while (c->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
-    arena_unregister(c);
-    if (c->map_bytes && !c->in_flight) munmap(c->map, c->map_bytes);
+    if (!c->in_flight) arena_close(&c->map);
     o->n_caches--;
     free(c->slots);
     free(c->heat);
@@ -1535,18 +1380,15 @@ static void slot_feed(offload *o) {
         uint64_t begin = t->offset / IO_ALIGN * IO_ALIGN + s->at, end = t->offset + run->bytes;
         assert(s->state == SLOT_READING && begin < end);
         uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
-        int buf = c->n_bufs ? (int)which / c->buf_slots : 0;
-        io_req *r = take_req(o);
-        *r = (io_req){.file = t->shard, .off = begin, .want = want, .t = t, .slot = s,
-                      .len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1),
-                      .buf = c->arena + c->slot_bytes * which + run->region + s->at,
-                      .background = s->list == &o->background,
-                      .fixed = buf < c->n_bufs ? c->first_buf + buf : -1};
-        s->at += r->len;
+        io_req r = {.file = t->shard, .off = begin, .want = want, .t = t, .slot = s,
+                    .len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1),
+                    .buf = c->arena + c->slot_bytes * which + run->region + s->at,
+                    .background = s->list == &o->background};
+        s->at += r.len;
         s->in_flight++;
         c->in_flight++;
         io_begin(o, r);
-        if (begin + r->len < end) continue;
+        if (begin + r.len < end) continue;
         s->at = 0;
         if (++s->run == s->n_runs) list_take(s);
     }
@@ -1573,15 +1415,14 @@ static void slot_settle(cache_slot *s) {
 
 /* A piece has come or failed.  The last one settles the slot; until then even a failed slot
  * stays READING, since the others still land in it. */
-static void slot_piece_in(cache_slot *s, const io_req *r, bool failed) {
+static void slot_piece_in(cache_slot *s) {
     assert(s->state == SLOT_READING);
     assert(s->in_flight > 0);
     s->in_flight--;
     s->c->in_flight--;
-    if (failed) {
-        fault_note(&s->fault, r);
+    if (s->fault.cause) {          /* ask for nothing more                                      */
         if (s->list) list_take(s);
-        s->run = s->n_runs;        /* ask for nothing more                                      */
+        s->run = s->n_runs;
     }
     if (s->in_flight == 0 && s->run == s->n_runs) slot_settle(s);
 }
@@ -1605,11 +1446,6 @@ static cache_slot *slot_take(cache *c) {
     list_take(s);
     assert(s->pins == 0);              /* never while somebody may still read it                */
     assert(s->in_flight == 0);         /* never while a read is landing in it                   */
-    if (s->state != SLOT_FREE) {
-        assert(c->slot_of[s->id] == s);
-        c->slot_of[s->id] = NULL;
-    }
-    s->state = SLOT_FREE;
     return s;
 }
 
@@ -1619,6 +1455,7 @@ static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     size_t bytes = lay_out(&c->groups[id], s->runs, &s->n_runs);
     assert(bytes <= c->slot_bytes);
     c->stats.read_bytes += bytes;
+    if (s->state != SLOT_FREE) c->slot_of[s->id] = NULL;
     s->state = SLOT_READING;
     s->rank = rank;
     s->pins = rank != ASKED;
@@ -1627,7 +1464,6 @@ static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     s->at = 0;
     s->fault.cause = 0;
     c->slot_of[id] = s;
-    arena_register(c, (int)(s - c->slots));
     c->n_orphans += !s->pins;
     if (s->n_runs) list_put(s->pins ? &c->o->demand : &c->o->background, s, false);
     else slot_settle(s);
@@ -1667,7 +1503,6 @@ static int slot_get(cache *c, size_t id, slot_rank rank, dsv4_err *err) {
 }
 
 int cache_get(cache *c, size_t id, dsv4_err *err) { return slot_get(c, id, USED, err); }
-
 int cache_pass(cache *c, size_t id, dsv4_err *err) { return slot_get(c, id, PASSING, err); }
 
 bool cache_holds(const cache *c, size_t id) {
@@ -1721,13 +1556,12 @@ void cache_unpin(cache *c, int slot) {
 }
 
 const cache_stats *cache_get_stats(const cache *c) { return &c->stats; }
-
 const group_uses *cache_uses(const cache *c) { return c->uses; }
 
-/* Heat above, the complement of the id below: descending, ties go to the lower id. */
+/* Places in heat[]: descending by what stands there, ties go to the lower id. */
 static int by_heat(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x < y) - (x > y);
+    const uint32_t *x = *(uint32_t *const *)a, *y = *(uint32_t *const *)b;
+    return *x != *y ? (*x < *y) - (*x > *y) : (x > y) - (x < y);
 }
 
 /* {"groups": n, "heat": [n]}.  Groups that were never used are not asked for. */
@@ -1736,18 +1570,18 @@ void cache_load_heat(cache *c, const char *path) {
     size_t n = c->n_groups;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, &ignored);
     const json_t *count = json_object_get(root, "groups"), *heat = json_object_get(root, "heat");
-    uint64_t *order = calloc(n, sizeof *order);
-    bool good = order && n <= UINT32_MAX && whole(count) && json_array_size(heat) == n &&
+    uint32_t **order = calloc(n, sizeof *order);
+    bool good = order && whole(count) && json_array_size(heat) == n &&
                 (uint64_t)json_integer_value(count) == n;
     for (size_t i = 0; good && i < n; i++) {
         const json_t *v = json_array_get(heat, i);
         good = whole(v) && json_integer_value(v) <= UINT32_MAX;
-        order[i] = (uint64_t)json_integer_value(v) << 32 | (UINT32_MAX - i);
+        c->heat[i] = (uint32_t)json_integer_value(v);
+        order[i] = &c->heat[i];
     }
-    for (size_t i = 0; good && i < n; i++) c->heat[i] = (uint32_t)(order[i] >> 32);
     if (good) qsort(order, n, sizeof *order, by_heat);
-    for (size_t i = 0; good && i < n && order[i] >> 32; i++)
-        cache_ask(c, UINT32_MAX - (uint32_t)order[i]);
+    else memset(c->heat, 0, n * sizeof *c->heat);
+    for (size_t i = 0; good && i < n && *order[i]; i++) cache_ask(c, (size_t)(order[i] - c->heat));
     free(order);
     json_decref(root);
 }
@@ -1776,11 +1610,12 @@ typedef struct {
     const ckpt_tensor *part[STREAM_IDS];
     read_group group[STREAM_IDS];
     int slot[STREAM_IDS];
+    uint64_t most;                 /* bytes of a range                                          */
     size_t asked, taken;           /* ranges so far                                             */
 } stream;
 
 static int stream_open(stream *s, offload *o, uint64_t bytes, dsv4_err *err) {
-    *s = (stream){.slots = NULL};
+    *s = (stream){.most = bytes};
     for (int i = 0; i < STREAM_IDS; i++) {     /* the most that a range can need: off the edge  */
         s->range[i] = (ckpt_tensor){.offset = IO_ALIGN - 1, .bytes = bytes};
         s->part[i] = &s->range[i];
@@ -1790,12 +1625,20 @@ static int stream_open(stream *s, offload *o, uint64_t bytes, dsv4_err *err) {
 }
 
 static bool stream_full(const stream *s) { return s->asked - s->taken == STREAM_SLOTS; }
+static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
 
-static int stream_ask(stream *s, const ckpt_tensor *range, dsv4_err *err) {
+/* Ask for a range of a tensor, from its byte *at on, which is 0 again behind the last one. */
+static int stream_ask(stream *s, const ckpt_tensor *t, uint64_t *at, dsv4_err *err) {
     size_t id = s->asked % STREAM_IDS;
+    ckpt_tensor *range = &s->range[id];
     assert(!stream_full(s));
     assert(!s->slots->slot_of[id]);    /* else it would be a hit on other bytes                 */
-    s->range[id] = *range;
+    *range = *t;
+    range->offset += *at;
+    range->bytes -= *at;
+    if (range->bytes > s->most) range->bytes = s->most;
+    *at += range->bytes;
+    if (*at == t->bytes) *at = 0;
     s->slot[id] = cache_get(s->slots, id, err);
     s->asked += s->slot[id] >= 0;
     return s->slot[id] < 0 ? -1 : 0;
@@ -1813,8 +1656,6 @@ static int stream_look(const stream *s, const uint8_t **data, dsv4_err *err) {
     return 0;
 }
 
-static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
-
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     stream s;
     char *dst[STREAM_IDS];
@@ -1822,17 +1663,12 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     const uint8_t *data;
     for (size_t i = 0; i < n; i++) if (most < items[i].t->bytes) most = items[i].t->bytes;
     if (most == 0) return 0;
-    if (most > LOAD_BYTES) most = LOAD_BYTES;
-    int rc = stream_open(&s, o, most, err);
+    int rc = stream_open(&s, o, most < LOAD_BYTES ? most : LOAD_BYTES, err);
     for (size_t i = 0; !rc && (i < n || s.taken < s.asked);) {
         if (i < n && !stream_full(&s)) {
-            ckpt_tensor range = *items[i].t;
-            range.offset += at;
-            range.bytes = range.bytes - at < most ? range.bytes - at : most;
             dst[s.asked % STREAM_IDS] = (char *)items[i].dst + at;
-            if (range.bytes) rc = stream_ask(&s, &range, err);
-            at += range.bytes;
-            if (at == items[i].t->bytes) i++, at = 0;
+            rc = stream_ask(&s, items[i].t, &at, err);
+            i += at == 0;
         } else if (!(rc = stream_look(&s, &data, err)) && data) {
             memcpy(dst[s.taken % STREAM_IDS], data, s.range[s.taken % STREAM_IDS].bytes);
             stream_give(&s);
@@ -1846,16 +1682,15 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
 static json_t *record_read(const char *record, line_fn each, void *arg) {
     char line[sizeof(dsv4_err) + 64];
     dsv4_err err = {"it is no record of hashes"};
-    const char *name, *hash, *date;
+    const char *name;
     json_t *value, *root = NULL;
-    json_int_t bytes;
     if (!access(record, F_OK) || errno != ENOENT) {
         root = parse_file(record, MAX_CONFIG_BYTES, &err);
         json_t *shards = json_object_get(root, "shards");
         bool good = json_is_object(shards);
         json_object_foreach(shards, name, value)
-            good &= !json_unpack(value, "{s:s,s:I,s:s}", "hash", &hash, "bytes", &bytes, "date",
-                                 &date);
+            good &= !json_unpack_ex(value, NULL, JSON_VALIDATE_ONLY, "{s:s,s:I,s:s}", "hash",
+                                    "bytes", "date");
         if (good) return root;
         snprintf(line, sizeof line, "the record is damaged and counts for nothing: %s", err.msg);
         each(arg, line);
@@ -1864,60 +1699,43 @@ static json_t *record_read(const char *record, line_fn each, void *arg) {
     return json_pack("{s:{}}", "shards");
 }
 
-/* One shard's hash is known: compare, tell, and put it into the record's shards.  The date is the
- * first on which this hash was found. */
-static void record_shard(json_t *shards, const ckpt_shard *s, XXH128_hash_t hash, int width,
-                         line_fn each, void *arg, int *n_changed) {
-    char hex[33], today[16], line[2 * MAX_NAME + 64];
-    XXH128_canonical_t bytes;
+/* Tell one shard's hash, and put it into the record's shards; without one it is gone.  The date is
+ * the first on which this hash was found.  1 where the record said something else. */
+static int record_shard(json_t *shards, const char *file, const char *hash, uint64_t bytes,
+                        int width, line_fn each, void *arg) {
+    char today[16], line[2 * MAX_NAME + 64];
     time_t now = time(NULL);
     struct tm tm;
-    XXH128_canonicalFromHash(&bytes, hash);
-    for (int i = 0; i < 16; i++) snprintf(hex + 2 * i, 3, "%02x", bytes.digest[i]);
-    strftime(today, sizeof today, "%Y-%m-%d", localtime_r(&now, &tm));
-    const json_t *old = json_object_get(shards, s->file);
+    const json_t *old = json_object_get(shards, file);
     const char *date = json_string_value(json_object_get(old, "date"));
-    bool same = old && !strcmp(json_string_value(json_object_get(old, "hash")), hex);
-    *n_changed += old && !same;
-    snprintf(line, sizeof line, "%-*s  %s  %s%.32s", width, s->file, hex,
-             !old ? "new" : same ? "as on " : "CHANGED since ", old ? date : "");
+    bool same = hash && old && !strcmp(json_string_value(json_object_get(old, "hash")), hash);
+    snprintf(line, sizeof line, "%-*.255s  %s%s%s%.32s", width, file, hash ? hash : "",
+             hash ? "  " : "", !old ? "new" : !hash ? "gone since "
+             : same ? "as on " : "CHANGED since ", old ? date : "");
     each(arg, line);
-    if (!same)
-        json_object_set_new(shards, s->file, json_pack("{s:s,s:I,s:s}", "hash", hex, "bytes",
-                                                       (json_int_t)s->size, "date", today));
+    strftime(today, sizeof today, "%Y-%m-%d", localtime_r(&now, &tm));
+    if (!hash) json_object_del(shards, file);
+    else if (!same)
+        json_object_set_new(shards, file, json_pack("{s:s,s:I,s:s}", "hash", hash, "bytes",
+                                                    (json_int_t)bytes, "date", today));
+    return old && !same;
 }
 
 /* Shards of the record that the model no longer has leave it; their number. */
 static int record_gone(json_t *shards, const ckpt *c, int width, line_fn each, void *arg) {
-    char line[2 * MAX_NAME + 64];
     const char *name;
     void *next;
     json_t *value;
     int n = 0, i;
     json_object_foreach_safe(shards, next, name, value) {
         for (i = 0; i < c->n_shards && strcmp(c->shards[i].file, name); i++) continue;
-        if (i < c->n_shards) continue;
-        snprintf(line, sizeof line, "%-*.255s  gone since %.32s", width, name,
-                 json_string_value(json_object_get(value, "date")));
-        each(arg, line);
-        n += !json_object_del(shards, name);
+        if (i == c->n_shards) n += record_shard(shards, name, NULL, 0, width, each, arg);
     }
     return n;
 }
 
-/* The next range of all shards from the first to the last byte.  One a call: the first use of a
- * slot is slow, since the kernel clears its pages. */
-static int hash_ask(stream *s, const ckpt *c, int *shard, uint64_t *at, dsv4_err *err) {
-    if (*shard == c->n_shards || stream_full(s)) return 0;
-    uint64_t left = c->shards[*shard].size - *at;
-    ckpt_tensor range = {.shard = *shard, .offset = *at,
-                         .bytes = left < EXPERT_BYTES ? left : EXPERT_BYTES};
-    *at += range.bytes;
-    if (range.bytes == left) (*shard)++, *at = 0;
-    return stream_ask(s, &range, err);
-}
-
-/* The record is written after each shard: hours of reading survive whatever comes. */
+/* The record is written after each shard: hours of reading survive whatever comes.  One range is
+ * asked for at a time: the first use of a slot is slow, since the kernel clears its pages. */
 int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
               int *n_changed, dsv4_err *err) {
     stream s = {.slots = NULL};
@@ -1937,16 +1755,22 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
     *n_changed = rc ? 0 : record_gone(shards, c, width, each, arg);
     while (!rc && done < total) {
         if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
-        if (rc || (rc = hash_ask(&s, c, &next, &at, err)) ||
-            (rc = stream_look(&s, &data, err)) || !data)
-            continue;
+        if (!rc && next < c->n_shards && !stream_full(&s)) {
+            ckpt_tensor whole = {.shard = next, .bytes = c->shards[next].size};
+            rc = stream_ask(&s, &whole, &at, err);
+            next += at == 0;
+        }
+        if (rc || (rc = stream_look(&s, &data, err)) || !data) continue;
         const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
         const ckpt_shard *shard = &c->shards[t->shard];
         if (t->offset == 0) XXH3_128bits_reset(hash);
         XXH3_128bits_update(hash, data, t->bytes);
         done += t->bytes;
         if (t->offset + t->bytes == shard->size) {
-            record_shard(shards, shard, XXH3_128bits_digest(hash), width, each, arg, n_changed);
+            char hex[33];
+            XXH128_hash_t h = XXH3_128bits_digest(hash);
+            snprintf(hex, sizeof hex, "%016" PRIx64 "%016" PRIx64, h.high64, h.low64);
+            *n_changed += record_shard(shards, shard->file, hex, shard->size, width, each, arg);
             rc = write_json(root, record, err);
         }
         stream_give(&s);
@@ -1960,10 +1784,9 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
 }
 
 /* A range of the shards somewhere: each byte is as likely as another. */
-static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t *rng) {
+static ckpt_tensor draw_range(const ckpt *c, uint64_t total, unsigned short rng[3]) {
     int i = 0;
-    *rng = *rng * 6364136223846793005u + 1442695040888963407u;
-    uint64_t at = (*rng >> 16) % total;
+    uint64_t at = (uint64_t)(erand48(rng) * (double)total);
     for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
     uint64_t size = c->shards[i].size, n = size < EXPERT_BYTES ? size : EXPERT_BYTES;
     if (at > size - n) at = size - n;
@@ -1975,7 +1798,8 @@ static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t *rng) {
 int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
     stream s = {.slots = NULL};
     offload *o;
-    uint64_t total = 0, asked = 0, rng = 1;
+    uint64_t total = 0, asked = 0, at = 0;
+    unsigned short rng[3] = {0};
     const uint8_t *data;
     const char *note;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
@@ -1986,8 +1810,8 @@ int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
         double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
         if (asked < 2 * total && !stream_full(&s) &&
             (!s.asked || (double)(s.asked + 1 - s.taken) * EXPERT_BYTES < soon)) {
-            ckpt_tensor range = draw_range(c, total, &rng);
-            rc = stream_ask(&s, &range, err);
+            ckpt_tensor range = draw_range(c, total, rng);
+            rc = stream_ask(&s, &range, &at, err);
             asked += range.bytes;
         } else if (s.taken == s.asked) {
             break;
@@ -2003,7 +1827,7 @@ int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
 
 /* === 10. This machine ========================================================================= */
 
-enum { LINE = 1100 };
+enum { LINE = 2 * PATH_MAX };      /* mountinfo's have two paths and more                       */
 
 /* The first line of a file that begins with `key`: what follows it there. */
 static bool find_line(char rest[LINE], const char *path, const char *key) {
@@ -2065,25 +1889,22 @@ static bool sys_begins(const char *node, const char *file, const char *text) {
 
 /* A block device by its directory in sysfs: what it lies on is looked at, down to the drives. */
 static void describe_node(disk_info *d, const char *dir, int layers) {
-    char node[PATH_MAX], slaves[PATH_MAX], path[PATH_MAX];
+    char node[PATH_MAX], outer[PATH_MAX], path[PATH_MAX];
     dsv4_err ignored;
-    const struct dirent *e;
-    bool drive = true;
+    glob_t slaves;
     /* a partition has no queue of its own, the disk around it has */
-    if (join(path, dir, "queue", &ignored) || join(slaves, dir, "../queue", &ignored)) return;
-    bool part = access(path, F_OK) && !access(slaves, F_OK);
+    if (join(path, dir, "queue", &ignored) || join(outer, dir, "../queue", &ignored)) return;
+    bool part = access(path, F_OK) && !access(outer, F_OK);
     if (join(path, dir, part ? ".." : ".", &ignored) || !realpath(path, node) ||
-        join(slaves, node, "slaves", &ignored))
+        join(path, node, "slaves/*", &ignored))
         return;
     if (sys_begins(node, "dm/uuid", "CRYPT-")) d->encrypted = true;
-    DIR *list = opendir(slaves);
-    while (list && (e = readdir(list))) {
-        if (e->d_name[0] == '.' || join(path, slaves, e->d_name, &ignored)) continue;
-        drive = false;
-        if (layers > 1) describe_node(d, path, layers - 1);
+    if (!glob(path, 0, NULL, &slaves)) {
+        for (size_t i = 0; i < slaves.gl_pathc && layers > 1; i++)
+            describe_node(d, slaves.gl_pathv[i], layers - 1);
+        globfree(&slaves);
+        return;
     }
-    if (list) closedir(list);
-    if (!drive) return;
     if (sys_begins(node, "queue/rotational", "1")) d->rotating = true;
     if (strstr(node, "/ata")) d->sata = true;
     if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
@@ -2101,26 +1922,17 @@ static void describe_fs(disk_info *d) {
 }
 
 int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err) {
-    char path[PATH_MAX], *line = NULL, source[PATH_MAX] = "";
-    size_t room = 0;
+    char path[PATH_MAX], mount[32], line[LINE], source[PATH_MAX] = "";
     struct stat st, disk;
     *d = (disk_info){.fs = "unknown"};
     int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st)) return fail(err, "open %s: %s", dir, strerror(errno));
     snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
-    uint64_t mount = proc_number(path, "mnt_id:");
+    snprintf(mount, sizeof mount, "%" PRIu64 " ", proc_number(path, "mnt_id:"));
     close(fd);
-    FILE *f = fopen("/proc/self/mountinfo", "r");
-    while (f && getline(&line, &room, f) > 0) {
-        unsigned long id;
-        unsigned major_nr, minor_nr;
-        const char *tail = strstr(line, " - ");        /* optional fields end there             */
-        if (!tail || sscanf(line, "%lu %*u %u:%u", &id, &major_nr, &minor_nr) != 3) continue;
-        if (mount ? id == mount : makedev(major_nr, minor_nr) == st.st_dev)
-            sscanf(tail, " - %31s %4095s", d->fs, source);
-    }
-    free(line);
-    if (f) fclose(f);
+    bool found = find_line(line, "/proc/self/mountinfo", mount);
+    const char *tail = found ? strstr(line, " - ") : NULL;     /* optional fields end there     */
+    if (tail) sscanf(tail, " - %31s %4095s", d->fs, source);
     describe_fs(d);
     /* btrfs and the like have a device number of their own: their source may be a disk's */
     if (!major(st.st_dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk))

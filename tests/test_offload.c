@@ -11,9 +11,7 @@
 #include <malloc.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 static ssize_t hook_pread(int fd, void *buf, size_t n, off_t off);
@@ -52,7 +50,7 @@ typedef struct {
     const cache *c;                /* of a batch: NULL                                          */
     const cache_slot *slot;
     size_t id;
-    bool background, fixed;
+    bool background;
 } logged;
 
 static struct {
@@ -203,8 +201,7 @@ static void hook_sqe(struct io_uring_sqe *sqe, void *req) {
     const io_req *r = req;
     if (hook.n_log < (int)(sizeof hook.log / sizeof *hook.log))
         hook.log[hook.n_log++] = (logged){r->slot ? r->slot->c : NULL, r->slot,
-                                          r->slot ? r->slot->id : 0, r->background,
-                                          sqe->opcode == IORING_OP_READ_FIXED};
+                                          r->slot ? r->slot->id : 0, r->background};
     io_uring_sqe_set_data(sqe, req);
 }
 
@@ -1241,7 +1238,7 @@ static void test_cache_of_odd_groups(void) {
     }
     CHECK(cache_open(&(cache *){NULL}, o, group, N, INT_MAX, &err) == -1 &&
           says(&err, "lower the memory budget"), "%s", err.msg);
-    CHECK(o->n_caches == 0 && o->n_bufs == 0, "%d caches", o->n_caches);
+    CHECK(o->n_caches == 0, "%d caches", o->n_caches);
     offload_close(o);
     ckpt_close(c);
 }
@@ -1883,79 +1880,6 @@ static void test_every_read_may_fail(void) {
     CHECK(failed > n_reads[0] && n_reads[0] > 15, "%d failed of %d reads", failed, n_reads[0]);
     NOTE("%d reads, %d runs failed", n_reads[0], failed);
     hook.refuse_ring = false;
-    remove_tree(dir);
-}
-
-/* Exit status of a process of nobody's that may lock 64 KB: 0 when it reads and says so. */
-static int read_as_nobody(const char *dir) {
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        struct rlimit few = {65536, 65536};
-        bank b;
-        dsv4_err err = {""};
-        int bad = setrlimit(RLIMIT_MEMLOCK, &few) || (getuid() == 0 && setuid(65534)) ||
-                  !bank_open(&b, dir, 12, 5);
-        if (bad) _exit(9);
-        for (int e = 0; e < 12; e++) if (!use_group(b.k, e, &err)) _exit(2);
-        const char *note = offload_note(b.o);
-        if (b.o->has_ring && b.k->n_bufs == 0) bad = !note || !strstr(note, "ulimit -l") ||
-                                                     strchr(note, '\n');
-        else bad = b.o->has_ring ? 8 : !note || strstr(note, "ulimit");
-        bank_close(&b);
-        _exit(bad);
-    }
-    int status = -1;
-    return child < 0 || waitpid(child, &status, 0) < 0 ? -1 : status;
-}
-
-static void test_buffers_are_registered(void) {
-    const char *dir = fresh_dir();
-    bank b;
-    dsv4_err err = {""};
-    set_mood(CALM, 0, 0);
-    write_experts(dir, 12, 1056, 2080, SHUFFLED);
-    if (!bank_open(&b, dir, 12, 5)) return;
-    CHECK(b.k->n_bufs == 0 && use_group(b.k, 0, &err), "%s", err.msg);
-    if (b.k->n_bufs) {
-        CHECK(b.k->n_bufs == 1 && !offload_note(b.o), "%s", offload_note(b.o));
-        for (int few = 0; few < 2; few++) {    /* in pieces of two slots; not all of the slots  */
-            arena_unregister(b.k);
-            b.k->n_bufs = 0;
-            arena_reserve(b.k, few ? 2 * b.k->slot_bytes : 3 * b.k->slot_bytes - 1);
-            arena_register(b.k, 2);
-            CHECK(b.k->n_bufs == 2 && b.k->buf_slots == 2, "%d", b.k->n_bufs);
-            arena_register(b.k, 4);
-            CHECK(b.k->n_bufs == 3, "%d", b.k->n_bufs);
-            if (few) b.k->n_bufs = 2;
-            b.k->refused = few;
-            hook.n_log = 0;
-            for (int e = 0; e < 12; e++) CHECK(use_group(b.k, e, &err), "%d: %s", e, err.msg);
-            for (int i = 0; i < hook.n_log; i++)
-                CHECK(hook.log[i].fixed == (!few || hook.log[i].slot - b.k->slots < 4), "%d", i);
-            b.k->n_bufs = 3;
-            b.k->refused = false;
-        }
-        cache *more[3];
-        for (int i = 0; i < 3; i++)
-            CHECK(!cache_open(&more[i], b.o, b.group, 12, 2, &err), "%s", err.msg);
-        cache_close(more[1]);
-        CHECK(use_group(more[2], 3, &err) && use_group(more[0], 3, &err), "%s", err.msg);
-        CHECK(more[2]->n_bufs == 1 && more[2]->first_buf == 5, "%d", more[2]->first_buf);
-        cache_close(more[2]);
-        CHECK(b.o->n_bufs == 5, "%d", b.o->n_bufs);
-        cache_close(more[0]);
-        bool fixed = b.o->fixed_bufs;
-        b.o->fixed_bufs = false;               /* an older kernel                               */
-        CHECK(!cache_open(&more[0], b.o, b.group, 12, 2, &err) && use_group(more[0], 3, &err) &&
-              strstr(offload_note(b.o), "Linux before 5.19"), "%s", err.msg);
-        cache_close(more[0]);
-        b.o->fixed_bufs = fixed;
-    }
-    bank_close(&b);
-    CHECK(!chmod(top, 0755) && !chmod(dir, 0755), "chmod");
-    int status = read_as_nobody(dir);
-    CHECK(status == 0, "status %x", (unsigned)status);
     remove_tree(dir);
 }
 
@@ -2933,7 +2857,6 @@ int main(int argc, char **argv) {
     RUN(test_passing_leaves_the_cache_as_it_is);
     RUN(test_cache_close_waits);
     RUN(test_every_read_may_fail);
-    RUN(test_buffers_are_registered);
     RUN(test_heat_is_kept);
     RUN(test_raw_files_keep_what_is_written);
     RUN(test_raw_files_are_refused_by_name);
