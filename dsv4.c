@@ -894,7 +894,7 @@ int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *
                    dsv4_err *err) {
     uint64_t most = (e->plan.budget - e->plan.base) / 2;
     if (exec_measure(e->ex, most, seconds / 2, &out->exec, err)) return -1;
-    return disk_measure(c, seconds / 2, &out->disk_bytes_s, err);
+    return disk_measure(c, e->plan.slot_bytes, seconds / 2, &out->disk_bytes_s, err);
 }
 
 void engine_close(dsv4_engine *e) {

@@ -323,8 +323,9 @@ typedef struct {
     bool rotating, sata, network, fuse, encrypted;
 } disk_info;
 int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err);
-/* Bytes a second of expert-sized O_DIRECT reads at random places of the shards, for `seconds`. */
-int disk_measure(const ckpt *c, double seconds, double *bytes_s, dsv4_err *err);
+/* Bytes a second of O_DIRECT reads of `bytes` at random places of the shards, for `seconds`; takes
+ * memory for eight. */
+int disk_measure(const ckpt *c, uint64_t bytes, double seconds, double *bytes_s, dsv4_err *err);
 
 typedef struct {                   /* counters since open                                       */
     uint64_t read_bytes, reads, retries; /* read_bytes: of shards                               */

@@ -68,7 +68,7 @@ enum {
     RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
     LOAD_BYTES = 4 << 20,          /* one range of offload_load()                               */
-    EXPERT_BYTES = 12 << 20,       /* one of ckpt_hash(), disk_measure(): an expert of V4-Flash */
+    EXPERT_BYTES = 12 << 20,       /* one of ckpt_hash(): an expert of V4-Flash               */
     STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
     STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
     DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
@@ -947,6 +947,7 @@ static void io_start(offload *o, io_req *r) {
     offload_stats *s = &o->stats;
     *(!r->batch ? &s->read_bytes : r->write ? &s->raw_written : &s->raw_read) += n;
     s->reads += !r->write;
+    if (r->slot) r->slot->c->stats.read_bytes += n;
     if (o->has_ring) {
         struct io_uring_sqe *sqe = io_uring_get_sqe(&o->ring);
         assert(sqe);               /* as many entries as requests                               */
@@ -1454,7 +1455,6 @@ static void slot_fill(cache_slot *s, size_t id, slot_rank rank) {
     cache *c = s->c;
     size_t bytes = lay_out(&c->groups[id], s->runs, &s->n_runs);
     assert(bytes <= c->slot_bytes);
-    c->stats.read_bytes += bytes;
     if (s->state != SLOT_FREE) c->slot_of[s->id] = NULL;
     s->state = SLOT_READING;
     s->rank = rank;
@@ -1784,18 +1784,19 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
 }
 
 /* A range of the shards somewhere: each byte is as likely as another. */
-static ckpt_tensor draw_range(const ckpt *c, uint64_t total, unsigned short rng[3]) {
+static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t bytes,
+                              unsigned short rng[3]) {
     int i = 0;
     uint64_t at = (uint64_t)(erand48(rng) * (double)total);
     for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
-    uint64_t size = c->shards[i].size, n = size < EXPERT_BYTES ? size : EXPERT_BYTES;
+    uint64_t size = c->shards[i].size, n = size < bytes ? size : bytes;
     if (at > size - n) at = size - n;
     return (ckpt_tensor){.shard = i, .offset = at / IO_ALIGN * IO_ALIGN, .bytes = n};
 }
 
 /* How much is asked for at once follows from what came: so a slow disk is asked for little, and
  * the last answers come when the time is over, not long after. */
-int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
+int disk_measure(const ckpt *c, uint64_t bytes, double limit, double *bytes_s, dsv4_err *err) {
     stream s = {.slots = NULL};
     offload *o;
     uint64_t total = 0, asked = 0, at = 0;
@@ -1803,14 +1804,14 @@ int disk_measure(const ckpt *c, double limit, double *bytes_s, dsv4_err *err) {
     const uint8_t *data;
     const char *note;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
-    int rc = offload_open(&o, c, &note, err) || stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
+    int rc = offload_open(&o, c, &note, err) || stream_open(&s, o, bytes, err) ? -1 : 0;
     double begin = seconds(), now = 0;
     while (!rc) {
         now = seconds() - begin;
         double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
         if (asked < 2 * total && !stream_full(&s) &&
-            (!s.asked || (double)(s.asked + 1 - s.taken) * EXPERT_BYTES < soon)) {
-            ckpt_tensor range = draw_range(c, total, rng);
+            (!s.asked || (double)(s.asked + 1 - s.taken) * (double)bytes < soon)) {
+            ckpt_tensor range = draw_range(c, total, bytes, rng);
             rc = stream_ask(&s, &range, &at, err);
             asked += range.bytes;
         } else if (s.taken == s.asked) {

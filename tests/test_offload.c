@@ -2766,7 +2766,7 @@ static double measure(const char *dir, double limit, uint64_t *read, dsv4_err *e
     err->msg[0] = 0;
     if (ckpt_open(&c, dir, err)) return -2;
     uint64_t before = bytes_read();
-    if (disk_measure(c, limit, &rate, err)) rate = -1;
+    if (disk_measure(c, EXPERT_BYTES, limit, &rate, err)) rate = -1;
     *read = bytes_read() - before;
     ckpt_close(c);
     return rate;
