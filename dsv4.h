@@ -37,6 +37,12 @@
 extern "C" {
 #endif
 
+#ifdef __CUDACC__                  /* small functions that kernels of a GPU call, too           */
+#define BOTH __host__ __device__
+#else
+#define BOTH
+#endif
+
 /* === 1. Errors and limits ===================================================================== */
 
 #define DSV4_VERSION "0.1.0"
@@ -87,17 +93,17 @@ typedef struct {
     const uint8_t *scale;
 } dsv4_mat;
 
-float e4m3_to_f32(uint8_t code);   /* 0x7f and 0xff are NaN                                     */
-uint8_t f32_to_e4m3(float x);      /* nearest, ties to even, clamped to +-448; NaN stays NaN    */
-float e2m1_to_f32(uint8_t nibble); /* the low four bits                                         */
-uint8_t f32_to_e2m1(float x);      /* nearest, ties to the even code, clamped to +-6            */
-float e8m0_to_f32(uint8_t code);   /* 2^(code-127); 0xff is NaN                                 */
-uint8_t ceil_to_e8m0(float x);     /* the least power of two >= x, a positive normal number     */
-float bf16_to_f32(uint16_t bits);
-uint16_t f32_to_bf16(float x);     /* nearest, ties to even; NaN stays NaN                      */
-float f16_to_f32(uint16_t bits);
-float exp_f32(float x);            /* our exp: fmaf only, one result on every machine; within
-                                      2 ulp; 0 below -104, infinity above 88.73                 */
+BOTH float e4m3_to_f32(uint8_t code);    /* 0x7f and 0xff are NaN                                 */
+BOTH uint8_t f32_to_e4m3(float x);       /* nearest, ties to even, to +-448 at most; NaN stays NaN  */
+BOTH float e2m1_to_f32(uint8_t nibble);  /* the low four bits                                     */
+BOTH uint8_t f32_to_e2m1(float x);       /* nearest, ties to the even code, clamped to +-6        */
+BOTH float e8m0_to_f32(uint8_t code);    /* 2^(code-127); 0xff is NaN                             */
+BOTH uint8_t ceil_to_e8m0(float x);      /* the least power of two >= x, a positive normal number */
+BOTH float bf16_to_f32(uint16_t bits);
+BOTH uint16_t f32_to_bf16(float x);      /* nearest, ties to even; NaN stays NaN                  */
+BOTH float f16_to_f32(uint16_t bits);
+BOTH float exp_f32(float x);             /* our exp: fmaf only, one result on every machine; within
+                                            2 ulp; 0 below -104, infinity above 88.73             */
 
 /* === 3. Config (M1's table; names are config.json's keys) ===================================== */
 

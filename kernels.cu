@@ -1,6 +1,7 @@
 /* kernels.cu -- the book of ops: what each operation computes, and its plain-C reference.
  *
  *      contract (a comment)  ->  NAME_ref, here  ->  NAME_cpu, in kernels.c
+ *                                               ->  NAME_cuda, here, of the first simple ones
  *
  * A reference is the specification: scalar, sums in double, in MODEL.md's words, never optimised.
  * The fast twin is checked against it: `==` where a contract says BIT-DEFINED, else within a
@@ -23,13 +24,13 @@
 
 /* === 1. Number formats (M1) =================================================================== */
 
-static uint32_t f32_bits(float x) {
+BOTH static uint32_t f32_bits(float x) {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     return u;
 }
 
-static float bits_f32(uint32_t u) {
+BOTH static float bits_f32(uint32_t u) {
     float x;
     memcpy(&x, &u, sizeof x);
     return x;
@@ -39,7 +40,7 @@ static float bits_f32(uint32_t u) {
  * subnormals, whose least normal number is 2^(least - 127).  Nearest, ties to the even code.
  * Adding 2^(e + 23 - mant) makes the F32 addition itself round to the format's step at
  * exponent e; the sum's low bits then count steps.  x must not exceed the format's largest. */
-static uint32_t small_code(float x, uint32_t least, uint32_t mant) {
+BOTH static uint32_t small_code(float x, uint32_t least, uint32_t mant) {
     uint32_t e = f32_bits(x) >> 23;
     if (e < least) e = least;
     float big = bits_f32((e + 23 - mant) << 23);
@@ -48,59 +49,59 @@ static uint32_t small_code(float x, uint32_t least, uint32_t mant) {
 }
 
 /* 512 times the value of an e4m3 code, an integer: |m| <= 229376.  (A NaN code counts as 480.) */
-static int32_t e4m3_int(uint8_t code) {
+BOTH static int32_t e4m3_int(uint8_t code) {
     int32_t mag = code & 127;
     int32_t m = mag < 8 ? mag : (8 + (mag & 7)) << ((mag >> 3) - 1);
     return code & 128 ? -m : m;
 }
 
 /* Twice the value of an e2m1 nibble, an integer: |w| <= 12. */
-static int32_t e2m1_int(uint8_t nibble) {
+BOTH static int32_t e2m1_int(uint8_t nibble) {
     static const int8_t twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
     return nibble & 8 ? -twice[nibble & 7] : twice[nibble & 7];
 }
 
-float e4m3_to_f32(uint8_t code) {
+BOTH float e4m3_to_f32(uint8_t code) {
     if ((code & 127) == 127) return NAN;
     float x = (float)e4m3_int(code) * 0x1p-9f;
     return code == 128 ? -0.0f : x;
 }
 
-uint8_t f32_to_e4m3(float x) {
+BOTH uint8_t f32_to_e4m3(float x) {
     uint8_t sign = (uint8_t)(f32_bits(x) >> 24 & 128);
     if (isnan(x)) return 127;                                /* a NaN's sign differs by machine */
     return (uint8_t)(sign | small_code(fminf(fabsf(x), 448), 127 - 6, 3));
 }
 
-float e2m1_to_f32(uint8_t nibble) {
+BOTH float e2m1_to_f32(uint8_t nibble) {
     float x = (float)e2m1_int(nibble) * 0.5f;
     return (nibble & 15) == 8 ? -0.0f : x;
 }
 
-uint8_t f32_to_e2m1(float x) {
+BOTH uint8_t f32_to_e2m1(float x) {
     uint8_t sign = (uint8_t)(f32_bits(x) >> 28 & 8);
     return (uint8_t)(sign | small_code(fminf(fabsf(x), 6), 127, 1));
 }
 
-float e8m0_to_f32(uint8_t code) {
+BOTH float e8m0_to_f32(uint8_t code) {
     if (code == 255) return NAN;
     return bits_f32(code ? (uint32_t)code << 23 : 1u << 22); /* 2^-127 is subnormal in F32 */
 }
 
-uint8_t ceil_to_e8m0(float x) {
+BOTH uint8_t ceil_to_e8m0(float x) {
     uint32_t u = f32_bits(x);
     return (uint8_t)((u >> 23) + ((u & 0x7fffff) != 0));
 }
 
-float bf16_to_f32(uint16_t bits) { return bits_f32((uint32_t)bits << 16); }
+BOTH float bf16_to_f32(uint16_t bits) { return bits_f32((uint32_t)bits << 16); }
 
-uint16_t f32_to_bf16(float x) {
+BOTH uint16_t f32_to_bf16(float x) {
     uint32_t u = f32_bits(x);
     if (isnan(x)) return (uint16_t)(u >> 16 | 0x40);         /* quiet, so that it stays NaN */
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-float f16_to_f32(uint16_t bits) {
+BOTH float f16_to_f32(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16;
     uint32_t e = bits >> 10 & 31, mant = bits & 1023;
     if (e == 31) return bits_f32(sign | 0x7f800000 | mant << 13);
@@ -109,7 +110,7 @@ float f16_to_f32(uint16_t bits) {
 }
 
 /* Element (r, c) of a weight matrix in any stored format, its scale multiplied in. */
-static double mat_at(const dsv4_mat *w, int r, int c) {
+BOTH static double mat_at(const dsv4_mat *w, int r, int c) {
     size_t at = (size_t)r * (size_t)w->cols + (size_t)c;
     const uint8_t *bytes = (const uint8_t *)w->data;
     switch (w->dtype) {
@@ -134,7 +135,7 @@ static double mat_at(const dsv4_mat *w, int r, int c) {
  * (error 5e-9), then times 2^n in two halves, so that subnormal results round only once and
  * too large ones overflow by themselves.  Adding 1.5 * 2^23 rounds x / ln 2 to the integer n.
  * ln 2 = 0.693147182464... - 1.90465e-9: the F32 nearest it, and the rest. */
-float exp_f32(float x) {
+BOTH float exp_f32(float x) {
     const float shift = 0x1.8p23f;
     x = x < -105.0f ? -105.0f : x;                           /* a NaN passes both             */
     x = x > 89.0f ? 89.0f : x;
@@ -227,6 +228,16 @@ void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc
             for (int c = 0; c < w->cols; c++) *h++ = (float)mat_at(w, tokens[t], c);
     }
 }
+#ifdef __CUDACC__
+/* grid n.  w's pointers are the device's, as all of a twin's. */
+extern "C" __global__ void embed_cuda(float *h, dsv4_mat w, const int32_t *tokens, int hc) {
+    float *row = h + (size_t)blockIdx.x * hc * w.cols;
+    for (int c = threadIdx.x; c < w.cols; c += blockDim.x) {
+        float x = (float)mat_at(&w, tokens[blockIdx.x], c);
+        for (int i = 0; i < hc; i++) row[(size_t)i * w.cols + c] = x;
+    }
+}
+#endif
 
 /* === 5. rmsnorm: y = x / sqrt(mean(x^2) + eps) * w ================================= M3 =========
  * out  y [n][d]; may be x
@@ -240,6 +251,30 @@ static void rmsnorm_ref(float *y, const float *x, const float *w, int n, int d, 
         for (int c = 0; c < d; c++) y[c] = (float)(x[c] * r * (w ? w[c] : 1));
     }
 }
+#ifdef __CUDACC__
+/* The sum over a block of up to 1,024 threads, in all of them: lanes, then warps. */
+static __device__ float block_sum(float x) {
+    __shared__ float sum[32];
+    for (int far = 16; far; far /= 2) x += __shfl_xor_sync(~0u, x, far);
+    if (threadIdx.x % 32 == 0) sum[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int w = 0; w < (int)blockDim.x / 32; w++) x += sum[w];
+    __syncthreads();
+    return x;
+}
+
+/* grid n, block a multiple of 32.  Differs: F32 sums. */
+extern "C" __global__ void rmsnorm_cuda(float *y, const float *x, const float *w, int d,
+                                        float eps) {
+    float sum = 0;
+    x += (size_t)blockIdx.x * d;
+    y += (size_t)blockIdx.x * d;
+    for (int c = threadIdx.x; c < d; c += blockDim.x) sum += x[c] * x[c];
+    float r = 1 / sqrtf(block_sum(sum) / d + eps);
+    for (int c = threadIdx.x; c < d; c += blockDim.x) y[c] = x[c] * r * (w ? w[c] : 1);
+}
+#endif
 
 /* === 6. act_quant: rounded activations, as F32 ===================================== M2, aq128 ==
  *   per block of 128: s = 2^ceil(log2(max(amax, 1e-4) * F32(1/448))), y = e4m3(x / s) * s
@@ -254,6 +289,25 @@ static void act_quant_ref(float *y, const float *x, int n, int d, dsv4_exec *ex)
             for (int i = b; i < stop; i++) y[i] = e4m3_to_f32(f32_to_e4m3(x[i] / s)) * s;
         }
 }
+#ifdef __CUDACC__
+/* e4m3_block_scale() of a warp's n <= 128 values. */
+static __device__ uint8_t warp_scale(const float *x, int n) {
+    float amax = 0;
+    for (int i = threadIdx.x; i < n; i += 32) amax = fmaxf(amax, fabsf(x[i]));
+    for (int far = 16; far; far /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, far));
+    return ceil_to_e8m0(fmaxf(amax, 1e-4f) * (1.0f / 448));
+}
+
+/* grid (ceil(d/128), n), block 32. */
+extern "C" __global__ void act_quant_cuda(float *y, const float *x, int d) {
+    size_t at = (size_t)blockIdx.y * d + blockIdx.x * 128;
+    int len = min(128, d - (int)blockIdx.x * 128);
+    float s = e8m0_to_f32(warp_scale(x + at, len));
+    __syncwarp();                  /* y may be x: all have read it */
+    for (int i = threadIdx.x; i < len; i += 32)
+        y[at + i] = e4m3_to_f32(f32_to_e4m3(x[at + i] / s)) * s;
+}
+#endif
 
 /* === 7. act_codes: the same values as codes and scales ============================= M2, aq128 ==
  * out  code [n][d] e4m3   scale [n][ceil(d/128)] e8m0
@@ -264,6 +318,17 @@ static void act_codes_ref(uint8_t *code, uint8_t *scale, const float *x, int n, 
     for (int t = 0; t < n; t++, x += d, code += d, scale += (d + 127) / 128)
         e4m3_code_blocks(code, scale, x, d, 128);
 }
+#ifdef __CUDACC__
+/* grid (ceil(d/128), n), block 32. */
+extern "C" __global__ void act_codes_cuda(uint8_t *code, uint8_t *scale, const float *x, int d) {
+    size_t at = (size_t)blockIdx.y * d + blockIdx.x * 128;
+    int len = min(128, d - (int)blockIdx.x * 128);
+    uint8_t s = warp_scale(x + at, len);
+    if (threadIdx.x == 0) scale[blockIdx.y * gridDim.x + blockIdx.x] = s;
+    for (int i = threadIdx.x; i < len; i += 32)
+        code[at + i] = f32_to_e4m3(x[at + i] / e8m0_to_f32(s));
+}
+#endif
 
 /* === 8. act_values: the values of codes and scales ================================= M2, aq128 ==
  * out  y [n][d] = e4m3(code) * scale of its block of 128: act_quant's y, bit by bit
@@ -274,6 +339,16 @@ static void act_values_ref(float *y, const uint8_t *code, const uint8_t *scale, 
     for (int t = 0; t < n; t++, y += d, code += d, scale += (d + 127) / 128)
         for (int i = 0; i < d; i++) y[i] = e4m3_to_f32(code[i]) * e8m0_to_f32(scale[i / 128]);
 }
+#ifdef __CUDACC__
+/* grid (ceil(d/128), n), block 128. */
+extern "C" __global__ void act_values_cuda(float *y, const uint8_t *code, const uint8_t *scale,
+                                           int d) {
+    int i = blockIdx.x * 128 + threadIdx.x;
+    size_t row = (size_t)blockIdx.y * d;
+    uint8_t s = scale[blockIdx.y * gridDim.x + blockIdx.x];
+    if (i < d) y[row + i] = e4m3_to_f32(code[row + i]) * e8m0_to_f32(s);
+}
+#endif
 
 /* === 9. linear: y = W x, per group of rows ========================================= M3 =========
  *   rows are cut in `groups` equal groups; group g sees its own columns of x:
@@ -638,6 +713,23 @@ static void hc_post_ref(float *h, const float *y, const float *post, const float
             for (int j = 0; j < hc; j++) h[j * dim + c] = (float)fresh[j];
         }
 }
+#ifdef __CUDACC__
+/* grid (ceil(dim/256), n), block 256, a thread a column.  Differs: F32 sums. */
+extern "C" __global__ void hc_post_cuda(float *h, const float *y, const float *post,
+                                        const float *comb, int hc, int dim) {
+    int c = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
+    float old[MAX_HC];
+    if (c >= dim) return;
+    h += (size_t)t * hc * dim + c;
+    for (int i = 0; i < MAX_HC; i++) old[i] = i < hc ? h[(size_t)i * dim] : 0;
+    for (int j = 0; j < hc; j++) {
+        float fresh = post[t * hc + j] * y[(size_t)t * dim + c];
+        for (int i = 0; i < MAX_HC; i++)
+            if (i < hc) fresh += comb[(t * hc + i) * hc + j] * old[i];
+        h[(size_t)j * dim] = fresh;
+    }
+}
+#endif
 
 /* === 19. hc_head: the last streams become one vector ================================ M3, head ==
  *   pre_i = sigmoid(m_i * scale0 + base_i) + hc_eps with m as in hc_pre; x = sum_i pre_i h_i
@@ -696,14 +788,23 @@ static void route_ref(int32_t *ids, float *weights, const dsv4_route *in, int n,
  * out  a [n][d]; may be g or u
  * in   g, u [n][d]
  *      BIT-DEFINED.  A NaN stays one.                                                          */
+BOTH static float swiglu_one(float g, float u, float limit) {
+    float gate = g > limit ? limit : g, up = u > limit ? limit : u;
+    up = up < -limit ? -limit : up;
+    return gate / (1 + exp_f32(-gate)) * up;
+}
 static void swiglu_ref(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
-    for (size_t i = 0; i < (size_t)n * (size_t)d; i++) {
-        float gate = g[i] > limit ? limit : g[i], up = u[i] > limit ? limit : u[i];
-        up = up < -limit ? -limit : up;
-        a[i] = gate / (1 + exp_f32(-gate)) * up;
-    }
+    for (size_t i = 0; i < (size_t)n * (size_t)d; i++) a[i] = swiglu_one(g[i], u[i], limit);
 }
+#ifdef __CUDACC__
+/* grid ceil(n*d/256), block 256. */
+extern "C" __global__ void swiglu_cuda(float *a, const float *g, const float *u, size_t nd,
+                                       float limit) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < nd) a[i] = swiglu_one(g[i], u[i], limit);
+}
+#endif
 
 /* === 22. expert_ffn: one routed expert on the tokens that chose it ================== M3, MoE ===
  *   for i < m, with x row rows[i]:  a = swiglu(w1 x, w3 x) * weight[i];  y[rows[i]] += w2 aq128(a)
@@ -779,6 +880,14 @@ static void add_ref(float *y, const float *x, int n, int copies, int d, dsv4_exe
         for (int c = 0; c < copies; c++)
             for (int i = 0; i < d; i++) *y++ += x[i];
 }
+#ifdef __CUDACC__
+/* grid (ceil(d/256), n), block 256. */
+extern "C" __global__ void add_cuda(float *y, const float *x, int copies, int d) {
+    int i = blockIdx.x * 256 + threadIdx.x;
+    for (int c = 0; c < copies && i < d; c++)
+        y[((size_t)blockIdx.y * copies + c) * d + i] += x[(size_t)blockIdx.y * d + i];
+}
+#endif
 
 /* === 24. The table ============================================================================ */
 
