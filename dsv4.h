@@ -94,7 +94,7 @@ typedef struct {
 } dsv4_mat;
 
 BOTH float e4m3_to_f32(uint8_t code);    /* 0x7f and 0xff are NaN                                 */
-BOTH uint8_t f32_to_e4m3(float x);       /* nearest, ties to even, to +-448 at most; NaN stays NaN  */
+BOTH uint8_t f32_to_e4m3(float x);       /* nearest, ties to even, within +-448; NaN stays NaN    */
 BOTH float e2m1_to_f32(uint8_t nibble);  /* the low four bits                                     */
 BOTH uint8_t f32_to_e2m1(float x);       /* nearest, ties to the even code, clamped to +-6        */
 BOTH float e8m0_to_f32(uint8_t code);    /* 2^(code-127); 0xff is NaN                             */
@@ -485,9 +485,10 @@ int kv_copy(kv_cache *kv, int layer, kv_kind kind, int64_t first, int64_t n, voi
             dsv4_err *err);
 
 /* Parked context: a directory of files that any number of processes may use at once.  A file holds
- * the KV of SEGMENT_TOKENS tokens and what a session needs to go on behind them ("segment"), or the
- * tokens of a conversation that was saved under a name ("session").  Files appear whole or not at all
- * and every byte of them is checked: what is torn, truncated, foreign or flipped is never used. */
+ * the KV of SEGMENT_TOKENS tokens and what a session needs to go on behind them ("segment"; shorter
+ * at its end: "tail"), or the tokens of a conversation that was saved under a name ("session").
+ * Files appear whole or not at all and every byte of them is checked: what is torn, truncated,
+ * foreign or flipped is never used. */
 enum {
     SEGMENT_TOKENS = 4096,
     PARK_FRAMES = 2 * (MAX_LAYERS + 1) + 2,
@@ -663,15 +664,14 @@ int answer_end(answer *a, dsv4_err *err);      /* no more comes: what was held b
 void answer_close(answer *a);
 
 /* A document's text, from a file ("-": stdin) of plain text, HTML or PDF, in UTF-8, UTF-16 with a
- * byte order mark, or Latin-1; appended to out as UTF-8 without \r\n.  *note (static text, else NULL)
- * says what was guessed. */
+ * byte order mark, or Latin-1; appended to out as UTF-8 without \r\n.  *note (static text, else
+ * NULL) says what was guessed. */
 enum { DOC_BYTES = 64 << 20 };
 int doc_read(buffer *out, const char *path, const char **note, dsv4_err *err);
 
 typedef struct { size_t *end; int n; int64_t n_tokens; } doc_parts; /* end [n]; of all, tokens */
-/* Cut text [len <= DOC_BYTES] into as few parts of at most about `most` tokens as it takes, of about
- * equal size, behind paragraphs, or else behind lines, sentences, words.  The caller frees
- * out->end. */
+/* Cut text [len <= DOC_BYTES] into as few parts of at most `most` tokens as it takes, of about one
+ * size, behind paragraphs, or else behind lines, sentences, words.  The caller frees out->end. */
 int doc_cut(const tok *t, const char *text, size_t len, int64_t most, doc_parts *out,
             dsv4_err *err);
 

@@ -1486,8 +1486,8 @@ int answer_end(answer *a, dsv4_err *err) {
 }
 
 /* === 11. Documents ============================================================================
- * A file of any kind as UTF-8 text: PDF by the program pdftotext, HTML by libxml2's parser, all else
- * as it is.  What a file is shows in its first bytes, not in its name.                           */
+ * A file of any kind as UTF-8 text: PDF by the program pdftotext, HTML by libxml2's parser, else as
+ * it is.  What a file is shows in its first bytes, not in its name.                              */
 
 enum { CHARSET_LOOK = 1024 };      /* bytes of HTML in which its charset is named               */
 
@@ -1564,13 +1564,14 @@ static bool one_of(const char *list, const xmlChar *name) {
 
 static const char html_hides[] = " script style noscript template svg ";
 static const char html_breaks[] =
-    " title body p div section article header footer main aside nav figure figcaption form h1 h2 h3 "
-    "h4 h5 h6 ul ol dl table blockquote pre hr address details summary ";
+    " title body p div section article header footer main aside nav figure figcaption form h1 h2 "
+    "h3 h4 h5 h6 ul ol dl table blockquote pre hr address details summary ";
 
 /* End the line, and with n = 2 the paragraph. */
 static void html_gap(buffer *out, size_t n) {
     size_t ends = 0;
-    for (; out->n && strchr(" \n", out->s[out->n - 1]); out->n--) ends += out->s[out->n - 1] == '\n';
+    for (; out->n && strchr(" \n", out->s[out->n - 1]); out->n--)
+        ends += out->s[out->n - 1] == '\n';
     if (out->n) put_bytes(out, "\n\n", ends > n ? 2 : n);
 }
 
@@ -1744,7 +1745,7 @@ static size_t cut_place(const char *s, size_t lo, size_t aim, size_t hi) {
 int doc_cut(const tok *t, const char *text, size_t len, int64_t most, doc_parts *out,
             dsv4_err *err) {
     id_list ids = {0};
-    size_t first = 0, at = 0, sum = 0, bytes;      /* of the part: its first token, its first byte */
+    size_t first = 0, at = 0, sum = 0, bytes;      /* of the part: its first token and byte */
     int rc = 0;
     assert(most > 0 && len <= DOC_BYTES);
     *out = (doc_parts){0};
