@@ -12,7 +12,8 @@
  * outside of it and are copied into it when their length is known.
  *
  * Contents   1 tables   2 memory and failure   3 tokens   4 names   5 numbers   6 variables
- *            7 control flow   8 operands   9 instructions   10 functions   11 the module   12 text  */
+ *            7 operands   8 instructions   9 control flow   10 functions   11 the module
+ *            12 an instruction as text                                                          */
 #include "softgpu.h"
 
 #include <ctype.h>
@@ -141,7 +142,7 @@ typedef struct {
     char *why;
     size_t why_size;
     jmp_buf out;
-    named *names;                           /* those not in use are chained by next from `free`  */
+    named *names;                          /* those not in use are chained from free_name       */
     int n_names, cap_names, free_name, bucket[N_BUCKETS];
     scope scopes[MAX_SCOPES];
     int depth;                             /* of scopes; 0 is the module                        */
@@ -1031,7 +1032,8 @@ static block *find_blocks(parser *p, const sg_func *f, int *n_blocks, int *block
     for (int i = 0; i < f->n; i++) block_of[i] = i == 0;
     for (int i = 0; i < f->n; i++) {
         if (f->code[i].op == OP_BRA) block_of[f->code[i].o[0].reg] = 1;
-        if ((f->code[i].op == OP_BRA || ends_path(&f->code[i])) && i + 1 < f->n) block_of[i + 1] = 1;
+        bool ends = f->code[i].op == OP_BRA || ends_path(&f->code[i]);
+        if (ends && i + 1 < f->n) block_of[i + 1] = 1;
     }
     int n = 0;
     for (int i = 0; i < f->n; i++) {
@@ -1550,7 +1552,8 @@ static void lay_out(parser *p) {
             if (y->module_symbol < 0) continue;
             const variable *v = &p->var[y->module_symbol];
             if (is_shared(y, false) && !p->func[f].entry) y->offset = v->s.offset;
-            if (is_shared(y, true)) y->offset = p->func[f].entry ? p->func[f].shared_bytes : dynamic;
+            if (is_shared(y, true) && p->func[f].entry) y->offset = p->func[f].shared_bytes;
+            else if (is_shared(y, true)) y->offset = dynamic;
             y->init = v->s.init;
             y->module_symbol = v->module_symbol;
         }

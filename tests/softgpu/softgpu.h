@@ -151,7 +151,7 @@ typedef struct {
                                               then O_VECs of symbols: results, arguments        */
     int32_t reconverge;                    /* of a bra: where its paths meet again (immediate
                                               post-dominator), or -1: only at the end.  A path
-                                              that only leaves is none: see ptx.c, part 7       */
+                                              that only leaves is none: see ptx.c, part 9       */
     int32_t file, line;                    /* of .loc: innermost; 0 where there is none         */
     int32_t ptx_line;
     uint32_t text_len;
