@@ -261,7 +261,9 @@ static void next(parser *p) {
             s++;
         p->t.kind = K_NUMBER;
     } else if (word_char(*s)) {
-        while (s < p->end && (word_char(*s) || (*s == ':' && p->end - s > 2 && s[1] == ':')))
+        bool directive = *s++ == '.';      /* ".reg.b32" is two                                 */
+        while (s < p->end && !(directive && *s == '.') && (word_char(*s) ||
+               (*s == ':' && p->end - s > 2 && s[1] == ':')))
             s += *s == ':' ? 2 : 1;
         p->t.kind = K_WORD;
     } else {
@@ -1561,6 +1563,11 @@ static void lay_out(parser *p) {
 
 static void keep_module(parser *p) {
     sg_module *m = &p->own->m;
+    for (int f = 0; f < p->n_func; f++)
+        for (int i = 0; i < p->func[f].n; i++) {             /* .file follows the functions     */
+            sg_instr *c = &p->func[f].code[i];
+            if (c->file >= m->n_files) c->file = c->line = 0;
+        }
     m->symbol = keep(p, ((size_t)m->n_symbols + 1) * sizeof *m->symbol);
     for (int v = 0; v < p->n_var; v++) {
         int at = p->var[v].module_symbol;
