@@ -69,7 +69,8 @@ static const char cu_flow[] =
 static const char cu_asm[] =
     "#include <stdint.h>\n"
     "template <bool TRANS> __device__ void load2(unsigned *r, unsigned a) {\n"
-    "    if (TRANS) asm volatile(\"ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\"\n"
+    "    if (TRANS)\n"
+    "        asm volatile(\"ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\"\n"
     "        : \"=r\"(r[0]), \"=r\"(r[1]) : \"r\"(a));\n"
     "    else asm volatile(\"ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];\"\n"
     "        : \"=r\"(r[0]), \"=r\"(r[1]) : \"r\"(a));\n"
@@ -100,9 +101,11 @@ static const char cu_asm[] =
     "        : \"r\"(r[0]), \"r\"(r[1]), \"r\"(r[2]), \"r\"(r[3]), \"r\"(q[0]), \"r\"(q[1]));\n"
     "#endif\n"
     "    asm volatile(\"{ .reg .pred p; .reg .f32 q; setp.gt.f32 p, %1, 0f3F800000;\"\n"
-    "        \"selp.f32 %0, %1, 0f00000000, p; mov.f32 q, 1.5; @p bra L; add.f32 %0, %0, q; L: }\"\n"
+    "        \"selp.f32 %0, %1, 0f00000000, p; mov.f32 q, 1.5;\"\n"
+    "        \"@p bra L; add.f32 %0, %0, q; L: }\"\n"
     "        : \"=f\"(t) : \"f\"(c[0]));\n"
-    "    asm volatile(\"{ .reg .pred p; setp.lt.f32 p, %0, 0.25; @!p bra L; neg.f32 %0, %0; L: }\"\n"
+    "    asm volatile(\"{ .reg .pred p; setp.lt.f32 p, %0, 0.25;\"\n"
+    "        \"@!p bra L; neg.f32 %0, %0; L: }\"\n"
     "        : \"+f\"(t));\n"
     "    y[threadIdx.x] = c[0] + c[1] + t;\n"
     "}\n";
@@ -114,7 +117,8 @@ static const char cu_types[] =
     "#include <cuda_fp4.h>\n"
     "#include <assert.h>\n"
     "typedef unsigned long long u64;\n"
-    "extern \"C\" __global__ void types(uint4 *x, __half *h, __nv_bfloat16 *b, double *d, u64 *q) {\n"
+    "extern \"C\" __global__ void types(uint4 *x,\n"
+    "      __half *h, __nv_bfloat16 *b, double *d, u64 *q) {\n"
     "    uint4 v = x[threadIdx.x];\n"
     "    v.x ^= v.y;\n"
     "    v.z = __funnelshift_l(v.x, v.y, 7);\n"
@@ -143,10 +147,14 @@ static const char cu_types[] =
     "    atomicAdd((unsigned *)x, m); atomicExch(&x[1].x, 5); atomicAnd(&x[1].y, m);\n"
     "    __threadfence(); __threadfence_block(); __threadfence_system(); __syncwarp();\n"
     "    __nanosleep(100);\n"
-    "    q[9] = __ldg(q + 8) + __ldcg(q + 7) + m + (u64)__float2int_rd(1.5f * m) + __sad(m, 1, 2);\n"
-    "    d[10] = fmodf(m, 3.f) + sinf(m) + cosf(m) + powf(m, 1.1f) + fmaxf(m, d[3]) + fabsf(d[4]);\n"
-    "    d[11] = __fdividef(m, 3.f) + __expf(m) + __logf(m) + __frsqrt_rn(m) + erff(m) + ldexpf(m, 3);\n"
-    "    d[12] = rintf(m * .5f) + floorf(m * .7f) + (float)(signed char)m + (short)m + isnan(d[3]);\n"
+    "    q[9] = __ldg(q + 8) + __ldcg(q + 7) + m +\n"
+    "        (u64)__float2int_rd(1.5f * m) + __sad(m, 1, 2);\n"
+    "    d[10] = fmodf(m, 3.f) + sinf(m) + cosf(m) + powf(m, 1.1f) +\n"
+    "        fmaxf(m, d[3]) + fabsf(d[4]);\n"
+    "    d[11] = __fdividef(m, 3.f) + __expf(m) + __logf(m) + __frsqrt_rn(m) +\n"
+    "        erff(m) + ldexpf(m, 3);\n"
+    "    d[12] = rintf(m * .5f) + floorf(m * .7f) + (float)(signed char)m + (short)m +\n"
+    "        isnan(d[3]);\n"
     "    assert(m != 77);\n"
     "    if (threadIdx.x > 1000) __trap();\n"
     "}\n";
@@ -431,7 +439,7 @@ static void test_branches_at_random(void) {
 /* === 4. What nvcc writes ====================================================================== */
 
 static void check_flow(const sg_module *m) {
-    const sg_func *k = sg_find(m, "flow"), *h = func_named(m, "helper"), *s = NULL;
+    const sg_func *k = sg_find(m, "flow"), *h = func_named(m, "helper");
     CHECK(k && h && !h->entry && !sg_find(m, h->name), "functions are missing");
     if (!k || !h) return;
     CHECK(k->max_threads == 128 && k->min_blocks == 2, "launch bounds %d %d", k->max_threads,
@@ -458,7 +466,6 @@ static void check_flow(const sg_module *m) {
                   !strcmp(m->symbol[m->reloc[0].target].name, "word"), "word_at");
         }
     }
-    (void)s;
     int lines = 0;
     for (int i = 0; i < k->n; i++) lines += k->code[i].line >= 21 && k->code[i].line <= 55;
     CHECK(lines > k->n / 2, "lines of the .cu: %d of %d instructions", lines, k->n);
@@ -479,7 +486,8 @@ static void check_asm(const sg_module *m) {
             CHECK(c->o[1].n == 4 && c->o[2].n == 2 && sg_has(c, M_M16N8K16) && sg_has(c, M_COL) &&
                   c->type[3] == T_F32 && c->n == 4, "mma");
         if (c->op == OP_LDMATRIX)
-            CHECK(c->space == S_SHARED && c->type[0] == T_B16 && c->o[1].kind == O_ADDR, "ldmatrix");
+            CHECK(c->space == S_SHARED && c->type[0] == T_B16 && c->o[1].kind == O_ADDR,
+                  "ldmatrix");
         if (c->op == OP_CP_ASYNC && sg_has(c, M_CG))
             CHECK(c->n == 3 && c->o[2].imm == 16 && c->space == S_SHARED, "cp.async");
         if (c->op == OP_CP_ASYNC && sg_has(c, M_CA))
