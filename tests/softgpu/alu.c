@@ -19,8 +19,8 @@
 
 #pragma GCC optimize("O3,no-math-errno,no-trapping-math,fp-contract=off")
 
-typedef __int128 i128;
-typedef unsigned __int128 u128;
+__extension__ typedef __int128 i128;
+__extension__ typedef unsigned __int128 u128;
 
 /* === 1. Rounding and small floats ============================================================= */
 
@@ -779,7 +779,7 @@ static void directed(alu *c, bool f64, sg_mod mode) {
 }
 
 static lane_fn *pick_float(const sg_instr *i, const float_op *f, bool f64) {
-    bool nan = sg_has(i, M_NAN);
+    bool nan = sg_has(i, M_NAN_WINS);
     if (sg_has(i, M_XORSIGN)) return NULL;
     if (i->op == OP_MIN && nan) return f64 ? NULL : f_min_nan;
     if (i->op == OP_MAX && nan) return f64 ? NULL : f_max_nan;
@@ -876,7 +876,7 @@ static bool half_op(const sg_instr *i, bool bf, const uint32_t v[3], uint32_t *o
     } else if (i->op == OP_ABS) {
         r = a[0] & 0x7fff;
     } else if (i->op == OP_MIN || i->op == OP_MAX) {
-        r = half_min_max(bf, i->op == OP_MIN, sg_has(i, M_NAN), a[0], a[1]);
+        r = half_min_max(bf, i->op == OP_MIN, sg_has(i, M_NAN_WINS), a[0], a[1]);
     } else {
         if (!half_exact((int)i->op, half_value(bf, a[0]), half_value(bf, a[1]),
                         half_value(bf, a[2]), &x)) return false;
@@ -1241,7 +1241,9 @@ static uint64_t to_float(const sg_instr *i, sg_type to, double v) {
     case T_BF16: return narrow(&bf16_format, v, mode, finite);
     case T_E4M3: return narrow(&e4m3_format, v, mode, true);
     case T_E5M2: return narrow(&e5m2_format, v, mode, true);
-    case T_TF32: return v != v ? 0x7fffffff : (uint64_t)narrow(&tf32_format, v, mode, finite) << 13;
+    case T_TF32:
+        if (v != v) return 0x7fffffff;
+        return (uint64_t)narrow(&tf32_format, v, mode, finite) << 13;
     default: return 0;
     }
 }
@@ -1374,7 +1376,7 @@ static const known knows[] = {
     KNOWN(RCP, ROUND, M_FTZ, M_APPROX), KNOWN(SQRT, ROUND, M_FTZ, M_APPROX),
     KNOWN(RSQRT, M_FTZ, M_APPROX), KNOWN(SIN, M_FTZ, M_APPROX), KNOWN(COS, M_FTZ, M_APPROX),
     KNOWN(LG2, M_FTZ, M_APPROX), KNOWN(EX2, M_FTZ, M_APPROX), KNOWN(TANH, M_APPROX),
-    KNOWN(MIN, M_FTZ, M_NAN), KNOWN(MAX, M_FTZ, M_NAN), KNOWN(NEG, M_FTZ), KNOWN(ABS, M_FTZ),
+    KNOWN(MIN, M_FTZ, M_NAN_WINS), KNOWN(MAX, M_FTZ, M_NAN_WINS), KNOWN(NEG, M_FTZ), KNOWN(ABS, M_FTZ),
     KNOWN(MUL24, M_LO, M_HI), KNOWN(MAD24, M_LO, M_HI), KNOWN(ADDC, M_CC), KNOWN(SUBC, M_CC),
     KNOWN(MADC, M_CC, M_LO, M_HI), KNOWN(SETP, RELATIONS), KNOWN(SET, RELATIONS),
     KNOWN(SLCT, M_FTZ), KNOWN(SHF, M_L, M_R, M_WRAP, M_CLAMP),

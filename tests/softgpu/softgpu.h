@@ -103,6 +103,7 @@ typedef enum {
     MOD(L2_64B, "L2::64B") MOD(L2_128B, "L2::128B") MOD(L2_256B, "L2::256B")                     \
     MOD(L1_NO_ALLOCATE, "L1::no_allocate") MOD(L1_EVICT_LAST, "L1::evict_last")                  \
     MOD(L1_EVICT_FIRST, "L1::evict_first") MOD(L1_EVICT_NORMAL, "L1::evict_normal")              \
+    MOD(NAN_WINS, "NaN")                                                                         \
     MOD(UNIFIED, "unified") MOD(XORSIGN, "xorsign") MOD(WEAK, "weak") MOD(L1, "L1") MOD(L2, "L2")
 typedef enum {
 #define MOD(name, text) M_##name,
