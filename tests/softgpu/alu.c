@@ -173,10 +173,17 @@ typedef struct {
 typedef void lane_fn(uint64_t *restrict d, const uint64_t *restrict x, const uint64_t *restrict y,
                      const uint64_t *restrict z);
 
-static uint64_t low_bits(sg_type t) {
-    unsigned n = sg_type_bytes(t);
-    return t == T_PRED ? 1 : n >= 8 ? ~0ull : (1ull << (8 * n)) - 1;
-}
+#define B1 0xffull
+#define B2 0xffffull
+#define B4 0xffffffffull
+const uint64_t sg_low_bits[T_N] = {
+    [T_PRED] = 1, [T_B8] = B1, [T_U8] = B1, [T_S8] = B1, [T_E4M3] = B1, [T_E5M2] = B1,
+    [T_E2M1X2] = B1, [T_B16] = B2, [T_U16] = B2, [T_S16] = B2, [T_F16] = B2, [T_BF16] = B2,
+    [T_E4M3X2] = B2, [T_E5M2X2] = B2, [T_UE8M0X2] = B2, [T_B32] = B4, [T_U32] = B4, [T_S32] = B4,
+    [T_F32] = B4, [T_TF32] = B4, [T_F16X2] = B4, [T_BF16X2] = B4, [T_B64] = ~0ull,
+    [T_U64] = ~0ull, [T_S64] = ~0ull, [T_F64] = ~0ull, [T_F32X2] = ~0ull, [T_B128] = ~0ull,
+};
+static inline uint64_t low_bits(sg_type t) { return sg_low_bits[t]; }
 
 /* Operand number `o` as source k.  Registers may hold more than t: the loops cut. */
 static void fetch(alu *c, int k, int o, sg_type t) {
@@ -717,15 +724,15 @@ LANES(d_abs, uint64_t, uint64_t, a & ~(1ull << 63))
 LANES(f_copysign, uint32_t, uint32_t, (a & 0x80000000u) | (b & 0x7fffffffu))
 LANES(d_copysign, uint64_t, uint64_t, (a & 1ull << 63) | (b & ~(1ull << 63)))
 
-typedef struct { uint8_t op, sources; lane_fn *f32, *f64; } float_op;
-static const float_op float_ops[] = {
-    {OP_ADD, 2, f_add, d_add}, {OP_SUB, 2, f_sub, d_sub}, {OP_MUL, 2, f_mul, d_mul},
-    {OP_FMA, 3, f_fma, d_fma}, {OP_MAD, 3, f_fma, d_fma}, {OP_DIV, 2, f_div, d_div},
-    {OP_RCP, 1, f_rcp, d_rcp}, {OP_SQRT, 1, f_sqrt, d_sqrt}, {OP_RSQRT, 1, f_rsqrt, d_rsqrt},
-    {OP_MIN, 2, f_min, d_min}, {OP_MAX, 2, f_max, d_max}, {OP_SIN, 1, f_sin, NULL},
-    {OP_COS, 1, f_cos, NULL}, {OP_LG2, 1, f_lg2, NULL}, {OP_EX2, 1, f_ex2, NULL},
-    {OP_TANH, 1, f_tanh, NULL}, {OP_NEG, 1, f_neg, d_neg}, {OP_ABS, 1, f_abs, d_abs},
-    {OP_COPYSIGN, 2, f_copysign, d_copysign},
+typedef struct { uint8_t sources; lane_fn *f32, *f64; } float_op;
+static const float_op float_ops[OP_N] = {
+    [OP_ADD] = {2, f_add, d_add}, [OP_SUB] = {2, f_sub, d_sub}, [OP_MUL] = {2, f_mul, d_mul},
+    [OP_FMA] = {3, f_fma, d_fma}, [OP_MAD] = {3, f_fma, d_fma}, [OP_DIV] = {2, f_div, d_div},
+    [OP_RCP] = {1, f_rcp, d_rcp}, [OP_SQRT] = {1, f_sqrt, d_sqrt},
+    [OP_RSQRT] = {1, f_rsqrt, d_rsqrt}, [OP_MIN] = {2, f_min, d_min}, [OP_MAX] = {2, f_max, d_max},
+    [OP_SIN] = {1, f_sin, NULL}, [OP_COS] = {1, f_cos, NULL}, [OP_LG2] = {1, f_lg2, NULL},
+    [OP_EX2] = {1, f_ex2, NULL}, [OP_TANH] = {1, f_tanh, NULL}, [OP_NEG] = {1, f_neg, d_neg},
+    [OP_ABS] = {1, f_abs, d_abs}, [OP_COPYSIGN] = {2, f_copysign, d_copysign},
 };
 
 /* One F32 result in a mode that is not the nearest: exact, or to odd, in double. */
@@ -790,11 +797,8 @@ static bool do_float(alu *c) {
     const sg_instr *i = c->i;
     sg_type t = i->type[0];
     bool f64 = t == T_F64, ftz = sg_has(i, M_FTZ), sat = sg_has(i, M_SAT);
-    const float_op *f = NULL;
-    for (unsigned k = 0; k < sizeof float_ops / sizeof *float_ops && !f; k++) {
-        if (float_ops[k].op == i->op) f = &float_ops[k];
-    }
-    lane_fn *fn = f ? pick_float(i, f, f64) : NULL;
+    const float_op *f = &float_ops[i->op];
+    lane_fn *fn = pick_float(i, f, f64);
     if (!fn || i->n != f->sources + 1 || (f64 && sat)) return false;
     fetch_all(c, 1, f->sources, t);
     if (ftz && !f64) flush_sources(c, f->sources);

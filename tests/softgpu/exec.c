@@ -114,10 +114,7 @@ static void take_off(sg_frame *f, uint32_t lanes) {
 
 /* === 2. Operands ============================================================================== */
 
-static inline uint64_t low_bits(sg_type t) {
-    unsigned n = sg_type_bytes(t);
-    return t == T_PRED ? 1 : n >= 8 ? ~0ull : (1ull << (8 * n)) - 1;
-}
+static inline uint64_t low_bits(sg_type t) { return sg_low_bits[t]; }
 
 static uint64_t thread_axis(const sg_block *b, int thread, int axis) {
     sg_dim d = b->launch->block;
@@ -204,25 +201,34 @@ static inline sg_space resolve(uint64_t *address) {
     return S_GLOBAL;
 }
 
-static inline uint64_t address_of(const sg_block *b, const sg_warp *w, const sg_operand *o,
-                                  sg_space *space, int lane) {
-    uint64_t a = o->imm;
+/* What an address has in common in all lanes. */
+typedef struct { const uint64_t *reg; uint64_t add, cut; sg_space space; } base;
+
+static inline base base_of(const sg_block *b, const sg_warp *w, const sg_operand *o,
+                           sg_space space) {
+    static const uint64_t zero[SG_LANES];
+    base x = {zero, o->imm, ~0ull, space};
     if (o->symbol >= 0) {
-        a += symbol_address(b, w, o->symbol);
-        if (*space == S_GENERIC) *space = w->func->symbol[o->symbol].space;
-        return a;
+        x.add += symbol_address(b, w, o->symbol);
+        if (space == S_GENERIC) x.space = w->func->symbol[o->symbol].space;
+    } else if (o->reg >= 0) {
+        x.reg = w->reg + (size_t)o->reg * SG_LANES;
+        x.cut = low_bits(w->func->reg[o->reg]);
     }
-    if (o->reg >= 0) {
-        a += w->reg[(size_t)o->reg * SG_LANES + (size_t)lane];
-        if (sg_type_bytes(w->func->reg[o->reg]) == 4) a = (uint32_t)a;
-    }
-    if (*space == S_GENERIC) *space = resolve(&a);
+    return x;
+}
+
+static inline uint64_t address_at(const base *x, sg_space *space, int lane) {
+    uint64_t a = (x->reg[lane] + x->add) & x->cut;
+    *space = x->space;
+    if (x->space == S_GENERIC) *space = resolve(&a);
     return a;
 }
 
 uint64_t sg_address(const sg_block *b, const sg_warp *w, const sg_operand *o, sg_space *space,
                     int lane) {
-    return address_of(b, w, o, space, lane);
+    base x = base_of(b, w, o, *space);
+    return address_at(&x, space, lane);
 }
 
 /* === 3. Memory ================================================================================ */
@@ -314,9 +320,9 @@ static uint64_t extended(uint64_t v, unsigned bytes, sg_type reg) {
     return (uint64_t)((int64_t)(v << cut) >> cut) & low_bits(reg);
 }
 
-static void load_lane(sg_warp *w, const sg_instr *i, int lane, const uint8_t *p, unsigned bytes) {
+static inline void load_lane(sg_warp *w, const sg_instr *i, int lane, const uint8_t *p,
+                             unsigned bytes, bool sign) {
     const sg_operand *o = &i->o[0];
-    bool sign = sg_type_signed(i->type[0]);
     int n = o->kind == O_VEC ? o->n : 1;
     for (int k = 0; k < n; k++) {
         int32_t reg = o->kind == O_VEC ? o->vec[k] : o->kind == O_REG ? o->reg : -1;
@@ -338,22 +344,25 @@ static unsigned access_bytes(machine *m, sg_warp *w, const sg_instr *i, const sg
 
 static void load(machine *m, sg_warp *w, const sg_instr *i, uint32_t mask) {
     unsigned one, bytes = access_bytes(m, w, i, &i->o[0], &one);
+    bool sign = sg_type_signed(i->type[0]);
+    base x = base_of(&m->b, w, &i->o[1], (sg_space)i->space);
     for (uint32_t rest = mask; rest; rest &= rest - 1) {
         int lane = __builtin_ctz(rest);
-        sg_space space = (sg_space)i->space;
-        uint64_t a = address_of(&m->b, w, &i->o[1], &space, lane);
+        sg_space space;
+        uint64_t a = address_at(&x, &space, lane);
         const uint8_t *p = memory(&m->b, w, i, lane, space, a, bytes, SG_READ);
-        load_lane(w, i, lane, p, one);
+        load_lane(w, i, lane, p, one, sign);
     }
 }
 
 static void store(machine *m, sg_warp *w, const sg_instr *i, uint32_t mask) {
     const sg_operand *o = &i->o[1];
     unsigned one, bytes = access_bytes(m, w, i, o, &one);
+    base x = base_of(&m->b, w, &i->o[0], (sg_space)i->space);
     for (uint32_t rest = mask; rest; rest &= rest - 1) {
         int lane = __builtin_ctz(rest);
-        sg_space space = (sg_space)i->space;
-        uint64_t a = address_of(&m->b, w, &i->o[0], &space, lane);
+        sg_space space;
+        uint64_t a = address_at(&x, &space, lane);
         uint8_t *p = memory(&m->b, w, i, lane, space, a, bytes, SG_WRITE);
         if (!p) continue;
         if (o->kind != O_VEC) {
@@ -405,11 +414,12 @@ static void atomic(machine *m, sg_warp *w, const sg_instr *i, uint32_t mask) {
     if (i->vec > 1 || bytes > 8 || bytes < (cas ? 2 : 4) || i->n != 2 + has + cas) {
         sg_stop(&m->b, w, i, "this atomic is not known");
     }
+    base x = base_of(&m->b, w, &i->o[has], (sg_space)i->space);
     for (int k = 0; k < SG_LANES; k++) {
         int lane = (first + k) % SG_LANES;
         if (!(mask >> lane & 1)) continue;
-        sg_space space = (sg_space)i->space;
-        uint64_t a = address_of(&m->b, w, &i->o[has], &space, lane), next, old;
+        sg_space space;
+        uint64_t a = address_at(&x, &space, lane), next, old;
         uint64_t b = sg_get(&m->b, w, &i->o[has + 1], i->type[0], lane);
         uint64_t c = cas ? sg_get(&m->b, w, &i->o[has + 2], i->type[0], lane) : 0;
         uint8_t *p = memory(&m->b, w, i, lane, space, a, bytes, SG_ATOMIC);

@@ -326,6 +326,8 @@ void *sg_shared(sg_block *b, sg_warp *w, const sg_instr *i, int lane, uint64_t o
 void sg_shared_open(sg_block *b);
 void sg_shared_close(sg_block *b);
 
+extern const uint64_t sg_low_bits[T_N];    /* alu.c: the bits of a register that a type has     */
+
 /* === 5. Small floats (alu.c), also for tensor.c =============================================== */
 
 float sg_f16_to_f32(uint16_t bits);
