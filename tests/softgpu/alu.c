@@ -966,7 +966,8 @@ COMPARE(cmp_bf16, float, TO_BF16)
 static bool compare(alu *c, sg_type t) {
     const relation *r = relation_of(c->i);
     if (!r) return false;
-    if (sg_has(c->i, M_FTZ) && t == T_F32) flush_sources(c, 2);
+    if (sg_has(c->i, M_FTZ) && t != T_F32) return false;
+    if (sg_has(c->i, M_FTZ)) flush_sources(c, 2);
     uint64_t *d = c->out;
     const uint64_t *x = c->s[0], *y = c->s[1];
     switch ((int)t) {
@@ -1030,16 +1031,45 @@ static bool do_setp(alu *c) {
     return true;
 }
 
+/* What set writes for true: all ones, or a one. */
+static uint64_t set_true(sg_type to, bool pair) {
+    switch ((int)to) {
+    case T_F32: return f32_bits(1.0f);
+    case T_F16: case T_F16X2: return 0x3c00;
+    case T_BF16: case T_BF16X2: return 0x3f80;
+    case T_U16: case T_S16: return 0xffff;
+    case T_U32: case T_S32: return pair ? 0xffff : 0xffffffff;
+    default: return 0;
+    }
+}
+
+static bool do_set_pair(alu *c, bool bf, uint64_t yes) {
+    uint64_t both[SG_LANES] = {0};
+    if (c->i->n != 3) return false;
+    for (unsigned h = 0; h < 32; h += 16) {
+        fetch_all(c, 1, 2, T_B32);
+        for (int k = 0; k < 2; k++) {
+            for (int l = 0; l < SG_LANES; l++) c->tmp[k][l] = c->s[k][l] >> h & 0xffff;
+            c->s[k] = c->tmp[k];
+        }
+        if (!compare(c, bf ? T_BF16 : T_F16)) return false;
+        for (int l = 0; l < SG_LANES; l++) both[l] |= (c->out[l] ? yes : 0) << h;
+    }
+    commit_to(c, &c->i->o[0], both);
+    return true;
+}
+
 static bool do_set(alu *c) {
     const sg_instr *i = c->i;
     bool join = sg_has(i, M_AND) || sg_has(i, M_OR) || sg_has(i, M_XOR);
-    sg_type to = i->type[0];
-    uint64_t yes = to == T_F32 ? f32_bits(1.0f) : 0xffffffff;
-    if (i->n_types != 2 || i->n != 3 + join) return false;
-    if (to != T_F32 && to != T_U32 && to != T_S32) return false;
-    fetch_all(c, 1, 2, i->type[1]);
+    sg_type from = i->type[1];
+    bool pair = from == T_F16X2 || from == T_BF16X2;
+    uint64_t yes = set_true(i->type[0], pair);
+    if (i->n_types != 2 || i->n != 3 + join || !yes) return false;
+    if (pair) return do_set_pair(c, from == T_BF16X2, yes);
+    fetch_all(c, 1, 2, from);
     if (join) fetch(c, 2, 3, T_PRED);
-    if (!compare(c, i->type[1])) return false;
+    if (!compare(c, from)) return false;
     for (int l = 0; l < SG_LANES; l++) {
         uint64_t on = join ? joined(i, c->out[l], c->s[2][l]) : c->out[l];
         c->out[l] = on ? yes : 0;
