@@ -135,12 +135,41 @@ float sg_e2m1_to_f32(uint8_t nibble) {
     return nibble & 8 ? -v[nibble & 7] : v[nibble & 7];
 }
 
-uint16_t sg_f32_to_f16(float x, sg_mod mode) {
-    return (uint16_t)narrow(&f16_format, (double)x, mode, false);
+/* The nearest code to an F32, without branches: a normal number's bits are rounded where they are
+ * cut, a subnormal one is added to a number whose last place is the format's least step. */
+static inline uint32_t nearest(uint32_t u, uint32_t mant, uint32_t bias, uint32_t max,
+                               uint32_t nan) {
+    uint32_t mag = u & 0x7fffffff, cut = 23 - mant;
+    uint32_t one = (128 - bias) << 23, step = (127 + 1 - bias - mant + 23) << 23;
+    uint32_t small = f32_bits(as_f32(mag) + as_f32(step)) - step;
+    uint32_t normal = (mag + (1u << (cut - 1)) - 1 + (mag >> cut & 1) - (one - (1u << 23))) >> cut;
+    uint32_t code = mag < one ? small : normal;
+    code = code > max ? max : code;
+    return mag > 0x7f800000 ? nan : code;
+}
+
+static inline uint16_t f16_nearest(uint32_t u) {
+    uint32_t code = nearest(u, 10, 15, 0x7c00, 0x7fff);
+    return (uint16_t)(code == 0x7fff ? code : code | (u >> 16 & 0x8000));
+}
+
+static inline uint8_t e4m3_nearest(uint32_t u) {
+    uint32_t code = nearest(u, 3, 7, 0x7e, 0x7f);
+    return (uint8_t)(code == 0x7f ? code : code | (u >> 24 & 0x80));
+}
+
+static inline uint8_t e5m2_nearest(uint32_t u) {
+    uint32_t code = nearest(u, 2, 15, 0x7b, 0x7f);
+    return (uint8_t)(code == 0x7f ? code : code | (u >> 24 & 0x80));
 }
 
 static inline uint16_t bf16_nearest(uint32_t u) {
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fff : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+uint16_t sg_f32_to_f16(float x, sg_mod mode) {
+    if (mode == M_RN) return f16_nearest(f32_bits(x));
+    return (uint16_t)narrow(&f16_format, (double)x, mode, false);
 }
 
 uint16_t sg_f32_to_bf16(float x, sg_mod mode) {
@@ -148,8 +177,8 @@ uint16_t sg_f32_to_bf16(float x, sg_mod mode) {
     return (uint16_t)narrow(&bf16_format, (double)x, mode, false);
 }
 
-uint8_t sg_f32_to_e4m3(float x) { return (uint8_t)narrow(&e4m3_format, (double)x, M_RN, true); }
-uint8_t sg_f32_to_e5m2(float x) { return (uint8_t)narrow(&e5m2_format, (double)x, M_RN, true); }
+uint8_t sg_f32_to_e4m3(float x) { return e4m3_nearest(f32_bits(x)); }
+uint8_t sg_f32_to_e5m2(float x) { return e5m2_nearest(f32_bits(x)); }
 uint8_t sg_f32_to_e2m1(float x) { return (uint8_t)narrow(&e2m1_format, (double)x, M_RN, true); }
 
 static sg_mod mode_of(const sg_instr *i) {
@@ -1182,6 +1211,11 @@ LANES(cvt_f64_f32, uint64_t, uint32_t, out_f32((float)as_f64(a)))
 LANES(cvt_f16_f32, uint16_t, uint32_t, out_f32(sg_f16_to_f32(a)))
 LANES(cvt_bf16_f32, uint16_t, uint32_t, out_f32(sg_bf16_to_f32(a)))
 LANES(cvt_f32_bf16, uint32_t, uint16_t, bf16_nearest(a))
+LANES(cvt_f32_f16, uint32_t, uint16_t, f16_nearest(a))
+LANES(cvt_f32_bf16x2, uint32_t, uint32_t, (uint32_t)bf16_nearest(a) << 16 | bf16_nearest(b))
+LANES(cvt_f32_f16x2, uint32_t, uint32_t, (uint32_t)f16_nearest(a) << 16 | f16_nearest(b))
+LANES(cvt_f32_e4m3x2, uint32_t, uint16_t, e4m3_nearest(a) << 8 | e4m3_nearest(b))
+LANES(cvt_f32_e5m2x2, uint32_t, uint16_t, e5m2_nearest(a) << 8 | e5m2_nearest(b))
 
 
 /* A float cut to 32 bits: what does not fit becomes the nearest that does, a NaN 0. */
@@ -1220,7 +1254,8 @@ static lane_fn *pick_cvt(const sg_instr *i, sg_type to, sg_type from) {
              : from == T_BF16 ? cvt_bf16_f32 : NULL;
     }
     if (from != T_F32) return NULL;
-    return to == T_F64 ? cvt_f32_f64 : to == T_BF16 ? cvt_f32_bf16 : NULL;
+    return to == T_F64 ? cvt_f32_f64 : to == T_BF16 ? cvt_f32_bf16
+         : to == T_F16 ? cvt_f32_f16 : NULL;
 }
 
 static bool widen(sg_type t, uint64_t u, double *v) {
@@ -1352,6 +1387,15 @@ static double pair_value(sg_type from, uint64_t u) {
     }
 }
 
+/* The loops of what kernels do most; eight bits always saturate. */
+static lane_fn *pick_pair(const sg_instr *i, sg_type to) {
+    if (sg_has(i, M_RELU) || mode_of(i) != M_RN) return NULL;
+    if (to == T_E4M3X2) return cvt_f32_e4m3x2;
+    if (to == T_E5M2X2) return cvt_f32_e5m2x2;
+    if (sg_has(i, M_SATFINITE)) return NULL;
+    return to == T_BF16X2 ? cvt_f32_bf16x2 : to == T_F16X2 ? cvt_f32_f16x2 : NULL;
+}
+
 /* Two numbers at once: from two F32, the first into the upper half, or from a pair. */
 static bool do_cvt_pair(alu *c) {
     const sg_instr *i = c->i;
@@ -1359,11 +1403,13 @@ static bool do_cvt_pair(alu *c) {
     unsigned size = pair_bits(to), in = pair_bits(from);
     bool two = from == T_F32;
     if (!size || (!two && !in) || i->n != 2 + two) return false;
+    lane_fn *fn = two ? pick_pair(i, to) : NULL;
+    if (sg_has(i, M_FTZ)) return false;
     if (two) fetch(c, 0, 2, from), fetch(c, 1, 1, from);
     else fetch(c, 0, 1, from);
-    for (int l = 0; l < SG_LANES; l++) {
+    if (fn) fn(c->out, c->s[1], c->s[0], c->s[0]);
+    for (int l = 0; l < SG_LANES && !fn; l++) {
         uint64_t a = c->s[0][l], b = two ? c->s[1][l] : a >> in;
-        if (sg_has(i, M_FTZ)) return false;
         c->out[l] = half_of_pair(i, to, pair_value(from, a))
                   | half_of_pair(i, to, pair_value(from, b)) << size;
     }

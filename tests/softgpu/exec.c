@@ -346,11 +346,16 @@ static void load(machine *m, sg_warp *w, const sg_instr *i, uint32_t mask) {
     unsigned one, bytes = access_bytes(m, w, i, &i->o[0], &one);
     bool sign = sg_type_signed(i->type[0]);
     base x = base_of(&m->b, w, &i->o[1], (sg_space)i->space);
+    const uint8_t *p = NULL;
+    uint64_t before = 0;                   /* all lanes at one place are one look at it         */
     for (uint32_t rest = mask; rest; rest &= rest - 1) {
         int lane = __builtin_ctz(rest);
         sg_space space;
         uint64_t a = address_at(&x, &space, lane);
-        const uint8_t *p = memory(&m->b, w, i, lane, space, a, bytes, SG_READ);
+        if (space != S_GLOBAL || a != before || !p) {
+            p = memory(&m->b, w, i, lane, space, a, bytes, SG_READ);
+        }
+        before = space == S_GLOBAL ? a : 0;
         load_lane(w, i, lane, p, one, sign);
     }
 }

@@ -439,6 +439,12 @@ static void test_conversions(void) {
         {"cvt.rn.tf32.f32 %r0, %r1;", 0x3f801000, 0, 0, 0x3f800000},
         {"cvt.rn.f16.s32 %h0, %r1;", 3, 0, 0, 0x4200},
         {"cvt.rzi.s32.f16 %r0, %h1;", 0xc200, 0, 0, 0xfffffffd},
+    };
+    ROWS(rows);
+}
+
+static void test_pairs(void) {
+    static const row rows[] = {
         {"cvt.rn.bf16x2.f32 %r0, %r1, %r2;", F1, F2, 0, 0x3f804000},
         {"cvt.rn.relu.bf16x2.f32 %r0, %r1, %r2;", F1 | NEGF, F2, 0, 0x00004000},
         {"cvt.rz.f16x2.f32 %r0, %r1, %r2;", 0x3f801fff, F2, 0, 0x3c004000},
@@ -834,6 +840,7 @@ int main(void) {
     RUN(test_halves);
     RUN(test_compare_and_select);
     RUN(test_conversions);
+    RUN(test_pairs);
     RUN(test_small_values);
     RUN(test_small_rounding);
     RUN(test_small_to_int);

@@ -240,6 +240,125 @@ static void test_guards(void) {
               "@!%p1 st.global.u32 [%out], %r2;\n" END, 1, 40, 21, want_guarded);
 }
 
+/* --- any program: made of statements at random, run as PTX and as it stands -------------------- */
+
+typedef enum { SET, IF, LOOP, BREAK, RETURN } what;
+typedef struct node { what is; int id, a, b, c; struct node *body, *other, *next; } node;
+static node nodes[4000];
+static int n_nodes;
+static uint64_t seed;
+
+static int any(int n) {
+    seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+    return (int)((seed * 0x2545f4914f6cdd1dul >> 33) % (uint64_t)n);
+}
+
+static node *make(int depth, int loop) {
+    node *first = NULL, **at = &first;
+    for (int n = 1 + any(4); n > 0 && n_nodes < 3900; n--) {
+        node *x = &nodes[n_nodes];
+        int k = any(depth > 4 ? 3 : 12);
+        *x = (node){.id = n_nodes++, .a = any(4), .b = any(4), .c = any(1000)};
+        x->is = k < 4 ? SET : k < 8 ? IF : k < 10 ? LOOP : k == 10 && loop >= 0 ? BREAK : RETURN;
+        if (x->is == RETURN && any(3)) x->is = SET;
+        if (x->is == BREAK) x->b = loop;
+        if (x->is == IF || x->is == LOOP) {
+            x->body = make(depth + 1, x->is == LOOP ? x->id : loop);
+        }
+        if (x->is == IF && any(2)) x->other = make(depth + 1, loop);
+        *at = x;
+        at = &x->next;
+    }
+    return first;
+}
+
+static char program[400000];
+static size_t length;
+__attribute__((format(printf, 1, 2))) static void say(const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    length += (size_t)vsnprintf(program + length, sizeof program - length, fmt, args);
+    va_end(args);
+}
+
+static void write_ptx(const node *x) {
+    for (; x; x = x->next) {
+        int d = x->id;
+        if (x->is == SET) {
+            say("mad.lo.u32 %%r%d, %%r%d, %d, %%r%d;\n", x->a, x->b, 2 * x->c + 1, (x->a + 1) % 4);
+            continue;
+        }
+        if (x->is == LOOP) {
+            say("rem.u32 %%m%d, %%r%d, 5;\nmov.u32 %%c%d, 0;\nL%d:\n", d, x->a, d, d);
+            say("setp.ge.u32 %%p1, %%c%d, %%m%d;\n@%%p1 bra E%d;\n", d, d, d);
+            write_ptx(x->body);
+            say("add.u32 %%c%d, %%c%d, 1;\nbra.uni L%d;\nE%d:\n", d, d, d, d);
+            continue;
+        }
+        say("shr.u32 %%r9, %%r%d, 3;\nand.b32 %%r9, %%r9, 3;\n", x->a);
+        say("setp.eq.u32 %%p1, %%r9, %d;\n", x->c % 4);
+        if (x->is == BREAK) {
+            say("@%%p1 bra E%d;\n", x->b);
+        } else if (x->is == RETURN) {
+            say("@!%%p1 bra N%d;\nst.global.u32 [%%out], %%r%d;\nret;\nN%d:\n", d, x->b, d);
+        } else {
+            say("@!%%p1 bra N%d;\n", d);
+            write_ptx(x->body);
+            if (x->other) say("bra.uni F%d;\n", d);
+            say("N%d:\n", d);
+            write_ptx(x->other);
+            if (x->other) say("F%d:\n", d);
+        }
+    }
+}
+
+/* 0: on, 1: out of loop *out, 2: returned *out. */
+static int interpret(const node *x, uint32_t v[4], uint32_t *out) {
+    for (; x; x = x->next) {
+        bool yes = (v[x->a] >> 3 & 3) == (uint32_t)x->c % 4;
+        int r = 0;
+        if (x->is == SET) {
+            v[x->a] = v[x->b] * (2 * (uint32_t)x->c + 1) + v[(x->a + 1) % 4];
+        } else if (x->is == LOOP) {
+            for (uint32_t k = 0, n = v[x->a] % 5; k < n && !r; k++) r = interpret(x->body, v, out);
+            if (r == 1 && *out == (uint32_t)x->id) r = 0;
+        } else if (yes && x->is == BREAK) {
+            *out = (uint32_t)x->b;
+            return 1;
+        } else if (yes && x->is == RETURN) {
+            *out = v[x->b];
+            return 2;
+        } else if (x->is == IF) {
+            r = interpret(yes ? x->body : x->other, v, out);
+        }
+        if (r) return r;
+    }
+    return 0;
+}
+
+static void test_any_program(void) {
+    int parted = 0;
+    for (uint64_t s = 1; s <= 300; s++) {
+        seed = s * 0x9e3779b97f4a7c15ul;
+        n_nodes = 0, length = 0;
+        const node *top = make(0, -1);
+        say("%s", HEAD KERNEL ".reg .b32 %c<4000>;\n.reg .b32 %m<4000>;\nmov.u32 %r0, %t;\n"
+            "mul.lo.u32 %r1, %t, 40503;\nxor.b32 %r2, %t, %n;\nnot.b32 %r3, %t;\n");
+        write_ptx(top);
+        say("%s", "st.global.u32 [%out], %r0;\n" END);
+        bool ok = run(program, 1, 80, (uint32_t)s, s % 3);
+        CHECK(ok && !violations, "program %d: %s", (int)s, said);
+        for (uint32_t t = 0; t < 80 && ok; t++) {
+            uint32_t v[4] = {t, t * 40503, t ^ (uint32_t)s, ~t}, want = 0;
+            if (interpret(top, v, &want) != 2) want = v[0];
+            parted += want != v[0];
+            CHECK(out32((int)t) == want, "program %d, thread %u: %u, not %u", (int)s, t,
+                  out32((int)t), want);
+        }
+    }
+    CHECK(parted > 1000, "threads return early: %d", parted);
+}
+
 /* === 4. Calls ================================================================================= */
 
 #define FIB                                                                                      \
@@ -492,6 +611,7 @@ int main(void) {
     RUN(test_loops);
     RUN(test_early_return);
     RUN(test_guards);
+    RUN(test_any_program);
     RUN(test_calls);
     RUN(test_exit_in_call);
     RUN(test_endless_recursion);
