@@ -113,14 +113,18 @@ static uint32_t narrow(const format *f, double x, sg_mod mode, bool finite) {
     return sign | code;
 }
 
-float sg_f16_to_f32(uint16_t bits) {
+static inline float f16_f32(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, mag = (uint32_t)(bits & 0x7fff) << 13;
     uint32_t u = f32_bits(as_f32(mag) * 0x1p112f);
     if ((bits & 0x7c00) == 0x7c00) u = mag | 0x7f800000;
     return as_f32(sign | u);
 }
 
-float sg_bf16_to_f32(uint16_t bits) { return as_f32((uint32_t)bits << 16); }
+static inline float bf16_f32(uint16_t bits) { return as_f32((uint32_t)bits << 16); }
+
+/* a shared library's own names may be replaced, and are not inlined */
+float sg_f16_to_f32(uint16_t bits) { return f16_f32(bits); }
+float sg_bf16_to_f32(uint16_t bits) { return bf16_f32(bits); }
 
 float sg_e4m3_to_f32(uint8_t bits) {
     uint32_t mag = bits & 127;
@@ -128,7 +132,7 @@ float sg_e4m3_to_f32(uint8_t bits) {
     return bits & 128 ? -f : f;
 }
 
-float sg_e5m2_to_f32(uint8_t bits) { return sg_f16_to_f32((uint16_t)(bits << 8)); }
+float sg_e5m2_to_f32(uint8_t bits) { return f16_f32((uint16_t)(bits << 8)); }
 
 float sg_e2m1_to_f32(uint8_t nibble) {
     static const float v[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
@@ -873,7 +877,7 @@ static bool do_f32x2(alu *c) {
 /* === 6. F16 and BF16 ========================================================================== */
 
 static double half_value(bool bf, uint32_t v) {
-    return (double)(bf ? sg_bf16_to_f32((uint16_t)v) : sg_f16_to_f32((uint16_t)v));
+    return (double)(bf ? bf16_f32((uint16_t)v) : f16_f32((uint16_t)v));
 }
 
 static uint32_t half_min_max(bool bf, bool min, bool nan, uint32_t a, uint32_t b) {
@@ -924,6 +928,51 @@ static bool half_op(const sg_instr *i, bool bf, const uint32_t v[3], uint32_t *o
     return true;
 }
 
+/* The same without branches, for what has no modifiers: exact in double or to odd there, to odd
+ * in F32, then the nearest half, which is right as both have more than two bits to spare. */
+static inline uint32_t odd_f32(double s) {
+    float f = (float)s;
+    uint32_t u = f32_bits(f);
+    uint32_t cut = (fabs((double)f) > fabs(s) ? u - 1 : u) | 1;
+    return (double)f == s ? u : cut;
+}
+
+static inline double sum_to_odd(double a, double b) {
+    double s = a + b, t = s - a, err = (a - (s - t)) + (b - t);
+    uint64_t u = f64_bits(s), next = (err > 0) == (s > 0) ? u + 1 : u - 1;
+    bool move = (err < 0 || err > 0) && !(u & 1);
+    return as_f64(move ? next : u);
+}
+
+#define HALF(v, h) (uint16_t)((v) >> (h))
+#define HALVES(name, widen, nearest, e)                                                          \
+    static inline uint32_t name##_one(uint16_t x, uint16_t y, uint16_t z) {                      \
+        double a = (double)widen(x), b = (double)widen(y), c = (double)widen(z);                 \
+        (void)c;                                                                                 \
+        return nearest(odd_f32(e));                                                              \
+    }                                                                                            \
+    LANES(name, uint32_t, uint32_t, name##_one(HALF(a, 0), HALF(b, 0), HALF(c, 0)) |             \
+          name##_one(HALF(a, 16), HALF(b, 16), HALF(c, 16)) << 16)
+HALVES(f16_add, f16_f32, f16_nearest, sum_to_odd(a, b))
+HALVES(f16_sub, f16_f32, f16_nearest, sum_to_odd(a, -b))
+HALVES(f16_mul, f16_f32, f16_nearest, a * b)
+HALVES(f16_fma, f16_f32, f16_nearest, sum_to_odd(a * b, c))
+HALVES(bf16_add, bf16_f32, bf16_nearest, sum_to_odd(a, b))
+HALVES(bf16_sub, bf16_f32, bf16_nearest, sum_to_odd(a, -b))
+HALVES(bf16_mul, bf16_f32, bf16_nearest, a * b)
+HALVES(bf16_fma, bf16_f32, bf16_nearest, sum_to_odd(a * b, c))
+
+static lane_fn *pick_half(const sg_instr *i, bool bf) {
+    if (sg_has(i, M_FTZ) || sg_has(i, M_SAT) || sg_has(i, M_RELU)) return NULL;
+    switch ((int)i->op) {
+    case OP_ADD: return bf ? bf16_add : f16_add;
+    case OP_SUB: return bf ? bf16_sub : f16_sub;
+    case OP_MUL: return bf ? bf16_mul : f16_mul;
+    case OP_FMA: return bf ? bf16_fma : f16_fma;
+    default: return NULL;
+    }
+}
+
 static bool do_half(alu *c) {
     const sg_instr *i = c->i;
     sg_type t = i->type[0];
@@ -932,7 +981,9 @@ static bool do_half(alu *c) {
     if (i->op == OP_NEG || i->op == OP_ABS || i->op == OP_EX2 || i->op == OP_TANH) want = 1;
     if (sources != want || sg_has(i, M_XORSIGN)) return false;
     fetch_all(c, 1, sources, t);
-    for (int l = 0; l < SG_LANES; l++) {
+    lane_fn *fn = pick_half(i, bf);
+    if (fn) fn(c->out, c->s[0], c->s[1], c->s[2]);
+    for (int l = 0; l < SG_LANES && !fn; l++) {
         c->out[l] = 0;
         for (int h = 0; h < (two ? 32 : 16); h += 16) {
             uint32_t v[3], r;
@@ -978,8 +1029,8 @@ static const relation *relation_of(const sg_instr *i) {
 #define TO_S32(v) ((int32_t)(v))
 #define TO_U64(v) (v)
 #define TO_S64(v) ((int64_t)(v))
-#define TO_F16(v) sg_f16_to_f32((uint16_t)(v))
-#define TO_BF16(v) sg_bf16_to_f32((uint16_t)(v))
+#define TO_F16(v) f16_f32((uint16_t)(v))
+#define TO_BF16(v) bf16_f32((uint16_t)(v))
 COMPARE(cmp_u16, uint16_t, TO_U16)
 COMPARE(cmp_s16, int16_t, TO_S16)
 COMPARE(cmp_u32, uint32_t, TO_U32)
@@ -1208,8 +1259,8 @@ LANES(cvt_s32_f32, int32_t, uint32_t, f32_bits((float)a))
 LANES(cvt_u32_f32, uint32_t, uint32_t, f32_bits((float)(int64_t)a))
 LANES(cvt_f32_f64, uint32_t, uint64_t, out_f64((double)as_f32(a)))
 LANES(cvt_f64_f32, uint64_t, uint32_t, out_f32((float)as_f64(a)))
-LANES(cvt_f16_f32, uint16_t, uint32_t, out_f32(sg_f16_to_f32(a)))
-LANES(cvt_bf16_f32, uint16_t, uint32_t, out_f32(sg_bf16_to_f32(a)))
+LANES(cvt_f16_f32, uint16_t, uint32_t, out_f32(f16_f32(a)))
+LANES(cvt_bf16_f32, uint16_t, uint32_t, out_f32(bf16_f32(a)))
 LANES(cvt_f32_bf16, uint32_t, uint16_t, bf16_nearest(a))
 LANES(cvt_f32_f16, uint32_t, uint16_t, f16_nearest(a))
 LANES(cvt_f32_bf16x2, uint32_t, uint32_t, (uint32_t)bf16_nearest(a) << 16 | bf16_nearest(b))
@@ -1262,8 +1313,8 @@ static bool widen(sg_type t, uint64_t u, double *v) {
     switch ((int)t) {
     case T_F64: *v = as_f64(u); return true;
     case T_F32: case T_TF32: *v = (double)as_f32(u); return true;
-    case T_F16: *v = (double)sg_f16_to_f32((uint16_t)u); return true;
-    case T_BF16: *v = (double)sg_bf16_to_f32((uint16_t)u); return true;
+    case T_F16: *v = (double)f16_f32((uint16_t)u); return true;
+    case T_BF16: *v = (double)bf16_f32((uint16_t)u); return true;
     case T_E4M3: *v = (double)sg_e4m3_to_f32((uint8_t)u); return true;
     case T_E5M2: *v = (double)sg_e5m2_to_f32((uint8_t)u); return true;
     default: return false;
@@ -1378,8 +1429,8 @@ static uint64_t half_of_pair(const sg_instr *i, sg_type to, double v) {
 static double pair_value(sg_type from, uint64_t u) {
     switch ((int)from) {
     case T_F32: return (double)as_f32(u);
-    case T_F16X2: return (double)sg_f16_to_f32((uint16_t)u);
-    case T_BF16X2: return (double)sg_bf16_to_f32((uint16_t)u);
+    case T_F16X2: return (double)f16_f32((uint16_t)u);
+    case T_BF16X2: return (double)bf16_f32((uint16_t)u);
     case T_E4M3X2: return (double)sg_e4m3_to_f32((uint8_t)u);
     case T_E5M2X2: return (double)sg_e5m2_to_f32((uint8_t)u);
     case T_E2M1X2: return (double)sg_e2m1_to_f32((uint8_t)u);

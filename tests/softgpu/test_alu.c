@@ -489,7 +489,7 @@ static void fill_tables(void) {
 }
 
 /* The code of x >= 0, not infinite: by search; t->n where it rounds beyond the largest. */
-static int search(const table *t, long double x, sg_mod mode) {
+static int search(const table *t, __float128 x, sg_mod mode) {
     int lo = 0, hi = t->n;
     if (x >= t->v[t->n]) return mode == M_RZ || mode == M_RM ? t->n - 1 : t->n;
     while (hi - lo > 1) {
@@ -499,7 +499,7 @@ static int search(const table *t, long double x, sg_mod mode) {
     }
     if (x == t->v[lo] || mode == M_RZ || mode == M_RM) return lo;
     if (mode == M_RP) return hi;
-    long double below = x - t->v[lo], above = t->v[hi] - x;
+    __float128 below = x - t->v[lo], above = t->v[hi] - x;
     if (below != above) return below < above ? lo : hi;
     return mode == M_RNA || lo & 1 ? hi : lo;
 }
@@ -692,33 +692,56 @@ static void test_small_ints(void) {
     }
 }
 
-/* fma.rn.f16 against a product and a sum of 113 bits. */
-static void test_half_fma(void) {
+/* Sums, products and both of halves, against numbers of 113 bits. */
+static void half_op(const char *op, bool bf, const char *more) {
+    const table *t = bf ? &bf16_table : &f16_table;
+    char text[100];
     bench x;
-    fill_tables();
-    bool ok = bench_open(&x, "fma.rn.f16 %h0, %h1, %h2, %h3;");
-    CHECK(ok, "fma");
-    for (int k = 0; k < 20000 && ok; k++) {
+    bool fma = !strcmp(op, "fma");
+    snprintf(text, sizeof text, "%s.rn%s.%s %%h0, %%h1, %%h2%s;", op, more, bf ? "bf16" : "f16",
+             fma ? ", %h3" : "");
+    bool ok = bench_open(&x, text);
+    CHECK(ok, "%s", text);
+    for (int k = 0; k < 6000 && ok; k++) {
+        uint16_t v[3][SG_LANES];
         for (int l = 0; l < SG_LANES; l++) {
-            for (int n = 1; n < 4; n++) {
-                bench_set(&x, (char)('0' + n), l, (rnd() & 0xffff) % 0x7c00 | (rnd() & 0x8000));
+            for (int n = 0; n < 3; n++) {
+                uint64_t r = rnd(), range = bf && k % 4 ? 0x800 : (uint64_t)t->n;
+                uint64_t first = bf && k % 4 ? 0x3c00 : 0;
+                v[n][l] = (uint16_t)((first + (r >> 20) % range) | (r & 0x8000));
+                bench_set(&x, (char)('1' + n), l, v[n][l]);
             }
         }
-        CHECK(bench_run(&x, ~0u), "fma.rn.f16");
-        const sg_operand *o = x.f->code[0].o;
+        ok = bench_run(&x, ~0u);
+        CHECK(ok, "%s is not known", text);
         for (int l = 0; l < SG_LANES; l++) {
-            double a = (double)sg_f16_to_f32((uint16_t)x.reg[o[1].reg][l]);
-            double b = (double)sg_f16_to_f32((uint16_t)x.reg[o[2].reg][l]);
-            double c = (double)sg_f16_to_f32((uint16_t)x.reg[o[3].reg][l]);
-            __float128 s = (__float128)a * b + c, m = s < 0 ? -s : s;
-            uint64_t got = x.reg[o[0].reg][l];
-            int code = search(&f16_table, (long double)m, M_RN);
-            if (s == 0 || (__float128)(long double)m != m) continue;  /* 64 bits: nearly all */
-            CHECK(got == ((uint64_t)code | (s < 0 ? 0x8000u : 0)), "fma of %a %a %a: %llx", a, b, c,
-                  (unsigned long long)got);
+            __float128 a[3];
+            for (int n = 0; n < 3; n++) {
+                a[n] = bf ? sg_bf16_to_f32(v[n][l]) : sg_f16_to_f32(v[n][l]);
+            }
+            __float128 s = *op == 'a' ? a[0] + a[1] : *op == 's' ? a[0] - a[1] : a[0] * a[1];
+            if (fma && (s + a[2]) - s != a[2]) continue;         /* more than 113 bits */
+            if (fma) s = s + a[2];
+            if (s == 0) continue;
+            uint32_t want = (uint32_t)search(t, s < 0 ? -s : s, M_RN) | (s < 0 ? 0x8000u : 0);
+            if (*more) want = s < 0 ? 0 : want;                  /* .relu: the other way */
+            uint64_t got = result_of(&x)[l];
+            CHECK(got == want, "%s of %x %x %x: %llx, not %x", text, v[0][l], v[1][l], v[2][l],
+                  (unsigned long long)got, want);
         }
     }
     if (ok) sg_module_free(x.m);
+}
+
+static void test_half_operations(void) {
+    fill_tables();
+    for (int bf = 0; bf < 2; bf++) {
+        half_op("add", bf, "");
+        half_op("sub", bf, "");
+        half_op("mul", bf, "");
+        half_op("fma", bf, "");
+        half_op("fma", bf, ".relu");
+    }
 }
 
 /* === 4. Roundings against the host's modes ==================================================== */
@@ -845,7 +868,7 @@ int main(void) {
     RUN(test_small_rounding);
     RUN(test_small_to_int);
     RUN(test_small_ints);
-    RUN(test_half_fma);
+    RUN(test_half_operations);
     RUN(test_f32_modes);
     RUN(test_int_to_f32);
     RUN(test_unknown);
