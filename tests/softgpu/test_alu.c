@@ -846,9 +846,10 @@ static void test_int_to_f32(void) {
 
 /* What is not known says so instead of guessing. */
 static void test_unknown(void) {
-    static const char *const texts[] = {"min.xorsign.abs.f32 %r0, %r1, %r2;",
-                                        "add.sat.u32 %r0, %r1, %r2;"};
-    for (int k = 0; k < 2; k++) {
+    static const char *const texts[] = {"add.sat.u32 %r0, %r1, %r2;", "mul.sat.s32 %r0, %r1, %r2;",
+                                        "add.cc.f32 %r0, %r1, %r2;",
+                                        "setp.gt.ftz.f16 %p0, %h1, %h2;"};
+    for (int k = 0; k < 4; k++) {
         bench x;
         if (!bench_open(&x, texts[k])) continue;             /* the parser may stop first */
         CHECK(!bench_run(&x, ~0u), "%s", texts[k]);
