@@ -285,7 +285,8 @@ static void write_ptx(const node *x) {
     for (; x; x = x->next) {
         int d = x->id;
         if (x->is == SET) {
-            say("mad.lo.u32 %%r%d, %%r%d, %d, %%r%d;\n", x->a, x->b, 2 * x->c + 1, (x->a + 1) % 4);
+            say("mad.lo.u32 %%r%d, %%r%d, %d, %%r%d;\n", x->a, x->b, 2 * x->c + 1,
+                (x->a + 1) % 4);
             continue;
         }
         if (x->is == LOOP) {
