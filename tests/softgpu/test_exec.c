@@ -240,7 +240,7 @@ static void test_guards(void) {
               "@!%p1 st.global.u32 [%out], %r2;\n" END, 1, 40, 21, want_guarded);
 }
 
-/* --- any program: made of statements at random, run as PTX and as it stands -------------------- */
+/* --- any program: made of statements at random, run as PTX and as it stands */
 
 typedef enum { SET, IF, LOOP, BREAK, RETURN } what;
 typedef struct node { what is; int id, a, b, c; struct node *body, *other, *next; } node;
