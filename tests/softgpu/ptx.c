@@ -79,7 +79,7 @@ static const char *const patterns[OP_N] = {
     [OP_CP_COMMIT] = "0", [OP_CP_WAIT] = "0s", [OP_CP_WAIT_ALL] = "0", [OP_CVT] = "2ds?s",
     [OP_CVTA] = "1ds", [OP_DIV] = "1dss", [OP_DP4A] = "2dsss", [OP_EX2] = "1ds", [OP_EXIT] = "0",
     [OP_FENCE] = "0", [OP_FMA] = "1dsss", [OP_ISSPACEP] = "0ds", [OP_LD] = "1Da",
-    [OP_LDMATRIX] = "1Va", [OP_LDU] = "1Da", [OP_LG2] = "1ds", [OP_LOP3] = "1dsssss",
+    [OP_LDMATRIX] = "1Va", [OP_LDU] = "1Da", [OP_LG2] = "1ds", [OP_LOP3] = "1dssss",
     [OP_MAD] = "1dsss", [OP_MADC] = "1dsss", [OP_MAD24] = "1dsss", [OP_MATCH] = "1dess",
     [OP_MAX] = "1dss", [OP_MEMBAR] = "0", [OP_MIN] = "1dss", [OP_MMA] = "4VVVV",
     [OP_MOV] = "1DS", [OP_MUL] = "1dss", [OP_MUL24] = "1dss", [OP_NANOSLEEP] = "1s",

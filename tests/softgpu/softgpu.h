@@ -103,6 +103,7 @@ typedef enum {
     MOD(L2_64B, "L2::64B") MOD(L2_128B, "L2::128B") MOD(L2_256B, "L2::256B")                     \
     MOD(L1_NO_ALLOCATE, "L1::no_allocate") MOD(L1_EVICT_LAST, "L1::evict_last")                  \
     MOD(L1_EVICT_FIRST, "L1::evict_first") MOD(L1_EVICT_NORMAL, "L1::evict_normal")              \
+    MOD(NAN_WINS, "NaN")                                                                         \
     MOD(UNIFIED, "unified") MOD(XORSIGN, "xorsign") MOD(WEAK, "weak") MOD(L1, "L1") MOD(L2, "L2")
 typedef enum {
 #define MOD(name, text) M_##name,
@@ -219,6 +220,7 @@ void sg_text(const sg_func *f, const sg_instr *i, char *out, size_t size);
  * constants lie below them. */
 #define SG_SHARED_WINDOW 0x0100000000000000ull
 #define SG_LOCAL_WINDOW  0x0200000000000000ull
+#define SG_PARAM_WINDOW  0x0300000000000000ull   /* cvta.param: kernel parameters */
 #define SG_WINDOW_BYTES  0x0000000100000000ull
 
 typedef struct { uint32_t x, y, z; } sg_dim;
@@ -247,6 +249,7 @@ typedef struct {
     uint8_t *local;                        /* [32][local bytes]                                 */
     uint64_t sync_count;                   /* of __syncwarp, shfl and the like: see shared.c    */
     uint64_t steps;                        /* instructions so far                               */
+    uint32_t carry;                        /* .cc: a bit a lane                                 */
 } sg_warp;
 
 typedef struct {                           /* one launch                                        */
@@ -270,6 +273,9 @@ typedef struct {                           /* one block being run               
     uint32_t shared_bytes;
     sg_shadow *shadow;
 } sg_block;
+
+/* Lane instructions that a launch may take before it counts as endless: 2^36. */
+extern uint64_t sg_steps_max;
 
 /* Run all blocks.  Violations and what is unknown end the process (section 6). */
 void sg_run(const sg_launch *l);
@@ -310,6 +316,8 @@ bool sg_tensor(sg_block *b, sg_warp *w, const sg_instr *i, uint32_t mask);
 typedef enum { SG_NOT_MINE, SG_DONE, SG_WAIT } sg_result;
 sg_result sg_sync(sg_block *b, sg_warp *w, const sg_instr *i, uint32_t mask);
 bool sg_released(sg_block *b, sg_warp *w);
+/* Of a deadlock: who is at a barrier (sg_warp.barrier), and how many it still waits for. */
+void sg_barrier_text(const sg_block *b, int barrier, char *out, size_t size);
 /* Checked access to shared memory: bounds, initialization, races between barriers and, within a
  * warp, between __syncwarps; bytes that a cp.async is still to write.  Never NULL. */
 void *sg_shared(sg_block *b, sg_warp *w, const sg_instr *i, int lane, uint64_t offset,
@@ -317,6 +325,8 @@ void *sg_shared(sg_block *b, sg_warp *w, const sg_instr *i, int lane, uint64_t o
 /* Before a block runs and after it has: also checks barriers that wait for nobody. */
 void sg_shared_open(sg_block *b);
 void sg_shared_close(sg_block *b);
+
+extern const uint64_t sg_low_bits[T_N];    /* alu.c: the bits of a register that a type has     */
 
 /* === 5. Small floats (alu.c), also for tensor.c =============================================== */
 
