@@ -664,6 +664,11 @@ bool sg_module_place(const sg_module *m) {
         if (s->init) memcpy(r->host, s->init, s->bytes);
         set_written(r, 0, s->bytes);
     }
+    for (int i = 0; i < m->n_relocs; i++) {
+        const sg_reloc *l = &m->reloc[i];
+        uint64_t value = sg_symbol_address(m, l->target) + l->addend;
+        memcpy(module[n_modules - 1].r[l->symbol]->host + l->offset, &value, sizeof value);
+    }
     return true;
 }
 

@@ -103,13 +103,14 @@ typedef enum {
     MOD(L2_64B, "L2::64B") MOD(L2_128B, "L2::128B") MOD(L2_256B, "L2::256B")                     \
     MOD(L1_NO_ALLOCATE, "L1::no_allocate") MOD(L1_EVICT_LAST, "L1::evict_last")                  \
     MOD(L1_EVICT_FIRST, "L1::evict_first") MOD(L1_EVICT_NORMAL, "L1::evict_normal")              \
-    MOD(UNIFIED, "unified") MOD(XORSIGN, "xorsign")
+    MOD(UNIFIED, "unified") MOD(XORSIGN, "xorsign") MOD(WEAK, "weak") MOD(L1, "L1") MOD(L2, "L2")
 typedef enum {
 #define MOD(name, text) M_##name,
     SG_MODS(MOD)
 #undef MOD
     M_N
 } sg_mod;
+_Static_assert(M_N <= 128, "sg_instr.mod has a bit for each");
 
 typedef enum {
     O_NONE, O_REG, O_IMM, O_SPECIAL, O_SYMBOL, O_ADDR, O_VEC, O_SINK, O_LABEL, O_FUNC
@@ -149,9 +150,12 @@ typedef struct {
                                               second destination (%r|%p) is o[1].  call: O_FUNC,
                                               then O_VECs of symbols: results, arguments        */
     int32_t reconverge;                    /* of a bra: where its paths meet again (immediate
-                                              post-dominator), or -1: only at the end           */
+                                              post-dominator), or -1: only at the end.  A path
+                                              that only leaves is none: see ptx.c, part 7       */
     int32_t file, line;                    /* of .loc: innermost; 0 where there is none         */
     int32_t ptx_line;
+    uint32_t text_len;
+    const char *text;                      /* [text_len] as it stands in the PTX, or NULL       */
 } sg_instr;
 static inline bool sg_has(const sg_instr *i, sg_mod m) { return i->mod[m / 64] >> (m % 64) & 1; }
 
@@ -165,6 +169,11 @@ typedef struct {                           /* anything with an address and a nam
     int module_symbol;                     /* of S_GLOBAL, S_CONST: index in sg_module.symbol   */
 } sg_symbol;
 
+typedef struct {                           /* an address in an initializer: the loader puts the */
+    int symbol, target;                    /* 8 bytes "address of symbol[target] + addend" at   */
+    uint64_t offset, addend;               /* symbol[symbol] + offset, behind copying init      */
+} sg_reloc;
+
 typedef struct {
     const char *name;
     bool entry;
@@ -177,6 +186,9 @@ typedef struct {
                                               n_params are its parameters, then n_results       */
     int n_symbols, n_params, n_results;
     uint64_t param_bytes, shared_bytes, local_bytes; /* static; each symbol aligned             */
+    uint64_t args_bytes;                   /* of the parameters alone, the first of param_bytes;
+                                              then come results and the .param of call scopes   */
+    bool external;                         /* declared only: its code is one trap               */
     int max_threads, min_blocks;           /* .maxntid x*y*z, .minnctapersm; 0: not said        */
 } sg_func;
 
@@ -188,6 +200,8 @@ typedef struct {
     int n_funcs;
     sg_symbol *symbol;                     /* [n_symbols] of the module: .global, .const        */
     int n_symbols;
+    sg_reloc *reloc;                       /* [n_relocs] */
+    int n_relocs;
 } sg_module;
 
 /* Parse text [len]; NULL with a message of one line in why[size] that names the line.  The module
