@@ -482,21 +482,44 @@ static inline bool touch_fast(touch *t, uint32_t mine, uint32_t mask, sg_access 
     return true;
 }
 
+static void touch_again(sg_region *r, uint64_t g, uint32_t mine, uint32_t mask, sg_access kind,
+                        conflict *first, uint64_t *where) {
+    conflict c = touch_slowly(r, &r->touch[g], mine, mask, kind);
+    if (!c.found || first->found) return;
+    *first = c;
+    *where = g;
+}
+
+/* Whole granules g..end; `kind` is a constant where this is inlined. */
+static inline __attribute__((always_inline)) void
+touch_whole(sg_region *r, uint64_t g, uint64_t end, uint32_t mine, sg_access kind,
+            conflict *first, uint64_t *where) {
+    touch *t = r->touch;
+    for (; g < end; g++)
+        if (__builtin_expect(!touch_fast(&t[g], mine, 15, kind), 0))
+            touch_again(r, g, mine, 15, kind, first, where);
+}
+
 /* Bytes off..off+n of a region; the first conflict. */
-static conflict touch_range(sg_region *r, uint64_t off, uint64_t n, uint32_t mine,
-                            sg_access kind, uint64_t *where) {
+static inline conflict touch_range(sg_region *r, uint64_t off, uint64_t n, uint32_t mine,
+                                   sg_access kind, uint64_t *where) {
     conflict c = { 0 };
-    uint64_t shift = r->base & 3, a = off + shift, end = a + n;
-    for (uint64_t g = a / 4; g * 4 < end; g++) {
-        uint32_t mask = 15;
-        if (g * 4 < a) mask &= 15u << (a - g * 4);
-        if (end < g * 4 + 4) mask &= 15u >> (g * 4 + 4 - end);
-        if (touch_fast(&r->touch[g], mine, mask, kind)) continue;
-        conflict d = touch_slowly(r, &r->touch[g], mine, mask, kind);
-        if (!d.found || c.found) continue;
-        c = d;
-        *where = g * 4 < a ? off : g * 4 - shift;
+    uint64_t shift = r->base & 3, a = off + shift, end = a + n, first = (a + 3) / 4, at = 0;
+    if (a & 3) {
+        uint32_t mask = 15u << (a & 3) & 15;
+        if (end < first * 4) mask &= 15u >> (first * 4 - end);
+        if (!touch_fast(&r->touch[a / 4], mine, mask, kind))
+            touch_again(r, a / 4, mine, mask, kind, &c, &at);
     }
+    if (kind == SG_READ) touch_whole(r, first, end / 4, mine, SG_READ, &c, &at);
+    else if (kind == SG_WRITE) touch_whole(r, first, end / 4, mine, SG_WRITE, &c, &at);
+    else touch_whole(r, first, end / 4, mine, SG_ATOMIC, &c, &at);
+    if (end & 3 && end / 4 >= first) {
+        uint32_t mask = 15u >> (4 - (end & 3));
+        if (!touch_fast(&r->touch[end / 4], mine, mask, kind))
+            touch_again(r, end / 4, mine, mask, kind, &c, &at);
+    }
+    if (c.found) *where = at * 4 < a ? off : at * 4 - shift;
     return c;
 }
 
