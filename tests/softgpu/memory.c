@@ -164,6 +164,7 @@ typedef struct { uint32_t base, last; sg_work work; } past;
 static past *done;                         /* [n_done] what ran and may not be ordered, by base */
 static int n_done, cap_done;
 static uint32_t base = 1, floor_stamp = 1, next_stamp = 3;
+static uint32_t settled = 1;               /* older ones are before all that is to come         */
 
 static void renumber(uint32_t less);
 
@@ -176,6 +177,7 @@ void sg_work_begin(const sg_work *w, uint64_t blocks) {
         if (blocks + 2 >= STAMP - next_stamp)
             sg_stop(NULL, NULL, NULL, "%s: more blocks than can be told apart", w->name);
     }
+    settled = oldest();
     base = floor_stamp = next_stamp;
     next_stamp += (uint32_t)blocks + 1;
     for (int i = n_done - 1; i >= 0; i--)
@@ -222,6 +224,7 @@ static bool before(uint32_t stamp, uint32_t mine) {
 typedef struct { uint32_t writer, reader; } touch;
 
 enum { LIST = 13 };
+#define NO_LIST 0xffffffffu
 typedef struct {                           /* of 4 bytes: all that touched them and count yet   */
     uint32_t n, writes;                    /* bit i of writes: who[i] wrote                     */
     uint32_t who[LIST + 1];
@@ -234,6 +237,7 @@ struct sg_region {
     touch *touch;
     list *list;
     uint32_t n_lists, cap_lists;
+    uint32_t free_list;                    /* the next one is its who[0]; or NO_LIST            */
     sg_region_kind kind;
     bool live;
 };
@@ -320,6 +324,7 @@ sg_region *sg_region_new(sg_region_kind kind, uint64_t bytes, void *host) {
     r->host = pinned ? host : r->map;
     r->written = pinned ? NULL : r->map + data;
     r->touch = (touch *)(void *)(r->map + data + bits);
+    r->free_list = NO_LIST;
     r->kind = kind;
     r->bytes = bytes;
     r->live = true;
@@ -375,7 +380,11 @@ static void renumber(uint32_t less) {
 
 static void put_list(sg_region *r, touch *t, const list *l) {
     int writes = __builtin_popcount(l->writes);
-    if (t->writer != LISTED && writes <= 1 && l->n - (uint32_t)writes <= 1) {
+    if (writes <= 1 && l->n - (uint32_t)writes <= 1) {
+        if (t->writer == LISTED) {
+            r->list[t->reader] = (list){ .who = { r->free_list } };
+            r->free_list = t->reader;
+        }
         *t = (touch){ 0, 0 };
         for (uint32_t k = 0; k < l->n; k++) {
             if (l->writes >> k & 1) t->writer = l->who[k];
@@ -383,7 +392,10 @@ static void put_list(sg_region *r, touch *t, const list *l) {
         }
         return;
     }
-    if (t->writer != LISTED) {
+    if (t->writer != LISTED && r->free_list != NO_LIST) {
+        *t = (touch){ LISTED, r->free_list };
+        r->free_list = r->list[r->free_list].who[0];
+    } else if (t->writer != LISTED) {
         if (r->n_lists == r->cap_lists) {
             r->cap_lists = r->cap_lists ? 2 * r->cap_lists : 64;
             r->list = realloc(r->list, sizeof *r->list * r->cap_lists);
@@ -438,10 +450,12 @@ static conflict touch_slowly(sg_region *r, touch *t, uint32_t mine, uint32_t mas
         c = (conflict){ true, wrote, atomic, stamp };
     }
     for (uint32_t k = 0; k < l.n && !known; k++) known = told(&l, k, mine, mask, kind);
-    for (uint32_t k = l.n; k-- > 0;) {      /* what is before this one counts no more */
+    for (uint32_t k = l.n; k-- > 0;) {      /* what this one stands for from now on */
         uint32_t stamp = l.who[k] & STAMP;
-        bool wrote = l.writes >> k & 1;
-        if (stamp == mine || !before(stamp, mine) || (wrote && kind == SG_READ)) continue;
+        bool wrote = l.writes >> k & 1, atomic = (l.who[k] & ATOMIC) != 0;
+        if (stamp == mine || !before(stamp, mine)) continue;
+        bool same = kind == SG_READ ? !wrote : kind == SG_WRITE || atomic;
+        if (!same && stamp >= settled) continue;
         l.who[k] &= ~(mask << MASK_AT);
         if (!(l.who[k] >> MASK_AT)) remove_entry(&l, k);
     }
@@ -474,7 +488,8 @@ static inline bool touch_fast(touch *t, uint32_t mine, uint32_t mask, sg_access 
         return true;
     }
     if (ws == mine) t->writer = w | mask << MASK_AT;
-    else if (ws < floor_stamp) t->writer = mine | ATOMIC | mask << MASK_AT;
+    else if (ws < settled || (ws < floor_stamp && w & ATOMIC))
+        t->writer = mine | ATOMIC | mask << MASK_AT;   /* no atomic stands for a plain write */
     else if (w == LISTED || !(w & ATOMIC)) return false;
     else if (ws == base) return !(mask & ~(w >> MASK_AT));
     else if (ws > base && mask == w >> MASK_AT) t->writer = base | (w & ~(uint32_t)STAMP);
