@@ -487,7 +487,7 @@ static inline bool touch_fast(touch *t, uint32_t mine, uint32_t mask, sg_access 
         else return false;
         return true;
     }
-    if (ws == mine) t->writer = w | mask << MASK_AT;
+    if (ws == mine && (w & ATOMIC || !(mask & ~(w >> MASK_AT)))) t->writer = w | mask << MASK_AT;
     else if (ws < settled || (ws < floor_stamp && w & ATOMIC))
         t->writer = mine | ATOMIC | mask << MASK_AT;   /* no atomic stands for a plain write */
     else if (w == LISTED || !(w & ATOMIC)) return false;
