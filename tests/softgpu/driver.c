@@ -17,7 +17,7 @@
  *
  * Contents: 1 state   2 streams and their work   3 in flight   4 running   5 devices, contexts
  *           6 images, modules   7 functions, launches   8 memory   9 copies   10 streams, events
- *           11 entry points                                                                       */
+ *           11 entry points                                                                      */
 #define _GNU_SOURCE
 #include "softgpu.h"
 #include "legacy.h"
@@ -669,7 +669,7 @@ static CUresult priority_range(int *least, int *greatest) {
  * A fatbin: 16 bytes of header, then entries, each a header and its padded image:
  *     u32 magic  u16 version  u16 header bytes  u64 bytes of the entries
  *     u16 kind (1 PTX, 2 ELF)  u16  u32 header bytes  u64 image bytes  u32 packed bytes
- *     ... u32 capability at 28 ... u64 flags at 40                                                */
+ *     ... u32 capability at 28 ... u64 flags at 40                                               */
 
 enum { FATBIN = 0xba55ed50, FATBIN_HEAD = 16, ENTRY_HEAD = 64, KIND_PTX = 1 };
 enum { FLAG_LZ4 = 0x2000, FLAG_ZSTD = 0x8000, FLAG_ARCH_ONLY = 0x100000 };  /* sm_90a */

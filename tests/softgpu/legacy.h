@@ -4,7 +4,7 @@
  *   dlsym("cuMemAlloc"), dlsym("cuMemAlloc_v2") --> a trap: exit code 87
  *
  * `since` is the CUDA version of the ABI that cuda.h of 13.0 declares (cudaTypedefs.h); older ABIs
- * of a name are not offered.  NEWER is a second ABI of a name that has an ENTRY.                  */
+ * of a name are not offered.  NEWER is a second ABI of a name that has an ENTRY.                 */
 #define SG_ENTRIES(ENTRY, NEWER)                                                                 \
     ENTRY(cuInit, 2000, init)                                                                    \
     ENTRY(cuDriverGetVersion, 2020, driver_version)                                              \

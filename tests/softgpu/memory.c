@@ -17,7 +17,7 @@
  * One thing is not seen: of two reads of parts of 4 bytes by work in order, the older is forgotten.
  *
  * Contents: 1 the configuration   2 stopping   3 work and its order   4 regions
- *           5 who touched what    6 access     7 modules                                          */
+ *           5 who touched what    6 access     7 modules                                         */
 #define _GNU_SOURCE
 #include "softgpu.h"
 
@@ -242,7 +242,7 @@ struct sg_region {
     bool live;
 };
 
-/* Below where Linux puts mappings, reserved so that a host that follows a device address crashes. */
+/* Below where Linux puts mappings; reserved, so that a host that follows one of them crashes. */
 #define FIRST_ADDRESS 0x7d0000000000ull
 #define ADDRESS_BYTES 0x010000000000ull
 enum { ALIGN = 256, GUARD = 4096 };

@@ -350,7 +350,7 @@ const sg_config *sg_get_config(void);
 
 /* === 7. The driver's side of memory (memory.c) ================================================
  * Every piece of work has a place in its stream and a clock: what of every stream it comes after.
- * Work touches memory between its sg_work_begin() and the next one's.                             */
+ * Work touches memory between its sg_work_begin() and the next one's.                            */
 
 enum { SG_STREAMS = 64 };
 typedef struct { uint64_t seq[SG_STREAMS]; } sg_clock;
@@ -367,7 +367,7 @@ void sg_work_forget(const sg_clock *c);    /* all work to come is after this    
 /* A stretch of memory that the device can reach. */
 typedef enum { SG_DEVICE_MEMORY, SG_GLOBALS, SG_CONSTANTS, SG_PINNED } sg_region_kind;
 typedef struct sg_region sg_region;
-/* bytes of it; of SG_PINNED: at `host`, whose address is also the device's.  NULL: no memory left. */
+/* bytes of it; of SG_PINNED: at `host`, whose address is also the device's.  NULL: none left. */
 sg_region *sg_region_new(sg_region_kind kind, uint64_t bytes, void *host);
 void sg_region_free(sg_region *r);         /* what touches it from now on is a use after free   */
 /* The live one that holds all of address..address+bytes, or NULL. */

@@ -6,13 +6,14 @@
  *
  * Every check is fired by a planted bug, and stays silent on the program without it, whatever the
  * seed.  Contents: 1 children   2 entry points   3 devices, images   4 launches   5 memory
- *                  6 blocks   7 streams   8 in flight   9 time                                    */
+ *                  6 blocks   7 streams   8 in flight   9 time                                   */
 #include "../check.h"
 #include "legacy.h"
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -765,7 +766,35 @@ static void events_and_calls(void) {
     for (int i = 0; i < 500; i++) OK(stream_destroy(new_stream()));
 }
 
+static void *one_thread(void *unused) {
+    (void)unused;
+    CUdeviceptr p;
+    GIVES(mem_alloc(&p, 4), INVALID_CONTEXT);      /* a context is current to a thread */
+    OK(ctx_set(context));
+    CUstream s = new_stream();
+    float *to = pinned_bytes(4 * N);
+    CUdeviceptr x = device_bytes(4 * N), y = device_bytes(4 * N);
+    for (int r = 0; r < 50; r++) {
+        put_at(x, (float)r, 0, s);
+        get_at(y, x, 0, s);
+        OK(copy_dtoh_async(to, y, 4 * N, s));
+        OK(stream_synchronize(s));
+        MUST(to[0] == (float)r && to[N - 1] == (float)r);
+    }
+    OK(stream_destroy(s));
+    OK(mem_free(x));
+    return NULL;
+}
+
+static void by_threads(void) {
+    pthread_t t[4];
+    begin();
+    for (int i = 0; i < 4; i++) MUST(!pthread_create(&t[i], NULL, one_thread, NULL));
+    for (int i = 0; i < 4; i++) MUST(!pthread_join(t[i], NULL));
+}
+
 static void test_work_is_ordered_by_events_alone(void) {
+    right(by_threads);
     right(pipeline);
     right(events_and_calls);
 }

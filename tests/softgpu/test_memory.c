@@ -82,7 +82,8 @@ static bool one_history(bool whole, int *found, int *hidden, int *accesses_made)
         unsigned accesses = 1 + random_below(6);
         for (unsigned k = 0; k < accesses && !over; k++) {
             unsigned bytes = whole ? 4u << random_below(3) : 1u << random_below(5);
-            access a = { n, random_below(calm ? 40 : 3) ? 0 : random_below(4), (sg_access)random_below(KINDS),
+            uint64_t block = random_below(calm ? 40 : 3) ? 0 : random_below(4);
+            access a = { n, block, (sg_access)random_below(KINDS),
                          bytes * random_below(BYTES / bytes), bytes };
             if (random_below(calm ? 2 : 4)) a.kind = SG_READ;
             sg_block b = { .launch = &l, .index = a.block };
