@@ -583,6 +583,7 @@ static void end_context(void) {
     wait_for_all();
     while (modules) unload(modules);
     while (pins) unpin(pins);
+    sg_region_free_all();
     for (int i = 1; i < n_streams; i++) stream[i].live = false;
     while (events) {
         CUevent e = events;

@@ -349,6 +349,11 @@ void sg_region_free(sg_region *r) {
     free(r);
 }
 
+void sg_region_free_all(void) {
+    for (int i = 0; i < n_regions; i++)
+        if (region[i]->live && region[i]->kind == SG_DEVICE_MEMORY) sg_region_free(region[i]);
+}
+
 /* === 5. Who touched what ====================================================================== */
 
 typedef struct { bool found, write, atomic; uint32_t stamp; } conflict;

@@ -370,6 +370,7 @@ typedef struct sg_region sg_region;
 /* bytes of it; of SG_PINNED: at `host`, whose address is also the device's.  NULL: none left. */
 sg_region *sg_region_new(sg_region_kind kind, uint64_t bytes, void *host);
 void sg_region_free(sg_region *r);         /* what touches it from now on is a use after free   */
+void sg_region_free_all(void);             /* the SG_DEVICE_MEMORY                              */
 /* The live one that holds all of address..address+bytes, or NULL. */
 sg_region *sg_region_at(uint64_t address, uint64_t bytes);
 sg_region_kind sg_region_what(const sg_region *r);

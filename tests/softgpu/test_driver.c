@@ -231,6 +231,10 @@ static void order_of_calls(void) {
     OK(mem_alloc(&p, 4));
     OK(primary_release(d));
     GIVES(mem_alloc(&p, 4), INVALID_CONTEXT);
+    OK(primary_retain(&context, d));       /* the same thread has it again, and nothing else */
+    size_t left, total;
+    OK(mem_info(&left, &total));
+    MUST(left == total);
     OK(error_name(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, &text));
     MUST(!strcmp(text, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"));
     OK(error_string(CUDA_ERROR_OUT_OF_MEMORY, &text));
