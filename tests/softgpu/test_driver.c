@@ -584,7 +584,7 @@ static void test_memory(void) {
 
 static void test_violations_name_their_place(void) {
     ends("", beyond, 86, "softgpu: VIOLATION in put at ");
-    CHECK(strstr(said, "test_driver.cu:"), "no source line: %s", said);
+    CHECK(strstr(said, "driver_test.cu:"), "no source line: %s", said);
     CHECK(strstr(said, "st.global"), "no instruction: %s", said);
     CHECK(strstr(said, "block (0,0,0), thread (31,0,0): "), "no thread: %s", said);
     CHECK(strstr(said, "(127 bytes)"), "no allocation: %s", said);

@@ -1,4 +1,4 @@
-/* test_driver.cu -- kernels for test_driver.c, each right or with one bug that softgpu names. */
+/* driver_test.cu -- kernels for test_driver.c, each right or with one bug that softgpu names. */
 #include <stdint.h>
 
 __device__ int counter = 7;
