@@ -358,4 +358,44 @@ _Noreturn void sg_stop(const sg_block *b, const sg_warp *w, const sg_instr *i, c
 typedef struct { sg_device device; uint64_t seed; bool keep; } sg_config;
 const sg_config *sg_get_config(void);
 
+/* === 7. The driver's side of memory (memory.c) ================================================
+ * Every piece of work has a place in its stream and a clock: what of every stream it comes after.
+ * Work touches memory between its sg_work_begin() and the next one's.                            */
+
+enum { SG_STREAMS = 64 };
+typedef struct { uint64_t seq[SG_STREAMS]; } sg_clock;
+typedef struct {
+    uint64_t op;                           /* sg_launch.op                                      */
+    int stream;
+    uint64_t seq;                          /* the seq-th piece of work of its stream            */
+    sg_clock clock;                        /* what it comes after; of its own stream: seq       */
+    char name[120];                        /* for messages: "kernel add (work 7, stream 2)"     */
+} sg_work;
+void sg_work_begin(const sg_work *w, uint64_t blocks);
+void sg_work_forget(const sg_clock *c);    /* all work to come is after this                    */
+
+/* A stretch of memory that the device can reach. */
+typedef enum { SG_DEVICE_MEMORY, SG_GLOBALS, SG_CONSTANTS, SG_PINNED } sg_region_kind;
+typedef struct sg_region sg_region;
+/* bytes of it; of SG_PINNED: at `host`, whose address is also the device's.  NULL: none left. */
+sg_region *sg_region_new(sg_region_kind kind, uint64_t bytes, void *host);
+void sg_region_free(sg_region *r);         /* what touches it from now on is a use after free   */
+void sg_region_free_all(void);             /* the SG_DEVICE_MEMORY                              */
+/* The live one that holds all of address..address+bytes, or NULL. */
+sg_region *sg_region_at(uint64_t address, uint64_t bytes);
+sg_region_kind sg_region_what(const sg_region *r);
+uint64_t sg_region_base(const sg_region *r);
+uint64_t sg_region_bytes(const sg_region *r);
+uint64_t sg_memory_used(void);
+bool sg_device_address(uint64_t address);  /* one that no host memory has                       */
+/* The work that has begun reads or writes bytes within one region: where they lie on the host. */
+uint8_t *sg_range(uint64_t address, uint64_t bytes, sg_access kind);
+/* Never-written bytes stay that when copied from one place to another; how many are there? */
+void sg_copy_written(uint64_t to, uint64_t from, uint64_t bytes);
+uint64_t sg_unwritten(uint64_t address, uint64_t bytes);  /* of the first one, or bytes         */
+
+/* Give a module's globals and constants their memory (false: none left), and take it back. */
+bool sg_module_place(const sg_module *m);
+void sg_module_remove(const sg_module *m);
+
 #endif
