@@ -59,6 +59,7 @@ typedef struct {
     uint32_t lanes[SG_WARPS_MAX];          /* that arrived                                      */
     uint32_t warps, waiting;               /* masks: arrived, and of those that wait            */
     uint32_t clock[SG_WARPS_MAX];          /* what all that arrived had seen                    */
+    uint32_t step[SG_WARPS_MAX];           /* of the warp, when it arrived                      */
     const sg_instr *instr[SG_WARPS_MAX];
     uint32_t yes, no;                      /* of bar.red: threads by their predicate            */
 } barrier;
@@ -393,10 +394,9 @@ void *sg_shared(sg_block *b, sg_warp *w, const sg_instr *i, int lane, uint64_t o
 
 /* === 4. Barriers ============================================================================== */
 
-/* Lanes `mask` of a warp have met at its present step. */
-static void meet(sg_shadow *s, const sg_warp *w, uint32_t mask) {
-    int id = w->id;
-    uint32_t now = step_of(w), joint[SG_LANES] = {0};
+/* Lanes `mask` of a warp have met at its step `now`. */
+static void meet(sg_shadow *s, int id, uint32_t now, uint32_t mask) {
+    uint32_t joint[SG_LANES] = {0};
     if ((mask & s->born[id]) == s->born[id]) {
         s->full[id] = now;
         return;
@@ -449,7 +449,7 @@ static bool complete(sg_block *b, int id) {
         sg_warp *w = &b->warp[k];
         for (int o = 0; o < b->n_warps; o++)
             if (s->clock[k][o] < p->clock[o]) s->clock[k][o] = p->clock[o];
-        meet(s, w, p->lanes[k]);
+        meet(s, k, p->step[k], p->lanes[k]);
         if (p->instr[k]->op == OP_BAR_RED) reduce_result(p, w);
         w->barrier = -1;
     }
@@ -537,7 +537,7 @@ static sg_result arrive(sg_block *b, sg_warp *w, const sg_instr *i, uint32_t mas
     p->lanes[w->id] |= mask;
     p->warps |= BIT(w->id);
     p->instr[w->id] = i;
-    s->clock[w->id][w->id] = step_of(w);
+    p->step[w->id] = s->clock[w->id][w->id] = step_of(w);
     for (int o = 0; o < b->n_warps; o++)
         if (p->clock[o] < s->clock[w->id][o]) p->clock[o] = s->clock[w->id][o];
     if (waits) {
@@ -599,12 +599,12 @@ static void sync_warp(sg_block *b, sg_warp *w, const sg_instr *i, uint32_t mask)
     bool same = members(b, w, i, &i->o[0], mask, member);
     w->sync_count++;
     if (same) {
-        meet(b->shadow, w, mask);
+        meet(b->shadow, w->id, step_of(w), mask);
         return;
     }
     for (uint32_t rest = mask, g; rest; rest &= ~g) {
         g = group_of(rest, member);
-        meet(b->shadow, w, g);
+        meet(b->shadow, w->id, step_of(w), g);
     }
 }
 

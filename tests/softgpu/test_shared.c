@@ -132,8 +132,9 @@ static sg_instr *typed(sg_instr *i, sg_type t) {
 }
 
 static sg_result sync_op(int v, uint32_t mask, const sg_instr *i) {
-    block.warp[v].steps++;
-    return sg_sync(&block, &block.warp[v], i, mask);
+    sg_result r = sg_sync(&block, &block.warp[v], i, mask);
+    block.warp[v].steps++;                 /* as in exec.c: a warp that waits is a step on */
+    return r;
 }
 static sg_result bar(int v, int id, int count) {
     return sync_op(v, block.warp[v].live, make(OP_BAR_SYNC, 0, I((uint64_t)id),
@@ -153,13 +154,13 @@ static void go(int v, uint32_t mask, sg_access kind, int line, size_t base, size
     sg_instr *i = make(kind == SG_READ ? OP_LD : kind == SG_WRITE ? OP_ST : OP_ATOM, line, A(0),
                        R(1), none, none);
     typed(i, bytes == 1 ? T_B8 : bytes == 2 ? T_B16 : bytes == 8 ? T_B64 : T_B32);
-    w->steps++;
     for (int l = 0; l < 32; l++) w->reg[l] = base + stride * (size_t)l;
     for (uint32_t m = mask; m; m &= m - 1) {
         int l = __builtin_ctz(m);
         void *p = sg_shared(&block, w, i, l, w->reg[l], bytes, kind);
         if (kind == SG_WRITE) memcpy(p, &w->reg[32 + l], bytes);
     }
+    w->steps++;
 }
 static void wr(int v, uint32_t mask, int line, size_t base) {
     go(v, mask, SG_WRITE, line, base, 4, 4);
