@@ -373,8 +373,44 @@ static bool inside(access *a, uint64_t offset, unsigned bytes) {
     return true;
 }
 
+/* What most accesses are: whole words that the last write's thread made visible to this one.
+ * false: nothing was done that touch() would not do again. */
+static inline bool quick(const sg_block *b, const sg_warp *w, const sg_instr *i, int lane,
+                         size_t word, size_t end, sg_access kind) {
+    sg_shadow *s = b->shadow;
+    uint32_t now = step_of(w), full = s->full[w->id], me = BIT(w->id);
+    const uint32_t *clock = s->clock[w->id];
+    if (kind == SG_ATOMIC || s->partial[w->id]) return false;
+    for (; word < end; word++) {
+        cell *c = &s->word.cell[word];
+        unsigned warp = c->thread / SG_LANES;
+        if (c->serial != s->serial || c->copier || c->split || !c->step) return false;
+        if ((warp == (unsigned)w->id ? full : clock[warp]) < c->step) return false;
+        if (c->stale) c->readers = c->atoms = c->stale = 0;
+        if (c->atoms) return false;
+        if (kind == SG_WRITE) {
+            if (c->readers) return false;
+            c->write = i, c->step = now, c->stale = 1;
+            c->thread = (uint16_t)(w->id * SG_LANES + lane);
+            continue;
+        }
+        mark *m = &s->word.read[(size_t)w->id * s->word.n + word];
+        if (!(c->readers & me) || full >= m->step) m->lanes = 0;
+        c->readers |= me;
+        m->lanes |= BIT(lane);
+        m->step = now;
+        m->i = i;
+    }
+    return true;
+}
+
 void *sg_shared(sg_block *b, sg_warp *w, const sg_instr *i, int lane, uint64_t offset,
                 unsigned bytes, sg_access kind) {
+    uint64_t whole = offset + bytes;       /* naturally aligned words, in bounds */
+    if ((bytes == 4 || bytes == 8 || bytes == 16) && !(offset & (bytes - 1)) &&
+        offset < whole && whole <= b->shared_bytes &&
+        quick(b, w, i, lane, offset / 4, whole / 4, kind))
+        return b->shared + offset;
     access a = begin(b, w, i, lane, kind);
     if (!bytes) return b->shadow->nowhere;
     if (!inside(&a, offset, bytes)) {

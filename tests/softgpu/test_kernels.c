@@ -8,7 +8,7 @@
  *   each in a process of its own, as a violation ends it.
  *
  * Contents  1 children   2 the driver   3 kernels against loops   4 planted bugs
- * usage: test_kernels [DIR]  where libcuda.so.1 and test_kernels.fatbin are, else its own dir     */
+ * usage: test_kernels [DIR]  where libcuda.so.1 and test_kernels.fatbin are, else its own dir    */
 #define _GNU_SOURCE
 #include "../check.h"
 
