@@ -8,7 +8,8 @@
  *   each in a process of its own, as a violation ends it.
  *
  * Contents  1 children   2 the driver   3 kernels against loops   4 planted bugs
- * usage: test_kernels [DIR]  where libcuda.so.1 and test_kernels.fatbin are, else its own dir    */
+ *           5 every barrier and wait of the right ones left out, one at a time
+ * usage: test_kernels [DIR]  where libcuda.so.1, test_kernels.fatbin and .ptx are                */
 #define _GNU_SOURCE
 #include "../check.h"
 
@@ -445,6 +446,45 @@ static void test_planted_bugs(void) {
     NOTE("%d bugs, %d seeds", planted, SEEDS);
 }
 
+/* === 5. Every barrier and wait left out ======================================================= */
+
+static bool synchronizes(const char *line) {
+    static const char *const words[] = {"bar.sync", "bar.warp.sync", "bar.arrive", "barrier.sync",
+                                        "cp.async.wait_group"};
+    line += strspn(line, " \t");
+    for (size_t k = 0; k < sizeof words / sizeof *words; k++)
+        if (!strncmp(line, words[k], strlen(words[k]))) return true;
+    return false;
+}
+
+static void test_each_barrier_left_out(void) {
+    char *ptx = slurp(where, "test_kernels.ptx"), name[100] = "";
+    void (*body)(void) = NULL;
+    int left_out = 0;
+    fatbin = ptx;
+    for (char *line = ptx, *end; (end = strchr(line, '\n')); line = end + 1) {
+        if (sscanf(line, ".visible .entry %99[A-Za-z0-9_](", name) == 1) {
+            body = NULL;
+            for (size_t k = 0; k < KERNELS; k++)
+                if (!strcmp(name, kernels[k].name)) body = kernels[k].body;
+        }
+        if (!body || !synchronizes(line)) continue;
+        left_out++;
+        kernel = name;
+        for (int seed = 0; seed < 3; seed++) {
+            char options[64], was[2] = {line[0], line[1]};
+            (void)snprintf(options, sizeof options, "cc=8.9,mem=64M,seed=%d", seed);
+            memcpy(line, "//", 2);
+            int code = child(options, body);
+            memcpy(line, was, 2);
+            CHECK(code == 86 && strstr(said, name), "%s without %.*s, SOFTGPU=%s: exit code %d: %s",
+                  name, (int)(end - line), line, options, code, said);
+        }
+    }
+    CHECK(left_out >= 20, "%d barriers", left_out);
+    NOTE("%d left out, 3 seeds", left_out);
+}
+
 int main(int argc, char **argv) {
     char cu_dir[] = __FILE__, *slash = strrchr(argv[0], '/');
     (void)snprintf(where, sizeof where, "%.*s", slash ? (int)(slash - argv[0]) : 1,
@@ -456,5 +496,6 @@ int main(int argc, char **argv) {
     fatbin = slurp(where, "test_kernels.fatbin");
     RUN(test_kernels_against_loops);
     RUN(test_planted_bugs);
+    RUN(test_each_barrier_left_out);
     return check_done();
 }
