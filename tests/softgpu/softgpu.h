@@ -303,8 +303,6 @@ void *sg_shared(sg_block *b, sg_warp *w, const sg_instr *i, int lane, uint64_t o
 /* Before a block runs and after it has: also checks barriers that wait for nobody. */
 void sg_shared_open(sg_block *b);
 void sg_shared_close(sg_block *b);
-/* Of a deadlock: who is at a barrier (sg_warp.barrier), and how many it still waits for. */
-void sg_barrier_text(const sg_block *b, int barrier, char *out, size_t size);
 
 /* === 5. Small floats (alu.c), also for tensor.c =============================================== */
 

@@ -9,7 +9,7 @@
  *
  * Contents  1 children   2 the driver   3 kernels against loops   4 planted bugs
  *           5 every barrier and wait of the right ones left out, one at a time
- * usage: test_kernels [DIR]  where libcuda.so.1, test_kernels.fatbin and .ptx are                */
+ * usage: test_kernels [DIR]  where libcuda.so.1 and test_kernels.fatbin are                      */
 #define _GNU_SOURCE
 #include "../check.h"
 
@@ -22,7 +22,8 @@
 
 static char where[400], said[8192];
 static char *source;                       /* kernels_test.cu                                   */
-static void *fatbin;
+static char *fatbin;
+static size_t fatbin_bytes;
 
 #define MUST(cond, ...)                                                                          \
     do {                                                                                         \
@@ -34,7 +35,7 @@ static void *fatbin;
         }                                                                                        \
     } while (0)
 
-static void *slurp(const char *dir, const char *name) {
+static char *slurp(const char *dir, const char *name, size_t *bytes) {
     char path[600];
     (void)snprintf(path, sizeof path, "%s/%s", dir, name);
     FILE *f = fopen(path, "rb");
@@ -45,6 +46,7 @@ static void *slurp(const char *dir, const char *name) {
     rewind(f);
     MUST(text && fread(text, 1, n, f) == n, "%s", path);
     (void)fclose(f);
+    *bytes = n;
     return text;
 }
 
@@ -458,10 +460,10 @@ static bool synchronizes(const char *line) {
 }
 
 static void test_each_barrier_left_out(void) {
-    char *ptx = slurp(where, "test_kernels.ptx"), name[100] = "";
+    char *ptx = memmem(fatbin, fatbin_bytes, ".target sm_89", 13), name[100] = "";
     void (*body)(void) = NULL;
     int left_out = 0;
-    fatbin = ptx;
+    MUST(ptx, "no PTX for 8.9 in the fatbin, or compressed");
     for (char *line = ptx, *end; (end = strchr(line, '\n')); line = end + 1) {
         if (sscanf(line, ".visible .entry %99[A-Za-z0-9_](", name) == 1) {
             body = NULL;
@@ -492,8 +494,9 @@ int main(int argc, char **argv) {
     if (argc > 1) (void)snprintf(where, sizeof where, "%s", argv[1]);
     char *last = strrchr(cu_dir, '/');
     if (last) *last = 0;
-    source = slurp(last ? cu_dir : ".", "kernels_test.cu");
-    fatbin = slurp(where, "test_kernels.fatbin");
+    size_t n;
+    source = slurp(last ? cu_dir : ".", "kernels_test.cu", &n);
+    fatbin = slurp(where, "test_kernels.fatbin", &fatbin_bytes);
     RUN(test_kernels_against_loops);
     RUN(test_planted_bugs);
     RUN(test_each_barrier_left_out);
