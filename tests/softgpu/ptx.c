@@ -14,6 +14,7 @@
  * Contents   1 tables   2 memory and failure   3 tokens   4 names   5 numbers   6 variables
  *            7 operands   8 instructions   9 control flow   10 functions   11 the module
  *            12 an instruction as text                                                          */
+#define _GNU_SOURCE
 #include "softgpu.h"
 
 #include <ctype.h>
@@ -104,6 +105,8 @@ static const char *const specials[SR_N] = {
 
 typedef struct chunk { struct chunk *next; size_t used, size; } chunk;
 
+enum { N_LOCS = 32, N_HEADERS = 256 };
+
 typedef struct {                           /* behind every sg_module there are its chunks       */
     sg_module m;
     chunk *chunks;
@@ -159,6 +162,9 @@ typedef struct {
     jump *jumps;
     int n_jumps, cap_jumps;
     int loc_file, loc_line;
+    struct { int file, line, column, of_file, of_line; } loc[N_LOCS];  /* the last ones         */
+    unsigned n_locs;
+    bool header[N_HEADERS];                /* .file numbers of the toolkit's own headers        */
     uint64_t param_top;                    /* where the next .param of a call goes             */
 } parser;
 
@@ -1260,14 +1266,50 @@ static void limits(parser *p) {
     }
 }
 
+/* Which files are the toolkit's: the .file lines come last. */
+static void find_headers(parser *p, const char *text, size_t len) {
+    const char *at = text, *end = text + len;
+    while ((at = memmem(at, (size_t)(end - at), ".file\t", 6))) {
+        char line[512] = "";
+        at += 6;
+        const char *stop = memchr(at, '\n', (size_t)(end - at));
+        size_t n = (size_t)((stop ? stop : end) - at);
+        memcpy(line, at, n < sizeof line - 1 ? n : sizeof line - 1);
+        int file_number = atoi(line);
+        if (file_number >= 0 && file_number < N_HEADERS)
+            p->header[file_number] = strstr(line, "/include/") != NULL;
+    }
+}
+
+/* What is inlined from a header of the toolkit (__shfl_sync, say) counts as the line that calls. */
 static void location(parser *p) {
+    int here = p->t.line, at_file, at_line, at_column;
     int file = (int)need_count(p, MAX_FILES, "file");
     uint64_t line = need_count(p, INT32_MAX, "line");
-    if (line) {                            /* 0: made by the compiler, as the line before it    */
-        p->loc_file = file;
-        p->loc_line = (int)line;
+    int column = (int)need_count(p, INT32_MAX, "column"), of_file = file, of_line = (int)line;
+    if (p->t.line == here && file < N_HEADERS && p->header[file]) {
+        const char *stop = memchr(p->at, '\n', (size_t)(p->end - p->at));
+        const char *in = memmem(p->at, (size_t)((stop ? stop : p->end) - p->at), "inlined_at", 10);
+        if (in && sscanf(in + 10, "%d %d %d", &at_file, &at_line, &at_column) == 3) {
+            of_file = at_file;
+            of_line = at_line;
+            for (unsigned k = p->n_locs; k-- && p->n_locs - k <= N_LOCS;) {
+                if (p->loc[k % N_LOCS].file != at_file || p->loc[k % N_LOCS].line != at_line ||
+                    p->loc[k % N_LOCS].column != at_column) continue;
+                of_file = p->loc[k % N_LOCS].of_file;
+                of_line = p->loc[k % N_LOCS].of_line;
+                break;
+            }
+        }
     }
-    skip_line(p);
+    unsigned k = p->n_locs++ % N_LOCS;
+    p->loc[k].file = file, p->loc[k].line = (int)line, p->loc[k].column = column;
+    p->loc[k].of_file = of_file, p->loc[k].of_line = of_line;
+    if (line) {                            /* 0: made by the compiler, as the line before it    */
+        p->loc_file = of_file;
+        p->loc_line = of_line;
+    }
+    if (p->t.line == here) skip_line(p);
 }
 
 static bool at_label(parser *p) {
@@ -1614,6 +1656,7 @@ sg_module *sg_parse(const char *text, size_t len, char *why, size_t size) {
     memset(p->bucket, -1, sizeof p->bucket);
     volatile bool ok = false;
     if (!setjmp(p->out)) {
+        find_headers(p, text, len);
         parse(p, text, len);
         ok = true;
     }
