@@ -36,6 +36,9 @@ C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_kv test_p
 FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer \
              fuzz_segment fuzz_doc)
 VENV     = build/venv/bin/python3
+# the CUDA toolkit, or nothing
+CUDA     = $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc)))
+GPU_TESTS = $(if $(CUDA),softgpu $(B)/kernels.fatbin $(B)/test_cuda)
 
 all: $(BIN)
 
@@ -67,6 +70,15 @@ $(B)/mkpark: tests/mkpark.c dsv4.c kv.c $(OBJ) | $(B)
 $(B)/bench: tests/bench.c dsv4.h $(OBJ) Makefile | $(B)
 	$(CC) $(ALL_C) -std=gnu11 $(SIMD) -o $@ $< $(OBJ) $(LIBS)
 
+# as DSV4's number formats are defined, nothing is contracted and nothing flushed
+$(B)/kernels.fatbin: kernels.cu dsv4.h Makefile | $(B)
+	nvcc -fatbin --no-compress -lineinfo -fmad=false -DNDEBUG -o $@ $< \
+	  $(foreach cc,80 89,-gencode arch=compute_$(cc),code=compute_$(cc))
+$(B)/test_cuda: tests/test_cuda.c tests/gpu.h tests/check.h $(OBJ) | $(B)
+	$(CC) $(ALL_C) -std=gnu11 -I$(CUDA)/include -o $@ $< $(OBJ) $(LIBS)
+softgpu:
+	@$(MAKE) --no-print-directory -C tests/softgpu B=../../build/softgpu
+
 $(B):
 	mkdir -p $@
 
@@ -81,7 +93,8 @@ demo: deps
 
 test:
 	@tests/deps.sh test
-	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/tokenize $(C_TESTS)
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/tokenize $(C_TESTS) \
+	  $(GPU_TESTS)
 	@tests/run.sh $(B) ./$(BIN)
 
 build/fuzz/%: tests/%.c $(SRC)
@@ -140,5 +153,5 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps demo test fuzz goldens flash bench bench-long bench-1m stress install clean
+.PHONY: all deps softgpu demo test fuzz goldens flash bench bench-long bench-1m stress install clean
 .DELETE_ON_ERROR:

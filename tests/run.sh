@@ -26,6 +26,19 @@ try "$build/test_doc"
 try "$build/test_offload"
 try "$build/test_park"
 try "$build/test_model"
+if [ -e "$build/kernels.fatbin" ]; then    # a GPU in software, and the CUDA twins on it
+    for t in ptx alu tensor shared memory exec driver kernels; do
+        try sh -c "cd tests/softgpu && ../../build/softgpu/test_$t"
+    done
+    for cc in 8.0 8.9; do
+        echo "softgpu, capability $cc"
+        SOFTGPU=cc=$cc,seed=7 LD_LIBRARY_PATH=build/softgpu \
+            try "$build/test_cuda" "$build/kernels.fatbin"
+    done
+    try $venv tests/mutate.py "$build"
+else
+    echo "skip CUDA twins: there is no nvcc" | tee -a "$log"
+fi
 try $venv tests/test_ref.py
 try $venv tests/test_tokenizer.py "$build/tokenize"
 try $venv tests/test_cli.py "$dsv4" "$build/mkmodel"
