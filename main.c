@@ -18,6 +18,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <histedit.h>
+#include <limits.h>
 #include <jansson.h>
 #include <langinfo.h>
 #include <locale.h>
@@ -44,9 +45,9 @@ enum {
     TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
     MUCH_SECONDS = 10,             /* a turn that takes longer is announced                     */
     FILE_MAX = 1 << 30,            /* bytes of text or ids given by a person                    */
+    MAX_WORDS = 64,                /* that one flag may give                                    */
 };
 
-enum { MAX_WORDS = 64 };           /* that one flag may give                                    */
 typedef struct { const char *word[MAX_WORDS]; int n; } word_list;
 
 typedef struct {                   /* everything a command line can say                         */
@@ -61,6 +62,13 @@ typedef struct {                   /* everything a command line can say         
     bool raw, print_ids, no_think, no_rounding, no_loop_guard, quiet, decode, as_ids, json, hash;
     bool no_cache, think, each, jsonl;
 } args;
+
+/* Words to choose from, as messages write them: see choice(). */
+#define EFFORTS       "low, high or max"
+#define LENGTHS       "short, medium or long"
+#define FORMATS       "text, markdown or json"
+#define GENERATIONS   "v4 or 0731"
+#define SESSION_VERBS "list, verify or rm"
 
 /* Ctrl-C and SIGTERM, read many times a layer; a resized terminal. */
 static volatile sig_atomic_t interrupted, terminated, resized;
@@ -80,8 +88,8 @@ static int read_text(buffer *out, const char *path, dsv4_err *err) {
     return out->n ? 0 : fail(err, "%s is empty: nothing to do", path);
 }
 
-/* Ids with white space between.  The caller frees out->id. */
-static int read_ids(id_list *out, const char *path, dsv4_err *err) {
+/* Ids of a vocabulary with white space between.  The caller frees out->id. */
+static int read_ids(id_list *out, const char *path, int vocab, dsv4_err *err) {
     static const char white[] = " \t\r\n\v\f";
     buffer t = {0};
     int rc = read_text(&t, path, err);
@@ -90,9 +98,12 @@ static int read_ids(id_list *out, const char *path, dsv4_err *err) {
         if (s == end) break;
         next = s + strspn(s, "0123456789");
         long long id = strtoll(s, NULL, 10);
-        if (next == s || id > INT32_MAX || (next < end && !strspn(next, white)))
+        if (next == s || (next < end && !strspn(next, white)))
             rc = fail(err, "%s: byte %zu does not begin a token id; write ids as whole numbers "
                       "with spaces between", path, (size_t)(s - t.s));
+        else if (id >= vocab)
+            rc = fail(err, "token id %lld at position %zu is outside of the vocabulary of %d", id,
+                      out->n, vocab);
         else rc = ids_push(out, (int32_t)id, err);
     }
     free(t.s);
@@ -168,12 +179,15 @@ static void consider(guess *g, const char *word) {
     g->distance = distance;
 }
 
-/* The level that a word names, or NULL. */
-static const char *effort_of(const char *word) {
-    static const char *const levels[] = {"low", "high", "max"};
-    for (int i = 0; i < 3; i++)
-        if (!strcmp(word, levels[i])) return levels[i];
-    return NULL;
+/* The place of a word among words like "low, high or max", or -1. */
+static int choice(const char *words, const char *word) {
+    for (int i = 0; *words; i++) {
+        size_t n = strcspn(words, ", ");
+        if (strlen(word) == n && !memcmp(word, words, n)) return i;
+        words += n + strspn(words + n, ", ");
+        if (!strncmp(words, "or ", 3)) words += 3;
+    }
+    return -1;
 }
 
 /* === 2. Progress, tables, JSON ================================================================ */
@@ -238,6 +252,8 @@ static void status_clear(status_line *s) {
 /* "[=====>    ] reading 42%: layer 12/43, 12.3 tokens/s, 1.90 GB/s, 0:42 left"; without a terminal
  * also how many of how many tokens. */
 static void status_draw(status_line *s, double done, double t) {
+    static const char all[] = "=============================";
+    enum { BAR = sizeof all - 1 };
     buffer line = {0};
     double n_tokens = (double)s->n_done + (double)s->n_now * done, spent = t - s->began;
     double share = s->n_total ? n_tokens / (double)s->n_total : done;
@@ -260,14 +276,10 @@ static void status_draw(status_line *s, double done, double t) {
     put_format(&line, " %.0f:%02.0f left", floor(left / 60), floor(fmod(left, 60)));
     struct winsize w = {0};
     int columns = ioctl(STDERR_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_col ? w.ws_col : 80;
-    int n = (int)line.n, wide = columns - n - 4 < 30 ? columns - n - 4 : 30;
+    int n = (int)line.n, wide = columns - n - 5 < BAR ? columns - n - 5 : BAR;
     int full = (int)(share * wide);
     fputs(s->bar ? "\r\033[K" : "", stderr);
-    if (s->bar && wide >= 5) {
-        fputc('[', stderr);
-        for (int i = 0; i < wide; i++) fputc(i < full ? '=' : i == full ? '>' : ' ', stderr);
-        fputs("] ", stderr);
-    }
+    if (s->bar && wide >= 4) fprintf(stderr, "[%.*s>%*s] ", full, all, wide - full, "");
     fprintf(stderr, "%.*s%s", s->bar && n >= columns ? columns - 1 : n, line.n ? line.s : "",
             s->bar ? "" : "\n");
     free(line.s);
@@ -306,47 +318,50 @@ static size_text grouped(int64_t n) {
     return s;
 }
 
-static void print_plan(const dsv4_engine *e) {
+/* What lives where. */
+static void print_plan(FILE *f, const dsv4_engine *e, int64_t ctx) {
     const dsv4_plan *p = engine_plan(e);
-    fprintf(stderr, "plan: RAM %s = program %s + dense weights %s%s + KV %s + buffers %s + "
-            "%d of %d experts %s; %d tokens a span\n", size_of(p->budget).text,
-            size_of(p->base).text, size_of(p->dense).text,
-            p->streamed ? " (read layer by layer)" : "", size_of(p->kv).text,
-            size_of(p->work).text, p->n_slots, p->n_experts_total, size_of(p->slots).text,
-            p->span);
+    fprintf(f,
+            "plan: --ram %s holds\n"
+            "  program       %9s\n"
+            "  dense weights %9s  %s\n"
+            "  KV            %9s  %lld tokens of context, %.0f bytes each\n"
+            "  buffers       %9s  for spans of %d tokens\n"
+            "  expert slots  %9s  %d of %d experts\n",
+            size_of(p->budget).text, size_of(p->base).text, size_of(p->dense).text,
+            p->streamed ? "read layer by layer" : "resident", size_of(p->kv).text, (long long)ctx,
+            p->kv_plan.token_bytes, size_of(p->work).text, p->span, size_of(p->slots).text,
+            p->n_slots, p->n_experts_total);
     if (p->kv_plan.file)
-        fprintf(stderr, "plan: KV %s in a file of --kv-dir\n", size_of(p->kv_plan.file).text);
-    if (engine_note(e)) fprintf(stderr, "note: %s\n", engine_note(e));
+        fprintf(f, "  and KV        %9s  in a file of --kv-dir\n", size_of(p->kv_plan.file).text);
+}
+
+static void print_amount(const char *what, double amount, const char *unit, double seconds) {
+    fprintf(stderr, "%-20s %10.*f %-6s %8.2f s %10.2f %s/s\n", what, *unit == 'G' ? 3 : 0, amount,
+            unit, seconds, rate(amount, seconds), unit);
 }
 
 /* Where the bytes came from, and how fast. */
 static void print_tiers(const dsv4_engine *e) {
-    static const char dense_row[] = "%-10s %12s %8s %12.3f %10.2f\n";
-    static const char phase_row[] = "%-10s %12.0f %8.2f %12.2f\n";
     const dsv4_stats *s = engine_stats(e);
     const cache_stats *x = engine_expert_stats(e);
     const dsv4_plan *p = engine_plan(e);
-    double busy = s->prefill_s + s->decode_s, asked = (double)s->expert_uses;
-    double misses = (double)x->misses, hits = asked - misses, read_gb = (double)x->read_bytes / 1e9;
-    double start_gb = (double)s->dense_bytes / 1e9, hit_gb = hits * (double)p->slot_bytes / 1e9;
+    double busy = s->prefill_s + s->decode_s, hits = (double)(s->expert_uses - x->misses);
+    double read_gb = (double)x->read_bytes / 1e9, start_gb = (double)s->dense_bytes / 1e9;
     double all_gb = (double)engine_offload_stats(e)->read_bytes / 1e9;
-    double streamed_gb = all_gb - start_gb - read_gb;
-    double prefill = (double)s->prefill_tokens, decode = (double)s->decode_tokens;
     uint64_t peak;
     machine_rss(NULL, &peak);
-    fprintf(stderr, "\n%-10s %12s %8s %12s %10s\n", "tier", "experts", "share", "GB", "GB/s");
-    fprintf(stderr, "%-10s %12.0f %7.1f%% %12.3f %10s\n", "RAM", hits, 100 * rate(hits, asked),
-            hit_gb, "-");
-    fprintf(stderr, "%-10s %12.0f %7.1f%% %12.3f %10.2f\n", "disk", misses,
-            100 * rate(misses, asked), read_gb, rate(read_gb, busy));
-    if (p->streamed)
-        fprintf(stderr, dense_row, "disk", "dense", "", streamed_gb, rate(streamed_gb, busy));
-    fprintf(stderr, dense_row, "at start", "dense", "", start_gb, rate(start_gb, s->load_s));
-    fprintf(stderr, "\n%-10s %12s %8s %12s\n", "phase", "tokens", "s", "tokens/s");
-    fprintf(stderr, phase_row, "prefill", prefill, s->prefill_s, rate(prefill, s->prefill_s));
-    fprintf(stderr, phase_row, "decode", decode, s->decode_s, rate(decode, s->decode_s));
-    fprintf(stderr, "waited %.2f s for the disk; peak memory %s of %s\n",
-            s->expert_wait_s + s->dense_wait_s, size_of(peak).text, size_of(p->budget).text);
+    fprintf(stderr, "\n%-20s %10s %17s %12s\n", "tier or phase", "amount", "time", "rate");
+    print_amount("experts in RAM", hits * (double)p->slot_bytes / 1e9, "GB", busy);
+    print_amount("experts from disk", read_gb, "GB", busy);
+    print_amount("dense from disk", all_gb - read_gb - start_gb, "GB", busy);
+    print_amount("dense at start", start_gb, "GB", s->load_s);
+    print_amount("prefill", (double)s->prefill_tokens, "tokens", s->prefill_s);
+    print_amount("decode", (double)s->decode_tokens, "tokens", s->decode_s);
+    fprintf(stderr, "%.0f of %.0f experts were in RAM (%.1f%%); waited %.2f s for the disk; peak "
+            "memory %s of %s\n", hits, (double)s->expert_uses,
+            100 * rate(hits, (double)s->expert_uses), s->expert_wait_s + s->dense_wait_s,
+            size_of(peak).text, size_of(p->budget).text);
 }
 
 /* One fact for programs: its name, "experts.uses" being in an object of its own; its value. */
@@ -434,6 +449,7 @@ typedef struct {                   /* all that a command opens: main() closes it
     dsv4_session *s;
     buffer text;                   /* what a person gave                                        */
     id_list ids;                   /* the context: what the session holds, or will              */
+    bool think;                    /* the answer to it begins inside its reasoning              */
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
     int last;                      /* the row of the last token in the last forward             */
     const char *phase;             /* what reading is called while it goes on                   */
@@ -464,6 +480,15 @@ static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err 
 static int64_t context_of(const args *a, const dsv4_config *c) {
     int64_t most = c->max_position_embeddings;
     return a->ctx ? a->ctx : CHAT_CTX < most ? CHAT_CTX : most;
+}
+
+/* Which share of all experts n tokens read at once need, where each takes its own evenly. */
+static double share_touched(const dsv4_config *c, int64_t n) {
+    return 1 - pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts, (double)n);
+}
+
+static double experts_bytes(const dsv4_plan *p) {
+    return (double)p->n_experts_total * (double)p->slot_bytes;
 }
 
 static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, int n) {
@@ -500,8 +525,9 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
                     (long long)n_prompt, (long long)o.ctx);
     if (a->stats && out_open(&m->stats, a->stats, err)) return -1;
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
-    if (!a->quiet) print_plan(m->e);
+    if (!a->quiet) print_plan(stderr, m->e, o.ctx);
     m->note = engine_note(m->e);
+    if (m->note && !a->quiet) fprintf(stderr, "note: %s\n", m->note);
     if (m->measure_s > 0 && engine_measure(m->e, m->ck, m->measure_s, &m->rates, err)) return -1;
     m->status.e = m->e;
     status_begin(&m->status, "loading", 0);
@@ -533,43 +559,57 @@ static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
     return rc;
 }
 
-/* Append the ids of a conversation, behind the system prompt that `a` names. */
-static int encode_messages(const model *m, const args *a, json_t *messages, id_list *out,
-                           dsv4_err *err) {
-    prompt p = {0};
-    json_t *all = json_array(), *request;
-    int rc = 0;
-    if (a->system)
-        rc = json_array_append_new(all, prompt_message("system", a->system, strlen(a->system)));
-    rc |= json_array_extend(all, messages);
-    request = json_pack("{s:o, s:b, s:s?}", "messages", all, "thinking", !a->no_think,
-                        "reasoning_effort", a->effort);
-    rc = rc || !request ? fail(err, "out of memory for the prompt")
-                        : prompt_build(&p, request, m->gen, err);
-    if (rc == 0) rc = prompt_encode(m->tok, &p, out, err);
-    json_decref(request);
+/* What is asked of the model, in the form that OpenAI's API gave it.  The first message is the
+ * system prompt: an empty one is as good as none.  NULL: out of memory. */
+static json_t *request_new(const args *a) {
+    const char *system = a->system ? a->system : "";
+    return json_pack("{s:[o], s:b, s:s?}", "messages",
+                     prompt_message("system", system, strlen(system)), "thinking", !a->no_think,
+                     "reasoning_effort", a->effort);
+}
+
+static int request_add(json_t *request, const char *role, const buffer *text, dsv4_err *err) {
+    json_t *messages = json_object_get(request, "messages");
+    if (!text->failed && !json_array_append_new(messages, prompt_message(role, text->s, text->n)))
+        return 0;
+    return fail(err, "out of memory for the conversation");
+}
+
+/* Append its ids. */
+static int request_ids(model *m, const json_t *request, id_list *out, dsv4_err *err) {
+    prompt p;
+    if (prompt_build(&p, request, m->gen, err)) return -1;
+    int rc = prompt_encode(m->tok, &p, out, err);
+    m->think = p.think;
     prompt_free(&p);
+    return rc;
+}
+
+/* Append the ids of one question. */
+static int question_ids(model *m, const args *a, const buffer *text, id_list *out, dsv4_err *err) {
+    json_t *request = request_new(a);
+    int rc = request_add(request, "user", text, err) || request_ids(m, request, out, err) ? -1 : 0;
+    json_decref(request);
     return rc;
 }
 
 /* The prompt's ids, from whichever source the flags name: as one turn, or `raw`, BOS and the text
  * as it is, special tokens in it included. */
 static int prompt_ids(model *m, const args *a, bool raw, dsv4_err *err) {
-    if (a->ids) return read_ids(&m->ids, a->ids, err);
-    buffer text = {0};
-    int rc = a->prompt ? 0 : read_text(&text, a->file, err);
-    put_text(&text, a->prompt ? a->prompt : "");
-    if (rc == 0 && text.failed) rc = fail(err, "out of memory for the prompt");
-    if (rc == 0 && raw) {
-        rc = ids_push(&m->ids, m->cfg.bos_token_id, err) ||
-             tok_encode(m->tok, text.s, text.n, true, &m->ids, err) ? -1 : 0;
-    } else if (rc == 0) {
-        json_t *messages = json_pack("[o]", prompt_message("user", text.s, text.n));
-        rc = encode_messages(m, a, messages, &m->ids, err);
-        json_decref(messages);
-    }
-    free(text.s);
-    return rc;
+    if (a->ids) return read_ids(&m->ids, a->ids, m->cfg.vocab_size, err);
+    if (a->prompt) put_text(&m->text, a->prompt);
+    else if (read_text(&m->text, a->file, err)) return -1;
+    if (!raw) return question_ids(m, a, &m->text, &m->ids, err);
+    if (m->text.failed) return fail(err, "out of memory for the prompt");
+    return ids_push(&m->ids, m->cfg.bos_token_id, err) ||
+           tok_encode(m->tok, m->text.s, m->text.n, true, &m->ids, err) ? -1 : 0;
+}
+
+/* After a failure: what the session holds is not known. */
+static int model_forget(model *m) {
+    m->ids.n = 0;
+    session_reset(m->s);
+    return -1;
 }
 
 typedef struct { double nll; size_t at; } scores;
@@ -696,6 +736,15 @@ static int generate(speaker *sp, sampler *draw) {
     return 0;
 }
 
+/* How long an answer may get behind what the session is to hold: *n tokens. */
+static int answer_room(const args *a, int64_t ctx, size_t n_prompt, int64_t *n, dsv4_err *err) {
+    int64_t room = ctx - (int64_t)n_prompt;
+    *n = a->n_answer < room ? a->n_answer : room;
+    if (room > 0) return 0;
+    return fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; raise "
+                "--ctx, or shorten the prompt (/clear in a chat)", n_prompt, (long long)ctx);
+}
+
 /* Flags over generation_config.json over plain sampling. */
 static int sampling_of(const args *a, sample_opts *o, dsv4_err *err) {
     if (config_sampling(o, a->model, err)) return -1;
@@ -724,7 +773,7 @@ static int speak_answer(speaker *sp) {
     int rc = sampling_of(a, &o, sp->err);
     if (rc == 0) rc = sampler_open(&draw, &o, sp->m->cfg.vocab_size, sp->err);
     if (rc == 0 && !a->raw && !a->ids)
-        rc = answer_open(&sp->parser, !a->no_think, on_piece, sp, sp->err);
+        rc = answer_open(&sp->parser, sp->m->think, on_piece, sp, sp->err);
     const id_list *seen = &sp->m->ids;
     for (size_t i = 0; i < seen->n && rc == 0; i++) sampler_accept(draw, seen->id[i]);
     if (rc == 0) rc = generate(sp, draw);
@@ -733,6 +782,7 @@ static int speak_answer(speaker *sp) {
     if (rc == 0 && sp->to) fputc('\n', sp->to);
     if (rc == 0) rc = check_stdout(sp->err);
     if (!sp->to) status_clear(&sp->m->status);
+    if (rc == 0 && sp->end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
     if (rc == 0 && sp->end == END_LOOP)
         fprintf(stderr, "note: stopped, the answer goes round in circles (--no-loop-guard lets "
                 "it)\n");
@@ -749,18 +799,14 @@ static int speak_answer(speaker *sp) {
 /* === 5. run =================================================================================== */
 
 static int cmd_run(model *m, const args *a, dsv4_err *err) {
+    speaker sp = {.m = m, .a = a, .to = stdout, .err = err};
     if (model_open_files(m, a->model, !a->ids || !a->print_ids, err) ||
         prompt_ids(m, a, a->raw, err))
         return -1;
-    int64_t most = a->ctx ? a->ctx : m->cfg.max_position_embeddings;
-    int64_t n_prompt = (int64_t)m->ids.n, room = most - n_prompt;
-    if (room <= 0)
-        return fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; "
-                    "shorten it or raise --ctx", m->ids.n, (long long)most);
-    speaker sp = {.m = m, .a = a, .n = a->n_answer < room ? a->n_answer : room, .to = stdout,
-                  .err = err};
-    int rc = model_start(m, a, n_prompt, n_prompt + sp.n, err) ||
-             feed(m, 0, m->ids.n, NULL, err) || speak_answer(&sp) ? -1 : 0;
+    int64_t most = a->ctx ? a->ctx : m->cfg.max_position_embeddings, n = (int64_t)m->ids.n;
+    int rc = answer_room(a, most, m->ids.n, &sp.n, err) ||
+             model_start(m, a, n, n + sp.n, err) || feed(m, 0, m->ids.n, NULL, err) ||
+             speak_answer(&sp) ? -1 : 0;
     free(sp.content.s);
     return rc;
 }
@@ -769,33 +815,19 @@ static int cmd_run(model *m, const args *a, dsv4_err *err) {
 
 typedef struct {
     model *m;
-    args a;                        /* commands change it                                        */
-    char *system;                  /* what /system set                                          */
-    json_t *messages;              /* all of the conversation, but for the system prompt        */
+    const args *a;
+    json_t *request;               /* the conversation                                          */
     int64_t ctx;
     buffer attached;               /* files for the next message                                */
     EditLine *el;                  /* NULL: stdin is no terminal                                */
     History *history;
+    char past[4096];               /* the file of its history                                   */
     char *piped;                   /* getline's                                                 */
     size_t piped_cap;
-    json_t *pastes;                /* of several lines; the line edited holds their names       */
+    json_t *pastes;                /* of several lines: by the name that stands in the line     */
 } chat;
 
-enum { C_THINK, C_NOTHINK, C_EFFORT, C_FILE, C_SYSTEM, C_CLEAR, C_SAVE, C_LOAD, C_STATS, C_HELP,
-       C_QUIT, C_N };
-static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
-    [C_THINK] = {"/think", "", "think before answering"},
-    [C_NOTHINK] = {"/nothink", "", "answer at once"},
-    [C_EFFORT] = {"/effort", "low|high|max", "how hard to think"},
-    [C_FILE] = {"/file", "PATH", "send a text file along with the next message"},
-    [C_SYSTEM] = {"/system", "TEXT", "set the system prompt"},
-    [C_CLEAR] = {"/clear", "", "begin a new conversation"},
-    [C_SAVE] = {"/save", "NAME", "keep the conversation, with all that was read for it"},
-    [C_LOAD] = {"/load", "NAME", "go on with a conversation that was kept"},
-    [C_STATS] = {"/stats", "", "where the bytes came from, and how fast"},
-    [C_HELP] = {"/help", "", "this list"},
-    [C_QUIT] = {"/quit", "", "leave, as Ctrl-D does; Ctrl-C stops an answer"},
-};
+enum { PASTE_NAME = 64 };
 
 /* --- reading a line --- */
 
@@ -829,6 +861,7 @@ static unsigned char on_paste(EditLine *el, int key) {
     chat *c;
     buffer t = {0};
     int lines = 1;
+    char name[PASTE_NAME];
     (void)key;
     el_get(el, EL_CLIENTDATA, &c);
     for (char byte; !t.failed && read(STDIN_FILENO, &byte, 1) == 1;) {
@@ -838,12 +871,11 @@ static unsigned char on_paste(EditLine *el, int key) {
         t.n -= n_end;
         break;
     }
-    if (lines > 1 && json_array_append_new(c->pastes, json_stringn_nocheck(t.s, t.n)) == 0) {
-        t.n = 0;
-        put_format(&t, "[paste %zu: %d lines]", json_array_size(c->pastes), lines);
-    }
     put_bytes(&t, "", 1);
-    if (!t.failed) el_insertstr(el, t.s);
+    snprintf(name, sizeof name, "[paste %zu: %d lines]", json_object_size(c->pastes) + 1, lines);
+    bool put_by = !t.failed && lines > 1 &&
+                  !json_object_set_new(c->pastes, name, json_stringn_nocheck(t.s, t.n - 1));
+    if (!t.failed) el_insertstr(el, put_by ? name : t.s);
     free(t.s);
     return CC_REFRESH;
 }
@@ -856,14 +888,12 @@ static char *on_prompt(EditLine *el) {
 
 /* Replace the names of pastes by what they stand for. */
 static void put_pasted(const chat *c, buffer *out, const char *line, size_t len) {
-    size_t which, used;
-    for (size_t i = 0; i < len; i += used) {
-        int lines, n = 0;
-        const json_t *paste = NULL;
-        if (line[i] == '[' && json_array_size(c->pastes) > 0 &&
-            sscanf(line + i, "[paste %zu: %d lines]%n", &which, &lines, &n) == 2 && n > 0)
-            paste = json_array_get(c->pastes, which - 1);
-        used = paste ? (size_t)n : 1;
+    for (size_t i = 0, used; i < len; i += used) {
+        char name[PASTE_NAME] = "";
+        if (line[i] == '[')
+            snprintf(name, sizeof name, "%.*s]", (int)strcspn(line + i, "]"), line + i);
+        const json_t *paste = json_object_get(c->pastes, name);
+        used = paste ? strlen(name) : 1;
         if (paste) put_bytes(out, json_string_value(paste), json_string_length(paste));
         else put_bytes(out, line + i, 1);
     }
@@ -899,19 +929,16 @@ static bool chat_line(chat *c, buffer *out) {
     return true;
 }
 
-static bool history_path(char *out, size_t size) {
-    return user_path(out, size, "XDG_STATE_HOME", ".local/state", "chat_history");
-}
-
 static int editor_open(chat *c, dsv4_err *err) {
     HistEvent ev;
-    char path[4096];
     c->el = el_init("dsv4", stdin, stderr, stderr);
     c->history = history_init();
     if (!c->el || !c->history) return fail(err, "the line editor does not start on this terminal");
     history(c->history, &ev, H_SETSIZE, HISTORY_LINES);
     history(c->history, &ev, H_SETUNIQUE, 1);
-    if (history_path(path, sizeof path)) history(c->history, &ev, H_LOAD, path);
+    if (!user_path(c->past, sizeof c->past, "XDG_STATE_HOME", ".local/state", "chat_history"))
+        *c->past = 0;
+    history(c->history, &ev, H_LOAD, c->past);
     el_set(c->el, EL_CLIENTDATA, c);
     el_set(c->el, EL_PROMPT, on_prompt);
     el_set(c->el, EL_EDITOR, "emacs");
@@ -925,13 +952,28 @@ static int editor_open(chat *c, dsv4_err *err) {
 
 static void editor_close(chat *c) {
     HistEvent ev;
-    char path[4096];
-    if (c->history && history_path(path, sizeof path)) history(c->history, &ev, H_SAVE, path);
+    if (c->history) history(c->history, &ev, H_SAVE, c->past);
     if (c->history) history_end(c->history);
     if (c->el) el_end(c->el);
 }
 
 /* --- commands --- */
+
+enum { C_THINK, C_NOTHINK, C_EFFORT, C_FILE, C_SYSTEM, C_CLEAR, C_SAVE, C_LOAD, C_STATS, C_HELP,
+       C_QUIT, C_N };
+static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
+    [C_THINK] = {"/think", "", "think before answering"},
+    [C_NOTHINK] = {"/nothink", "", "answer at once"},
+    [C_EFFORT] = {"/effort", "low|high|max", "how hard to think"},
+    [C_FILE] = {"/file", "PATH", "send a text file along with the next message"},
+    [C_SYSTEM] = {"/system", "TEXT", "set the system prompt"},
+    [C_CLEAR] = {"/clear", "", "begin a new conversation"},
+    [C_SAVE] = {"/save", "NAME", "keep the conversation, with all that was read for it"},
+    [C_LOAD] = {"/load", "NAME", "go on with a conversation that was kept"},
+    [C_STATS] = {"/stats", "", "where the bytes came from, and how fast"},
+    [C_HELP] = {"/help", "", "this list"},
+    [C_QUIT] = {"/quit", "", "leave, as Ctrl-D does; Ctrl-C stops an answer"},
+};
 
 static int attach_file(chat *c, const char *path, dsv4_err *err) {
     char full[4096];
@@ -955,33 +997,15 @@ static int attach_file(chat *c, const char *path, dsv4_err *err) {
     return rc;
 }
 
-static int set_system(chat *c, const char *words, dsv4_err *err) {
-    free(c->system);
-    c->a.system = c->system = strdup(words);
-    return c->system ? 0 : fail(err, "out of memory");
-}
-
-static int set_effort(chat *c, const char *word, dsv4_err *err) {
-    const char *level = effort_of(word);
-    if (!level) return fail(err, "/effort %s is not low, high or max", word);
-    c->a.effort = level;
-    c->a.no_think = false;
-    return 0;
-}
-
-/* What is not in the KV: the conversation as messages. */
+/* What is not in the KV: the request. */
 static int chat_save(chat *c, const char *name, dsv4_err *err) {
-    const dsv4_session *s = c->m->s;
-    if (session_pos(s) == 0) return fail(err, "there is nothing to save yet");
-    json_t *root = json_pack("{s:O, s:b, s:s, s:s*}", "messages", c->messages, "think",
-                             !c->a.no_think, "effort", c->a.effort ? c->a.effort : "", "system",
-                             c->a.system);
-    char *all = json_dumps(root, JSON_COMPACT);
+    int64_t pos = session_pos(c->m->s);
+    if (pos == 0) return fail(err, "there is nothing to save yet");
+    char *all = json_dumps(c->request, JSON_COMPACT);
     int rc = all ? session_save(c->m->s, name, (park_frame){all, strlen(all)}, err)
                  : fail(err, "out of memory for the conversation");
-    if (rc == 0) fprintf(stderr, "saved %s: %s tokens\n", name, grouped(session_pos(s)).text);
+    if (rc == 0) fprintf(stderr, "saved %s: %s tokens\n", name, grouped(pos).text);
     free(all);
-    json_decref(root);
     return rc;
 }
 
@@ -989,51 +1013,47 @@ static int chat_load(chat *c, const char *name, dsv4_err *err) {
     int32_t *tokens;
     int64_t n;
     park_frame saved;              /* lies behind the tokens                                    */
-    const char *effort, *system = NULL;
-    json_t *messages;
-    int think;
     int64_t pos = session_load(c->m->s, name, &tokens, &n, &saved, err);
-    if (pos < 0) {
-        c->m->ids.n = 0;
-        session_reset(c->m->s);
-        return -1;
-    }
+    if (pos < 0) return model_forget(c->m);
     free(c->m->ids.id);
     c->m->ids = (id_list){.id = tokens, .n = (size_t)pos, .cap = (size_t)n};
-    json_t *root = json_loadb(saved.data, saved.bytes, 0, NULL);
-    int rc = json_unpack(root, "{s:o, s:b, s:s, s?s}", "messages", &messages, "think", &think,
-                         "effort", &effort, "system", &system)
-                 ? fail(err, "session %s holds no conversation", name) : 0;
-    if (rc == 0) {
-        json_decref(c->messages);
-        c->messages = json_incref(messages);
-        c->a.no_think = !think;
-        c->a.effort = effort_of(effort);
-        free(c->system);
-        c->a.system = c->system = system ? strdup(system) : NULL;
-        fprintf(stderr, "loaded %s: %s of %s tokens\n", name, grouped(pos).text,
-                grouped(n).text);
+    json_t *request = json_loadb(saved.data, saved.bytes, 0, NULL);
+    if (!json_is_array(json_object_get(request, "messages"))) {
+        json_decref(request);
+        return fail(err, "session %s holds no conversation", name);
     }
-    json_decref(root);
-    return rc;
+    json_decref(c->request);
+    c->request = request;
+    fprintf(stderr, "loaded %s: %s of %s tokens\n", name, grouped(pos).text, grouped(n).text);
+    return 0;
 }
 
 /* Run one /command; 1 to leave. */
 static int chat_command(chat *c, char *line, dsv4_err *err) {
-    char *words = line + strcspn(line, " ");
+    json_t *messages = json_object_get(c->request, "messages");
+    char *words = line + strcspn(line, " "), *end = line + strlen(line);
     guess g = {.asked = line};
-    int which = 0;
+    int which = 0, rc = 0;
+    while (end > words && end[-1] == ' ') *--end = 0;
     if (*words) *words++ = 0;
     words += strspn(words, " ");
-    for (size_t n = strlen(words); n && words[n - 1] == ' '; n--) words[n - 1] = 0;
     while (which < C_N && strcmp(line, chat_commands[which].name)) which++;
     switch (which) {
+    case C_EFFORT:
+        if (choice(EFFORTS, words) < 0) return fail(err, "/effort %s is not " EFFORTS, words);
+        rc = json_object_set_new(c->request, "reasoning_effort", json_string(words));
+        /* fall through */
     case C_THINK:
-    case C_NOTHINK: c->a.no_think = which == C_NOTHINK; return 0;
-    case C_EFFORT: return set_effort(c, words, err);
+    case C_NOTHINK:
+        rc |= json_object_set_new(c->request, "thinking", json_boolean(which != C_NOTHINK));
+        break;
+    case C_SYSTEM:
+        rc = json_array_set_new(messages, 0, prompt_message("system", words, strlen(words)));
+        break;
+    case C_CLEAR:
+        while (json_array_size(messages) > 1) json_array_remove(messages, 1);
+        return 0;
     case C_FILE: return attach_file(c, words, err);
-    case C_SYSTEM: return set_system(c, words, err);
-    case C_CLEAR: json_array_clear(c->messages); return 0;
     case C_SAVE: return chat_save(c, words, err);
     case C_LOAD: return chat_load(c, words, err);
     case C_STATS:
@@ -1047,30 +1067,26 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
                     chat_commands[i].help);
         return 0;
     case C_QUIT: return 1;
+    default:
+        for (int i = 0; i < C_N; i++) consider(&g, chat_commands[i].name);
+        return fail(err, "no command %s%s; /help lists them", line, g.perhaps);
     }
-    for (int i = 0; i < C_N; i++) consider(&g, chat_commands[i].name);
-    return fail(err, "no command %s%s; /help lists them", line, g.perhaps);
+    return rc ? fail(err, "out of memory for the conversation") : 0;
 }
 
 /* --- a turn --- */
-
-/* Which share of all experts n tokens read at once need, where each takes its own evenly. */
-static double share_touched(const dsv4_config *c, int64_t n) {
-    return 1 - pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts, (double)n);
-}
 
 /* Say what reading n tokens costs, where that is much: most experts are touched by a few dozen
  * tokens, and what is not in a slot comes from the disk. */
 static void announce(const chat *c, int64_t n) {
     const dsv4_plan *p = engine_plan(c->m->e);
     const dsv4_stats *s = engine_stats(c->m->e);
-    int64_t passes = (n + p->span - 1) / p->span, span = n < p->span ? n : p->span;
-    double touched = share_touched(&c->m->cfg, span);
+    double touched = share_touched(&c->m->cfg, n < p->span ? n : p->span);
     double cold = 1 - (double)p->n_slots / p->n_experts_total;
     if (engine_expert_stats(c->m->e)->misses == 0) cold = 1;
-    double bytes = (double)passes * touched * cold * p->n_experts_total * (double)p->slot_bytes;
+    double bytes = ceil((double)n / p->span) * touched * cold * experts_bytes(p);
     double per_s = rate((double)s->dense_bytes, s->load_s);
-    if (c->a.quiet || rate(bytes, per_s) < MUCH_SECONDS) return;
+    if (c->a->quiet || rate(bytes, per_s) < MUCH_SECONDS) return;
     fprintf(stderr, "note: %lld tokens touch about %.0f%% of the experts: %.1f GB from disk, about "
             "%.0f s at the %.2f GB/s of loading\n", (long long)n, 100 * touched, bytes / 1e9,
             bytes / per_s, per_s / 1e9);
@@ -1091,25 +1107,13 @@ static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
 /* Answer the conversation, and take the answer into it. */
 static int chat_answer(chat *c, dsv4_err *err) {
     id_list ids = {0};
-    int rc = encode_messages(c->m, &c->a, c->messages, &ids, err);
-    int64_t room = c->ctx - (int64_t)ids.n;
-    speaker sp = {.m = c->m, .a = &c->a, .to = stdout, .err = err,
-                  .n = c->a.n_answer < room ? c->a.n_answer : room};
-    if (rc == 0 && room <= 0)
-        rc = fail(err, "the conversation has %zu tokens and the context holds %lld with the "
-                  "answer; /clear, or start with a larger --ctx", ids.n, (long long)c->ctx);
+    speaker sp = {.m = c->m, .a = c->a, .to = stdout, .err = err};
     c->m->status.patient = false;
-    if (rc == 0) rc = chat_feed(c, &ids, err);
+    int rc = request_ids(c->m, c->request, &ids, err) ||
+             answer_room(c->a, c->ctx, ids.n, &sp.n, err) || chat_feed(c, &ids, err) ? -1 : 0;
     c->m->status.patient = true;
     if (rc == 0) rc = speak_answer(&sp);
-    if (rc) {
-        c->m->ids.n = 0;
-        session_reset(c->m->s);
-    }
-    if (sp.end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
-    if (rc == 0 && json_array_append_new(c->messages, prompt_message("assistant", sp.content.s,
-                                                                     sp.content.n)))
-        rc = fail(err, "out of memory for the conversation");
+    rc = rc ? model_forget(c->m) : request_add(c->request, "assistant", &sp.content, err);
     free(sp.content.s);
     free(ids.id);
     return rc;
@@ -1117,13 +1121,12 @@ static int chat_answer(chat *c, dsv4_err *err) {
 
 /* One message and its answer; what fails is taken back. */
 static int chat_turn(chat *c, const buffer *line, dsv4_err *err) {
-    size_t files = c->attached.n, before = json_array_size(c->messages);
+    json_t *messages = json_object_get(c->request, "messages");
+    size_t files = c->attached.n, before = json_array_size(messages);
     put_bytes(&c->attached, line->s, line->n);
-    json_t *message = prompt_message("user", c->attached.s, c->attached.n);
     interrupted = 0;
-    int rc = c->attached.failed || json_array_append_new(c->messages, message)
-                 ? fail(err, "out of memory for the conversation") : chat_answer(c, err);
-    if (rc && json_array_size(c->messages) > before) json_array_remove(c->messages, before);
+    int rc = request_add(c->request, "user", &c->attached, err) || chat_answer(c, err) ? -1 : 0;
+    if (rc) json_array_remove(messages, before);
     c->attached.n = rc ? files : 0;
     interrupted = 0;
     return rc;
@@ -1146,7 +1149,7 @@ static int chat_loop(chat *c, dsv4_err *err) {
 }
 
 static int cmd_chat(model *m, const args *a, dsv4_err *err) {
-    chat c = {.m = m, .a = *a, .messages = json_array(), .pastes = json_array()};
+    chat c = {.m = m, .a = a, .request = request_new(a), .pastes = json_object()};
     struct sigaction sa = {.sa_handler = on_signal};
     sigaction(SIGINT, &sa, NULL);              /* again and again, not only once */
     sigaction(SIGWINCH, &sa, NULL);
@@ -1160,10 +1163,9 @@ static int cmd_chat(model *m, const args *a, dsv4_err *err) {
     if (rc == 0) rc = chat_loop(&c, err);
     editor_close(&c);
     free(c.attached.s);
-    free(c.system);
     free(c.piped);
     json_decref(c.pastes);
-    json_decref(c.messages);
+    json_decref(c.request);
     return rc;
 }
 
@@ -1181,69 +1183,61 @@ static void npy_header(FILE *f, int64_t n, int vocab) {
 
 static int cmd_eval(model *m, const args *a, dsv4_err *err) {
     scores sc = {0};
-    const id_list *ids = &m->ids;
     if (model_open_files(m, a->model, !a->ids, err) || prompt_ids(m, a, true, err)) return -1;
-    for (size_t i = 0; i < ids->n; i++)        /* they index logits below */
-        if (ids->id[i] >= m->cfg.vocab_size)
-            return fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
-                        ids->id[i], i, m->cfg.vocab_size);
-    int64_t n = (int64_t)ids->n, decode_from = a->decode_from;
+    int64_t n = (int64_t)m->ids.n, decode_from = a->decode_from;
     if (decode_from < 0 || decode_from > n) decode_from = n;
     if (model_start(m, a, n, n, err) || (a->logits && out_open(&m->out, a->logits, err)))
         return -1;
     if (m->out.f) npy_header(m->out.f, n, m->cfg.vocab_size);
     if (feed(m, 0, (size_t)decode_from, &sc, err)) return -1;
     double nll = n > 1 ? sc.nll / (double)(n - 1) : 0;
-    printf("tokens %zu  nll %.6f  perplexity %.4f\n", ids->n, nll, exp(nll));
+    printf("tokens %zu  nll %.6f  perplexity %.4f\n", m->ids.n, nll, exp(nll));
     return 0;
 }
 
 /* === 8. prompt, tokenize ====================================================================== */
 
-static void print_ids(const id_list *ids) {
+static int print_ids(const id_list *ids) {
     for (size_t i = 0; i < ids->n; i++) printf("%s%d", i ? " " : "", ids->id[i]);
     putchar('\n');
+    return 0;
 }
 
 static int cmd_prompt(model *m, const args *a, dsv4_err *err) {
     json_error_t where;
     prompt p;
-    generation gen = a->gen && !strcmp(a->gen, "0731") ? GEN_0731 : GEN_V4;
-    if (a->model && !a->gen && config_generation(&gen, a->model, err)) return -1;
+    if (a->gen) m->gen = choice(GENERATIONS, a->gen) == 0 ? GEN_V4 : GEN_0731;
+    else if (a->model && config_generation(&m->gen, a->model, err)) return -1;
     if (read_text(&m->text, "-", err)) return -1;
     json_t *request = json_loadb(m->text.s, m->text.n, 0, &where);
     if (!request)
         return fail(err, "stdin is not JSON: line %d, column %d: %s", where.line, where.column,
                     where.text);
-    int rc = prompt_build(&p, request, gen, err);
+    int rc = a->as_ids ? tok_open(&m->tok, a->model, err) ||
+                         request_ids(m, request, &m->ids, err)
+                       : prompt_build(&p, request, m->gen, err);
     json_decref(request);
-    if (rc) return rc;
-    if (!a->as_ids) fwrite(p.text, 1, p.len, stdout);
-    else rc = tok_open(&m->tok, a->model, err) || prompt_encode(m->tok, &p, &m->ids, err) ? -1 : 0;
-    if (rc == 0 && a->as_ids) print_ids(&m->ids);
+    if (rc) return -1;
+    if (a->as_ids) return print_ids(&m->ids);
+    fwrite(p.text, 1, p.len, stdout);
     prompt_free(&p);
-    return rc;
+    return 0;
 }
 
 static int cmd_tokenize(model *m, const args *a, dsv4_err *err) {
     const char *file = a->file ? a->file : "-";
     if (tok_open(&m->tok, a->model, err)) return -1;
-    if (!a->decode) {
-        if (read_text(&m->text, file, err) ||
-            tok_encode(m->tok, m->text.s, m->text.n, true, &m->ids, err))
-            return -1;
-        print_ids(&m->ids);
+    if (a->decode) {
+        if (read_ids(&m->ids, file, tok_n_ids(m->tok), err)) return -1;
+        for (size_t i = 0, len; i < m->ids.n; i++) {
+            const char *bytes = tok_bytes(m->tok, m->ids.id[i], &len);
+            fwrite(bytes, 1, len, stdout);
+        }
         return 0;
     }
-    if (read_ids(&m->ids, file, err)) return -1;
-    for (size_t i = 0, len; i < m->ids.n; i++) {
-        const char *bytes = tok_bytes(m->tok, m->ids.id[i], &len);
-        if (m->ids.id[i] >= tok_n_ids(m->tok))
-            return fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
-                        m->ids.id[i], i, tok_n_ids(m->tok));
-        fwrite(bytes, 1, len, stdout);
-    }
-    return 0;
+    if (read_text(&m->text, file, err)) return -1;
+    if (tok_encode(m->tok, m->text.s, m->text.n, true, &m->ids, err)) return -1;
+    return print_ids(&m->ids);
 }
 
 /* === 9. plan, check =========================================================================== */
@@ -1266,8 +1260,9 @@ static int model_survey(model *m, const char *dir, dsv4_err *err) {
 }
 
 typedef struct {                   /* what bounds a phase: seconds of each resource             */
-    double memory, compute, disk, tokens;
-    double disk_bytes;
+    double memory, compute, disk, tokens, disk_bytes;
+    double s;                      /* of that which binds                                       */
+    const char *binds;
 } bound;
 
 typedef struct {                   /* all that plan knows                                       */
@@ -1281,37 +1276,39 @@ typedef struct {                   /* all that plan knows                       
     bound decode, prefill;
 } survey;
 
-static double bound_s(const bound *b) { return fmax(fmax(b->memory, b->compute), b->disk); }
-
-static const char *bound_name(const bound *b) {
-    double s = bound_s(b);
-    return s <= b->disk ? "the disk" : s <= b->compute ? "the processor" : "memory";
+/* Tokens [t0, t1), for which so many bytes come from memory and from the disk. */
+static bound bound_of(const survey *v, double t0, double t1, double memory, double disk) {
+    bound b = {.memory = memory / v->r.exec.read_bytes_s, .disk = disk / v->r.disk_bytes_s,
+               .tokens = t1 - t0, .disk_bytes = disk};
+    double work[WORK_N];
+    engine_work(v->e, t0, t1, work);
+    for (int i = 0; i < WORK_N; i++) b.compute += work[i] / v->r.exec.macs_s;
+    b.s = fmax(fmax(b.memory, b.compute), b.disk);
+    b.binds = b.s <= b.disk ? "the disk" : b.s <= b.compute ? "the processor" : "memory";
+    return b;
 }
 
-/* Seconds of multiply-adds for tokens [t0, t1). */
-static double compute_s(const survey *v, double t0, double t1) {
-    double work[WORK_N], sum = 0;
-    engine_work(v->e, t0, t1, work);
-    for (int i = 0; i < WORK_N; i++) sum += work[i];
-    return sum / v->r.exec.macs_s;
+/* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
+typedef struct { int window, csa, hca; } layer_kinds;
+
+static layer_kinds kinds_of(const dsv4_config *c) {
+    layer_kinds k = {0};
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        ++*(c->compress_ratios[l] == 0 ? &k.window : c->compress_ratios[l] == 4 ? &k.csa : &k.hca);
+    return k;
 }
 
 /* One token behind ctx others.  Experts chosen evenly: what a cache of n_slots does then, real text
  * does better.  Of KV in the file each chosen entry costs a block. */
 static bound decode_bound(const survey *v) {
     const dsv4_plan *p = v->p;
-    double miss = 1 - (double)p->n_slots / p->n_experts_total, csa = 0;
-    for (int l = 0; l < v->cfg->num_hidden_layers; l++) csa += v->cfg->compress_ratios[l] == 4;
-    bound b = {.tokens = 1, .disk_bytes = miss * (double)p->token_experts};
-    if (p->streamed) b.disk_bytes += (double)p->token_dense;
-    if (p->kv_plan.index_in_file) b.disk_bytes += (double)p->kv_plan.index;
+    double n = (double)v->ctx, memory = (double)(p->token_dense + p->token_experts);
+    double disk = (1 - (double)p->n_slots / p->n_experts_total) * (double)p->token_experts;
+    if (p->streamed) disk += (double)p->token_dense;
+    if (p->kv_plan.index_in_file) disk += (double)p->kv_plan.index;
     if (p->kv_plan.entries_in_file)
-        b.disk_bytes += 4096 * csa * fmin(v->cfg->index_topk, (double)v->ctx / 4);
-    b.memory = (double)(p->token_dense + p->token_experts + p->kv_plan.index) /
-               v->r.exec.read_bytes_s;
-    b.compute = compute_s(v, (double)v->ctx, (double)v->ctx + 1);
-    b.disk = b.disk_bytes / v->r.disk_bytes_s;
-    return b;
+        disk += 4096.0 * kinds_of(v->cfg).csa * fmin(v->cfg->index_topk, n / 4);
+    return bound_of(v, n, n + 1, memory + (double)p->kv_plan.index, disk);
 }
 
 /* A prompt of ctx tokens: every expert is read once a span; KV in the file is written once, and
@@ -1319,90 +1316,74 @@ static bound decode_bound(const survey *v) {
 static bound prefill_bound(const survey *v) {
     const dsv4_plan *p = v->p;
     double n = (double)v->ctx, spans = ceil(n / p->span), dense = spans * (double)p->token_dense;
-    double experts = spans * p->n_experts_total * (double)p->slot_bytes;
+    double experts = spans * experts_bytes(p);
     double kv = (double)p->kv_plan.file * (1 + (spans - 1) / 2);
-    bound b = {.tokens = n, .disk_bytes = experts + kv};
-    if (p->streamed) b.disk_bytes += dense;
-    b.memory = (experts + dense) / v->r.exec.read_bytes_s;
-    b.compute = compute_s(v, 0, n);
-    b.disk = b.disk_bytes / v->r.disk_bytes_s;
-    return b;
+    return bound_of(v, 0, n, experts + dense, experts + kv + (p->streamed ? dense : 0));
 }
 
 static void print_bound(const char *name, const bound *b) {
-    printf("%-10s %8.2f tokens/s  %s binds (%.3g s of memory, %.3g s of processor, %.3g s of "
-           "disk for %.0f token%s)\n", name, b->tokens / bound_s(b), bound_name(b), b->memory,
-           b->compute, b->disk, b->tokens, b->tokens > 1 ? "s" : "");
+    printf("  %-12s %9.2f tokens/s  %s binds (%.3g s of memory, %.3g s of processor, %.3g s of "
+           "disk for %.0f)\n", name, b->tokens / b->s, b->binds, b->memory, b->compute, b->disk,
+           b->tokens);
 }
 
 static void print_survey(const survey *v) {
-    static const char row[] = "%-14s %9s  %s\n";
-    const dsv4_plan *p = v->p;
-    double touched = share_touched(v->cfg, TURN_TOKENS);
-    double turn_bytes = touched * p->n_experts_total * (double)p->slot_bytes;
-    printf("--ram %s holds\n", size_of(p->budget).text);
-    printf(row, "program", size_of(p->base).text, "RAM");
-    printf(row, "dense weights", size_of(p->dense).text,
-           p->streamed ? "RAM   read layer by layer" : "RAM");
-    printf("%-14s %9s  RAM   %lld tokens of context, %.0f bytes each\n", "KV",
-           size_of(p->kv).text, (long long)v->ctx, p->kv_plan.token_bytes);
-    if (p->kv_plan.file) printf(row, "more KV", size_of(p->kv_plan.file).text, "disk");
-    printf("%-14s %9s  RAM   for spans of %d tokens\n", "buffers", size_of(p->work).text, p->span);
-    printf("%-14s %9s  RAM   %d of %d experts\n", "expert slots", size_of(p->slots).text,
-           p->n_slots, p->n_experts_total);
-    printf(row, "experts", size_of(v->experts).text, "disk");
-    printf("\nmeasured now\n%-10s %8.2f GB/s\n%-10s %8.2f GMAC/s (FP8, 64 tokens at once)\n"
-           "%-10s %8.2f GB/s\n", "memory", v->r.exec.read_bytes_s / 1e9, "processor",
-           v->r.exec.macs_s / 1e9, "disk", v->r.disk_bytes_s / 1e9);
-    printf("\npredicted bounds, experts taken as chosen evenly\n");
+    double touched = share_touched(v->cfg, TURN_TOKENS), turn = touched * experts_bytes(v->p);
+    print_plan(stdout, v->e, v->ctx);
+    printf("  on disk       %9s  experts\n"
+           "measured now\n"
+           "  memory        %9.2f GB/s\n"
+           "  processor     %9.2f GMAC/s (FP8, 64 tokens at once)\n"
+           "  disk          %9.2f GB/s\n"
+           "predicted bounds, experts taken as chosen evenly\n",
+           size_of(v->experts).text, v->r.exec.read_bytes_s / 1e9, v->r.exec.macs_s / 1e9,
+           v->r.disk_bytes_s / 1e9);
     print_bound("decode", &v->decode);
     print_bound("prefill", &v->prefill);
-    printf("a prompt of %s tokens: %.0f span%s of %s, %.1f GB of disk, %.0f s\n",
-           grouped(v->ctx).text, ceil((double)v->ctx / p->span), v->ctx > p->span ? "s" : "",
-           grouped(p->span).text, v->prefill.disk_bytes / 1e9, bound_s(&v->prefill));
-    printf("a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
-           TURN_TOKENS, 100 * touched, turn_bytes / 1e9, turn_bytes / v->r.disk_bytes_s);
+    printf("a prompt of %s tokens: %.0f spans of %s at most, %.1f GB of disk, %.0f s\n"
+           "a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
+           grouped(v->ctx).text, ceil((double)v->ctx / v->p->span), grouped(v->p->span).text,
+           v->prefill.disk_bytes / 1e9, v->prefill.s, TURN_TOKENS, 100 * touched, turn / 1e9,
+           turn / v->r.disk_bytes_s);
 }
 
 static void print_disk_warnings(const disk_info *d, double gb_s) {
-    const char *device = d->device[0] ? d->device : d->fs;
     bool rotating = d->rotating && gb_s < 0.3; /* virtual disks say so too, but none is faster */
-    const struct { bool is; const char *name, *what, *advice; } warnings[] = {
-        {rotating, device, "a rotating disk", ": move the model to an NVMe drive"},
-        {d->sata && !rotating, device, "on SATA", ": NVMe drives read 5 to 20 times as fast"},
-        {d->network, d->fs, "a network file system", ": copy the model to a local drive"},
-        {d->fuse, d->fs, "a FUSE file system", ": copy the model to a local drive"},
-        {d->encrypted, device, "encrypted", " as measured: an unencrypted volume may be faster"},
+    const struct { bool is; const char *what, *advice; } warnings[] = {
+        {rotating, "a rotating disk", ": move the model to an NVMe drive"},
+        {d->sata && !rotating, "on SATA", ": NVMe drives read 5 to 20 times as fast"},
+        {d->network, "a network file system", ": copy the model to a local drive"},
+        {d->fuse, "a FUSE file system", ": copy the model to a local drive"},
+        {d->encrypted, "encrypted", " as measured: an unencrypted volume may be faster"},
     };
     for (size_t i = 0; i < sizeof warnings / sizeof *warnings; i++)
         if (warnings[i].is)
-            fprintf(stderr, "warning: %s is %s, %.2f GB/s%s\n", warnings[i].name,
+            fprintf(stderr, "warning: %s is %s, %.2f GB/s%s\n", *d->device ? d->device : d->fs,
                     warnings[i].what, gb_s, warnings[i].advice);
 }
 
-static json_t *bound_json(const bound *b) {
-    return json_pack("{s:f, s:s, s:f, s:f, s:f, s:f, s:f}", "tokens_per_s",
-                     b->tokens / bound_s(b), "binds", bound_name(b), "tokens", b->tokens,
-                     "memory_s", b->memory, "processor_s", b->compute, "disk_s", b->disk,
-                     "disk_bytes", b->disk_bytes);
-}
+#define BOUND(name, b)                                                                             \
+    R(name ".tokens_per_s", (b).tokens / (b).s), S(name ".binds", (b).binds),                      \
+    R(name ".tokens", (b).tokens), R(name ".memory_s", (b).memory),                                \
+    R(name ".processor_s", (b).compute), R(name ".disk_s", (b).disk),                              \
+    R(name ".disk_bytes", (b).disk_bytes)
 
 static int write_survey(const survey *v, dsv4_err *err) {
     const dsv4_plan *p = v->p;
     const disk_info *d = &v->disk;
     const fact facts[] = {
         S("model", v->cfg->name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
-        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes),
-        N("kv_file", p->kv_plan.file), N("dense", p->dense),
-        N("buffers", p->work), N("slots", p->slots), N("slot_bytes", p->slot_bytes),
-        N("experts", v->experts), N("token_bytes", p->token_dense + p->token_experts),
-        N("n_slots", p->n_slots), N("n_experts", p->n_experts_total), N("span", p->span),
-        S("disk.fs", d->fs), S("disk.device", d->device), B("disk.rotating", d->rotating),
-        B("disk.sata", d->sata), B("disk.network", d->network), B("disk.fuse", d->fuse),
-        B("disk.encrypted", d->encrypted), R("measured.memory_bytes_s", v->r.exec.read_bytes_s),
+        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes), N("kv_file", p->kv_plan.file),
+        N("dense", p->dense), N("buffers", p->work), N("slots", p->slots),
+        N("slot_bytes", p->slot_bytes), N("experts", v->experts),
+        N("token_bytes", p->token_dense + p->token_experts), N("n_slots", p->n_slots),
+        N("n_experts", p->n_experts_total), N("span", p->span), S("disk.fs", d->fs),
+        S("disk.device", d->device), B("disk.rotating", d->rotating), B("disk.sata", d->sata),
+        B("disk.network", d->network), B("disk.fuse", d->fuse), B("disk.encrypted", d->encrypted),
+        R("measured.memory_bytes_s", v->r.exec.read_bytes_s),
         R("measured.processor_macs_s", v->r.exec.macs_s),
-        R("measured.disk_bytes_s", v->r.disk_bytes_s), {"decode", bound_json(&v->decode)},
-        {"prefill", bound_json(&v->prefill)},
+        R("measured.disk_bytes_s", v->r.disk_bytes_s), BOUND("decode", v->decode),
+        BOUND("prefill", v->prefill),
     };
     return write_json(stdout, facts, sizeof facts / sizeof *facts, err);
 }
@@ -1427,33 +1408,22 @@ static int cmd_plan(model *m, const args *a, dsv4_err *err) {
     return 0;
 }
 
-/* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
-typedef struct { int window, csa, hca; } layer_kinds;
-
-static layer_kinds kinds_of(const dsv4_config *c) {
-    layer_kinds k = {0};
-    for (int l = 0; l < c->num_hidden_layers; l++)
-        ++*(c->compress_ratios[l] == 0 ? &k.window : c->compress_ratios[l] == 4 ? &k.csa : &k.hca);
-    return k;
-}
-
 static void print_check(const dsv4_config *c, const ckpt *ck, const weights_bytes *b) {
     layer_kinds k = kinds_of(c);
-    printf("%-12s %s\n", "model", c->name);
-    printf("%-12s %d: %d window, %d CSA, %d HCA; %d route by token id\n", "layers",
-           c->num_hidden_layers, k.window, k.csa, k.hca, c->num_hash_layers);
-    printf("%-12s dim %d, %d heads of %d, vocabulary %d, context %lld\n", "sizes",
+    printf("model        %s\n"
+           "layers       %d: %d window, %d CSA, %d HCA; %d route by token id\n"
+           "sizes        dim %d, %d heads of %d, vocabulary %d, context %lld\n"
+           "experts      %d a layer, %d a token, and a shared one\n"
+           "MTP block    %s\n"
+           "shards       %d, %zu tensors\n"
+           "bytes        dense %.3f GB, experts %.3f GB, MTP %.3f GB, not used %.3f GB\n"
+           "every tensor that the graph needs is there\n",
+           c->name, c->num_hidden_layers, k.window, k.csa, k.hca, c->num_hash_layers,
            c->hidden_size, c->num_attention_heads, c->head_dim, c->vocab_size,
-           (long long)c->max_position_embeddings);
-    printf("%-12s %d a layer, %d a token, and a shared one\n", "experts", c->n_routed_experts,
-           c->num_experts_per_tok);
-    printf("%-12s %s\n", "MTP block", b->has_mtp ? "yes" : "none");
-    printf("%-12s %d, %zu tensors\n", "shards", ckpt_n_shards(ck), ckpt_n_tensors(ck));
-    printf("%-12s %10.3f GB\n%-12s %10.3f GB\n", "dense", (double)b->dense / 1e9, "experts",
-           (double)b->experts / 1e9);
-    if (b->mtp) printf("%-12s %10.3f GB\n", "MTP", (double)b->mtp / 1e9);
-    if (b->unused) printf("%-12s %10.3f GB\n", "not used", (double)b->unused / 1e9);
-    printf("every tensor that the graph needs is there\n");
+           (long long)c->max_position_embeddings, c->n_routed_experts, c->num_experts_per_tok,
+           b->has_mtp ? "yes" : "none", ckpt_n_shards(ck), ckpt_n_tensors(ck),
+           (double)b->dense / 1e9, (double)b->experts / 1e9, (double)b->mtp / 1e9,
+           (double)b->unused / 1e9);
 }
 
 /* `hashes` NULL: none were asked for. */
@@ -1526,19 +1496,13 @@ enum {
     SURVEY_SECONDS = 1,            /* to measure this machine in                                */
 };
 
-typedef enum { FORM_TEXT, FORM_MARKDOWN, FORM_JSON, FORM_N } form;
-static form format_of(const char *word) {
-    static const char *const name[] = {"text", "markdown", "json"};
-    int i = 0;
-    while (i < FORM_N && strcmp(word, name[i])) i++;
-    return (form)i;
-}
+typedef enum { FORM_TEXT, FORM_MARKDOWN, FORM_JSON, FORM_N } form;     /* as in FORMATS */
 
 /* Words of a summary, or 0 for what is no length. */
 static int length_of(const char *word) {
-    if (!strcmp(word, "short")) return 100;
-    if (!strcmp(word, "medium")) return 300;
-    if (!strcmp(word, "long")) return 800;
+    static const int lengths[] = {100, 300, 800};
+    int which = choice(LENGTHS, word);
+    if (which >= 0) return lengths[which];
     char *end;
     long n = strtol(word, &end, 10);
     return *end || n < 1 || n > 100000 ? 0 : (int)n;
@@ -1560,9 +1524,9 @@ typedef struct {
     int n_docs, n_failed, n_tasks; /* tasks: questions, or the one summary                      */
     int words;
     form form;
+    bool as_json;
     FILE *to;
-    int64_t most, room;            /* tokens of a context; of a document in it                  */
-    int64_t n_answer;
+    int64_t most, room, n_answer;  /* tokens of a context; in it of a document, of an answer    */
     buffer from_stdin;             /* which can be read once                                    */
     document *at;                  /* which is being worked on                                  */
     char phase[48];
@@ -1599,19 +1563,6 @@ static void put_after(buffer *b, const summary *s, int task, material on) {
     put_format(b, " %s\n", style[on == ON_PART ? FORM_TEXT : s->form]);
 }
 
-static int summary_ids(summary *s, const buffer *head, const char *after, id_list *out,
-                       dsv4_err *err) {
-    buffer text = {0};
-    put_bytes(&text, head->s, head->n);
-    put_text(&text, after ? after : "");
-    if (text.failed || head->failed) return free(text.s), fail(err, "out of memory");
-    json_t *messages = json_pack("[o]", prompt_message("user", text.s, text.n));
-    int rc = encode_messages(s->m, &s->a, messages, out, err);
-    json_decref(messages);
-    free(text.s);
-    return rc;
-}
-
 /* --- documents --- */
 
 /* Append a document's text; of several files each between marks (M4's template for files). */
@@ -1619,11 +1570,11 @@ static int put_document(summary *s, const document *d, buffer *out, bool say, ds
     for (int i = 0; i < d->n_files; i++) {
         const char *path = d->file[i], *slash = strrchr(path, '/'), *note = NULL;
         bool is_stdin = !strcmp(path, "-");
+        buffer *to = is_stdin ? &s->from_stdin : out;
         put_format(out, "[file name]: %s\n[file content begin]\n",
                    is_stdin ? "document" : slash ? slash + 1 : path);
-        if (!is_stdin && doc_read(out, path, &note, err)) return -1;
-        if (is_stdin && !s->from_stdin.n && doc_read(&s->from_stdin, path, &note, err)) return -1;
-        if (is_stdin) put_bytes(out, s->from_stdin.s, s->from_stdin.n);
+        if ((!is_stdin || !to->n) && doc_read(to, path, &note, err)) return -1;
+        if (is_stdin) put_bytes(out, to->s, to->n);
         put_text(out, "\n[file content end]\n");
         if (note && say) fprintf(stderr, "note: %s: %s\n", path, note);
     }
@@ -1668,46 +1619,40 @@ static void print_tasks(const summary *s) {
         double n_answers = d->n_parts > 1 ? d->n_parts + 1 : 1;
         double spans = d->n_parts * ceil((double)v.ctx / v.p->span);
         double gb = (d->n_parts * b.disk_bytes + n_answers * n_words * w.disk_bytes) / 1e9;
-        double seconds = d->n_parts * bound_s(&b) + n_answers * n_words * bound_s(&w);
+        double seconds = d->n_parts * b.s + n_answers * n_words * w.s;
         fprintf(stderr, row, *d->file, grouped(d->n_tokens).text, d->n_parts, spans, gb, seconds);
         all_gb += gb;
         all_s += seconds;
     }
     if (s->n_docs > 1) fprintf(stderr, "%-32s %11s %6s %6s %10.1f %10.0f\n", "all", "", "", "",
                                all_gb, all_s);
-    fprintf(stderr, "predicted from what this machine measures now (%.1f GB/s of disk, %.1f GMAC/s),"
-            " if nothing is parked yet\n\n", v.r.disk_bytes_s / 1e9, v.r.exec.macs_s / 1e9);
+    fprintf(stderr, "predicted from what this machine measures now (%.1f GB/s of disk, %.1f "
+            "GMAC/s), if nothing is parked yet\n\n", v.r.disk_bytes_s / 1e9,
+            v.r.exec.macs_s / 1e9);
 }
 
 /* --- answers --- */
 
-static void print_heading(const summary *s, int task) {
-    if (s->a.ask.n && s->to && s->form != FORM_JSON && !s->a.jsonl)
-        fprintf(s->to, "%s%s%s\n\n", task ? "\n" : "", s->form == FORM_MARKDOWN ? "## " : "",
-                s->a.ask.word[task]);
-}
-
 /* Ask one thing about what `head` ends with, whose own prompt is head_ids; the answer is appended,
  * and said where it is the last word. */
-static int answer_task(summary *s, const buffer *head, const id_list *head_ids, int task,
-                       material on, buffer *said, dsv4_err *err) {
+static int answer_task(summary *s, buffer *head, const id_list *head_ids, int task, material on,
+                       buffer *said, dsv4_err *err) {
     model *m = s->m;
-    buffer after = {0};
-    size_t same = 0;
-    bool show = on != ON_PART && s->form != FORM_JSON && !s->a.jsonl;
+    size_t same = 0, before_task = head->n;
+    bool show = on != ON_PART && !s->as_json;
     speaker sp = {.m = m, .a = &s->a, .n = s->n_answer, .to = show ? s->to : NULL, .err = err};
-    put_after(&after, s, task, on);
-    put_bytes(&after, "", 1);
+    put_after(head, s, task, on);
     m->ids.n = 0;
-    int rc = after.failed ? fail(err, "out of memory")
-                          : summary_ids(s, head, after.s, &m->ids, err);
-    free(after.s);
+    int rc = question_ids(m, &s->a, head, &m->ids, err);
+    head->n = before_task;
     if (rc) return -1;
     while (same < head_ids->n && same < m->ids.n && head_ids->id[same] == m->ids.id[same]) same++;
     m->tail = (int64_t)same;
     m->phase = s->phase;
     m->say_reused = task == 0;
-    if (show) print_heading(s, task);
+    if (show && s->a.ask.n)
+        fprintf(s->to, "%s%s%s\n\n", task ? "\n" : "", s->form == FORM_MARKDOWN ? "## " : "",
+                s->a.ask.word[task]);
     uint64_t before = engine_stats(m->e)->reused_tokens;
     if (feed(m, 0, m->ids.n, NULL, err)) return -1;
     if (task == 0) s->at->n_reused += (int64_t)(engine_stats(m->e)->reused_tokens - before);
@@ -1720,32 +1665,30 @@ static int answer_task(summary *s, const buffer *head, const id_list *head_ids, 
 /* Do tasks [first, end) on a text of any length. */
 static int work_through(summary *s, const buffer *text, int first, int end, material on,
                         buffer *said, dsv4_err *err) {
+    buffer notes[MAX_WORDS] = {0};
     doc_parts parts;
     int rc = doc_cut(s->m->tok, text->s, text->n, s->room, &parts, err);
-    buffer *notes = calloc((size_t)s->n_tasks, sizeof *notes);
-    if (!rc && !notes) rc = fail(err, "out of memory");
+    bool cut = parts.n > 1;
     for (int p = 0; p < parts.n && rc == 0; p++) {
         buffer head = {0};
         id_list head_ids = {0};
         size_t from = p ? parts.end[p - 1] : 0;
         put_before(&head, p, parts.n);
         put_bytes(&head, text->s + from, parts.end[p] - from);
-        snprintf(s->phase, sizeof s->phase, parts.n > 1 ? "reading%s part %d of %d" : "reading%s",
+        snprintf(s->phase, sizeof s->phase, cut ? "reading%s part %d of %d" : "reading%s",
                  on == ON_NOTES ? " notes" : "", p + 1, parts.n);
-        rc = summary_ids(s, &head, NULL, &head_ids, err);
+        rc = question_ids(s->m, &s->a, &head, &head_ids, err);
         for (int t = first; t < end && rc == 0; t++) {
-            if (parts.n > 1) put_format(&notes[t], "Part %d of %d:\n", p + 1, parts.n);
-            rc = answer_task(s, &head, &head_ids, t, parts.n > 1 ? ON_PART : on,
-                             parts.n > 1 ? &notes[t] : &said[t], err);
-            if (parts.n > 1) put_text(&notes[t], "\n\n");
+            if (cut) put_format(&notes[t], "%sPart %d of %d:\n", p ? "\n\n" : "", p + 1, parts.n);
+            rc = answer_task(s, &head, &head_ids, t, cut ? ON_PART : on, cut ? notes + t : said + t,
+                             err);
         }
         free(head_ids.id);
         free(head.s);
     }
-    for (int t = first; t < end && parts.n > 1 && rc == 0; t++)
+    for (int t = first; t < end && cut && rc == 0; t++)
         rc = work_through(s, &notes[t], t, t + 1, ON_NOTES, said, err);
-    for (int t = 0; notes && t < s->n_tasks; t++) free(notes[t].s);
-    free(notes);
+    for (int t = first; t < end; t++) free(notes[t].s);
     free(parts.end);
     return rc;
 }
@@ -1762,28 +1705,24 @@ static json_t *summary_json(const buffer *said, bool object) {
 /* The document as one JSON object. */
 static int write_document(const summary *s, const buffer *said, double seconds, dsv4_err *err) {
     const document *d = s->at;
-    json_t *root = json_object(), *list = json_array(), *source = json_array();
+    bool ask = s->a.ask.n > 0;
+    json_t *source = d->n_files > 1 ? json_array() : json_string(*d->file);
+    json_t *told = ask ? json_array() : summary_json(said, s->form == FORM_JSON);
     for (int i = 0; i < d->n_files; i++) json_array_append_new(source, json_string(d->file[i]));
-    json_object_set(root, "source", d->n_files > 1 ? source : json_array_get(source, 0));
-    for (int t = 0; t < s->n_tasks && s->a.ask.n && !d->error; t++)
-        json_array_append_new(list, json_pack("{s:s, s:s%}", "question", s->a.ask.word[t], "answer",
+    for (int t = 0; t < s->a.ask.n; t++)
+        json_array_append_new(told, json_pack("{s:s, s:s%}", "question", s->a.ask.word[t], "answer",
                                               said[t].n ? said[t].s : "", said[t].n));
-    if (d->error) {
-        json_object_set_new(root, "error", json_string(d->error));
-    } else {
-        json_object_set_new(root, "tokens", json_integer(d->n_tokens));
-        json_object_set_new(root, "parts", json_integer(d->n_parts));
-        if (s->a.ask.n) json_object_set(root, "answers", list);
-        else json_object_set_new(root, "summary", summary_json(said, s->form == FORM_JSON));
-        json_object_set_new(root, "seconds", json_real(seconds));
-        json_object_set_new(root, "reused", json_integer(d->n_reused));
-    }
+    json_t *root = d->error
+        ? json_pack("{s:O*, s:o*}", "source", source, "error", json_string(d->error))
+        : json_pack("{s:O*, s:I, s:i, s:O*, s:f, s:I}", "source", source, "tokens",
+                    (json_int_t)d->n_tokens, "parts", d->n_parts, ask ? "answers" : "summary", told,
+                    "seconds", seconds, "reused", (json_int_t)d->n_reused);
     int rc = json_dumpf(root, s->to, (s->a.jsonl ? JSON_COMPACT : JSON_INDENT(2)) |
                                      JSON_REAL_PRECISION(6));
     fputc('\n', s->to);
     fflush(s->to);
     json_decref(source);
-    json_decref(list);
+    json_decref(told);
     json_decref(root);
     return rc ? fail(err, "out of memory for the JSON output") : 0;
 }
@@ -1799,51 +1738,46 @@ static int say_parked(const summary *s, dsv4_err *err) {
 
 static int do_document(summary *s, dsv4_err *err) {
     document *d = s->at;
-    buffer text = {0}, *said = calloc((size_t)s->n_tasks, sizeof *said);
-    bool as_json = s->form == FORM_JSON || s->a.jsonl;
+    buffer text = {0}, said[MAX_WORDS] = {0};
     double began = now_s();
-    int rc = said ? 0 : fail(err, "out of memory");
-    if (s->n_docs > 1 && !as_json)
+    int rc = 0;
+    if (s->n_docs > 1 && !s->as_json)
         fprintf(s->to, s->form == FORM_MARKDOWN ? "%s# %s\n\n" : "%s==> %s <==\n",
                 d == s->doc ? "" : "\n", *d->file);
-    if (!rc && !d->error) {
+    if (!d->error) {
         rc = put_document(s, d, &text, false, err);
         if (!rc) rc = work_through(s, &text, 0, s->n_tasks, ON_WHOLE, said, err);
         if (rc && interrupted) (void)say_parked(s, err);
         else if (rc && s->a.each) d->error = strdup(err->msg);
         if (d->error) fprintf(stderr, "dsv4: %s: %s\n", *d->file, err->msg), rc = 0;
     }
-    if (!rc && as_json) rc = write_document(s, said, now_s() - began, err);
-    for (int t = 0; said && t < s->n_tasks; t++) free(said[t].s);
-    free(said);
+    if (!rc && s->as_json) rc = write_document(s, said, now_s() - began, err);
+    for (int t = 0; t < s->n_tasks; t++) free(said[t].s);
     free(text.s);
     return rc;
 }
 
 /* How much of a context is a document's: all but the words around it and the answer. */
 static int summary_room(summary *s, dsv4_err *err) {
-    buffer head = {0}, after = {0};
+    buffer text = {0};
     id_list ids = {0};
     size_t words = 0;
     int rc = 0;
-    put_before(&head, MAX_LAYERS, 2 * MAX_LAYERS);
     for (int t = 0; t < s->n_tasks && rc == 0; t++) {
-        ids.n = after.n = 0;
-        put_after(&after, s, t, ON_NOTES);
-        put_bytes(&after, "", 1);
-        rc = summary_ids(s, &head, after.failed ? NULL : after.s, &ids, err);
+        ids.n = text.n = 0;
+        put_before(&text, MAX_LAYERS, 2 * MAX_LAYERS);
+        put_after(&text, s, t, ON_NOTES);
+        rc = question_ids(s->m, &s->a, &text, &ids, err);
         if (ids.n > words) words = ids.n;
     }
-    free(head.s);
-    free(after.s);
+    free(text.s);
     free(ids.id);
     s->n_answer = s->a.n_answer < s->most / ANSWER_SHARE ? s->a.n_answer : s->most / ANSWER_SHARE;
     s->room = s->most - (int64_t)words - s->n_answer - SLACK;
-    if (!rc && s->room < PART_LEAST)
-        rc = fail(err, "a context of %lld tokens is too small for a document between %zu tokens of "
-                  "instructions and an answer of %lld; raise --ctx", (long long)s->most, words,
-                  (long long)s->n_answer);
-    return rc;
+    if (rc || s->room >= PART_LEAST) return rc;
+    return fail(err, "a context of %lld tokens is too small for a document between %zu tokens of "
+                "instructions and an answer of %lld; raise --ctx", (long long)s->most, words,
+                (long long)s->n_answer);
 }
 
 static int summarize(summary *s, dsv4_err *err) {
@@ -1870,7 +1804,8 @@ static int cmd_summarize(model *m, const args *a, dsv4_err *err) {
     summary s = {.m = m, .a = *a, .n_docs = a->each ? a->n_operands : 1,
                  .n_tasks = a->ask.n ? a->ask.n : 1, .to = stdout,
                  .words = length_of(a->length ? a->length : "medium"),
-                 .form = format_of(a->format ? a->format : "text")};
+                 .form = a->format ? (form)choice(FORMATS, a->format) : FORM_TEXT};
+    s.as_json = s.form == FORM_JSON || a->jsonl;
     s.a.no_think = !a->think;
     s.doc = calloc((size_t)s.n_docs, sizeof *s.doc);
     for (int i = 0; s.doc && i < s.n_docs; i++)
@@ -1880,7 +1815,8 @@ static int cmd_summarize(model *m, const args *a, dsv4_err *err) {
     if (rc == 0 && a->out) rc = out_open(&m->out, a->out, err);
     if (m->out.f) s.to = m->out.f;
     if (rc == 0) rc = summarize(&s, err);
-    if (s.n_failed || (interrupted && a->jsonl)) rc |= out_close(&m->out, 0, err); /* what is done */
+    if (s.n_failed || (interrupted && a->jsonl)) /* what is done, is kept */
+        rc |= out_close(&m->out, 0, err);
     for (int i = 0; s.doc && i < s.n_docs; i++) free(s.doc[i].error);
     free(s.doc);
     free(s.from_stdin.s);
@@ -1981,7 +1917,7 @@ enum {                             /* commands, and sets of them that take the s
     ANSWER = TALK | SUMMARIZE, ENGINE = ANSWER | EVAL | BENCH, BUDGET = ENGINE | PLAN,
 };
 
-typedef enum { ARG_TEXT, ARG_LIST, ARG_WHOLE, ARG_SIZE, ARG_SEED, ARG_REAL, ARG_SWITCH } arg_kind;
+typedef enum { ARG_TEXT, ARG_WORD, ARG_LIST, ARG_WHOLE, ARG_SIZE, ARG_REAL, ARG_SWITCH } arg_kind;
 
 typedef struct {
     const char *name, *value;      /* "--temp", "T"; value NULL for a switch                    */
@@ -1989,13 +1925,16 @@ typedef struct {
     arg_kind kind;
     size_t at;                     /* its place in args                                         */
     double lo, hi;                 /* of numbers; of a list how many, and bytes of each         */
+    const char *words;             /* to choose from                                            */
     const char *help;
 } flag;
 
-#define ARG(kind, field)     ARG_##kind, offsetof(args, field), 0, 0
-#define WHOLE(field, lo, hi) ARG_WHOLE, offsetof(args, field), lo, hi
-#define REAL(field, lo, hi)  ARG_REAL, offsetof(args, field), lo, hi
-#define LIST(field, most, bytes) ARG_LIST, offsetof(args, field), most, bytes
+#define PLACE(kind, field)       ARG_##kind, offsetof(args, field)
+#define ARG(kind, field)         PLACE(kind, field), 0, 0, NULL
+#define WORD(field, words)       PLACE(WORD, field), 0, 0, words
+#define WHOLE(field, lo, hi)     PLACE(WHOLE, field), lo, hi, NULL
+#define REAL(field, lo, hi)      PLACE(REAL, field), lo, hi, NULL
+#define LIST(field, most, bytes) PLACE(LIST, field), most, bytes, NULL
 static const flag flags[] = {
     {"-m", "DIR", BUDGET | PROMPT | TOKENIZE, ARG(TEXT, model), "the model's directory"},
     {"-p", "TEXT", RUN, ARG(TEXT, prompt), "the prompt"},
@@ -2003,23 +1942,20 @@ static const flag flags[] = {
     {"--ids", "FILE", RUN | EVAL, ARG(TEXT, ids), "a file of token ids, separated by white space"},
     {"--ids", NULL, PROMPT, ARG(SWITCH, as_ids), "write the token ids (needs -m)"},
     {"--decode", NULL, TOKENIZE, ARG(SWITCH, decode), "from ids to text"},
-    {"-n", "N", ANSWER, WHOLE(n_answer, 1, 1e9),
-     "tokens of an answer at most, thoughts included (4096)"},
+    {"-n", "N", ANSWER, WHOLE(n_answer, 1, 1e9), "tokens of an answer, thoughts included (4096)"},
     {"--system", "TEXT", TALK, ARG(TEXT, system), "the system prompt"},
     {"--ask", "QUESTION", SUMMARIZE, LIST(ask, MAX_WORDS, 16384),
      "answer it from the document instead; up to 64 times"},
     {"--focus", "TEXT", SUMMARIZE, ARG(TEXT, focus), "what a summary should give most room to"},
-    {"--length", "LEN", SUMMARIZE, ARG(TEXT, length),
-     "short, medium or long, or about how many words (medium)"},
-    {"--format", "FORM", SUMMARIZE, ARG(TEXT, format), "text, markdown or json (text)"},
+    {"--length", "LEN", SUMMARIZE, ARG(TEXT, length), LENGTHS ", or a number of words (medium)"},
+    {"--format", "FORM", SUMMARIZE, WORD(format, FORMATS), FORMATS " (text)"},
     {"--each", NULL, SUMMARIZE, ARG(SWITCH, each), "every file is a document of its own"},
     {"--jsonl", NULL, SUMMARIZE, ARG(SWITCH, jsonl),
      "a line of JSON a document: source, tokens, summary or answers, seconds, reused"},
     {"--out", "FILE", SUMMARIZE, ARG(TEXT, out), "write there instead of to stdout"},
     {"--think", NULL, SUMMARIZE, ARG(SWITCH, think), "think before answering"},
-    {"--no-think", NULL, ANSWER, ARG(SWITCH, no_think),
-     "answer without thinking first (summarize does unless told)"},
-    {"--effort", "LEVEL", ANSWER, ARG(TEXT, effort), "how hard to think: low, high or max"},
+    {"--no-think", NULL, ANSWER, ARG(SWITCH, no_think), "answer at once (summarize's default)"},
+    {"--effort", "LEVEL", ANSWER, WORD(effort, EFFORTS), "how hard to think: " EFFORTS},
     {"--raw", NULL, RUN, ARG(SWITCH, raw), "continue the text instead of answering it"},
     {"--temp", "T", ANSWER, REAL(temp, 0, 1e3),
      "temperature, 0 for the likeliest token (the model's, else 1)"},
@@ -2031,26 +1967,22 @@ static const flag flags[] = {
      "drop tokens below P times the likeliest (the model's, else 0)"},
     {"--repetition-penalty", "X", ANSWER, REAL(penalty, 0.01, 100),
      "divide the logits of tokens already there (the model's, else 1)"},
-    {"--seed", "S", ANSWER, ARG(SEED, seed), "same seed, same text (0)"},
+    {"--seed", "S", ANSWER, WHOLE(seed, 0, 0x1p64), "same seed, same text (0)"},
     {"--stop", "TEXT", ANSWER, LIST(stop, MAX_STOPS, MAX_STOP_BYTES - 1),
      "end the answer where TEXT begins; up to 8 times"},
-    {"--no-loop-guard", NULL, ANSWER, ARG(SWITCH, no_loop_guard),
-     "go on when the answer goes round in circles"},
+    {"--no-loop-guard", NULL, ANSWER, ARG(SWITCH, no_loop_guard), "go on in circles"},
     {"--print-ids", NULL, RUN, ARG(SWITCH, print_ids), "print token ids instead of text"},
     {"--tokens", "N", BENCH, WHOLE(n_bench, 1, 1e6), "tokens to decode (64)"},
     {"--trace", "FILE", BENCH, ARG(TEXT, trace), "write token, layer and experts of each step"},
     {"--logits", "OUT.npy", EVAL, ARG(TEXT, logits), "write the logits, float32 [n, vocab]"},
     {"--decode-from", "K", EVAL, WHOLE(decode_from, 0, 1e9), "ids from K on go one at a time"},
-    {"--no-rounding", NULL, EVAL, ARG(SWITCH, no_rounding),
-     "leave out the model's deliberate roundings"},
+    {"--no-rounding", NULL, EVAL, ARG(SWITCH, no_rounding), "without the model's own roundings"},
     {"--chunk", "N", EVAL, WHOLE(chunk, 1, 1e9), "tokens to put through at once"},
-    {"--span", "N", EVAL, WHOLE(span, 1, 1e9),
-     "tokens to put through a layer before the next one (what memory allows)"},
-    {"--generation", "GEN", PROMPT, ARG(TEXT, gen),
-     "v4 or 0731, the two prompt formats (the model's, else v4)"},
+    {"--span", "N", EVAL, WHOLE(span, 1, 1e9), "tokens to put through a layer before the next"},
+    {"--generation", "GEN", PROMPT, WORD(gen, GENERATIONS),
+     "the prompt's format, " GENERATIONS " (the model's, else v4)"},
     {"-t", "N", BUDGET, WHOLE(threads, 1, MAX_THREADS), "threads (all processors); also --threads"},
-    {"--ram", "SIZE", BUDGET, ARG(SIZE, ram),
-     "memory to use, as 512M or 16G (most of what is free)"},
+    {"--ram", "SIZE", BUDGET, ARG(SIZE, ram), "memory, as 512M or 16G (most of what is free)"},
     {"--ctx", "N", BUDGET, WHOLE(ctx, 1, 1e9),
      "tokens of context to make room for (what is needed; chat and plan: 32768)"},
     {"--kv-ram", "SIZE", BUDGET, ARG(SIZE, kv_ram),
@@ -2060,20 +1992,11 @@ static const flag flags[] = {
     {"--kv-disk", "SIZE", ANSWER, ARG(SIZE, kv_disk), "what parked context may take (32G)"},
     {"--no-cache", NULL, ANSWER, ARG(SWITCH, no_cache), "neither use parked context nor park any"},
     {"--stats", "FILE", ENGINE, ARG(TEXT, stats), "write counters and times as JSON"},
-    {"--hash", NULL, CHECK, ARG(SWITCH, hash),
-     "read every shard whole and compare with the last time"},
+    {"--hash", NULL, CHECK, ARG(SWITCH, hash), "read all shards and compare with the last time"},
     {"--json", NULL, CHECK | PLAN, ARG(SWITCH, json), "one JSON object instead of a table"},
     {"-q", NULL, ENGINE | CHECK, ARG(SWITCH, quiet), "no progress, no tables, no thoughts"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags };
-
-static int cmd_version(model *m, const args *a, dsv4_err *err) {
-    (void)m;
-    (void)a;
-    (void)err;
-    printf("dsv4 %s\n", DSV4_VERSION);
-    return 0;
-}
 
 static int cmd_help(model *m, const args *a, dsv4_err *err);
 
@@ -2081,32 +2004,34 @@ typedef struct {
     const char *name, *usage, *help;
     int bit;
     int (*run)(model *m, const args *a, dsv4_err *err);
+    int most;                      /* words that are no flags                                   */
+    const char *needs;             /* of these                                                  */
 } command;
 
 static const command commands[] = {
     {"run", "-m DIR (-p TEXT | -f FILE | --ids FILE) [flags]", "answer or continue a text", RUN,
-     cmd_run},
+     cmd_run, 0, NULL},
     {"chat", "-m DIR [flags]", "talk with the model; /help lists what it understands", CHAT,
-     cmd_chat},
+     cmd_chat, 0, NULL},
     {"summarize", "-m DIR FILE... [--ask QUESTION]... [--each] [flags]",
      "summarize text, HTML or PDF of any length, or answer questions about it", SUMMARIZE,
-     cmd_summarize},
+     cmd_summarize, INT_MAX, "a file, or - for stdin"},
     {"eval", "-m DIR (-f FILE | --ids FILE) [flags]", "score a text: mean NLL and perplexity",
-     EVAL, cmd_eval},
+     EVAL, cmd_eval, 0, NULL},
     {"prompt", "[-m DIR] [--generation GEN] [--ids]",
-     "turn an OpenAI-style request on stdin into the model's prompt", PROMPT, cmd_prompt},
+     "turn an OpenAI-style request on stdin into the model's prompt", PROMPT, cmd_prompt, 0, NULL},
     {"tokenize", "-m DIR [-f FILE] [--decode]", "turn text into token ids, or ids into text",
-     TOKENIZE, cmd_tokenize},
+     TOKENIZE, cmd_tokenize, 0, NULL},
     {"plan", "-m DIR [--ram SIZE] [--ctx N] [--json]",
-     "say what would live where, and how fast that can be here", PLAN, cmd_plan},
+     "say what would live where, and how fast that can be here", PLAN, cmd_plan, 0, NULL},
     {"check", "DIR [--hash] [--json]", "say what a model is and whether it is whole", CHECK,
-     cmd_check},
+     cmd_check, 1, "a directory"},
     {"sessions", "list | verify | rm NAME [--kv-dir DIR]", "look after parked context", SESSIONS,
-     cmd_sessions},
+     cmd_sessions, 2, "list, verify, or rm and a name"},
     {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
-     "measure decode against memory, processor and disk", BENCH, cmd_bench},
-    {"version", "", "print the version", VERSION, cmd_version},
-    {"help", "[COMMAND]", "print this, or a command's flags", HELP, cmd_help},
+     "measure decode against memory, processor and disk", BENCH, cmd_bench, 0, NULL},
+    {"version", "", "print the version", VERSION, NULL, 0, NULL},
+    {"help", "[COMMAND]", "print this, or a command's flags", HELP, cmd_help, 1, NULL},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
@@ -2168,11 +2093,15 @@ static bool parse_size(const char *text, uint64_t *out) {
 static int flag_set(args *a, const flag *f, const char *value, dsv4_err *err) {
     void *place = (char *)a + f->at;
     word_list *list = place;
-    char *end;
-    double real;
+    char *end = NULL;
+    double number = -1;
     switch (f->kind) {
-    case ARG_TEXT: *(const char **)place = value; return 0;
     case ARG_SWITCH: *(bool *)place = true; return 0;
+    case ARG_WORD:
+        if (choice(f->words, value) < 0)
+            return fail(err, "%s %s is not %s", f->name, value, f->words);
+        /* fall through */
+    case ARG_TEXT: *(const char **)place = value; return 0;
     case ARG_LIST:
         if (!*value || (double)strlen(value) > f->hi)
             return fail(err, "%s takes 1 to %.0f bytes", f->name, f->hi);
@@ -2182,49 +2111,33 @@ static int flag_set(args *a, const flag *f, const char *value, dsv4_err *err) {
     case ARG_SIZE:
         if (parse_size(value, place)) return 0;
         return fail(err, "%s %s is not a size; write it as 512M or 16G", f->name, value);
-    case ARG_SEED:
+    case ARG_WHOLE:
         errno = 0;
         *(uint64_t *)place = strtoull(value, &end, 10);
-        if (*value >= '0' && *value <= '9' && !*end && !errno) return 0;
-        return fail(err, "%s %s is not a whole number from 0 up", f->name, value);
-    case ARG_WHOLE:
-    case ARG_REAL: break;
+        if (isdigit((unsigned char)*value) && !errno) number = (double)*(uint64_t *)place;
+        break;
+    case ARG_REAL: number = *(double *)place = strtod(value, &end);
     }
-    real = strtod(value, &end);
-    if (end == value || *end || !(real >= f->lo && real <= f->hi) ||
-        (f->kind == ARG_WHOLE && real != floor(real)))
-        return fail(err, "%s %s is not a %snumber from %g to %g", f->name, value,
-                    f->kind == ARG_WHOLE ? "whole " : "", f->lo, f->hi);
-    if (f->kind == ARG_REAL) *(double *)place = real;
-    else *(int64_t *)place = (int64_t)real;
-    return 0;
+    if (end != value && !*end && number >= f->lo && number <= f->hi) return 0;
+    return fail(err, "%s %s is not a %snumber from %g to %g", f->name, value,
+                f->kind == ARG_WHOLE ? "whole " : "", f->lo, f->hi);
 }
 
 static int args_check(const args *a, const command *c, dsv4_err *err) {
+    int verb = a->n_operands ? choice(SESSION_VERBS, *a->operand) : -1, rm = verb == 2;
     if ((c->bit & (BUDGET | TOKENIZE)) && !a->model) return fail(err, "%s needs -m DIR", c->name);
     if (a->as_ids && !a->model) return fail(err, "prompt --ids needs -m DIR for its tokenizer");
-    if (c->bit == CHECK && !a->n_operands) return fail(err, "check needs a directory");
-    if (c->bit == SUMMARIZE && !a->n_operands)
-        return fail(err, "summarize needs a file, or - for stdin");
-    const char *word = a->n_operands ? *a->operand : "";
-    bool rm = !strcmp(word, "rm");
-    if (c->bit == SESSIONS && (rm ? a->n_operands < 2 : strcmp(word, "list") &&
-                                                        strcmp(word, "verify")))
-        return fail(err, "sessions needs list, verify, or rm and a name");
+    if (c->bit != SESSIONS) rm = 0, verb = 0;
+    if (c->needs && (verb < 0 || a->n_operands < 1 + rm))
+        return fail(err, "%s needs %s", c->name, c->needs);
     if (c->bit == SESSIONS && a->n_operands > 1 + rm)
         return fail(err, "%s is one too many", a->operand[1 + rm]);
     if ((c->bit & (RUN | EVAL)) && !!a->prompt + !!a->file + !!a->ids != 1)
         return fail(err, "%s needs one of %s-f FILE, --ids FILE", c->name,
                     c->bit == RUN ? "-p TEXT, " : "");
-    if (a->effort && !effort_of(a->effort))
-        return fail(err, "--effort %s is not low, high or max", a->effort);
     if (a->think && a->no_think) return fail(err, "--think or --no-think, not both");
     if (a->length && !length_of(a->length))
-        return fail(err, "--length %s is not short, medium, long or a number of words", a->length);
-    if (a->format && format_of(a->format) == FORM_N)
-        return fail(err, "--format %s is not text, markdown or json", a->format);
-    if (a->gen && strcmp(a->gen, "v4") && strcmp(a->gen, "0731"))
-        return fail(err, "--generation %s is not v4 or 0731", a->gen);
+        return fail(err, "--length %s is not " LENGTHS ", or a number of words", a->length);
     return 0;
 }
 
@@ -2233,10 +2146,9 @@ static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err
     *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
                 .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1,
                 .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & ANSWER), .operand = argv};
-    int most = c->bit == SUMMARIZE ? argc : c->bit == SESSIONS ? 2 : !!(c->bit & (CHECK | HELP));
     for (int i = 0; i < argc; i++) {
         bool word = argv[i][0] != '-' || (!argv[i][1] && c->bit == SUMMARIZE);
-        if (word && a->n_operands < most) {
+        if (word && a->n_operands < c->most) {
             a->operand[a->n_operands++] = argv[i];     /* words move in front of flags */
             continue;
         }
@@ -2277,9 +2189,11 @@ int main(int argc, char **argv) {
         fprintf(stderr, "dsv4: %s\n", err.msg);
         return EXIT_USAGE;
     }
-    int rc = (c->bit & BUDGET) && !cpu_fits()
-                 ? fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64")
-                 : c->run(&m, &a, &err);
+    int rc = 0;
+    if (c->bit == VERSION) printf("dsv4 %s\n", DSV4_VERSION);
+    else if ((c->bit & BUDGET) && !cpu_fits())
+        rc = fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64");
+    else rc = c->run(&m, &a, &err);
     if (rc == 0) rc = check_stdout(&err);
     rc = model_finish(&m, &a, rc, &err);
     if (rc == 0) return 0;
