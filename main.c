@@ -3,9 +3,8 @@
  *   dsv4 COMMAND [flags]      stdout: the answer, and nothing else
  *                             stderr: thoughts, progress, plans, tables, errors (one line each)
  *
- * One table of flags and one of commands make the parser and the help; tests/manual.sh makes the
- * manual page and the completions of both shells from the help.
- *
+ * One table of flags and one of commands make the parser and the help, and tests/manual.sh of the
+ * help the manual page and both shells' completions.
  * Exit codes  0 done, 1 failed, 2 usage, 130 interrupted.
  * Contents    1 files and output   2 progress, tables, JSON   3 the model behind a command
  *             4 the answer   5 run   6 chat   7 eval   8 prompt, tokenize   9 plan, check
@@ -38,12 +37,11 @@ enum {
     EXIT_USAGE = 2, EXIT_INTERRUPTED = 130,
     ANSWER_DEFAULT = 4096,         /* tokens of one answer, thinking included                   */
     CHAT_CTX = 32768,              /* tokens of a conversation where nobody said                */
-    EVAL_ROWS = 16,
-    BENCH_PROMPT = 64, BENCH_TOKENS = 64,
-    HISTORY_LINES = 1000,
+    EVAL_ROWS = 16, BENCH_PROMPT = 64, BENCH_TOKENS = 64, HISTORY_LINES = 1000,
+    PASTE_NAME = 64,               /* "[paste 1: 20 lines]" and more                            */
+    PATH_BYTES = 4096,
     PLAIN_SECONDS = 10,            /* at most, between two progress lines without a terminal    */
     TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
-    MUCH_SECONDS = 10,             /* a turn that takes longer is announced                     */
     FILE_MAX = 1 << 30,            /* bytes of text or ids given by a person                    */
     MAX_WORDS = 64,                /* that one flag may give                                    */
 };
@@ -69,6 +67,7 @@ typedef struct {                   /* everything a command line can say         
 #define FORMATS       "text, markdown or json"
 #define GENERATIONS   "v4 or 0731"
 #define SESSION_VERBS "list, verify or rm"
+#define WHITE         " \t\r\n\v\f"
 
 /* Ctrl-C and SIGTERM, read many times a layer; a resized terminal. */
 static volatile sig_atomic_t interrupted, terminated, resized;
@@ -81,7 +80,7 @@ static void on_signal(int sig) {
 
 /* === 1. Files and output ====================================================================== */
 
-/* Read what a person gave.  The caller frees out->s. */
+/* What a person gave.  The caller frees out->s. */
 static int read_text(buffer *out, const char *path, dsv4_err *err) {
     if (read_file(out, path, FILE_MAX, err)) return -1;
     if (out->n > FILE_MAX) return fail(err, "a text of more than 1 GB: split it");
@@ -90,20 +89,14 @@ static int read_text(buffer *out, const char *path, dsv4_err *err) {
 
 /* Ids of a vocabulary with white space between.  The caller frees out->id. */
 static int read_ids(id_list *out, const char *path, int vocab, dsv4_err *err) {
-    static const char white[] = " \t\r\n\v\f";
     buffer t = {0};
     int rc = read_text(&t, path, err);
-    for (char *s = t.s, *end = s + t.n, *next; rc == 0; s = next) {
-        s += strspn(s, white);
-        if (s == end) break;
-        next = s + strspn(s, "0123456789");
-        long long id = strtoll(s, NULL, 10);
-        if (next == s || (next < end && !strspn(next, white)))
-            rc = fail(err, "%s: byte %zu does not begin a token id; write ids as whole numbers "
-                      "with spaces between", path, (size_t)(s - t.s));
+    for (char *s = t.s, *next; rc == 0 && (s += strspn(s, WHITE)) < t.s + t.n; s = next) {
+        long long id = strtoll(s, &next, 10);
+        if (!isdigit((unsigned char)*s) || !strchr(WHITE, *next))
+            rc = fail(err, "%s: no token id begins at byte %zu", path, (size_t)(s - t.s));
         else if (id >= vocab)
-            rc = fail(err, "token id %lld at position %zu is outside of the vocabulary of %d", id,
-                      out->n, vocab);
+            rc = fail(err, "token id %lld is outside of the vocabulary of %d", id, vocab);
         else rc = ids_push(out, (int32_t)id, err);
     }
     free(t.s);
@@ -111,7 +104,7 @@ static int read_ids(id_list *out, const char *path, int vocab, dsv4_err *err) {
 }
 
 /* A file that appears under its name only when it is whole. */
-typedef struct { FILE *f; const char *path; char part[4096]; } out_file;
+typedef struct { FILE *f; const char *path; char part[PATH_BYTES]; } out_file;
 
 static int out_open(out_file *o, const char *path, dsv4_err *err) {
     o->path = path;
@@ -138,14 +131,13 @@ static int check_stdout(dsv4_err *err) {
     return fail(err, "write to stdout: %s", strerror(errno));
 }
 
-/* $VAR/dsv4/NAME or ~/FALLBACK/dsv4/NAME, its directories made; false without a home. */
-static bool user_path(char *out, size_t size, const char *var, const char *fallback,
-                      const char *name) {
+/* $VAR/dsv4/NAME or ~/UNDER/dsv4/NAME, its directories made; false without a home. */
+static bool user_path(char out[PATH_BYTES], const char *var, const char *under, const char *name) {
     const char *base = getenv(var), *home = getenv("HOME");
-    int n = base && *base == '/' ? snprintf(out, size, "%s/dsv4/%s", base, name)
-            : home && *home      ? snprintf(out, size, "%s/%s/dsv4/%s", home, fallback, name)
+    int n = base && *base == '/' ? snprintf(out, PATH_BYTES, "%s/dsv4/%s", base, name)
+            : home && *home      ? snprintf(out, PATH_BYTES, "%s/%s/dsv4/%s", home, under, name)
                                  : -1;
-    if (n < 0 || (size_t)n >= size) return false;
+    if (n < 0 || n >= PATH_BYTES) return false;
     for (char *slash = strchr(out + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;
         mkdir(out, 0700);
@@ -154,15 +146,14 @@ static bool user_path(char *out, size_t size, const char *var, const char *fallb
     return true;
 }
 
-/* The file in the user's cache that remembers `what` of a model's directory: its name is made of
- * the directory's path (FNV-1a).  False where there is no such place. */
-static bool model_path(char *out, size_t size, const char *what, const char *dir) {
-    char real[4096], name[64];
+/* The file that remembers `what` of a model; its name is made of the directory's path (FNV-1a). */
+static bool model_path(char out[PATH_BYTES], const char *what, const char *dir) {
+    char real[PATH_BYTES], name[64];
     uint64_t h = 0xcbf29ce484222325u;
     if (!realpath(dir, real)) return false;
     for (const char *c = real; *c; c++) h = (h ^ (uint8_t)*c) * 0x100000001b3u;
     snprintf(name, sizeof name, "%s-%016llx.json", what, (unsigned long long)h);
-    return user_path(out, size, "XDG_CACHE_HOME", ".cache", name);
+    return user_path(out, "XDG_CACHE_HOME", ".cache", name);
 }
 
 /* A word that is none of ours, and the nearest of ours to put into the message. */
@@ -207,28 +198,24 @@ typedef struct {                   /* the one status: a bar on a terminal, else 
     const dsv4_engine *e;          /* for the disk's rate, may be NULL                          */
     uint64_t read_before;
     int64_t n_done, n_now, n_total; /* tokens done, under way, in all; n_total 0: no tokens     */
-    double work[WORK_N], done_before[WORK_N], took_before[WORK_N]; /* of reading; else 0        */
+    double work[WORK_N], done_before[WORK_N], took_before[WORK_N];
     double began, shown;
 } status_line;
 
-static void status_begin(status_line *s, const char *phase, int64_t n_total) {
+/* Tokens [t0, t1) of a context come (none: 0, 0): the later ones see more and take longer. */
+static void status_begin(status_line *s, const char *phase, int64_t t0, int64_t t1) {
     s->phase = phase;
-    s->n_total = n_total;
+    s->n_total = t1 - t0;
     s->n_done = s->n_now = 0;
     s->began = s->shown = now_s();
-    s->read_before = s->e ? engine_offload_stats(s->e)->read_bytes : 0;
-    memset(s->work, 0, sizeof s->work);
-}
-
-/* Tokens [t0, t1) of a context are about to be read: the later ones see more and take longer. */
-static void status_work(status_line *s, int64_t t0, int64_t t1) {
+    if (!s->e) return;
+    s->read_before = engine_offload_stats(s->e)->read_bytes;
     engine_work(s->e, (double)t0, (double)t1, s->work);
     memcpy(s->done_before, engine_stats(s->e)->work, sizeof s->done_before);
     engine_work_s(s->e, s->took_before);
 }
 
-/* Seconds of reading that are left, at the rate that each kind of work had so far; of which next to
- * nothing was done yet, at that of all. */
+/* Seconds left at the pace of each kind of work so far; of one hardly begun, at that of all. */
 static double seconds_left(const status_line *s) {
     double took[WORK_N], done[WORK_N], all_took = 0, all_done = 0, left = 0;
     engine_work_s(s->e, took);
@@ -237,9 +224,8 @@ static double seconds_left(const status_line *s) {
         all_done += done[i] = engine_stats(s->e)->work[i] - s->done_before[i];
     }
     for (int i = 0; i < WORK_N; i++) {
-        bool seen = done[i] > s->work[i] / 100;
-        left += fmax(s->work[i] - done[i], 0) *
-                (seen ? took[i] / done[i] : rate(all_took, all_done));
+        double pace = done[i] > s->work[i] / 100 ? took[i] / done[i] : rate(all_took, all_done);
+        left += pace * fmax(s->work[i] - done[i], 0);
     }
     return left;
 }
@@ -249,27 +235,20 @@ static void status_clear(status_line *s) {
     s->shown = s->began;
 }
 
-/* "[=====>    ] reading 42%: layer 12/43, 12.3 tokens/s, 1.90 GB/s, 0:42 left"; without a terminal
- * also how many of how many tokens. */
+/* "[=====>    ] reading 42%: layer 12/43, 12.3 tokens/s, 1.90 GB/s, 0:42 left" */
 static void status_draw(status_line *s, double done, double t) {
     static const char all[] = "=============================";
     enum { BAR = sizeof all - 1 };
     buffer line = {0};
     double n_tokens = (double)s->n_done + (double)s->n_now * done, spent = t - s->began;
-    double share = s->n_total ? n_tokens / (double)s->n_total : done;
-    double left = share > 0 ? spent / share * (1 - share) : 0;
-    if (s->work[WORK_DENSE] > 0) {
-        left = seconds_left(s);
-        share = spent / (spent + left);
-    }
-    put_format(&line, "%s %.0f%%:", s->phase, 100 * share);
-    if (s->work[WORK_DENSE] > 0) {
+    double left = s->n_total ? seconds_left(s) : done > 0 ? spent / done - spent : 0;
+    put_format(&line, "%s %.0f%%:", s->phase, 100 * spent / (spent + left));
+    if (s->n_total) {
         int n_layers = engine_plan(s->e)->n_layers, layer = (int)(done * n_layers) + 1;
         put_format(&line, " layer %d/%d,", layer < n_layers ? layer : n_layers, n_layers);
+        if (!s->bar) put_format(&line, " %.0f of %lld tokens,", n_tokens, (long long)s->n_total);
+        put_format(&line, " %.1f tokens/s,", rate(n_tokens, spent));
     }
-    if (s->n_total && !s->bar)
-        put_format(&line, " %.0f of %lld tokens,", n_tokens, (long long)s->n_total);
-    if (s->n_total) put_format(&line, " %.1f tokens/s,", rate(n_tokens, spent));
     if (s->e)
         put_format(&line, " %.2f GB/s,", rate((double)(engine_offload_stats(s->e)->read_bytes -
                                                       s->read_before) / 1e9, spent));
@@ -277,7 +256,7 @@ static void status_draw(status_line *s, double done, double t) {
     struct winsize w = {0};
     int columns = ioctl(STDERR_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_col ? w.ws_col : 80;
     int n = (int)line.n, wide = columns - n - 5 < BAR ? columns - n - 5 : BAR;
-    int full = (int)(share * wide);
+    int full = (int)(wide * spent / (spent + left));
     fputs(s->bar ? "\r\033[K" : "", stderr);
     if (s->bar && wide >= 4) fprintf(stderr, "[%.*s>%*s] ", full, all, wide - full, "");
     fprintf(stderr, "%.*s%s", s->bar && n >= columns ? columns - 1 : n, line.n ? line.s : "",
@@ -288,8 +267,8 @@ static void status_draw(status_line *s, double done, double t) {
 /* A progress_fn: how far, at which rate; and whether to stop. */
 static int on_progress(void *arg, double done) {
     status_line *s = arg;
-    double t = now_s(), pause = 0.25 + s->shown - s->began;    /* first after 0.25, 0.75, 1.75 s */
-    if (pause > PLAIN_SECONDS) pause = PLAIN_SECONDS;
+    /* without a terminal first after 0.25, 0.75, 1.75 s */
+    double t = now_s(), pause = fmin(0.25 + s->shown - s->began, PLAIN_SECONDS);
     if (s->on && t - s->shown > (s->bar ? 0.2 : pause)) {
         s->shown = t;
         status_draw(s, done, t);
@@ -325,43 +304,38 @@ static void print_plan(FILE *f, const dsv4_engine *e, int64_t ctx) {
             "plan: --ram %s holds\n"
             "  program       %9s\n"
             "  dense weights %9s  %s\n"
-            "  KV            %9s  %lld tokens of context, %.0f bytes each\n"
+            "  KV            %9s  %lld tokens of context, %.0f bytes each; and %s in a file\n"
             "  buffers       %9s  for spans of %d tokens\n"
             "  expert slots  %9s  %d of %d experts\n",
             size_of(p->budget).text, size_of(p->base).text, size_of(p->dense).text,
             p->streamed ? "read layer by layer" : "resident", size_of(p->kv).text, (long long)ctx,
-            p->kv_plan.token_bytes, size_of(p->work).text, p->span, size_of(p->slots).text,
-            p->n_slots, p->n_experts_total);
-    if (p->kv_plan.file)
-        fprintf(f, "  and KV        %9s  in a file of --kv-dir\n", size_of(p->kv_plan.file).text);
-}
-
-static void print_amount(const char *what, double amount, const char *unit, double seconds) {
-    fprintf(stderr, "%-20s %10.*f %-6s %8.2f s %10.2f %s/s\n", what, *unit == 'G' ? 3 : 0, amount,
-            unit, seconds, rate(amount, seconds), unit);
+            p->kv_plan.token_bytes, size_of(p->kv_plan.file).text, size_of(p->work).text, p->span,
+            size_of(p->slots).text, p->n_slots, p->n_experts_total);
 }
 
 /* Where the bytes came from, and how fast. */
 static void print_tiers(const dsv4_engine *e) {
     const dsv4_stats *s = engine_stats(e);
     const cache_stats *x = engine_expert_stats(e);
-    const dsv4_plan *p = engine_plan(e);
-    double busy = s->prefill_s + s->decode_s, hits = (double)(s->expert_uses - x->misses);
+    double hits = (double)(s->expert_uses - x->misses), busy = s->prefill_s + s->decode_s;
     double read_gb = (double)x->read_bytes / 1e9, start_gb = (double)s->dense_bytes / 1e9;
     double all_gb = (double)engine_offload_stats(e)->read_bytes / 1e9;
+    double prefill = (double)s->prefill_tokens, decode = (double)s->decode_tokens;
     uint64_t peak;
     machine_rss(NULL, &peak);
-    fprintf(stderr, "\n%-20s %10s %17s %12s\n", "tier or phase", "amount", "time", "rate");
-    print_amount("experts in RAM", hits * (double)p->slot_bytes / 1e9, "GB", busy);
-    print_amount("experts from disk", read_gb, "GB", busy);
-    print_amount("dense from disk", all_gb - read_gb - start_gb, "GB", busy);
-    print_amount("dense at start", start_gb, "GB", s->load_s);
-    print_amount("prefill", (double)s->prefill_tokens, "tokens", s->prefill_s);
-    print_amount("decode", (double)s->decode_tokens, "tokens", s->decode_s);
-    fprintf(stderr, "%.0f of %.0f experts were in RAM (%.1f%%); waited %.2f s for the disk; peak "
-            "memory %s of %s\n", hits, (double)s->expert_uses,
-            100 * rate(hits, (double)s->expert_uses), s->expert_wait_s + s->dense_wait_s,
-            size_of(peak).text, size_of(p->budget).text);
+    fprintf(stderr,
+            "\nper tier and phase\n"
+            "experts  %12.0f from RAM (%.1f%%)\n"
+            "experts  %12.0f from disk   %10.3f GB %10.2f GB/s\n"
+            "dense    %12s from disk   %10.3f GB, and %.3f GB at start with %.2f GB/s\n"
+            "prefill  %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
+            "decode   %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
+            "waited %.2f s for the disk; peak memory %s of %s\n",
+            hits, 100 * rate(hits, (double)s->expert_uses), (double)x->misses, read_gb,
+            rate(read_gb, busy), "", all_gb - read_gb - start_gb, start_gb,
+            rate(start_gb, s->load_s), prefill, s->prefill_s, rate(prefill, s->prefill_s), decode,
+            s->decode_s, rate(decode, s->decode_s), s->expert_wait_s + s->dense_wait_s,
+            size_of(peak).text, size_of(engine_plan(e)->budget).text);
 }
 
 /* One fact for programs: its name, "experts.uses" being in an object of its own; its value. */
@@ -371,8 +345,7 @@ typedef struct { const char *name; json_t *value; } fact;
 #define B(name, x) {name, json_boolean(x)}
 #define S(name, x) {name, json_string(x)}
 
-/* Write facts, which are used up, as one JSON object.  Whoever closes f sees what could not be
- * written. */
+/* Facts, which are used up, as one JSON object; whoever closes f sees what was not written. */
 static int write_json(FILE *f, const fact *facts, size_t n, dsv4_err *err) {
     json_t *root = json_object();
     int rc = 0;
@@ -410,28 +383,25 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
     }
     const fact facts[] = {
         N("tokens.prefill", s->prefill_tokens), N("tokens.decode", s->decode_tokens),
-        N("tokens.reused", s->reused_tokens),
-        R("seconds.load", s->load_s), R("seconds.prefill", s->prefill_s),
-        R("seconds.decode", s->decode_s), {"op_seconds", ops},
-        N("bytes_read.dense_from_disk", s->dense_bytes),
+        N("tokens.reused", s->reused_tokens), R("seconds.load", s->load_s),
+        R("seconds.prefill", s->prefill_s), R("seconds.decode", s->decode_s), {"op_seconds", ops},
+        N("bytes_read.dense_from_disk", s->dense_bytes), N("bytes_read.reads", o->reads),
         N("bytes_read.dense_streamed", o->read_bytes - s->dense_bytes - x->read_bytes),
-        N("bytes_read.experts_from_disk", x->read_bytes), N("bytes_read.reads", o->reads),
+        N("bytes_read.experts_from_disk", x->read_bytes), N("passes", s->passes),
         N("experts.ram_hits", s->expert_uses - x->misses), N("experts.disk_reads", x->misses),
         N("experts.evictions", x->evictions), N("experts.uses", s->expert_uses),
-        R("macs.dense", s->work[WORK_DENSE]),
+        {"experts.hit_rate_by_layer", layers}, R("macs.dense", s->work[WORK_DENSE]),
         R("macs.attend", s->work[WORK_ATTEND]), R("macs.index", s->work[WORK_INDEX]),
-        R("macs.experts", s->work[WORK_EXPERTS]), {"experts.hit_rate_by_layer", layers},
-        N("passes", s->passes), N("peak_rss", peak), N("kv_bytes.ram", p->kv),
+        R("macs.experts", s->work[WORK_EXPERTS]), N("peak_rss", peak), N("kv_bytes.ram", p->kv),
         N("kv_bytes.file", p->kv_plan.file), R("kv_bytes.per_token", p->kv_plan.token_bytes),
         N("kv_bytes.read", kv->read_bytes), N("kv_bytes.written", kv->written_bytes),
         N("kv_blocks.read", kv->blocks_read), N("kv_blocks.found", kv->blocks_hit),
         N("plan.kv", p->kv), N("plan.kv_least", p->kv_plan.least),
         N("plan.kv_index", p->kv_plan.index), N("plan.kv_entries", p->kv_plan.entries),
-        N("plan.budget", p->budget), N("plan.dense", p->dense),
-        B("plan.dense_streamed", p->streamed), N("plan.buffers", p->work),
+        N("plan.budget", p->budget), N("plan.dense", p->dense), N("plan.buffers", p->work),
         N("plan.slots", p->n_slots), N("plan.slot_bytes", p->slot_bytes), N("plan.span", p->span),
-        R("io.wait_seconds", wait), R("io.expert_wait_seconds", s->expert_wait_s),
-        R("io.kv_wait_seconds", kv->wait_s),
+        B("plan.dense_streamed", p->streamed), R("io.wait_seconds", wait),
+        R("io.expert_wait_seconds", s->expert_wait_s), R("io.kv_wait_seconds", kv->wait_s),
         R("io.compute_seconds", op_total - wait),
     };
     return write_json(f, facts, sizeof facts / sizeof *facts, err);
@@ -440,6 +410,7 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
 /* === 3. The model behind a command ============================================================ */
 
 typedef struct {                   /* all that a command opens: main() closes it                */
+    status_line status;            /* the first: on_progress() takes a model for it             */
     dsv4_config cfg;
     generation gen;
     ckpt *ck;
@@ -455,13 +426,14 @@ typedef struct {                   /* all that a command opens: main() closes it
     const char *phase;             /* what reading is called while it goes on                   */
     int64_t tail;                  /* where the context is parked to the token, or 0            */
     bool say_reused;
+    double nll;                    /* sum of those scored                                       */
     double measure_s;              /* seconds to measure the machine in, or 0                   */
     engine_rates rates;            /* what came of it                                           */
     const char *note;              /* told with the plan                                        */
-    char heat[4096];               /* remembers which experts are used                          */
-    char kv_dir[4096];             /* for KV that does not fit, and parked context              */
+    char heat[PATH_BYTES];         /* remembers which experts are used                          */
+    char kv_dir[PATH_BYTES];       /* for KV that does not fit, and parked context              */
     park *park;                    /* NULL: no context is parked                                */
-    status_line status;
+    json_t *hashes;                /* lines of check; NULL: they are printed                    */
     out_file stats, out;           /* opened before the work, so that a bad name costs nothing  */
 } model;
 
@@ -470,8 +442,7 @@ static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err 
         ckpt_open(&m->ck, dir, err) || config_generation(&m->gen, dir, err))
         return -1;
     if (m->tok && tok_n_ids(m->tok) > m->cfg.vocab_size)
-        return fail(err, "%s/tokenizer.json has ids up to %d, config.json a vocabulary of %d: "
-                    "they are of two models", dir, tok_n_ids(m->tok) - 1, m->cfg.vocab_size);
+        return fail(err, "%s: tokenizer.json has more ids than config.json's vocabulary", dir);
     m->logits = malloc((size_t)EVAL_ROWS * (size_t)m->cfg.vocab_size * sizeof(float));
     return m->logits ? 0 : fail(err, "out of memory for logits");
 }
@@ -480,15 +451,6 @@ static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err 
 static int64_t context_of(const args *a, const dsv4_config *c) {
     int64_t most = c->max_position_embeddings;
     return a->ctx ? a->ctx : CHAT_CTX < most ? CHAT_CTX : most;
-}
-
-/* Which share of all experts n tokens read at once need, where each takes its own evenly. */
-static double share_touched(const dsv4_config *c, int64_t n) {
-    return 1 - pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts, (double)n);
-}
-
-static double experts_bytes(const dsv4_plan *p) {
-    return (double)p->n_experts_total * (double)p->slot_bytes;
 }
 
 static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, int n) {
@@ -500,8 +462,7 @@ static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, 
 /* The directory for KV, or NULL. */
 static const char *kv_place(model *m, const args *a) {
     if (a->kv_dir) return a->kv_dir;
-    bool home = user_path(m->kv_dir, sizeof m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/");
-    return home ? m->kv_dir : NULL;
+    return user_path(m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/") ? m->kv_dir : NULL;
 }
 
 /* Plan, load, and open a session with room for `ctx` tokens, `n_prompt` of them at once. */
@@ -513,7 +474,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     o.span_hint = (int)(limit < n_prompt ? limit : n_prompt);
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
     if (a->trace) o.trace = on_trace, o.trace_arg = m->out.f;
-    if (model_path(m->heat, sizeof m->heat, "heat", a->model)) o.heat = m->heat;
+    if (model_path(m->heat, "heat", a->model)) o.heat = m->heat;
     o.kv_dir = kv_place(m, a);
     if (o.kv_dir && !a->no_cache && park_open(&m->park, o.kv_dir, a->kv_disk, err))
         fprintf(stderr, "note: no context is reused or parked: %s\n", err->msg);
@@ -530,7 +491,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     if (m->note && !a->quiet) fprintf(stderr, "note: %s\n", m->note);
     if (m->measure_s > 0 && engine_measure(m->e, m->ck, m->measure_s, &m->rates, err)) return -1;
     m->status.e = m->e;
-    status_begin(&m->status, "loading", 0);
+    status_begin(&m->status, "loading", 0, 0);
     int rc = engine_load(m->e, on_progress, &m->status, err);
     status_clear(&m->status);
     return rc ? rc : session_open(&m->s, m->e, on_progress, &m->status, err);
@@ -556,6 +517,7 @@ static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
     free(m->text.s);
     free(m->ids.id);
     free(m->logits);
+    json_decref(m->hashes);
     return rc;
 }
 
@@ -593,8 +555,7 @@ static int question_ids(model *m, const args *a, const buffer *text, id_list *ou
     return rc;
 }
 
-/* The prompt's ids, from whichever source the flags name: as one turn, or `raw`, BOS and the text
- * as it is, special tokens in it included. */
+/* The prompt's ids: as one turn, or `raw`, BOS and the text with the special tokens in it. */
 static int prompt_ids(model *m, const args *a, bool raw, dsv4_err *err) {
     if (a->ids) return read_ids(&m->ids, a->ids, m->cfg.vocab_size, err);
     if (a->prompt) put_text(&m->text, a->prompt);
@@ -612,28 +573,26 @@ static int model_forget(model *m) {
     return -1;
 }
 
-typedef struct { double nll; size_t at; } scores;
-
-/* Score and write the logits of the n tokens just forwarded. */
-static int score_rows(model *m, scores *sc, int n, dsv4_err *err) {
+/* Score and write the logits of the n tokens just forwarded, the first of them token `at`. */
+static int score_rows(model *m, size_t at, int n, dsv4_err *err) {
     size_t vocab = (size_t)m->cfg.vocab_size;
     for (int i = 0; i < n; i += EVAL_ROWS) {
         int rows = n - i < EVAL_ROWS ? n - i : EVAL_ROWS;
         if (session_logits(m->s, i, rows, m->logits, err)) return -1;
         if (m->out.f) fwrite(m->logits, sizeof(float), (size_t)rows * vocab, m->out.f);
         for (const float *row = m->logits; row < m->logits + (size_t)rows * vocab; row += vocab)
-            if (++sc->at < m->ids.n) sc->nll += token_nll(row, (int)vocab, m->ids.id[sc->at]);
+            if (++at < m->ids.n) m->nll += token_nll(row, (int)vocab, m->ids.id[at]);
     }
     return 0;
 }
 
 /* Put ids from `from` on through the model, a span at a time, those from `decode_from` on (at most
- * their number) one by one; `sc` (NULL: not wanted) scores them.  From 0 on, what is parked is not
- * read again. */
-static int feed(model *m, size_t from, size_t decode_from, scores *sc, dsv4_err *err) {
+ * their number) one by one; `score`: see score_rows().  Else, from 0 on, what is parked is not read
+ * again. */
+static int feed(model *m, size_t from, size_t decode_from, bool score, dsv4_err *err) {
     size_t span = (size_t)engine_plan(m->e)->span, end = m->ids.n;
     int rc = 0;
-    if (from == 0 && !sc) {
+    if (from == 0 && !score) {
         int64_t reused = session_resume(m->s, m->ids.id, (int64_t)end, m->tail, err);
         if (reused < 0) return -1;
         from = (size_t)reused;
@@ -641,15 +600,14 @@ static int feed(model *m, size_t from, size_t decode_from, scores *sc, dsv4_err 
             fprintf(stderr, "reused %s of %s tokens\n", grouped(reused).text,
                     grouped((int64_t)end).text);
     }
-    status_begin(&m->status, sc ? "scoring" : m->phase, (int64_t)(end - from));
-    status_work(&m->status, (int64_t)from, (int64_t)end);
+    status_begin(&m->status, score ? "scoring" : m->phase, (int64_t)from, (int64_t)end);
     for (size_t i = from, n; i < end && rc == 0; i += n) {
         n = i >= decode_from ? 1 : decode_from - i < span ? decode_from - i : span;
         m->status.n_now = (int64_t)n;
         m->status.n_done = (int64_t)(i - from);
         m->last = (int)n - 1;
         rc = session_forward(m->s, m->ids.id + i, (int)n, err);
-        if (rc == 0 && sc) rc = score_rows(m, sc, (int)n, err);
+        if (rc == 0 && score) rc = score_rows(m, i, (int)n, err);
     }
     status_clear(&m->status);
     return rc;
@@ -673,13 +631,6 @@ typedef struct {                   /* one answer: from what the session holds to
     dsv4_err *err;
 } speaker;
 
-static void speak_thought(speaker *sp, const char *s, size_t n) {
-    if (!sp->show_thoughts || n == 0) return;
-    if (!sp->thinking && sp->dim) fputs("\033[2m", stderr);
-    fwrite(s, 1, n, stderr);
-    sp->thinking = true;
-}
-
 /* n 0: no more comes. */
 static void speak_content(speaker *sp, const char *s, size_t n) {
     size_t before = sp->content.n;
@@ -691,9 +642,13 @@ static void speak_content(speaker *sp, const char *s, size_t n) {
 }
 
 static void on_piece(void *arg, const answer_piece *p) {
-    if (p->kind == ANSWER_REASONING) speak_thought(arg, p->text, p->len);
-    else if (p->kind == ANSWER_CONTENT) speak_content(arg, p->text, p->len);
-    else speak_content(arg, p->raw, p->raw_len);
+    speaker *sp = arg;
+    if (p->kind == ANSWER_CONTENT) speak_content(sp, p->text, p->len);
+    if (p->kind == ANSWER_CALL) speak_content(sp, p->raw, p->raw_len);
+    if (p->kind != ANSWER_REASONING || !sp->show_thoughts || p->len == 0) return;
+    if (!sp->thinking && sp->dim) fputs("\033[2m", stderr);
+    fwrite(p->text, 1, p->len, stderr);
+    sp->thinking = true;
 }
 
 /* Bytes of the answer; n 0: no more come, and what was held back goes out. */
@@ -762,11 +717,9 @@ static int speak_answer(speaker *sp) {
     sample_opts o;
     sampler *draw = NULL;
     bool shown = sp->m->status.on;
-    sp->m->status.on = false;      /* the answer itself shows how far it is */
-    if (!sp->to) {
-        status_begin(&sp->m->status, "writing", sp->n);
-        sp->m->status.on = shown;
-    }
+    int64_t pos = session_pos(sp->m->s);
+    status_begin(&sp->m->status, "writing", pos, pos + sp->n);
+    sp->m->status.on &= !sp->to;   /* an answer itself shows how far it is                      */
     sp->stop = (stop_filter){.words = a->stop.word, .n_words = a->stop.n};
     sp->show_thoughts = sp->to && !a->quiet && isatty(STDERR_FILENO);
     sp->dim = on_terminal() && !getenv("NO_COLOR");
@@ -774,18 +727,16 @@ static int speak_answer(speaker *sp) {
     if (rc == 0) rc = sampler_open(&draw, &o, sp->m->cfg.vocab_size, sp->err);
     if (rc == 0 && !a->raw && !a->ids)
         rc = answer_open(&sp->parser, sp->m->think, on_piece, sp, sp->err);
-    const id_list *seen = &sp->m->ids;
-    for (size_t i = 0; i < seen->n && rc == 0; i++) sampler_accept(draw, seen->id[i]);
+    for (size_t i = 0; i < sp->m->ids.n && rc == 0; i++) sampler_accept(draw, sp->m->ids.id[i]);
     if (rc == 0) rc = generate(sp, draw);
     if (rc == 0) rc = speak(sp, "", 0);
     if (sp->thinking) fputs(sp->dim ? "\033[0m\n" : "\n", stderr);
     if (rc == 0 && sp->to) fputc('\n', sp->to);
     if (rc == 0) rc = check_stdout(sp->err);
-    if (!sp->to) status_clear(&sp->m->status);
+    status_clear(&sp->m->status);
     if (rc == 0 && sp->end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
     if (rc == 0 && sp->end == END_LOOP)
-        fprintf(stderr, "note: stopped, the answer goes round in circles (--no-loop-guard lets "
-                "it)\n");
+        fprintf(stderr, "note: stopped, for it goes round in circles (--no-loop-guard)\n");
     if (rc == 0 && sp->end == END_LENGTH && sp->to && !a->quiet && !a->print_ids && !a->raw)
         fprintf(stderr, "note: cut at %lld tokens%s; -n and --ctx set how many\n",
                 (long long)sp->n, sp->content.n ? "" : ", before the answer began");
@@ -800,12 +751,11 @@ static int speak_answer(speaker *sp) {
 
 static int cmd_run(model *m, const args *a, dsv4_err *err) {
     speaker sp = {.m = m, .a = a, .to = stdout, .err = err};
-    if (model_open_files(m, a->model, !a->ids || !a->print_ids, err) ||
-        prompt_ids(m, a, a->raw, err))
-        return -1;
+    if (model_open_files(m, a->model, !a->ids || !a->print_ids, err)) return -1;
+    if (prompt_ids(m, a, a->raw, err)) return -1;
     int64_t most = a->ctx ? a->ctx : m->cfg.max_position_embeddings, n = (int64_t)m->ids.n;
     int rc = answer_room(a, most, m->ids.n, &sp.n, err) ||
-             model_start(m, a, n, n + sp.n, err) || feed(m, 0, m->ids.n, NULL, err) ||
+             model_start(m, a, n, n + sp.n, err) || feed(m, 0, m->ids.n, false, err) ||
              speak_answer(&sp) ? -1 : 0;
     free(sp.content.s);
     return rc;
@@ -817,17 +767,14 @@ typedef struct {
     model *m;
     const args *a;
     json_t *request;               /* the conversation                                          */
-    int64_t ctx;
     buffer attached;               /* files for the next message                                */
     EditLine *el;                  /* NULL: stdin is no terminal                                */
     History *history;
-    char past[4096];               /* the file of its history                                   */
+    char past[PATH_BYTES];         /* the file of its history                                   */
     char *piped;                   /* getline's                                                 */
     size_t piped_cap;
     json_t *pastes;                /* of several lines: by the name that stands in the line     */
 } chat;
-
-enum { PASTE_NAME = 64 };
 
 /* --- reading a line --- */
 
@@ -844,12 +791,10 @@ static int on_getc(EditLine *el, wchar_t *out) {
         if (interrupted) return -1;
         if (poll(&in, 1, 500) <= 0) continue;
         ssize_t got = read(STDIN_FILENO, &byte, 1);
-        if (got == 0) return 0;
-        if (got < 0 && errno != EINTR) return -1;
-        size_t n = got < 0 ? (size_t)-2 : mbrtowc(out, &byte, 1, &state);
-        if (n == (size_t)-2) continue;
+        if (got <= 0) return (int)got;
+        size_t n = mbrtowc(out, &byte, 1, &state);
         if (n == (size_t)-1) *out = 0xfffd;
-        return 1;
+        if (n != (size_t)-2) return 1;
     }
 }
 
@@ -936,7 +881,7 @@ static int editor_open(chat *c, dsv4_err *err) {
     if (!c->el || !c->history) return fail(err, "the line editor does not start on this terminal");
     history(c->history, &ev, H_SETSIZE, HISTORY_LINES);
     history(c->history, &ev, H_SETUNIQUE, 1);
-    if (!user_path(c->past, sizeof c->past, "XDG_STATE_HOME", ".local/state", "chat_history"))
+    if (!user_path(c->past, "XDG_STATE_HOME", ".local/state", "chat_history"))
         *c->past = 0;
     history(c->history, &ev, H_LOAD, c->past);
     el_set(c->el, EL_CLIENTDATA, c);
@@ -976,7 +921,7 @@ static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
 };
 
 static int attach_file(chat *c, const char *path, dsv4_err *err) {
-    char full[4096];
+    char full[PATH_BYTES];
     buffer t = {0};
     id_list ids = {0};
     const char *home = getenv("HOME"), *name = strrchr(path, '/');
@@ -1059,7 +1004,7 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
     case C_STATS:
         print_tiers(c->m->e);
         fprintf(stderr, "context: %lld of %lld tokens\n", (long long)session_pos(c->m->s),
-                (long long)c->ctx);
+                (long long)context_of(c->a, &c->m->cfg));
         return 0;
     case C_HELP:
         for (int i = 0; i < C_N; i++)
@@ -1074,24 +1019,6 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
     return rc ? fail(err, "out of memory for the conversation") : 0;
 }
 
-/* --- a turn --- */
-
-/* Say what reading n tokens costs, where that is much: most experts are touched by a few dozen
- * tokens, and what is not in a slot comes from the disk. */
-static void announce(const chat *c, int64_t n) {
-    const dsv4_plan *p = engine_plan(c->m->e);
-    const dsv4_stats *s = engine_stats(c->m->e);
-    double touched = share_touched(&c->m->cfg, n < p->span ? n : p->span);
-    double cold = 1 - (double)p->n_slots / p->n_experts_total;
-    if (engine_expert_stats(c->m->e)->misses == 0) cold = 1;
-    double bytes = ceil((double)n / p->span) * touched * cold * experts_bytes(p);
-    double per_s = rate((double)s->dense_bytes, s->load_s);
-    if (c->a->quiet || rate(bytes, per_s) < MUCH_SECONDS) return;
-    fprintf(stderr, "note: %lld tokens touch about %.0f%% of the experts: %.1f GB from disk, about "
-            "%.0f s at the %.2f GB/s of loading\n", (long long)n, 100 * touched, bytes / 1e9,
-            bytes / per_s, per_s / 1e9);
-}
-
 /* Make `ids` the context: read what is new of it; where the session holds something else, all. */
 static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
     id_list *held = &c->m->ids, before = *held;
@@ -1100,35 +1027,30 @@ static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
     if (same < held->n || same == ids->n) same = 0;
     *held = *ids;
     *ids = before;
-    announce(c, (int64_t)(held->n - same));
-    return feed(c->m, same, held->n, NULL, err);
-}
-
-/* Answer the conversation, and take the answer into it. */
-static int chat_answer(chat *c, dsv4_err *err) {
-    id_list ids = {0};
-    speaker sp = {.m = c->m, .a = c->a, .to = stdout, .err = err};
-    c->m->status.patient = false;
-    int rc = request_ids(c->m, c->request, &ids, err) ||
-             answer_room(c->a, c->ctx, ids.n, &sp.n, err) || chat_feed(c, &ids, err) ? -1 : 0;
-    c->m->status.patient = true;
-    if (rc == 0) rc = speak_answer(&sp);
-    rc = rc ? model_forget(c->m) : request_add(c->request, "assistant", &sp.content, err);
-    free(sp.content.s);
-    free(ids.id);
-    return rc;
+    return feed(c->m, same, held->n, false, err);
 }
 
 /* One message and its answer; what fails is taken back. */
 static int chat_turn(chat *c, const buffer *line, dsv4_err *err) {
     json_t *messages = json_object_get(c->request, "messages");
     size_t files = c->attached.n, before = json_array_size(messages);
+    int64_t ctx = context_of(c->a, &c->m->cfg);
+    id_list ids = {0};
+    speaker sp = {.m = c->m, .a = c->a, .to = stdout, .err = err};
     put_bytes(&c->attached, line->s, line->n);
     interrupted = 0;
-    int rc = request_add(c->request, "user", &c->attached, err) || chat_answer(c, err) ? -1 : 0;
+    c->m->status.patient = false;
+    int rc = request_add(c->request, "user", &c->attached, err) ||
+             request_ids(c->m, c->request, &ids, err) ||
+             answer_room(c->a, ctx, ids.n, &sp.n, err) || chat_feed(c, &ids, err);
+    c->m->status.patient = true;
+    rc = rc || speak_answer(&sp) ? model_forget(c->m)
+                                 : request_add(c->request, "assistant", &sp.content, err);
     if (rc) json_array_remove(messages, before);
     c->attached.n = rc ? files : 0;
     interrupted = 0;
+    free(sp.content.s);
+    free(ids.id);
     return rc;
 }
 
@@ -1154,12 +1076,10 @@ static int cmd_chat(model *m, const args *a, dsv4_err *err) {
     sigaction(SIGINT, &sa, NULL);              /* again and again, not only once */
     sigaction(SIGWINCH, &sa, NULL);
     int rc = model_open_files(m, a->model, true, err);
-    c.ctx = context_of(a, &m->cfg);
-    if (rc == 0) rc = model_start(m, a, c.ctx, c.ctx, err);
+    int64_t ctx = context_of(a, &m->cfg);
+    if (rc == 0) rc = model_start(m, a, ctx, ctx, err);
     if (rc == 0 && isatty(STDIN_FILENO)) rc = editor_open(&c, err);
-    if (rc == 0 && c.el)
-        fprintf(stderr, "%s. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.\n",
-                m->cfg.name);
+    if (c.el && !rc) fprintf(stderr, "/help: commands. Ctrl-C stops an answer, Ctrl-D leaves.\n");
     if (rc == 0) rc = chat_loop(&c, err);
     editor_close(&c);
     free(c.attached.s);
@@ -1182,15 +1102,13 @@ static void npy_header(FILE *f, int64_t n, int vocab) {
 }
 
 static int cmd_eval(model *m, const args *a, dsv4_err *err) {
-    scores sc = {0};
     if (model_open_files(m, a->model, !a->ids, err) || prompt_ids(m, a, true, err)) return -1;
-    int64_t n = (int64_t)m->ids.n, decode_from = a->decode_from;
-    if (decode_from < 0 || decode_from > n) decode_from = n;
+    int64_t n = (int64_t)m->ids.n, decode_from = a->decode_from < n ? a->decode_from : n;
     if (model_start(m, a, n, n, err) || (a->logits && out_open(&m->out, a->logits, err)))
         return -1;
     if (m->out.f) npy_header(m->out.f, n, m->cfg.vocab_size);
-    if (feed(m, 0, (size_t)decode_from, &sc, err)) return -1;
-    double nll = n > 1 ? sc.nll / (double)(n - 1) : 0;
+    if (feed(m, 0, (size_t)decode_from, true, err)) return -1;
+    double nll = n > 1 ? m->nll / (double)(n - 1) : 0;
     printf("tokens %zu  nll %.6f  perplexity %.4f\n", m->ids.n, nll, exp(nll));
     return 0;
 }
@@ -1213,15 +1131,14 @@ static int cmd_prompt(model *m, const args *a, dsv4_err *err) {
     if (!request)
         return fail(err, "stdin is not JSON: line %d, column %d: %s", where.line, where.column,
                     where.text);
-    int rc = a->as_ids ? tok_open(&m->tok, a->model, err) ||
-                         request_ids(m, request, &m->ids, err)
-                       : prompt_build(&p, request, m->gen, err);
+    int rc = prompt_build(&p, request, m->gen, err);
     json_decref(request);
-    if (rc) return -1;
-    if (a->as_ids) return print_ids(&m->ids);
-    fwrite(p.text, 1, p.len, stdout);
+    if (rc) return rc;
+    if (!a->as_ids) fwrite(p.text, 1, p.len, stdout);
+    else rc = tok_open(&m->tok, a->model, err) || prompt_encode(m->tok, &p, &m->ids, err) ||
+              print_ids(&m->ids) ? -1 : 0;
     prompt_free(&p);
-    return 0;
+    return rc;
 }
 
 static int cmd_tokenize(model *m, const args *a, dsv4_err *err) {
@@ -1247,8 +1164,7 @@ static void on_survey_line(void *first, const char *line) {
     if (!*(char *)first) snprintf(first, MAX_NAME, "%s", line);
 }
 
-/* Open a directory to tell about it.  Where that fails because a download is not done, say of every
- * shard how far it is. */
+/* Open a directory to tell about it; of a download that is not done, how far each shard is. */
 static int model_survey(model *m, const char *dir, dsv4_err *err) {
     dsv4_err survey;
     char first[MAX_NAME] = "";
@@ -1266,23 +1182,21 @@ typedef struct {                   /* what bounds a phase: seconds of each resou
 } bound;
 
 typedef struct {                   /* all that plan knows                                       */
-    const dsv4_engine *e;
-    const dsv4_config *cfg;
+    const model *m;
     const dsv4_plan *p;
     int64_t ctx;
-    uint64_t experts;              /* bytes on disk                                             */
     disk_info disk;
-    engine_rates r;
     bound decode, prefill;
 } survey;
 
 /* Tokens [t0, t1), for which so many bytes come from memory and from the disk. */
 static bound bound_of(const survey *v, double t0, double t1, double memory, double disk) {
-    bound b = {.memory = memory / v->r.exec.read_bytes_s, .disk = disk / v->r.disk_bytes_s,
+    const engine_rates *r = &v->m->rates;
+    bound b = {.memory = memory / r->exec.read_bytes_s, .disk = disk / r->disk_bytes_s,
                .tokens = t1 - t0, .disk_bytes = disk};
     double work[WORK_N];
-    engine_work(v->e, t0, t1, work);
-    for (int i = 0; i < WORK_N; i++) b.compute += work[i] / v->r.exec.macs_s;
+    engine_work(v->m->e, t0, t1, work);
+    for (int i = 0; i < WORK_N; i++) b.compute += work[i] / r->exec.macs_s;
     b.s = fmax(fmax(b.memory, b.compute), b.disk);
     b.binds = b.s <= b.disk ? "the disk" : b.s <= b.compute ? "the processor" : "memory";
     return b;
@@ -1293,8 +1207,8 @@ typedef struct { int window, csa, hca; } layer_kinds;
 
 static layer_kinds kinds_of(const dsv4_config *c) {
     layer_kinds k = {0};
-    for (int l = 0; l < c->num_hidden_layers; l++)
-        ++*(c->compress_ratios[l] == 0 ? &k.window : c->compress_ratios[l] == 4 ? &k.csa : &k.hca);
+    for (const int *r = c->compress_ratios; r < c->compress_ratios + c->num_hidden_layers; r++)
+        ++*(*r == 0 ? &k.window : *r == 4 ? &k.csa : &k.hca);
     return k;
 }
 
@@ -1307,7 +1221,7 @@ static bound decode_bound(const survey *v) {
     if (p->streamed) disk += (double)p->token_dense;
     if (p->kv_plan.index_in_file) disk += (double)p->kv_plan.index;
     if (p->kv_plan.entries_in_file)
-        disk += 4096.0 * kinds_of(v->cfg).csa * fmin(v->cfg->index_topk, n / 4);
+        disk += 4096.0 * kinds_of(&v->m->cfg).csa * fmin(v->m->cfg.index_topk, n / 4);
     return bound_of(v, n, n + 1, memory + (double)p->kv_plan.index, disk);
 }
 
@@ -1316,50 +1230,49 @@ static bound decode_bound(const survey *v) {
 static bound prefill_bound(const survey *v) {
     const dsv4_plan *p = v->p;
     double n = (double)v->ctx, spans = ceil(n / p->span), dense = spans * (double)p->token_dense;
-    double experts = spans * experts_bytes(p);
+    double experts = spans * p->n_experts_total * (double)p->slot_bytes;
     double kv = (double)p->kv_plan.file * (1 + (spans - 1) / 2);
     return bound_of(v, 0, n, experts + dense, experts + kv + (p->streamed ? dense : 0));
 }
 
 static void print_bound(const char *name, const bound *b) {
-    printf("  %-12s %9.2f tokens/s  %s binds (%.3g s of memory, %.3g s of processor, %.3g s of "
-           "disk for %.0f)\n", name, b->tokens / b->s, b->binds, b->memory, b->compute, b->disk,
-           b->tokens);
+    printf("  %-12s %9.2f tokens/s  %s binds (seconds: memory %.3g, processor %.3g, disk %.3g)\n",
+           name, b->tokens / b->s, b->binds, b->memory, b->compute, b->disk);
 }
 
 static void print_survey(const survey *v) {
-    double touched = share_touched(v->cfg, TURN_TOKENS), turn = touched * experts_bytes(v->p);
-    print_plan(stdout, v->e, v->ctx);
+    const dsv4_config *c = &v->m->cfg;
+    const engine_rates *r = &v->m->rates;
+    double chosen = (double)c->num_experts_per_tok / c->n_routed_experts;
+    double touched = 1 - pow(1 - chosen, TURN_TOKENS);
+    double turn = touched * v->p->n_experts_total * (double)v->p->slot_bytes;
+    print_plan(stdout, v->m->e, v->ctx);
     printf("  on disk       %9s  experts\n"
            "measured now\n"
            "  memory        %9.2f GB/s\n"
            "  processor     %9.2f GMAC/s (FP8, 64 tokens at once)\n"
            "  disk          %9.2f GB/s\n"
            "predicted bounds, experts taken as chosen evenly\n",
-           size_of(v->experts).text, v->r.exec.read_bytes_s / 1e9, v->r.exec.macs_s / 1e9,
-           v->r.disk_bytes_s / 1e9);
+           size_of(weights_count(v->m->w).experts).text, r->exec.read_bytes_s / 1e9,
+           r->exec.macs_s / 1e9, r->disk_bytes_s / 1e9);
     print_bound("decode", &v->decode);
     print_bound("prefill", &v->prefill);
-    printf("a prompt of %s tokens: %.0f spans of %s at most, %.1f GB of disk, %.0f s\n"
+    printf("a prompt of %s tokens, %s a span: %.1f GB of disk, %.0f s\n"
            "a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
-           grouped(v->ctx).text, ceil((double)v->ctx / v->p->span), grouped(v->p->span).text,
-           v->prefill.disk_bytes / 1e9, v->prefill.s, TURN_TOKENS, 100 * touched, turn / 1e9,
-           turn / v->r.disk_bytes_s);
+           grouped(v->ctx).text, grouped(v->p->span).text, v->prefill.disk_bytes / 1e9,
+           v->prefill.s, TURN_TOKENS, 100 * touched, turn / 1e9, turn / r->disk_bytes_s);
 }
 
-static void print_disk_warnings(const disk_info *d, double gb_s) {
+static void warn_of_disk(const disk_info *d, double gb_s) {
     bool rotating = d->rotating && gb_s < 0.3; /* virtual disks say so too, but none is faster */
-    const struct { bool is; const char *what, *advice; } warnings[] = {
-        {rotating, "a rotating disk", ": move the model to an NVMe drive"},
-        {d->sata && !rotating, "on SATA", ": NVMe drives read 5 to 20 times as fast"},
-        {d->network, "a network file system", ": copy the model to a local drive"},
-        {d->fuse, "a FUSE file system", ": copy the model to a local drive"},
-        {d->encrypted, "encrypted", " as measured: an unencrypted volume may be faster"},
-    };
-    for (size_t i = 0; i < sizeof warnings / sizeof *warnings; i++)
-        if (warnings[i].is)
-            fprintf(stderr, "warning: %s is %s, %.2f GB/s%s\n", *d->device ? d->device : d->fs,
-                    warnings[i].what, gb_s, warnings[i].advice);
+    const char *what = d->network     ? "a network file system"
+                       : d->fuse      ? "a FUSE file system"
+                       : rotating     ? "a rotating disk"
+                       : d->sata      ? "on SATA"
+                       : d->encrypted ? "encrypted" : NULL;
+    if (what)
+        fprintf(stderr, "warning: %s is %s, %.2f GB/s: a plain local NVMe drive may be faster\n",
+                *d->device ? d->device : d->fs, what, gb_s);
 }
 
 #define BOUND(name, b)                                                                             \
@@ -1371,113 +1284,105 @@ static void print_disk_warnings(const disk_info *d, double gb_s) {
 static int write_survey(const survey *v, dsv4_err *err) {
     const dsv4_plan *p = v->p;
     const disk_info *d = &v->disk;
+    const engine_rates *r = &v->m->rates;
     const fact facts[] = {
-        S("model", v->cfg->name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
+        S("model", v->m->cfg.name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
         N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes), N("kv_file", p->kv_plan.file),
         N("dense", p->dense), N("buffers", p->work), N("slots", p->slots),
-        N("slot_bytes", p->slot_bytes), N("experts", v->experts),
+        N("slot_bytes", p->slot_bytes), N("experts", weights_count(v->m->w).experts),
         N("token_bytes", p->token_dense + p->token_experts), N("n_slots", p->n_slots),
         N("n_experts", p->n_experts_total), N("span", p->span), S("disk.fs", d->fs),
         S("disk.device", d->device), B("disk.rotating", d->rotating), B("disk.sata", d->sata),
         B("disk.network", d->network), B("disk.fuse", d->fuse), B("disk.encrypted", d->encrypted),
-        R("measured.memory_bytes_s", v->r.exec.read_bytes_s),
-        R("measured.processor_macs_s", v->r.exec.macs_s),
-        R("measured.disk_bytes_s", v->r.disk_bytes_s), BOUND("decode", v->decode),
-        BOUND("prefill", v->prefill),
+        R("measured.memory_bytes_s", r->exec.read_bytes_s),
+        R("measured.processor_macs_s", r->exec.macs_s), R("measured.disk_bytes_s", r->disk_bytes_s),
+        BOUND("decode", v->decode), BOUND("prefill", v->prefill),
     };
     return write_json(stdout, facts, sizeof facts / sizeof *facts, err);
 }
 
 static int cmd_plan(model *m, const args *a, dsv4_err *err) {
     if (model_survey(m, a->model, err)) return -1;
-    survey v = {.cfg = &m->cfg, .ctx = context_of(a, &m->cfg)};
+    survey v = {.m = m, .ctx = context_of(a, &m->cfg)};
     const dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
                          .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(m, a)};
-    if (engine_open(&m->e, &m->cfg, m->ck, &o, err) || engine_measure(m->e, m->ck, 3, &v.r, err) ||
-        disk_describe(&v.disk, a->model, "/sys", err))
-        return -1;
-    v.e = m->e;
+    if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
+    if (engine_measure(m->e, m->ck, 3, &m->rates, err)) return -1;
+    if (disk_describe(&v.disk, a->model, "/sys", err)) return -1;
     v.p = engine_plan(m->e);
-    v.experts = weights_count(m->w).experts;
     v.decode = decode_bound(&v);
     v.prefill = prefill_bound(&v);
-    print_disk_warnings(&v.disk, v.r.disk_bytes_s / 1e9);
+    warn_of_disk(&v.disk, m->rates.disk_bytes_s / 1e9);
     if (engine_note(m->e)) fprintf(stderr, "note: %s\n", engine_note(m->e));
     if (a->json) return write_survey(&v, err);
     print_survey(&v);
     return 0;
 }
 
-static void print_check(const dsv4_config *c, const ckpt *ck, const weights_bytes *b) {
+static void print_check(const model *m) {
+    const dsv4_config *c = &m->cfg;
     layer_kinds k = kinds_of(c);
+    weights_bytes b = weights_count(m->w);
     printf("model        %s\n"
            "layers       %d: %d window, %d CSA, %d HCA; %d route by token id\n"
            "sizes        dim %d, %d heads of %d, vocabulary %d, context %lld\n"
            "experts      %d a layer, %d a token, and a shared one\n"
            "MTP block    %s\n"
            "shards       %d, %zu tensors\n"
-           "bytes        dense %.3f GB, experts %.3f GB, MTP %.3f GB, not used %.3f GB\n"
+           "bytes        dense %s, experts %s, MTP %s, not used %s\n"
            "every tensor that the graph needs is there\n",
            c->name, c->num_hidden_layers, k.window, k.csa, k.hca, c->num_hash_layers,
            c->hidden_size, c->num_attention_heads, c->head_dim, c->vocab_size,
            (long long)c->max_position_embeddings, c->n_routed_experts, c->num_experts_per_tok,
-           b->has_mtp ? "yes" : "none", ckpt_n_shards(ck), ckpt_n_tensors(ck),
-           (double)b->dense / 1e9, (double)b->experts / 1e9, (double)b->mtp / 1e9,
-           (double)b->unused / 1e9);
+           b.has_mtp ? "yes" : "none", ckpt_n_shards(m->ck), ckpt_n_tensors(m->ck),
+           size_of(b.dense).text, size_of(b.experts).text, size_of(b.mtp).text,
+           size_of(b.unused).text);
 }
 
-/* `hashes` NULL: none were asked for. */
-static int write_check(const dsv4_config *c, const ckpt *ck, const weights_bytes *b,
-                       json_t *hashes, dsv4_err *err) {
+static int write_check(const model *m, dsv4_err *err) {
+    const dsv4_config *c = &m->cfg;
     layer_kinds k = kinds_of(c);
+    weights_bytes b = weights_count(m->w);
     const fact facts[] = {
         S("model", c->name), N("layers", c->num_hidden_layers), N("window", k.window),
         N("csa", k.csa), N("hca", k.hca), N("hash_layers", c->num_hash_layers),
         N("dim", c->hidden_size), N("heads", c->num_attention_heads), N("head_dim", c->head_dim),
         N("context", c->max_position_embeddings), N("experts_a_layer", c->n_routed_experts),
-        N("experts_a_token", c->num_experts_per_tok), B("mtp", b->has_mtp),
-        N("shards", ckpt_n_shards(ck)), N("tensors", ckpt_n_tensors(ck)),
-        N("dense_bytes", b->dense), N("expert_bytes", b->experts), N("mtp_bytes", b->mtp),
-        N("unused_bytes", b->unused), {"hashes", json_incref(hashes)},
+        N("experts_a_token", c->num_experts_per_tok), B("mtp", b.has_mtp),
+        N("shards", ckpt_n_shards(m->ck)), N("tensors", ckpt_n_tensors(m->ck)),
+        N("dense_bytes", b.dense), N("expert_bytes", b.experts), N("mtp_bytes", b.mtp),
+        N("unused_bytes", b.unused), {"hashes", json_incref(m->hashes)},
     };
-    return write_json(stdout, facts, sizeof facts / sizeof *facts - !hashes, err);
+    return write_json(stdout, facts, sizeof facts / sizeof *facts - !m->hashes, err);
 }
 
-/* What both callbacks of ckpt_hash get; on_progress takes it for the status it begins with. */
-typedef struct { status_line status; json_t *lines; } hash_report;
-
 static void on_hash_line(void *arg, const char *line) {
-    hash_report *h = arg;
-    status_clear(&h->status);
-    if (h->lines) json_array_append_new(h->lines, json_string(line));
+    model *m = arg;
+    status_clear(&m->status);
+    if (m->hashes) json_array_append_new(m->hashes, json_string(line));
     else printf("%s\n", line);
     fflush(stdout);
 }
 
-static int check_hash(const args *a, const ckpt *ck, json_t *lines, dsv4_err *err) {
-    char record[4096];
-    hash_report h = {.status = {.on = !a->quiet, .bar = on_terminal()}, .lines = lines};
+static int check_hash(model *m, const args *a, dsv4_err *err) {
+    char record[PATH_BYTES];
     int n_changed = 0;
-    if (!model_path(record, sizeof record, "hash", *a->operand))
+    if (!model_path(record, "hash", *a->operand))
         return fail(err, "nowhere to remember hashes: set HOME or XDG_CACHE_HOME");
-    status_begin(&h.status, "hashing", 0);
-    int rc = ckpt_hash(ck, record, on_hash_line, on_progress, &h, &n_changed, err);
-    status_clear(&h.status);
-    if (rc == 0 && n_changed)
-        rc = fail(err, "%d shard%s changed since the last time (%s)", n_changed,
-                  n_changed > 1 ? "s" : "", record);
-    return rc;
+    if (a->json) m->hashes = json_array();
+    m->status.on = !a->quiet;
+    m->status.bar = on_terminal();
+    status_begin(&m->status, "hashing", 0, 0);
+    if (ckpt_hash(m->ck, record, on_hash_line, on_progress, m, &n_changed, err)) return -1;
+    if (n_changed == 0) return 0;
+    return fail(err, "shards that changed since the last time (%s): %d", record, n_changed);
 }
 
 static int cmd_check(model *m, const args *a, dsv4_err *err) {
     if (model_survey(m, *a->operand, err)) return -1;
-    json_t *lines = a->json && a->hash ? json_array() : NULL;
-    weights_bytes b = weights_count(m->w);
-    if (!a->json && !a->quiet) print_check(&m->cfg, m->ck, &b);
-    int rc = a->hash ? check_hash(a, m->ck, lines, err) : 0;
-    if (rc == 0 && a->json) rc = write_check(&m->cfg, m->ck, &b, lines, err);
-    json_decref(lines);
-    return rc;
+    if (!a->json && !a->quiet) print_check(m);
+    if (a->hash && check_hash(m, a, err)) return -1;
+    return a->json ? write_check(m, err) : 0;
 }
 
 /* === 10. summarize ============================================================================
@@ -1521,8 +1426,8 @@ typedef struct {
     model *m;
     args a;
     document *doc;                 /* [n_docs]                                                  */
-    int n_docs, n_failed, n_tasks; /* tasks: questions, or the one summary                      */
-    int words;
+    int n_docs, n_failed, n_tasks, words; /* tasks: questions, or the one summary of n words    */
+    int64_t longest;               /* tokens of a document or part                              */
     form form;
     bool as_json;
     FILE *to;
@@ -1531,8 +1436,6 @@ typedef struct {
     document *at;                  /* which is being worked on                                  */
     char phase[48];
 } summary;
-
-/* --- what is asked --- */
 
 static void put_before(buffer *b, int part, int n_parts) {
     put_text(b, "Read the document below. Behind its end you are told what to do with it. All of "
@@ -1563,8 +1466,6 @@ static void put_after(buffer *b, const summary *s, int task, material on) {
     put_format(b, " %s\n", style[on == ON_PART ? FORM_TEXT : s->form]);
 }
 
-/* --- documents --- */
-
 /* Append a document's text; of several files each between marks (M4's template for files). */
 static int put_document(summary *s, const document *d, buffer *out, bool say, dsv4_err *err) {
     for (int i = 0; i < d->n_files; i++) {
@@ -1578,8 +1479,7 @@ static int put_document(summary *s, const document *d, buffer *out, bool say, ds
         put_text(out, "\n[file content end]\n");
         if (note && say) fprintf(stderr, "note: %s: %s\n", path, note);
     }
-    if (out->n > DOC_BYTES) return fail(err, "the files have more than %d MB of text: use --each",
-                                        DOC_BYTES >> 20);
+    if (out->n > DOC_BYTES) return fail(err, "the files have too much text: use --each");
     return out->failed ? fail(err, "out of memory for documents") : 0;
 }
 
@@ -1592,6 +1492,8 @@ static int survey_documents(summary *s, dsv4_err *err) {
         if (rc == 0) rc = doc_cut(s->m->tok, text.s, text.n, s->room, &parts, err);
         d->n_tokens = parts.n_tokens;
         d->n_parts = parts.n;
+        if (d->n_parts > 1) s->longest = s->room;
+        else if (d->n_tokens > s->longest) s->longest = d->n_tokens;
         free(parts.end);
         free(text.s);
         if (rc && !s->a.each) return -1;
@@ -1608,7 +1510,7 @@ static int survey_documents(summary *s, dsv4_err *err) {
 /* A table of what it will take. */
 static void print_tasks(const summary *s) {
     static const char row[] = "%-32.32s %11s %6d %6.0f %10.1f %10.0f\n";
-    survey v = {.e = s->m->e, .cfg = &s->m->cfg, .p = engine_plan(s->m->e), .r = s->m->rates};
+    survey v = {.m = s->m, .p = engine_plan(s->m->e)};
     double all_s = 0, all_gb = 0, n_words = s->n_tasks * 1.5 * s->words;
     fprintf(stderr, "\n%-32s %11s %6s %6s %10s %10s\n", "document", "tokens", "parts", "spans",
             "disk GB", "about s");
@@ -1626,15 +1528,10 @@ static void print_tasks(const summary *s) {
     }
     if (s->n_docs > 1) fprintf(stderr, "%-32s %11s %6s %6s %10.1f %10.0f\n", "all", "", "", "",
                                all_gb, all_s);
-    fprintf(stderr, "predicted from what this machine measures now (%.1f GB/s of disk, %.1f "
-            "GMAC/s), if nothing is parked yet\n\n", v.r.disk_bytes_s / 1e9,
-            v.r.exec.macs_s / 1e9);
+    fprintf(stderr, "predicted from this machine's speed now, if nothing is parked yet\n\n");
 }
 
-/* --- answers --- */
-
-/* Ask one thing about what `head` ends with, whose own prompt is head_ids; the answer is appended,
- * and said where it is the last word. */
+/* Ask one thing about what `head` ends with, whose ids are head_ids; the last word is said. */
 static int answer_task(summary *s, buffer *head, const id_list *head_ids, int task, material on,
                        buffer *said, dsv4_err *err) {
     model *m = s->m;
@@ -1654,7 +1551,7 @@ static int answer_task(summary *s, buffer *head, const id_list *head_ids, int ta
         fprintf(s->to, "%s%s%s\n\n", task ? "\n" : "", s->form == FORM_MARKDOWN ? "## " : "",
                 s->a.ask.word[task]);
     uint64_t before = engine_stats(m->e)->reused_tokens;
-    if (feed(m, 0, m->ids.n, NULL, err)) return -1;
+    if (feed(m, 0, m->ids.n, false, err)) return -1;
     if (task == 0) s->at->n_reused += (int64_t)(engine_stats(m->e)->reused_tokens - before);
     rc = speak_answer(&sp);
     put_bytes(said, sp.content.s, sp.content.n);
@@ -1666,7 +1563,7 @@ static int answer_task(summary *s, buffer *head, const id_list *head_ids, int ta
 static int work_through(summary *s, const buffer *text, int first, int end, material on,
                         buffer *said, dsv4_err *err) {
     buffer notes[MAX_WORDS] = {0};
-    doc_parts parts;
+    doc_parts parts = {0};
     int rc = doc_cut(s->m->tok, text->s, text->n, s->room, &parts, err);
     bool cut = parts.n > 1;
     for (int p = 0; p < parts.n && rc == 0; p++) {
@@ -1727,16 +1624,8 @@ static int write_document(const summary *s, const buffer *said, double seconds, 
     return rc ? fail(err, "out of memory for the JSON output") : 0;
 }
 
-/* Where it was interrupted: what is parked, and how to go on. */
-static int say_parked(const summary *s, dsv4_err *err) {
-    const id_list *ids = &s->m->ids;
-    int64_t n = session_parked(s->m->s, ids->id, (int64_t)ids->n, s->m->tail);
-    if (!s->m->park) return fail(err, "interrupted; nothing is parked");
-    return fail(err, "interrupted; %s of %s tokens are parked, and the same command goes on from "
-                "there", grouped(n).text, grouped((int64_t)ids->n).text);
-}
-
 static int do_document(summary *s, dsv4_err *err) {
+    model *m = s->m;
     document *d = s->at;
     buffer text = {0}, said[MAX_WORDS] = {0};
     double began = now_s();
@@ -1747,8 +1636,12 @@ static int do_document(summary *s, dsv4_err *err) {
     if (!d->error) {
         rc = put_document(s, d, &text, false, err);
         if (!rc) rc = work_through(s, &text, 0, s->n_tasks, ON_WHOLE, said, err);
-        if (rc && interrupted) (void)say_parked(s, err);
-        else if (rc && s->a.each) d->error = strdup(err->msg);
+        int64_t n = (int64_t)m->ids.n;
+        if (rc && interrupted && m->park)      /* how to go on */
+            fail(err, "interrupted; %s of %s tokens are parked, and the same command goes on from "
+                 "there", grouped(session_parked(m->s, m->ids.id, n, m->tail)).text,
+                 grouped(n).text);
+        else if (rc && !interrupted && s->a.each) d->error = strdup(err->msg);
         if (d->error) fprintf(stderr, "dsv4: %s: %s\n", *d->file, err->msg), rc = 0;
     }
     if (!rc && s->as_json) rc = write_document(s, said, now_s() - began, err);
@@ -1775,29 +1668,21 @@ static int summary_room(summary *s, dsv4_err *err) {
     s->n_answer = s->a.n_answer < s->most / ANSWER_SHARE ? s->a.n_answer : s->most / ANSWER_SHARE;
     s->room = s->most - (int64_t)words - s->n_answer - SLACK;
     if (rc || s->room >= PART_LEAST) return rc;
-    return fail(err, "a context of %lld tokens is too small for a document between %zu tokens of "
-                "instructions and an answer of %lld; raise --ctx", (long long)s->most, words,
-                (long long)s->n_answer);
+    return fail(err, "a context of %lld tokens is too small for a document, %zu of instructions "
+                "and an answer; raise --ctx", (long long)s->most, words);
 }
 
 static int summarize(summary *s, dsv4_err *err) {
-    model *m = s->m;
-    int64_t longest = 0;
     if (summary_room(s, err) || survey_documents(s, err)) return -1;
-    for (const document *d = s->doc; d < s->doc + s->n_docs; d++) {
-        if (!d->error && d->n_parts > 1) longest = s->room;
-        else if (!d->error && d->n_tokens > longest) longest = d->n_tokens;
-    }
-    int64_t n_prompt = longest + s->most - s->room - s->n_answer;
-    m->measure_s = s->a.quiet ? 0 : SURVEY_SECONDS;
-    if (longest && model_start(m, &s->a, n_prompt, n_prompt + s->n_answer, err)) return -1;
-    if (longest && !s->a.quiet) print_tasks(s);
+    int64_t n_prompt = s->longest + s->most - s->room - s->n_answer;
+    s->m->measure_s = s->a.quiet ? 0 : SURVEY_SECONDS;
+    if (s->longest && model_start(s->m, &s->a, n_prompt, n_prompt + s->n_answer, err)) return -1;
+    if (s->longest && !s->a.quiet) print_tasks(s);
     for (s->at = s->doc; s->at < s->doc + s->n_docs; s->at++) {
         if (do_document(s, err)) return -1;
         s->n_failed += s->at->error != NULL;
     }
-    return s->n_failed ? fail(err, "%d of %d documents could not be %s", s->n_failed, s->n_docs,
-                           s->a.ask.n ? "asked" : "summarized") : 0;
+    return s->n_failed ? fail(err, "%d of %d documents failed", s->n_failed, s->n_docs) : 0;
 }
 
 static int cmd_summarize(model *m, const args *a, dsv4_err *err) {
@@ -1859,18 +1744,16 @@ static int cmd_sessions(model *m, const args *a, dsv4_err *err) {
 
 /* === 12. bench ================================================================================ */
 
-static void print_ratio(const char *what, double got, const char *unit, const char *of,
-                        double most) {
-    printf("%-24s %9.2f %-8s %-24s %9.2f %6.1f%%\n", what, got, unit, of, most,
-           100 * rate(got, most));
+static void print_ratio(const char *what, double got, const char *of, double most) {
+    printf("%-26s %9.2f   %-26s %9.2f %6.1f%%\n", what, got, of, most, 100 * rate(got, most));
 }
 
 /* Decode n tokens drawn evenly, one by one, and compare with what the machine reaches. */
-static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err *err) {
+static int bench_decode(model *m, const args *a, dsv4_err *err) {
     const dsv4_plan *p = engine_plan(m->e);
     const dsv4_stats *s = engine_stats(m->e), before = *s;
     const offload_stats *o = engine_offload_stats(m->e), read = *o;
-    double n = (double)a->n_bench;
+    double n = (double)a->n_bench, gb = n / 1e9;
     uint64_t draw = a->seed;
     for (int64_t i = 0; i < a->n_bench; i++) {
         draw = draw * 6364136223846793005u + 1442695040888963407u;
@@ -1883,16 +1766,14 @@ static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err
     for (int i = 0; i < OPC_N; i++) all += op[i] = s->op_s[i] - before.op_s[i];
     double experts = op[OPC_EXPERTS] - wait, matrices = op[OPC_PROJ] + op[OPC_COMPRESS] +
                      op[OPC_GATE] + op[OPC_SHARED] + op[OPC_HEAD] - idle;
-    double memory = r->exec.read_bytes_s / 1e9, disk = r->disk_bytes_s / 1e9;
+    double ram = m->rates.exec.read_bytes_s / 1e9, disk = m->rates.disk_bytes_s / 1e9;
     double got = (double)(o->read_bytes - read.read_bytes) / 1e9;
     double reading = rate(got, disk), most = all - op[OPC_EXPERTS] - idle + fmax(experts, reading);
-    printf("%-24s %9s %-8s %-24s %9s %7s\n", "what", "measured", "", "bound", "", "ratio");
-    print_ratio("experts, computed", n * (double)p->token_experts / 1e9 / experts, "GB/s",
-                "memory read, GB/s", memory);
-    print_ratio("dense weights, computed", n * (double)p->token_dense / 1e9 / matrices, "GB/s",
-                "memory read, GB/s", memory);
-    print_ratio("reads, over all of it", rate(got, all), "GB/s", "disk alone, GB/s", disk);
-    print_ratio("decode", n / all, "tokens/s", "dense + max(experts, disk)", n / most);
+    printf("%-26s %9s   %-26s %9s %7s\n", "what, in GB/s", "measured", "bound", "", "ratio");
+    print_ratio("experts, computed", gb * (double)p->token_experts / experts, "memory", ram);
+    print_ratio("dense weights, computed", gb * (double)p->token_dense / matrices, "memory", ram);
+    print_ratio("reads, over all of it", rate(got, all), "disk alone", disk);
+    print_ratio("decode, tokens/s", n / all, "dense + max(experts, disk)", n / most);
     return 0;
 }
 
@@ -1901,12 +1782,11 @@ static int cmd_bench(model *m, const args *a, dsv4_err *err) {
     for (int64_t i = 0; i < BENCH_PROMPT; i++)
         if (ids_push(&m->ids, (int32_t)(i * 7919 % m->cfg.vocab_size), err)) return -1;
     m->measure_s = 4;
-    if ((a->trace && out_open(&m->out, a->trace, err)) ||
-        model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err) ||
-        feed(m, 0, BENCH_PROMPT, NULL, err))
-        return -1;
+    if (a->trace && out_open(&m->out, a->trace, err)) return -1;
+    if (model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err)) return -1;
+    if (feed(m, 0, BENCH_PROMPT, false, err)) return -1;
     m->status.on = false;
-    return bench_decode(m, a, &m->rates, err);
+    return bench_decode(m, a, err);
 }
 
 /* === 13. Flags, help, main ==================================================================== */
@@ -1929,12 +1809,11 @@ typedef struct {
     const char *help;
 } flag;
 
-#define PLACE(kind, field)       ARG_##kind, offsetof(args, field)
-#define ARG(kind, field)         PLACE(kind, field), 0, 0, NULL
-#define WORD(field, words)       PLACE(WORD, field), 0, 0, words
-#define WHOLE(field, lo, hi)     PLACE(WHOLE, field), lo, hi, NULL
-#define REAL(field, lo, hi)      PLACE(REAL, field), lo, hi, NULL
-#define LIST(field, most, bytes) PLACE(LIST, field), most, bytes, NULL
+#define ARG(kind, field)         ARG_##kind, offsetof(args, field), 0, 0, NULL
+#define WORD(field, words)       ARG_WORD, offsetof(args, field), 0, 0, words
+#define WHOLE(field, lo, hi)     ARG_WHOLE, offsetof(args, field), lo, hi, NULL
+#define REAL(field, lo, hi)      ARG_REAL, offsetof(args, field), lo, hi, NULL
+#define LIST(field, most, bytes) ARG_LIST, offsetof(args, field), most, bytes, NULL
 static const flag flags[] = {
     {"-m", "DIR", BUDGET | PROMPT | TOKENIZE, ARG(TEXT, model), "the model's directory"},
     {"-p", "TEXT", RUN, ARG(TEXT, prompt), "the prompt"},
@@ -1944,32 +1823,25 @@ static const flag flags[] = {
     {"--decode", NULL, TOKENIZE, ARG(SWITCH, decode), "from ids to text"},
     {"-n", "N", ANSWER, WHOLE(n_answer, 1, 1e9), "tokens of an answer, thoughts included (4096)"},
     {"--system", "TEXT", TALK, ARG(TEXT, system), "the system prompt"},
-    {"--ask", "QUESTION", SUMMARIZE, LIST(ask, MAX_WORDS, 16384),
-     "answer it from the document instead; up to 64 times"},
+    {"--ask", "QUESTION", SUMMARIZE, LIST(ask, MAX_WORDS, 16384), "answer it; up to 64 times"},
     {"--focus", "TEXT", SUMMARIZE, ARG(TEXT, focus), "what a summary should give most room to"},
     {"--length", "LEN", SUMMARIZE, ARG(TEXT, length), LENGTHS ", or a number of words (medium)"},
     {"--format", "FORM", SUMMARIZE, WORD(format, FORMATS), FORMATS " (text)"},
     {"--each", NULL, SUMMARIZE, ARG(SWITCH, each), "every file is a document of its own"},
-    {"--jsonl", NULL, SUMMARIZE, ARG(SWITCH, jsonl),
-     "a line of JSON a document: source, tokens, summary or answers, seconds, reused"},
+    {"--jsonl", NULL, SUMMARIZE, ARG(SWITCH, jsonl), "a line of JSON for each document"},
     {"--out", "FILE", SUMMARIZE, ARG(TEXT, out), "write there instead of to stdout"},
     {"--think", NULL, SUMMARIZE, ARG(SWITCH, think), "think before answering"},
     {"--no-think", NULL, ANSWER, ARG(SWITCH, no_think), "answer at once (summarize's default)"},
     {"--effort", "LEVEL", ANSWER, WORD(effort, EFFORTS), "how hard to think: " EFFORTS},
     {"--raw", NULL, RUN, ARG(SWITCH, raw), "continue the text instead of answering it"},
-    {"--temp", "T", ANSWER, REAL(temp, 0, 1e3),
-     "temperature, 0 for the likeliest token (the model's, else 1)"},
-    {"--top-p", "P", ANSWER, REAL(top_p, 0, 1),
-     "draw from the likeliest tokens that hold P (the model's, else 1)"},
-    {"--top-k", "K", ANSWER, WHOLE(top_k, 0, 1e9),
-     "draw from the K likeliest tokens, 0 for all (the model's, else 0)"},
-    {"--min-p", "P", ANSWER, REAL(min_p, 0, 1),
-     "drop tokens below P times the likeliest (the model's, else 0)"},
+    {"--temp", "T", ANSWER, REAL(temp, 0, 1e3), "temperature, 0: the likeliest (the model's)"},
+    {"--top-p", "P", ANSWER, REAL(top_p, 0, 1), "draw from likeliest that hold P (the model's)"},
+    {"--top-k", "K", ANSWER, WHOLE(top_k, 0, 1e9), "draw from K likeliest, 0: all (the model's)"},
+    {"--min-p", "P", ANSWER, REAL(min_p, 0, 1), "none below P times the likeliest (the model's)"},
     {"--repetition-penalty", "X", ANSWER, REAL(penalty, 0.01, 100),
      "divide the logits of tokens already there (the model's, else 1)"},
     {"--seed", "S", ANSWER, WHOLE(seed, 0, 0x1p64), "same seed, same text (0)"},
-    {"--stop", "TEXT", ANSWER, LIST(stop, MAX_STOPS, MAX_STOP_BYTES - 1),
-     "end the answer where TEXT begins; up to 8 times"},
+    {"--stop", "TEXT", ANSWER, LIST(stop, MAX_STOPS, MAX_STOP_BYTES - 1), "end there; 8 at most"},
     {"--no-loop-guard", NULL, ANSWER, ARG(SWITCH, no_loop_guard), "go on in circles"},
     {"--print-ids", NULL, RUN, ARG(SWITCH, print_ids), "print token ids instead of text"},
     {"--tokens", "N", BENCH, WHOLE(n_bench, 1, 1e6), "tokens to decode (64)"},
@@ -1979,14 +1851,11 @@ static const flag flags[] = {
     {"--no-rounding", NULL, EVAL, ARG(SWITCH, no_rounding), "without the model's own roundings"},
     {"--chunk", "N", EVAL, WHOLE(chunk, 1, 1e9), "tokens to put through at once"},
     {"--span", "N", EVAL, WHOLE(span, 1, 1e9), "tokens to put through a layer before the next"},
-    {"--generation", "GEN", PROMPT, WORD(gen, GENERATIONS),
-     "the prompt's format, " GENERATIONS " (the model's, else v4)"},
+    {"--generation", "GEN", PROMPT, WORD(gen, GENERATIONS), GENERATIONS " (the model's, else v4)"},
     {"-t", "N", BUDGET, WHOLE(threads, 1, MAX_THREADS), "threads (all processors); also --threads"},
     {"--ram", "SIZE", BUDGET, ARG(SIZE, ram), "memory, as 512M or 16G (most of what is free)"},
-    {"--ctx", "N", BUDGET, WHOLE(ctx, 1, 1e9),
-     "tokens of context to make room for (what is needed; chat and plan: 32768)"},
-    {"--kv-ram", "SIZE", BUDGET, ARG(SIZE, kv_ram),
-     "of --ram, for KV; what is more goes to --kv-dir (a quarter of --ram)"},
+    {"--ctx", "N", BUDGET, WHOLE(ctx, 1, 1e9), "tokens of context (as needed; chat, plan: 32768)"},
+    {"--kv-ram", "SIZE", BUDGET, ARG(SIZE, kv_ram), "of --ram, for KV (a quarter of it)"},
     {"--kv-dir", "DIR", BUDGET | SESSIONS, ARG(TEXT, kv_dir),
      "for KV that does not fit and for parked context (~/.cache/dsv4/kv)"},
     {"--kv-disk", "SIZE", ANSWER, ARG(SIZE, kv_disk), "what parked context may take (32G)"},
@@ -1997,8 +1866,6 @@ static const flag flags[] = {
     {"-q", NULL, ENGINE | CHECK, ARG(SWITCH, quiet), "no progress, no tables, no thoughts"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags };
-
-static int cmd_help(model *m, const args *a, dsv4_err *err);
 
 typedef struct {
     const char *name, *usage, *help;
@@ -2011,8 +1878,7 @@ typedef struct {
 static const command commands[] = {
     {"run", "-m DIR (-p TEXT | -f FILE | --ids FILE) [flags]", "answer or continue a text", RUN,
      cmd_run, 0, NULL},
-    {"chat", "-m DIR [flags]", "talk with the model; /help lists what it understands", CHAT,
-     cmd_chat, 0, NULL},
+    {"chat", "-m DIR [flags]", "talk with the model", CHAT, cmd_chat, 0, NULL},
     {"summarize", "-m DIR FILE... [--ask QUESTION]... [--each] [flags]",
      "summarize text, HTML or PDF of any length, or answer questions about it", SUMMARIZE,
      cmd_summarize, INT_MAX, "a file, or - for stdin"},
@@ -2031,7 +1897,7 @@ static const command commands[] = {
     {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
      "measure decode against memory, processor and disk", BENCH, cmd_bench, 0, NULL},
     {"version", "", "print the version", VERSION, NULL, 0, NULL},
-    {"help", "[COMMAND]", "print this, or a command's flags", HELP, cmd_help, 1, NULL},
+    {"help", "[COMMAND]", "print this, or a command's flags", HELP, NULL, 1, NULL},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
@@ -2058,22 +1924,20 @@ static const flag *find_flag(const char *name, const command *c, dsv4_err *err) 
     return NULL;
 }
 
-static int cmd_help(model *m, const args *a, dsv4_err *err) {
+static int cmd_help(const args *a, dsv4_err *err) {
     const command *one = a->n_operands ? find_command(*a->operand, err) : NULL;
-    (void)m;
     if (a->n_operands && !one) return -1;
     if (one) {
         printf("dsv4 %s %s\n\n%s.\n\n", one->name, one->usage, one->help);
-        for (const flag *f = flags; f < flags + N_FLAGS; f++) {
-            int width = 22 - (int)strlen(f->name);
+        for (const flag *f = flags; f < flags + N_FLAGS; f++)
             if (f->commands & one->bit)
-                printf("  %s %-*s %s\n", f->name, width, f->value ? f->value : "", f->help);
-        }
+                printf("  %s %-*s %s\n", f->name, 22 - (int)strlen(f->name),
+                       f->value ? f->value : "", f->help);
         return 0;
     }
     printf("dsv4 runs DeepSeek-V4 from its official checkpoint.\n\n");
     for (const command *c = commands; c < commands + N_COMMANDS; c++)
-        printf("  dsv4 %-8s %-52s %s\n", c->name, c->usage, c->help);
+        printf("  dsv4 %-9s %-52s %s\n", c->name, c->usage, c->help);
     printf("\ndsv4 help COMMAND lists its flags.\n");
     return 0;
 }
@@ -2144,7 +2008,7 @@ static int args_check(const args *a, const command *c, dsv4_err *err) {
 /* Fill *a from the words behind the command; -1 is a usage error. */
 static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err *err) {
     *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
-                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1,
+                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = INT64_MAX,
                 .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & ANSWER), .operand = argv};
     for (int i = 0; i < argc; i++) {
         bool word = argv[i][0] != '-' || (!argv[i][1] && c->bit == SUMMARIZE);
@@ -2191,6 +2055,7 @@ int main(int argc, char **argv) {
     }
     int rc = 0;
     if (c->bit == VERSION) printf("dsv4 %s\n", DSV4_VERSION);
+    else if (c->bit == HELP) rc = cmd_help(&a, &err);
     else if ((c->bit & BUDGET) && !cpu_fits())
         rc = fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64");
     else rc = c->run(&m, &a, &err);
