@@ -3,9 +3,8 @@
  *   dsv4 COMMAND [flags]      stdout: the answer, and nothing else
  *                             stderr: thoughts, progress, plans, tables, errors (one line each)
  *
- * One table of flags and one of commands make the parser and the help; tests/manual.sh makes the
- * manual page and the completions of both shells from the help.
- *
+ * One table of flags and one of commands make the parser and the help, and tests/manual.sh of the
+ * help the manual page and both shells' completions.
  * Exit codes  0 done, 1 failed, 2 usage, 130 interrupted.
  * Contents    1 files and output   2 progress, tables, JSON   3 the model behind a command
  *             4 the answer   5 run   6 chat   7 eval   8 prompt, tokenize   9 plan, check
@@ -18,6 +17,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <histedit.h>
+#include <limits.h>
 #include <jansson.h>
 #include <langinfo.h>
 #include <locale.h>
@@ -37,16 +37,15 @@ enum {
     EXIT_USAGE = 2, EXIT_INTERRUPTED = 130,
     ANSWER_DEFAULT = 4096,         /* tokens of one answer, thinking included                   */
     CHAT_CTX = 32768,              /* tokens of a conversation where nobody said                */
-    EVAL_ROWS = 16,
-    BENCH_PROMPT = 64, BENCH_TOKENS = 64,
-    HISTORY_LINES = 1000,
+    EVAL_ROWS = 16, BENCH_PROMPT = 64, BENCH_TOKENS = 64, HISTORY_LINES = 1000,
+    PASTE_NAME = 64,               /* "[paste 1: 20 lines]" and more                            */
+    PATH_BYTES = 4096,
     PLAIN_SECONDS = 10,            /* at most, between two progress lines without a terminal    */
     TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
-    MUCH_SECONDS = 10,             /* a turn that takes longer is announced                     */
     FILE_MAX = 1 << 30,            /* bytes of text or ids given by a person                    */
+    MAX_WORDS = 64,                /* that one flag may give                                    */
 };
 
-enum { MAX_WORDS = 64 };           /* that one flag may give                                    */
 typedef struct { const char *word[MAX_WORDS]; int n; } word_list;
 
 typedef struct {                   /* everything a command line can say                         */
@@ -62,6 +61,14 @@ typedef struct {                   /* everything a command line can say         
     bool no_cache, think, each, jsonl;
 } args;
 
+/* Words to choose from, as messages write them: see choice(). */
+#define EFFORTS       "low, high or max"
+#define LENGTHS       "short, medium or long"
+#define FORMATS       "text, markdown or json"
+#define GENERATIONS   "v4 or 0731"
+#define SESSION_VERBS "list, verify or rm"
+#define WHITE         " \t\r\n\v\f"
+
 /* Ctrl-C and SIGTERM, read many times a layer; a resized terminal. */
 static volatile sig_atomic_t interrupted, terminated, resized;
 
@@ -73,26 +80,23 @@ static void on_signal(int sig) {
 
 /* === 1. Files and output ====================================================================== */
 
-/* Read what a person gave.  The caller frees out->s. */
+/* What a person gave.  The caller frees out->s. */
 static int read_text(buffer *out, const char *path, dsv4_err *err) {
     if (read_file(out, path, FILE_MAX, err)) return -1;
     if (out->n > FILE_MAX) return fail(err, "a text of more than 1 GB: split it");
     return out->n ? 0 : fail(err, "%s is empty: nothing to do", path);
 }
 
-/* Ids with white space between.  The caller frees out->id. */
-static int read_ids(id_list *out, const char *path, dsv4_err *err) {
-    static const char white[] = " \t\r\n\v\f";
+/* Ids of a vocabulary with white space between.  The caller frees out->id. */
+static int read_ids(id_list *out, const char *path, int vocab, dsv4_err *err) {
     buffer t = {0};
     int rc = read_text(&t, path, err);
-    for (char *s = t.s, *end = s + t.n, *next; rc == 0; s = next) {
-        s += strspn(s, white);
-        if (s == end) break;
-        next = s + strspn(s, "0123456789");
-        long long id = strtoll(s, NULL, 10);
-        if (next == s || id > INT32_MAX || (next < end && !strspn(next, white)))
-            rc = fail(err, "%s: byte %zu does not begin a token id; write ids as whole numbers "
-                      "with spaces between", path, (size_t)(s - t.s));
+    for (char *s = t.s, *next; rc == 0 && (s += strspn(s, WHITE)) < t.s + t.n; s = next) {
+        long long id = strtoll(s, &next, 10);
+        if (!isdigit((unsigned char)*s) || !strchr(WHITE, *next))
+            rc = fail(err, "%s: no token id begins at byte %zu", path, (size_t)(s - t.s));
+        else if (id >= vocab)
+            rc = fail(err, "token id %lld is outside of the vocabulary of %d", id, vocab);
         else rc = ids_push(out, (int32_t)id, err);
     }
     free(t.s);
@@ -100,7 +104,7 @@ static int read_ids(id_list *out, const char *path, dsv4_err *err) {
 }
 
 /* A file that appears under its name only when it is whole. */
-typedef struct { FILE *f; const char *path; char part[4096]; } out_file;
+typedef struct { FILE *f; const char *path; char part[PATH_BYTES]; } out_file;
 
 static int out_open(out_file *o, const char *path, dsv4_err *err) {
     o->path = path;
@@ -127,14 +131,13 @@ static int check_stdout(dsv4_err *err) {
     return fail(err, "write to stdout: %s", strerror(errno));
 }
 
-/* $VAR/dsv4/NAME or ~/FALLBACK/dsv4/NAME, its directories made; false without a home. */
-static bool user_path(char *out, size_t size, const char *var, const char *fallback,
-                      const char *name) {
+/* $VAR/dsv4/NAME or ~/UNDER/dsv4/NAME, its directories made; false without a home. */
+static bool user_path(char out[PATH_BYTES], const char *var, const char *under, const char *name) {
     const char *base = getenv(var), *home = getenv("HOME");
-    int n = base && *base == '/' ? snprintf(out, size, "%s/dsv4/%s", base, name)
-            : home && *home      ? snprintf(out, size, "%s/%s/dsv4/%s", home, fallback, name)
+    int n = base && *base == '/' ? snprintf(out, PATH_BYTES, "%s/dsv4/%s", base, name)
+            : home && *home      ? snprintf(out, PATH_BYTES, "%s/%s/dsv4/%s", home, under, name)
                                  : -1;
-    if (n < 0 || (size_t)n >= size) return false;
+    if (n < 0 || n >= PATH_BYTES) return false;
     for (char *slash = strchr(out + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;
         mkdir(out, 0700);
@@ -143,15 +146,14 @@ static bool user_path(char *out, size_t size, const char *var, const char *fallb
     return true;
 }
 
-/* The file in the user's cache that remembers `what` of a model's directory: its name is made of
- * the directory's path (FNV-1a).  False where there is no such place. */
-static bool model_path(char *out, size_t size, const char *what, const char *dir) {
-    char real[4096], name[64];
+/* The file that remembers `what` of a model; its name is made of the directory's path (FNV-1a). */
+static bool model_path(char out[PATH_BYTES], const char *what, const char *dir) {
+    char real[PATH_BYTES], name[64];
     uint64_t h = 0xcbf29ce484222325u;
     if (!realpath(dir, real)) return false;
     for (const char *c = real; *c; c++) h = (h ^ (uint8_t)*c) * 0x100000001b3u;
     snprintf(name, sizeof name, "%s-%016llx.json", what, (unsigned long long)h);
-    return user_path(out, size, "XDG_CACHE_HOME", ".cache", name);
+    return user_path(out, "XDG_CACHE_HOME", ".cache", name);
 }
 
 /* A word that is none of ours, and the nearest of ours to put into the message. */
@@ -168,12 +170,15 @@ static void consider(guess *g, const char *word) {
     g->distance = distance;
 }
 
-/* The level that a word names, or NULL. */
-static const char *effort_of(const char *word) {
-    static const char *const levels[] = {"low", "high", "max"};
-    for (int i = 0; i < 3; i++)
-        if (!strcmp(word, levels[i])) return levels[i];
-    return NULL;
+/* The place of a word among words like "low, high or max", or -1. */
+static int choice(const char *words, const char *word) {
+    for (int i = 0; *words; i++) {
+        size_t n = strcspn(words, ", ");
+        if (strlen(word) == n && !memcmp(word, words, n)) return i;
+        words += n + strspn(words + n, ", ");
+        if (!strncmp(words, "or ", 3)) words += 3;
+    }
+    return -1;
 }
 
 /* === 2. Progress, tables, JSON ================================================================ */
@@ -193,28 +198,24 @@ typedef struct {                   /* the one status: a bar on a terminal, else 
     const dsv4_engine *e;          /* for the disk's rate, may be NULL                          */
     uint64_t read_before;
     int64_t n_done, n_now, n_total; /* tokens done, under way, in all; n_total 0: no tokens     */
-    double work[WORK_N], done_before[WORK_N], took_before[WORK_N]; /* of reading; else 0        */
+    double work[WORK_N], done_before[WORK_N], took_before[WORK_N];
     double began, shown;
 } status_line;
 
-static void status_begin(status_line *s, const char *phase, int64_t n_total) {
+/* Tokens [t0, t1) of a context come (none: 0, 0): the later ones see more and take longer. */
+static void status_begin(status_line *s, const char *phase, int64_t t0, int64_t t1) {
     s->phase = phase;
-    s->n_total = n_total;
+    s->n_total = t1 - t0;
     s->n_done = s->n_now = 0;
     s->began = s->shown = now_s();
-    s->read_before = s->e ? engine_offload_stats(s->e)->read_bytes : 0;
-    memset(s->work, 0, sizeof s->work);
-}
-
-/* Tokens [t0, t1) of a context are about to be read: the later ones see more and take longer. */
-static void status_work(status_line *s, int64_t t0, int64_t t1) {
+    if (!s->e) return;
+    s->read_before = engine_offload_stats(s->e)->read_bytes;
     engine_work(s->e, (double)t0, (double)t1, s->work);
     memcpy(s->done_before, engine_stats(s->e)->work, sizeof s->done_before);
     engine_work_s(s->e, s->took_before);
 }
 
-/* Seconds of reading that are left, at the rate that each kind of work had so far; of which next to
- * nothing was done yet, at that of all. */
+/* Seconds left at the pace of each kind of work so far; of one hardly begun, at that of all. */
 static double seconds_left(const status_line *s) {
     double took[WORK_N], done[WORK_N], all_took = 0, all_done = 0, left = 0;
     engine_work_s(s->e, took);
@@ -223,9 +224,8 @@ static double seconds_left(const status_line *s) {
         all_done += done[i] = engine_stats(s->e)->work[i] - s->done_before[i];
     }
     for (int i = 0; i < WORK_N; i++) {
-        bool seen = done[i] > s->work[i] / 100;
-        left += fmax(s->work[i] - done[i], 0) *
-                (seen ? took[i] / done[i] : rate(all_took, all_done));
+        double pace = done[i] > s->work[i] / 100 ? took[i] / done[i] : rate(all_took, all_done);
+        left += pace * fmax(s->work[i] - done[i], 0);
     }
     return left;
 }
@@ -235,39 +235,30 @@ static void status_clear(status_line *s) {
     s->shown = s->began;
 }
 
-/* "[=====>    ] reading 42%: layer 12/43, 12.3 tokens/s, 1.90 GB/s, 0:42 left"; without a terminal
- * also how many of how many tokens. */
+/* "[=====>    ] reading 42%: layer 12/43, 12.3 tokens/s, 1.90 GB/s, 0:42 left" */
 static void status_draw(status_line *s, double done, double t) {
+    static const char all[] = "=============================";
+    enum { BAR = sizeof all - 1 };
     buffer line = {0};
     double n_tokens = (double)s->n_done + (double)s->n_now * done, spent = t - s->began;
-    double share = s->n_total ? n_tokens / (double)s->n_total : done;
-    double left = share > 0 ? spent / share * (1 - share) : 0;
-    if (s->work[WORK_DENSE] > 0) {
-        left = seconds_left(s);
-        share = spent / (spent + left);
-    }
-    put_format(&line, "%s %.0f%%:", s->phase, 100 * share);
-    if (s->work[WORK_DENSE] > 0) {
+    double left = s->n_total ? seconds_left(s) : done > 0 ? spent / done - spent : 0;
+    put_format(&line, "%s %.0f%%:", s->phase, 100 * spent / (spent + left));
+    if (s->n_total) {
         int n_layers = engine_plan(s->e)->n_layers, layer = (int)(done * n_layers) + 1;
         put_format(&line, " layer %d/%d,", layer < n_layers ? layer : n_layers, n_layers);
+        if (!s->bar) put_format(&line, " %.0f of %lld tokens,", n_tokens, (long long)s->n_total);
+        put_format(&line, " %.1f tokens/s,", rate(n_tokens, spent));
     }
-    if (s->n_total && !s->bar)
-        put_format(&line, " %.0f of %lld tokens,", n_tokens, (long long)s->n_total);
-    if (s->n_total) put_format(&line, " %.1f tokens/s,", rate(n_tokens, spent));
     if (s->e)
         put_format(&line, " %.2f GB/s,", rate((double)(engine_offload_stats(s->e)->read_bytes -
                                                       s->read_before) / 1e9, spent));
     put_format(&line, " %.0f:%02.0f left", floor(left / 60), floor(fmod(left, 60)));
     struct winsize w = {0};
     int columns = ioctl(STDERR_FILENO, TIOCGWINSZ, &w) == 0 && w.ws_col ? w.ws_col : 80;
-    int n = (int)line.n, wide = columns - n - 4 < 30 ? columns - n - 4 : 30;
-    int full = (int)(share * wide);
+    int n = (int)line.n, wide = columns - n - 5 < BAR ? columns - n - 5 : BAR;
+    int full = (int)(wide * spent / (spent + left));
     fputs(s->bar ? "\r\033[K" : "", stderr);
-    if (s->bar && wide >= 5) {
-        fputc('[', stderr);
-        for (int i = 0; i < wide; i++) fputc(i < full ? '=' : i == full ? '>' : ' ', stderr);
-        fputs("] ", stderr);
-    }
+    if (s->bar && wide >= 4) fprintf(stderr, "[%.*s>%*s] ", full, all, wide - full, "");
     fprintf(stderr, "%.*s%s", s->bar && n >= columns ? columns - 1 : n, line.n ? line.s : "",
             s->bar ? "" : "\n");
     free(line.s);
@@ -276,8 +267,8 @@ static void status_draw(status_line *s, double done, double t) {
 /* A progress_fn: how far, at which rate; and whether to stop. */
 static int on_progress(void *arg, double done) {
     status_line *s = arg;
-    double t = now_s(), pause = 0.25 + s->shown - s->began;    /* first after 0.25, 0.75, 1.75 s */
-    if (pause > PLAIN_SECONDS) pause = PLAIN_SECONDS;
+    /* without a terminal first after 0.25, 0.75, 1.75 s */
+    double t = now_s(), pause = fmin(0.25 + s->shown - s->began, PLAIN_SECONDS);
     if (s->on && t - s->shown > (s->bar ? 0.2 : pause)) {
         s->shown = t;
         status_draw(s, done, t);
@@ -306,47 +297,45 @@ static size_text grouped(int64_t n) {
     return s;
 }
 
-static void print_plan(const dsv4_engine *e) {
+/* What lives where. */
+static void print_plan(FILE *f, const dsv4_engine *e, int64_t ctx) {
     const dsv4_plan *p = engine_plan(e);
-    fprintf(stderr, "plan: RAM %s = program %s + dense weights %s%s + KV %s + buffers %s + "
-            "%d of %d experts %s; %d tokens a span\n", size_of(p->budget).text,
-            size_of(p->base).text, size_of(p->dense).text,
-            p->streamed ? " (read layer by layer)" : "", size_of(p->kv).text,
-            size_of(p->work).text, p->n_slots, p->n_experts_total, size_of(p->slots).text,
-            p->span);
-    if (p->kv_plan.file)
-        fprintf(stderr, "plan: KV %s in a file of --kv-dir\n", size_of(p->kv_plan.file).text);
-    if (engine_note(e)) fprintf(stderr, "note: %s\n", engine_note(e));
+    fprintf(f,
+            "plan: --ram %s holds\n"
+            "  program       %9s\n"
+            "  dense weights %9s  %s\n"
+            "  KV            %9s  %lld tokens of context, %.0f bytes each; and %s in a file\n"
+            "  buffers       %9s  for spans of %d tokens\n"
+            "  expert slots  %9s  %d of %d experts\n",
+            size_of(p->budget).text, size_of(p->base).text, size_of(p->dense).text,
+            p->streamed ? "read layer by layer" : "resident", size_of(p->kv).text, (long long)ctx,
+            p->kv_plan.token_bytes, size_of(p->kv_plan.file).text, size_of(p->work).text, p->span,
+            size_of(p->slots).text, p->n_slots, p->n_experts_total);
 }
 
 /* Where the bytes came from, and how fast. */
 static void print_tiers(const dsv4_engine *e) {
-    static const char dense_row[] = "%-10s %12s %8s %12.3f %10.2f\n";
-    static const char phase_row[] = "%-10s %12.0f %8.2f %12.2f\n";
     const dsv4_stats *s = engine_stats(e);
     const cache_stats *x = engine_expert_stats(e);
-    const dsv4_plan *p = engine_plan(e);
-    double busy = s->prefill_s + s->decode_s, asked = (double)s->expert_uses;
-    double misses = (double)x->misses, hits = asked - misses, read_gb = (double)x->read_bytes / 1e9;
-    double start_gb = (double)s->dense_bytes / 1e9, hit_gb = hits * (double)p->slot_bytes / 1e9;
+    double hits = (double)(s->expert_uses - x->misses), busy = s->prefill_s + s->decode_s;
+    double read_gb = (double)x->read_bytes / 1e9, start_gb = (double)s->dense_bytes / 1e9;
     double all_gb = (double)engine_offload_stats(e)->read_bytes / 1e9;
-    double streamed_gb = all_gb - start_gb - read_gb;
     double prefill = (double)s->prefill_tokens, decode = (double)s->decode_tokens;
     uint64_t peak;
     machine_rss(NULL, &peak);
-    fprintf(stderr, "\n%-10s %12s %8s %12s %10s\n", "tier", "experts", "share", "GB", "GB/s");
-    fprintf(stderr, "%-10s %12.0f %7.1f%% %12.3f %10s\n", "RAM", hits, 100 * rate(hits, asked),
-            hit_gb, "-");
-    fprintf(stderr, "%-10s %12.0f %7.1f%% %12.3f %10.2f\n", "disk", misses,
-            100 * rate(misses, asked), read_gb, rate(read_gb, busy));
-    if (p->streamed)
-        fprintf(stderr, dense_row, "disk", "dense", "", streamed_gb, rate(streamed_gb, busy));
-    fprintf(stderr, dense_row, "at start", "dense", "", start_gb, rate(start_gb, s->load_s));
-    fprintf(stderr, "\n%-10s %12s %8s %12s\n", "phase", "tokens", "s", "tokens/s");
-    fprintf(stderr, phase_row, "prefill", prefill, s->prefill_s, rate(prefill, s->prefill_s));
-    fprintf(stderr, phase_row, "decode", decode, s->decode_s, rate(decode, s->decode_s));
-    fprintf(stderr, "waited %.2f s for the disk; peak memory %s of %s\n",
-            s->expert_wait_s + s->dense_wait_s, size_of(peak).text, size_of(p->budget).text);
+    fprintf(stderr,
+            "\nper tier and phase\n"
+            "experts  %12.0f from RAM (%.1f%%)\n"
+            "experts  %12.0f from disk   %10.3f GB %10.2f GB/s\n"
+            "dense    %12s from disk   %10.3f GB, and %.3f GB at start with %.2f GB/s\n"
+            "prefill  %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
+            "decode   %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
+            "waited %.2f s for the disk; peak memory %s of %s\n",
+            hits, 100 * rate(hits, (double)s->expert_uses), (double)x->misses, read_gb,
+            rate(read_gb, busy), "", all_gb - read_gb - start_gb, start_gb,
+            rate(start_gb, s->load_s), prefill, s->prefill_s, rate(prefill, s->prefill_s), decode,
+            s->decode_s, rate(decode, s->decode_s), s->expert_wait_s + s->dense_wait_s,
+            size_of(peak).text, size_of(engine_plan(e)->budget).text);
 }
 
 /* One fact for programs: its name, "experts.uses" being in an object of its own; its value. */
@@ -356,8 +345,7 @@ typedef struct { const char *name; json_t *value; } fact;
 #define B(name, x) {name, json_boolean(x)}
 #define S(name, x) {name, json_string(x)}
 
-/* Write facts, which are used up, as one JSON object.  Whoever closes f sees what could not be
- * written. */
+/* Facts, which are used up, as one JSON object; whoever closes f sees what was not written. */
 static int write_json(FILE *f, const fact *facts, size_t n, dsv4_err *err) {
     json_t *root = json_object();
     int rc = 0;
@@ -395,28 +383,25 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
     }
     const fact facts[] = {
         N("tokens.prefill", s->prefill_tokens), N("tokens.decode", s->decode_tokens),
-        N("tokens.reused", s->reused_tokens),
-        R("seconds.load", s->load_s), R("seconds.prefill", s->prefill_s),
-        R("seconds.decode", s->decode_s), {"op_seconds", ops},
-        N("bytes_read.dense_from_disk", s->dense_bytes),
+        N("tokens.reused", s->reused_tokens), R("seconds.load", s->load_s),
+        R("seconds.prefill", s->prefill_s), R("seconds.decode", s->decode_s), {"op_seconds", ops},
+        N("bytes_read.dense_from_disk", s->dense_bytes), N("bytes_read.reads", o->reads),
         N("bytes_read.dense_streamed", o->read_bytes - s->dense_bytes - x->read_bytes),
-        N("bytes_read.experts_from_disk", x->read_bytes), N("bytes_read.reads", o->reads),
+        N("bytes_read.experts_from_disk", x->read_bytes), N("passes", s->passes),
         N("experts.ram_hits", s->expert_uses - x->misses), N("experts.disk_reads", x->misses),
         N("experts.evictions", x->evictions), N("experts.uses", s->expert_uses),
-        R("macs.dense", s->work[WORK_DENSE]),
+        {"experts.hit_rate_by_layer", layers}, R("macs.dense", s->work[WORK_DENSE]),
         R("macs.attend", s->work[WORK_ATTEND]), R("macs.index", s->work[WORK_INDEX]),
-        R("macs.experts", s->work[WORK_EXPERTS]), {"experts.hit_rate_by_layer", layers},
-        N("passes", s->passes), N("peak_rss", peak), N("kv_bytes.ram", p->kv),
+        R("macs.experts", s->work[WORK_EXPERTS]), N("peak_rss", peak), N("kv_bytes.ram", p->kv),
         N("kv_bytes.file", p->kv_plan.file), R("kv_bytes.per_token", p->kv_plan.token_bytes),
         N("kv_bytes.read", kv->read_bytes), N("kv_bytes.written", kv->written_bytes),
         N("kv_blocks.read", kv->blocks_read), N("kv_blocks.found", kv->blocks_hit),
         N("plan.kv", p->kv), N("plan.kv_least", p->kv_plan.least),
         N("plan.kv_index", p->kv_plan.index), N("plan.kv_entries", p->kv_plan.entries),
-        N("plan.budget", p->budget), N("plan.dense", p->dense),
-        B("plan.dense_streamed", p->streamed), N("plan.buffers", p->work),
+        N("plan.budget", p->budget), N("plan.dense", p->dense), N("plan.buffers", p->work),
         N("plan.slots", p->n_slots), N("plan.slot_bytes", p->slot_bytes), N("plan.span", p->span),
-        R("io.wait_seconds", wait), R("io.expert_wait_seconds", s->expert_wait_s),
-        R("io.kv_wait_seconds", kv->wait_s),
+        B("plan.dense_streamed", p->streamed), R("io.wait_seconds", wait),
+        R("io.expert_wait_seconds", s->expert_wait_s), R("io.kv_wait_seconds", kv->wait_s),
         R("io.compute_seconds", op_total - wait),
     };
     return write_json(f, facts, sizeof facts / sizeof *facts, err);
@@ -425,6 +410,7 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
 /* === 3. The model behind a command ============================================================ */
 
 typedef struct {                   /* all that a command opens: main() closes it                */
+    status_line status;            /* the first: on_progress() takes a model for it             */
     dsv4_config cfg;
     generation gen;
     ckpt *ck;
@@ -434,18 +420,20 @@ typedef struct {                   /* all that a command opens: main() closes it
     dsv4_session *s;
     buffer text;                   /* what a person gave                                        */
     id_list ids;                   /* the context: what the session holds, or will              */
+    bool think;                    /* the answer to it begins inside its reasoning              */
     float *logits;                 /* [EVAL_ROWS][vocab]                                        */
     int last;                      /* the row of the last token in the last forward             */
     const char *phase;             /* what reading is called while it goes on                   */
     int64_t tail;                  /* where the context is parked to the token, or 0            */
     bool say_reused;
+    double nll;                    /* sum of those scored                                       */
     double measure_s;              /* seconds to measure the machine in, or 0                   */
     engine_rates rates;            /* what came of it                                           */
     const char *note;              /* told with the plan                                        */
-    char heat[4096];               /* remembers which experts are used                          */
-    char kv_dir[4096];             /* for KV that does not fit, and parked context              */
+    char heat[PATH_BYTES];         /* remembers which experts are used                          */
+    char kv_dir[PATH_BYTES];       /* for KV that does not fit, and parked context              */
     park *park;                    /* NULL: no context is parked                                */
-    status_line status;
+    json_t *hashes;                /* lines of check; NULL: they are printed                    */
     out_file stats, out;           /* opened before the work, so that a bad name costs nothing  */
 } model;
 
@@ -454,8 +442,7 @@ static int model_open_files(model *m, const char *dir, bool with_text, dsv4_err 
         ckpt_open(&m->ck, dir, err) || config_generation(&m->gen, dir, err))
         return -1;
     if (m->tok && tok_n_ids(m->tok) > m->cfg.vocab_size)
-        return fail(err, "%s/tokenizer.json has ids up to %d, config.json a vocabulary of %d: "
-                    "they are of two models", dir, tok_n_ids(m->tok) - 1, m->cfg.vocab_size);
+        return fail(err, "%s: tokenizer.json has more ids than config.json's vocabulary", dir);
     m->logits = malloc((size_t)EVAL_ROWS * (size_t)m->cfg.vocab_size * sizeof(float));
     return m->logits ? 0 : fail(err, "out of memory for logits");
 }
@@ -475,8 +462,7 @@ static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, 
 /* The directory for KV, or NULL. */
 static const char *kv_place(model *m, const args *a) {
     if (a->kv_dir) return a->kv_dir;
-    bool home = user_path(m->kv_dir, sizeof m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/");
-    return home ? m->kv_dir : NULL;
+    return user_path(m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/") ? m->kv_dir : NULL;
 }
 
 /* Plan, load, and open a session with room for `ctx` tokens, `n_prompt` of them at once. */
@@ -488,7 +474,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     o.span_hint = (int)(limit < n_prompt ? limit : n_prompt);
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
     if (a->trace) o.trace = on_trace, o.trace_arg = m->out.f;
-    if (model_path(m->heat, sizeof m->heat, "heat", a->model)) o.heat = m->heat;
+    if (model_path(m->heat, "heat", a->model)) o.heat = m->heat;
     o.kv_dir = kv_place(m, a);
     if (o.kv_dir && !a->no_cache && park_open(&m->park, o.kv_dir, a->kv_disk, err))
         fprintf(stderr, "note: no context is reused or parked: %s\n", err->msg);
@@ -500,11 +486,12 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
                     (long long)n_prompt, (long long)o.ctx);
     if (a->stats && out_open(&m->stats, a->stats, err)) return -1;
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
-    if (!a->quiet) print_plan(m->e);
+    if (!a->quiet) print_plan(stderr, m->e, o.ctx);
     m->note = engine_note(m->e);
+    if (m->note && !a->quiet) fprintf(stderr, "note: %s\n", m->note);
     if (m->measure_s > 0 && engine_measure(m->e, m->ck, m->measure_s, &m->rates, err)) return -1;
     m->status.e = m->e;
-    status_begin(&m->status, "loading", 0);
+    status_begin(&m->status, "loading", 0, 0);
     int rc = engine_load(m->e, on_progress, &m->status, err);
     status_clear(&m->status);
     return rc ? rc : session_open(&m->s, m->e, on_progress, &m->status, err);
@@ -530,70 +517,82 @@ static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
     free(m->text.s);
     free(m->ids.id);
     free(m->logits);
+    json_decref(m->hashes);
     return rc;
 }
 
-/* Append the ids of a conversation, behind the system prompt that `a` names. */
-static int encode_messages(const model *m, const args *a, json_t *messages, id_list *out,
-                           dsv4_err *err) {
-    prompt p = {0};
-    json_t *all = json_array(), *request;
-    int rc = 0;
-    if (a->system)
-        rc = json_array_append_new(all, prompt_message("system", a->system, strlen(a->system)));
-    rc |= json_array_extend(all, messages);
-    request = json_pack("{s:o, s:b, s:s?}", "messages", all, "thinking", !a->no_think,
-                        "reasoning_effort", a->effort);
-    rc = rc || !request ? fail(err, "out of memory for the prompt")
-                        : prompt_build(&p, request, m->gen, err);
-    if (rc == 0) rc = prompt_encode(m->tok, &p, out, err);
-    json_decref(request);
+/* What is asked of the model, in the form that OpenAI's API gave it.  The first message is the
+ * system prompt: an empty one is as good as none.  NULL: out of memory. */
+static json_t *request_new(const args *a) {
+    const char *system = a->system ? a->system : "";
+    return json_pack("{s:[o], s:b, s:s?}", "messages",
+                     prompt_message("system", system, strlen(system)), "thinking", !a->no_think,
+                     "reasoning_effort", a->effort);
+}
+
+static int request_add(json_t *request, const char *role, const buffer *text, dsv4_err *err) {
+    json_t *messages = json_object_get(request, "messages");
+    if (!text->failed && !json_array_append_new(messages, prompt_message(role, text->s, text->n)))
+        return 0;
+    return fail(err, "out of memory for the conversation");
+}
+
+/* Append its ids. */
+static int request_ids(model *m, const json_t *request, id_list *out, dsv4_err *err) {
+    prompt p;
+    if (prompt_build(&p, request, m->gen, err)) return -1;
+    int rc = prompt_encode(m->tok, &p, out, err);
+    m->think = p.think;
     prompt_free(&p);
     return rc;
 }
 
-/* The prompt's ids, from whichever source the flags name: as one turn, or `raw`, BOS and the text
- * as it is, special tokens in it included. */
-static int prompt_ids(model *m, const args *a, bool raw, dsv4_err *err) {
-    if (a->ids) return read_ids(&m->ids, a->ids, err);
-    buffer text = {0};
-    int rc = a->prompt ? 0 : read_text(&text, a->file, err);
-    put_text(&text, a->prompt ? a->prompt : "");
-    if (rc == 0 && text.failed) rc = fail(err, "out of memory for the prompt");
-    if (rc == 0 && raw) {
-        rc = ids_push(&m->ids, m->cfg.bos_token_id, err) ||
-             tok_encode(m->tok, text.s, text.n, true, &m->ids, err) ? -1 : 0;
-    } else if (rc == 0) {
-        json_t *messages = json_pack("[o]", prompt_message("user", text.s, text.n));
-        rc = encode_messages(m, a, messages, &m->ids, err);
-        json_decref(messages);
-    }
-    free(text.s);
+/* Append the ids of one question. */
+static int question_ids(model *m, const args *a, const buffer *text, id_list *out, dsv4_err *err) {
+    json_t *request = request_new(a);
+    int rc = request_add(request, "user", text, err) || request_ids(m, request, out, err) ? -1 : 0;
+    json_decref(request);
     return rc;
 }
 
-typedef struct { double nll; size_t at; } scores;
+/* The prompt's ids: as one turn, or `raw`, BOS and the text with the special tokens in it. */
+static int prompt_ids(model *m, const args *a, bool raw, dsv4_err *err) {
+    if (a->ids) return read_ids(&m->ids, a->ids, m->cfg.vocab_size, err);
+    if (a->prompt) put_text(&m->text, a->prompt);
+    else if (read_text(&m->text, a->file, err)) return -1;
+    if (!raw) return question_ids(m, a, &m->text, &m->ids, err);
+    if (m->text.failed) return fail(err, "out of memory for the prompt");
+    return ids_push(&m->ids, m->cfg.bos_token_id, err) ||
+           tok_encode(m->tok, m->text.s, m->text.n, true, &m->ids, err) ? -1 : 0;
+}
 
-/* Score and write the logits of the n tokens just forwarded. */
-static int score_rows(model *m, scores *sc, int n, dsv4_err *err) {
+/* After a failure: what the session holds is not known. */
+static int model_forget(model *m) {
+    m->ids.n = 0;
+    session_reset(m->s);
+    return -1;
+}
+
+/* Score and write the logits of the n tokens just forwarded, the first of them token `at`. */
+static int score_rows(model *m, size_t at, int n, dsv4_err *err) {
     size_t vocab = (size_t)m->cfg.vocab_size;
     for (int i = 0; i < n; i += EVAL_ROWS) {
         int rows = n - i < EVAL_ROWS ? n - i : EVAL_ROWS;
         if (session_logits(m->s, i, rows, m->logits, err)) return -1;
         if (m->out.f) fwrite(m->logits, sizeof(float), (size_t)rows * vocab, m->out.f);
         for (const float *row = m->logits; row < m->logits + (size_t)rows * vocab; row += vocab)
-            if (++sc->at < m->ids.n) sc->nll += token_nll(row, (int)vocab, m->ids.id[sc->at]);
+            if (++at < m->ids.n) m->nll += token_nll(row, (int)vocab, m->ids.id[at]);
     }
     return 0;
 }
 
 /* Put ids from `from` on through the model, a span at a time, those from `decode_from` on (at most
- * their number) one by one; `sc` (NULL: not wanted) scores them.  From 0 on, what is parked is not
- * read again. */
-static int feed(model *m, size_t from, size_t decode_from, scores *sc, dsv4_err *err) {
+ * their number) one by one; `score`: see score_rows().  Else, from 0 on, what is parked is not read
+ * again. */
+static int feed(model *m, size_t from, size_t decode_from, bool score, dsv4_err *err) {
     size_t span = (size_t)engine_plan(m->e)->span, end = m->ids.n;
     int rc = 0;
-    if (from == 0 && !sc) {
+    if (from == 0 && !score) {
         int64_t reused = session_resume(m->s, m->ids.id, (int64_t)end, m->tail, err);
         if (reused < 0) return -1;
         from = (size_t)reused;
@@ -601,15 +600,14 @@ static int feed(model *m, size_t from, size_t decode_from, scores *sc, dsv4_err 
             fprintf(stderr, "reused %s of %s tokens\n", grouped(reused).text,
                     grouped((int64_t)end).text);
     }
-    status_begin(&m->status, sc ? "scoring" : m->phase, (int64_t)(end - from));
-    status_work(&m->status, (int64_t)from, (int64_t)end);
+    status_begin(&m->status, score ? "scoring" : m->phase, (int64_t)from, (int64_t)end);
     for (size_t i = from, n; i < end && rc == 0; i += n) {
         n = i >= decode_from ? 1 : decode_from - i < span ? decode_from - i : span;
         m->status.n_now = (int64_t)n;
         m->status.n_done = (int64_t)(i - from);
         m->last = (int)n - 1;
         rc = session_forward(m->s, m->ids.id + i, (int)n, err);
-        if (rc == 0 && sc) rc = score_rows(m, sc, (int)n, err);
+        if (rc == 0 && score) rc = score_rows(m, i, (int)n, err);
     }
     status_clear(&m->status);
     return rc;
@@ -633,13 +631,6 @@ typedef struct {                   /* one answer: from what the session holds to
     dsv4_err *err;
 } speaker;
 
-static void speak_thought(speaker *sp, const char *s, size_t n) {
-    if (!sp->show_thoughts || n == 0) return;
-    if (!sp->thinking && sp->dim) fputs("\033[2m", stderr);
-    fwrite(s, 1, n, stderr);
-    sp->thinking = true;
-}
-
 /* n 0: no more comes. */
 static void speak_content(speaker *sp, const char *s, size_t n) {
     size_t before = sp->content.n;
@@ -651,9 +642,13 @@ static void speak_content(speaker *sp, const char *s, size_t n) {
 }
 
 static void on_piece(void *arg, const answer_piece *p) {
-    if (p->kind == ANSWER_REASONING) speak_thought(arg, p->text, p->len);
-    else if (p->kind == ANSWER_CONTENT) speak_content(arg, p->text, p->len);
-    else speak_content(arg, p->raw, p->raw_len);
+    speaker *sp = arg;
+    if (p->kind == ANSWER_CONTENT) speak_content(sp, p->text, p->len);
+    if (p->kind == ANSWER_CALL) speak_content(sp, p->raw, p->raw_len);
+    if (p->kind != ANSWER_REASONING || !sp->show_thoughts || p->len == 0) return;
+    if (!sp->thinking && sp->dim) fputs("\033[2m", stderr);
+    fwrite(p->text, 1, p->len, stderr);
+    sp->thinking = true;
 }
 
 /* Bytes of the answer; n 0: no more come, and what was held back goes out. */
@@ -696,6 +691,15 @@ static int generate(speaker *sp, sampler *draw) {
     return 0;
 }
 
+/* How long an answer may get behind what the session is to hold: *n tokens. */
+static int answer_room(const args *a, int64_t ctx, size_t n_prompt, int64_t *n, dsv4_err *err) {
+    int64_t room = ctx - (int64_t)n_prompt;
+    *n = a->n_answer < room ? a->n_answer : room;
+    if (room > 0) return 0;
+    return fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; raise "
+                "--ctx, or shorten the prompt (/clear in a chat)", n_prompt, (long long)ctx);
+}
+
 /* Flags over generation_config.json over plain sampling. */
 static int sampling_of(const args *a, sample_opts *o, dsv4_err *err) {
     if (config_sampling(o, a->model, err)) return -1;
@@ -713,29 +717,26 @@ static int speak_answer(speaker *sp) {
     sample_opts o;
     sampler *draw = NULL;
     bool shown = sp->m->status.on;
-    sp->m->status.on = false;      /* the answer itself shows how far it is */
-    if (!sp->to) {
-        status_begin(&sp->m->status, "writing", sp->n);
-        sp->m->status.on = shown;
-    }
+    int64_t pos = session_pos(sp->m->s);
+    status_begin(&sp->m->status, "writing", pos, pos + sp->n);
+    sp->m->status.on &= !sp->to;   /* an answer itself shows how far it is                      */
     sp->stop = (stop_filter){.words = a->stop.word, .n_words = a->stop.n};
     sp->show_thoughts = sp->to && !a->quiet && isatty(STDERR_FILENO);
     sp->dim = on_terminal() && !getenv("NO_COLOR");
     int rc = sampling_of(a, &o, sp->err);
     if (rc == 0) rc = sampler_open(&draw, &o, sp->m->cfg.vocab_size, sp->err);
     if (rc == 0 && !a->raw && !a->ids)
-        rc = answer_open(&sp->parser, !a->no_think, on_piece, sp, sp->err);
-    const id_list *seen = &sp->m->ids;
-    for (size_t i = 0; i < seen->n && rc == 0; i++) sampler_accept(draw, seen->id[i]);
+        rc = answer_open(&sp->parser, sp->m->think, on_piece, sp, sp->err);
+    for (size_t i = 0; i < sp->m->ids.n && rc == 0; i++) sampler_accept(draw, sp->m->ids.id[i]);
     if (rc == 0) rc = generate(sp, draw);
     if (rc == 0) rc = speak(sp, "", 0);
     if (sp->thinking) fputs(sp->dim ? "\033[0m\n" : "\n", stderr);
     if (rc == 0 && sp->to) fputc('\n', sp->to);
     if (rc == 0) rc = check_stdout(sp->err);
-    if (!sp->to) status_clear(&sp->m->status);
+    status_clear(&sp->m->status);
+    if (rc == 0 && sp->end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
     if (rc == 0 && sp->end == END_LOOP)
-        fprintf(stderr, "note: stopped, the answer goes round in circles (--no-loop-guard lets "
-                "it)\n");
+        fprintf(stderr, "note: stopped, for it goes round in circles (--no-loop-guard)\n");
     if (rc == 0 && sp->end == END_LENGTH && sp->to && !a->quiet && !a->print_ids && !a->raw)
         fprintf(stderr, "note: cut at %lld tokens%s; -n and --ctx set how many\n",
                 (long long)sp->n, sp->content.n ? "" : ", before the answer began");
@@ -749,18 +750,13 @@ static int speak_answer(speaker *sp) {
 /* === 5. run =================================================================================== */
 
 static int cmd_run(model *m, const args *a, dsv4_err *err) {
-    if (model_open_files(m, a->model, !a->ids || !a->print_ids, err) ||
-        prompt_ids(m, a, a->raw, err))
-        return -1;
-    int64_t most = a->ctx ? a->ctx : m->cfg.max_position_embeddings;
-    int64_t n_prompt = (int64_t)m->ids.n, room = most - n_prompt;
-    if (room <= 0)
-        return fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; "
-                    "shorten it or raise --ctx", m->ids.n, (long long)most);
-    speaker sp = {.m = m, .a = a, .n = a->n_answer < room ? a->n_answer : room, .to = stdout,
-                  .err = err};
-    int rc = model_start(m, a, n_prompt, n_prompt + sp.n, err) ||
-             feed(m, 0, m->ids.n, NULL, err) || speak_answer(&sp) ? -1 : 0;
+    speaker sp = {.m = m, .a = a, .to = stdout, .err = err};
+    if (model_open_files(m, a->model, !a->ids || !a->print_ids, err)) return -1;
+    if (prompt_ids(m, a, a->raw, err)) return -1;
+    int64_t most = a->ctx ? a->ctx : m->cfg.max_position_embeddings, n = (int64_t)m->ids.n;
+    int rc = answer_room(a, most, m->ids.n, &sp.n, err) ||
+             model_start(m, a, n, n + sp.n, err) || feed(m, 0, m->ids.n, false, err) ||
+             speak_answer(&sp) ? -1 : 0;
     free(sp.content.s);
     return rc;
 }
@@ -769,33 +765,16 @@ static int cmd_run(model *m, const args *a, dsv4_err *err) {
 
 typedef struct {
     model *m;
-    args a;                        /* commands change it                                        */
-    char *system;                  /* what /system set                                          */
-    json_t *messages;              /* all of the conversation, but for the system prompt        */
-    int64_t ctx;
+    const args *a;
+    json_t *request;               /* the conversation                                          */
     buffer attached;               /* files for the next message                                */
     EditLine *el;                  /* NULL: stdin is no terminal                                */
     History *history;
+    char past[PATH_BYTES];         /* the file of its history                                   */
     char *piped;                   /* getline's                                                 */
     size_t piped_cap;
-    json_t *pastes;                /* of several lines; the line edited holds their names       */
+    json_t *pastes;                /* of several lines: by the name that stands in the line     */
 } chat;
-
-enum { C_THINK, C_NOTHINK, C_EFFORT, C_FILE, C_SYSTEM, C_CLEAR, C_SAVE, C_LOAD, C_STATS, C_HELP,
-       C_QUIT, C_N };
-static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
-    [C_THINK] = {"/think", "", "think before answering"},
-    [C_NOTHINK] = {"/nothink", "", "answer at once"},
-    [C_EFFORT] = {"/effort", "low|high|max", "how hard to think"},
-    [C_FILE] = {"/file", "PATH", "send a text file along with the next message"},
-    [C_SYSTEM] = {"/system", "TEXT", "set the system prompt"},
-    [C_CLEAR] = {"/clear", "", "begin a new conversation"},
-    [C_SAVE] = {"/save", "NAME", "keep the conversation, with all that was read for it"},
-    [C_LOAD] = {"/load", "NAME", "go on with a conversation that was kept"},
-    [C_STATS] = {"/stats", "", "where the bytes came from, and how fast"},
-    [C_HELP] = {"/help", "", "this list"},
-    [C_QUIT] = {"/quit", "", "leave, as Ctrl-D does; Ctrl-C stops an answer"},
-};
 
 /* --- reading a line --- */
 
@@ -812,12 +791,10 @@ static int on_getc(EditLine *el, wchar_t *out) {
         if (interrupted) return -1;
         if (poll(&in, 1, 500) <= 0) continue;
         ssize_t got = read(STDIN_FILENO, &byte, 1);
-        if (got == 0) return 0;
-        if (got < 0 && errno != EINTR) return -1;
-        size_t n = got < 0 ? (size_t)-2 : mbrtowc(out, &byte, 1, &state);
-        if (n == (size_t)-2) continue;
+        if (got <= 0) return (int)got;
+        size_t n = mbrtowc(out, &byte, 1, &state);
         if (n == (size_t)-1) *out = 0xfffd;
-        return 1;
+        if (n != (size_t)-2) return 1;
     }
 }
 
@@ -829,6 +806,7 @@ static unsigned char on_paste(EditLine *el, int key) {
     chat *c;
     buffer t = {0};
     int lines = 1;
+    char name[PASTE_NAME];
     (void)key;
     el_get(el, EL_CLIENTDATA, &c);
     for (char byte; !t.failed && read(STDIN_FILENO, &byte, 1) == 1;) {
@@ -838,12 +816,11 @@ static unsigned char on_paste(EditLine *el, int key) {
         t.n -= n_end;
         break;
     }
-    if (lines > 1 && json_array_append_new(c->pastes, json_stringn_nocheck(t.s, t.n)) == 0) {
-        t.n = 0;
-        put_format(&t, "[paste %zu: %d lines]", json_array_size(c->pastes), lines);
-    }
     put_bytes(&t, "", 1);
-    if (!t.failed) el_insertstr(el, t.s);
+    snprintf(name, sizeof name, "[paste %zu: %d lines]", json_object_size(c->pastes) + 1, lines);
+    bool put_by = !t.failed && lines > 1 &&
+                  !json_object_set_new(c->pastes, name, json_stringn_nocheck(t.s, t.n - 1));
+    if (!t.failed) el_insertstr(el, put_by ? name : t.s);
     free(t.s);
     return CC_REFRESH;
 }
@@ -856,14 +833,12 @@ static char *on_prompt(EditLine *el) {
 
 /* Replace the names of pastes by what they stand for. */
 static void put_pasted(const chat *c, buffer *out, const char *line, size_t len) {
-    size_t which, used;
-    for (size_t i = 0; i < len; i += used) {
-        int lines, n = 0;
-        const json_t *paste = NULL;
-        if (line[i] == '[' && json_array_size(c->pastes) > 0 &&
-            sscanf(line + i, "[paste %zu: %d lines]%n", &which, &lines, &n) == 2 && n > 0)
-            paste = json_array_get(c->pastes, which - 1);
-        used = paste ? (size_t)n : 1;
+    for (size_t i = 0, used; i < len; i += used) {
+        char name[PASTE_NAME] = "";
+        if (line[i] == '[')
+            snprintf(name, sizeof name, "%.*s]", (int)strcspn(line + i, "]"), line + i);
+        const json_t *paste = json_object_get(c->pastes, name);
+        used = paste ? strlen(name) : 1;
         if (paste) put_bytes(out, json_string_value(paste), json_string_length(paste));
         else put_bytes(out, line + i, 1);
     }
@@ -899,19 +874,16 @@ static bool chat_line(chat *c, buffer *out) {
     return true;
 }
 
-static bool history_path(char *out, size_t size) {
-    return user_path(out, size, "XDG_STATE_HOME", ".local/state", "chat_history");
-}
-
 static int editor_open(chat *c, dsv4_err *err) {
     HistEvent ev;
-    char path[4096];
     c->el = el_init("dsv4", stdin, stderr, stderr);
     c->history = history_init();
     if (!c->el || !c->history) return fail(err, "the line editor does not start on this terminal");
     history(c->history, &ev, H_SETSIZE, HISTORY_LINES);
     history(c->history, &ev, H_SETUNIQUE, 1);
-    if (history_path(path, sizeof path)) history(c->history, &ev, H_LOAD, path);
+    if (!user_path(c->past, "XDG_STATE_HOME", ".local/state", "chat_history"))
+        *c->past = 0;
+    history(c->history, &ev, H_LOAD, c->past);
     el_set(c->el, EL_CLIENTDATA, c);
     el_set(c->el, EL_PROMPT, on_prompt);
     el_set(c->el, EL_EDITOR, "emacs");
@@ -925,16 +897,31 @@ static int editor_open(chat *c, dsv4_err *err) {
 
 static void editor_close(chat *c) {
     HistEvent ev;
-    char path[4096];
-    if (c->history && history_path(path, sizeof path)) history(c->history, &ev, H_SAVE, path);
+    if (c->history) history(c->history, &ev, H_SAVE, c->past);
     if (c->history) history_end(c->history);
     if (c->el) el_end(c->el);
 }
 
 /* --- commands --- */
 
+enum { C_THINK, C_NOTHINK, C_EFFORT, C_FILE, C_SYSTEM, C_CLEAR, C_SAVE, C_LOAD, C_STATS, C_HELP,
+       C_QUIT, C_N };
+static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
+    [C_THINK] = {"/think", "", "think before answering"},
+    [C_NOTHINK] = {"/nothink", "", "answer at once"},
+    [C_EFFORT] = {"/effort", "low|high|max", "how hard to think"},
+    [C_FILE] = {"/file", "PATH", "send a text file along with the next message"},
+    [C_SYSTEM] = {"/system", "TEXT", "set the system prompt"},
+    [C_CLEAR] = {"/clear", "", "begin a new conversation"},
+    [C_SAVE] = {"/save", "NAME", "keep the conversation, with all that was read for it"},
+    [C_LOAD] = {"/load", "NAME", "go on with a conversation that was kept"},
+    [C_STATS] = {"/stats", "", "where the bytes came from, and how fast"},
+    [C_HELP] = {"/help", "", "this list"},
+    [C_QUIT] = {"/quit", "", "leave, as Ctrl-D does; Ctrl-C stops an answer"},
+};
+
 static int attach_file(chat *c, const char *path, dsv4_err *err) {
-    char full[4096];
+    char full[PATH_BYTES];
     buffer t = {0};
     id_list ids = {0};
     const char *home = getenv("HOME"), *name = strrchr(path, '/');
@@ -955,33 +942,15 @@ static int attach_file(chat *c, const char *path, dsv4_err *err) {
     return rc;
 }
 
-static int set_system(chat *c, const char *words, dsv4_err *err) {
-    free(c->system);
-    c->a.system = c->system = strdup(words);
-    return c->system ? 0 : fail(err, "out of memory");
-}
-
-static int set_effort(chat *c, const char *word, dsv4_err *err) {
-    const char *level = effort_of(word);
-    if (!level) return fail(err, "/effort %s is not low, high or max", word);
-    c->a.effort = level;
-    c->a.no_think = false;
-    return 0;
-}
-
-/* What is not in the KV: the conversation as messages. */
+/* What is not in the KV: the request. */
 static int chat_save(chat *c, const char *name, dsv4_err *err) {
-    const dsv4_session *s = c->m->s;
-    if (session_pos(s) == 0) return fail(err, "there is nothing to save yet");
-    json_t *root = json_pack("{s:O, s:b, s:s, s:s*}", "messages", c->messages, "think",
-                             !c->a.no_think, "effort", c->a.effort ? c->a.effort : "", "system",
-                             c->a.system);
-    char *all = json_dumps(root, JSON_COMPACT);
+    int64_t pos = session_pos(c->m->s);
+    if (pos == 0) return fail(err, "there is nothing to save yet");
+    char *all = json_dumps(c->request, JSON_COMPACT);
     int rc = all ? session_save(c->m->s, name, (park_frame){all, strlen(all)}, err)
                  : fail(err, "out of memory for the conversation");
-    if (rc == 0) fprintf(stderr, "saved %s: %s tokens\n", name, grouped(session_pos(s)).text);
+    if (rc == 0) fprintf(stderr, "saved %s: %s tokens\n", name, grouped(pos).text);
     free(all);
-    json_decref(root);
     return rc;
 }
 
@@ -989,57 +958,53 @@ static int chat_load(chat *c, const char *name, dsv4_err *err) {
     int32_t *tokens;
     int64_t n;
     park_frame saved;              /* lies behind the tokens                                    */
-    const char *effort, *system = NULL;
-    json_t *messages;
-    int think;
     int64_t pos = session_load(c->m->s, name, &tokens, &n, &saved, err);
-    if (pos < 0) {
-        c->m->ids.n = 0;
-        session_reset(c->m->s);
-        return -1;
-    }
+    if (pos < 0) return model_forget(c->m);
     free(c->m->ids.id);
     c->m->ids = (id_list){.id = tokens, .n = (size_t)pos, .cap = (size_t)n};
-    json_t *root = json_loadb(saved.data, saved.bytes, 0, NULL);
-    int rc = json_unpack(root, "{s:o, s:b, s:s, s?s}", "messages", &messages, "think", &think,
-                         "effort", &effort, "system", &system)
-                 ? fail(err, "session %s holds no conversation", name) : 0;
-    if (rc == 0) {
-        json_decref(c->messages);
-        c->messages = json_incref(messages);
-        c->a.no_think = !think;
-        c->a.effort = effort_of(effort);
-        free(c->system);
-        c->a.system = c->system = system ? strdup(system) : NULL;
-        fprintf(stderr, "loaded %s: %s of %s tokens\n", name, grouped(pos).text,
-                grouped(n).text);
+    json_t *request = json_loadb(saved.data, saved.bytes, 0, NULL);
+    if (!json_is_array(json_object_get(request, "messages"))) {
+        json_decref(request);
+        return fail(err, "session %s holds no conversation", name);
     }
-    json_decref(root);
-    return rc;
+    json_decref(c->request);
+    c->request = request;
+    fprintf(stderr, "loaded %s: %s of %s tokens\n", name, grouped(pos).text, grouped(n).text);
+    return 0;
 }
 
 /* Run one /command; 1 to leave. */
 static int chat_command(chat *c, char *line, dsv4_err *err) {
-    char *words = line + strcspn(line, " ");
+    json_t *messages = json_object_get(c->request, "messages");
+    char *words = line + strcspn(line, " "), *end = line + strlen(line);
     guess g = {.asked = line};
-    int which = 0;
+    int which = 0, rc = 0;
+    while (end > words && end[-1] == ' ') *--end = 0;
     if (*words) *words++ = 0;
     words += strspn(words, " ");
-    for (size_t n = strlen(words); n && words[n - 1] == ' '; n--) words[n - 1] = 0;
     while (which < C_N && strcmp(line, chat_commands[which].name)) which++;
     switch (which) {
+    case C_EFFORT:
+        if (choice(EFFORTS, words) < 0) return fail(err, "/effort %s is not " EFFORTS, words);
+        rc = json_object_set_new(c->request, "reasoning_effort", json_string(words));
+        /* fall through */
     case C_THINK:
-    case C_NOTHINK: c->a.no_think = which == C_NOTHINK; return 0;
-    case C_EFFORT: return set_effort(c, words, err);
+    case C_NOTHINK:
+        rc |= json_object_set_new(c->request, "thinking", json_boolean(which != C_NOTHINK));
+        break;
+    case C_SYSTEM:
+        rc = json_array_set_new(messages, 0, prompt_message("system", words, strlen(words)));
+        break;
+    case C_CLEAR:
+        while (json_array_size(messages) > 1) json_array_remove(messages, 1);
+        return 0;
     case C_FILE: return attach_file(c, words, err);
-    case C_SYSTEM: return set_system(c, words, err);
-    case C_CLEAR: json_array_clear(c->messages); return 0;
     case C_SAVE: return chat_save(c, words, err);
     case C_LOAD: return chat_load(c, words, err);
     case C_STATS:
         print_tiers(c->m->e);
         fprintf(stderr, "context: %lld of %lld tokens\n", (long long)session_pos(c->m->s),
-                (long long)c->ctx);
+                (long long)context_of(c->a, &c->m->cfg));
         return 0;
     case C_HELP:
         for (int i = 0; i < C_N; i++)
@@ -1047,33 +1012,11 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
                     chat_commands[i].help);
         return 0;
     case C_QUIT: return 1;
+    default:
+        for (int i = 0; i < C_N; i++) consider(&g, chat_commands[i].name);
+        return fail(err, "no command %s%s; /help lists them", line, g.perhaps);
     }
-    for (int i = 0; i < C_N; i++) consider(&g, chat_commands[i].name);
-    return fail(err, "no command %s%s; /help lists them", line, g.perhaps);
-}
-
-/* --- a turn --- */
-
-/* Which share of all experts n tokens read at once need, where each takes its own evenly. */
-static double share_touched(const dsv4_config *c, int64_t n) {
-    return 1 - pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts, (double)n);
-}
-
-/* Say what reading n tokens costs, where that is much: most experts are touched by a few dozen
- * tokens, and what is not in a slot comes from the disk. */
-static void announce(const chat *c, int64_t n) {
-    const dsv4_plan *p = engine_plan(c->m->e);
-    const dsv4_stats *s = engine_stats(c->m->e);
-    int64_t passes = (n + p->span - 1) / p->span, span = n < p->span ? n : p->span;
-    double touched = share_touched(&c->m->cfg, span);
-    double cold = 1 - (double)p->n_slots / p->n_experts_total;
-    if (engine_expert_stats(c->m->e)->misses == 0) cold = 1;
-    double bytes = (double)passes * touched * cold * p->n_experts_total * (double)p->slot_bytes;
-    double per_s = rate((double)s->dense_bytes, s->load_s);
-    if (c->a.quiet || rate(bytes, per_s) < MUCH_SECONDS) return;
-    fprintf(stderr, "note: %lld tokens touch about %.0f%% of the experts: %.1f GB from disk, about "
-            "%.0f s at the %.2f GB/s of loading\n", (long long)n, 100 * touched, bytes / 1e9,
-            bytes / per_s, per_s / 1e9);
+    return rc ? fail(err, "out of memory for the conversation") : 0;
 }
 
 /* Make `ids` the context: read what is new of it; where the session holds something else, all. */
@@ -1084,48 +1027,30 @@ static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
     if (same < held->n || same == ids->n) same = 0;
     *held = *ids;
     *ids = before;
-    announce(c, (int64_t)(held->n - same));
-    return feed(c->m, same, held->n, NULL, err);
-}
-
-/* Answer the conversation, and take the answer into it. */
-static int chat_answer(chat *c, dsv4_err *err) {
-    id_list ids = {0};
-    int rc = encode_messages(c->m, &c->a, c->messages, &ids, err);
-    int64_t room = c->ctx - (int64_t)ids.n;
-    speaker sp = {.m = c->m, .a = &c->a, .to = stdout, .err = err,
-                  .n = c->a.n_answer < room ? c->a.n_answer : room};
-    if (rc == 0 && room <= 0)
-        rc = fail(err, "the conversation has %zu tokens and the context holds %lld with the "
-                  "answer; /clear, or start with a larger --ctx", ids.n, (long long)c->ctx);
-    c->m->status.patient = false;
-    if (rc == 0) rc = chat_feed(c, &ids, err);
-    c->m->status.patient = true;
-    if (rc == 0) rc = speak_answer(&sp);
-    if (rc) {
-        c->m->ids.n = 0;
-        session_reset(c->m->s);
-    }
-    if (sp.end == END_INTERRUPTED) fprintf(stderr, "note: stopped\n");
-    if (rc == 0 && json_array_append_new(c->messages, prompt_message("assistant", sp.content.s,
-                                                                     sp.content.n)))
-        rc = fail(err, "out of memory for the conversation");
-    free(sp.content.s);
-    free(ids.id);
-    return rc;
+    return feed(c->m, same, held->n, false, err);
 }
 
 /* One message and its answer; what fails is taken back. */
 static int chat_turn(chat *c, const buffer *line, dsv4_err *err) {
-    size_t files = c->attached.n, before = json_array_size(c->messages);
+    json_t *messages = json_object_get(c->request, "messages");
+    size_t files = c->attached.n, before = json_array_size(messages);
+    int64_t ctx = context_of(c->a, &c->m->cfg);
+    id_list ids = {0};
+    speaker sp = {.m = c->m, .a = c->a, .to = stdout, .err = err};
     put_bytes(&c->attached, line->s, line->n);
-    json_t *message = prompt_message("user", c->attached.s, c->attached.n);
     interrupted = 0;
-    int rc = c->attached.failed || json_array_append_new(c->messages, message)
-                 ? fail(err, "out of memory for the conversation") : chat_answer(c, err);
-    if (rc && json_array_size(c->messages) > before) json_array_remove(c->messages, before);
+    c->m->status.patient = false;
+    int rc = request_add(c->request, "user", &c->attached, err) ||
+             request_ids(c->m, c->request, &ids, err) ||
+             answer_room(c->a, ctx, ids.n, &sp.n, err) || chat_feed(c, &ids, err);
+    c->m->status.patient = true;
+    rc = rc || speak_answer(&sp) ? model_forget(c->m)
+                                 : request_add(c->request, "assistant", &sp.content, err);
+    if (rc) json_array_remove(messages, before);
     c->attached.n = rc ? files : 0;
     interrupted = 0;
+    free(sp.content.s);
+    free(ids.id);
     return rc;
 }
 
@@ -1146,24 +1071,21 @@ static int chat_loop(chat *c, dsv4_err *err) {
 }
 
 static int cmd_chat(model *m, const args *a, dsv4_err *err) {
-    chat c = {.m = m, .a = *a, .messages = json_array(), .pastes = json_array()};
+    chat c = {.m = m, .a = a, .request = request_new(a), .pastes = json_object()};
     struct sigaction sa = {.sa_handler = on_signal};
     sigaction(SIGINT, &sa, NULL);              /* again and again, not only once */
     sigaction(SIGWINCH, &sa, NULL);
     int rc = model_open_files(m, a->model, true, err);
-    c.ctx = context_of(a, &m->cfg);
-    if (rc == 0) rc = model_start(m, a, c.ctx, c.ctx, err);
+    int64_t ctx = context_of(a, &m->cfg);
+    if (rc == 0) rc = model_start(m, a, ctx, ctx, err);
     if (rc == 0 && isatty(STDIN_FILENO)) rc = editor_open(&c, err);
-    if (rc == 0 && c.el)
-        fprintf(stderr, "%s. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.\n",
-                m->cfg.name);
+    if (c.el && !rc) fprintf(stderr, "/help: commands. Ctrl-C stops an answer, Ctrl-D leaves.\n");
     if (rc == 0) rc = chat_loop(&c, err);
     editor_close(&c);
     free(c.attached.s);
-    free(c.system);
     free(c.piped);
     json_decref(c.pastes);
-    json_decref(c.messages);
+    json_decref(c.request);
     return rc;
 }
 
@@ -1180,47 +1102,41 @@ static void npy_header(FILE *f, int64_t n, int vocab) {
 }
 
 static int cmd_eval(model *m, const args *a, dsv4_err *err) {
-    scores sc = {0};
-    const id_list *ids = &m->ids;
     if (model_open_files(m, a->model, !a->ids, err) || prompt_ids(m, a, true, err)) return -1;
-    for (size_t i = 0; i < ids->n; i++)        /* they index logits below */
-        if (ids->id[i] >= m->cfg.vocab_size)
-            return fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
-                        ids->id[i], i, m->cfg.vocab_size);
-    int64_t n = (int64_t)ids->n, decode_from = a->decode_from;
-    if (decode_from < 0 || decode_from > n) decode_from = n;
+    int64_t n = (int64_t)m->ids.n, decode_from = a->decode_from < n ? a->decode_from : n;
     if (model_start(m, a, n, n, err) || (a->logits && out_open(&m->out, a->logits, err)))
         return -1;
     if (m->out.f) npy_header(m->out.f, n, m->cfg.vocab_size);
-    if (feed(m, 0, (size_t)decode_from, &sc, err)) return -1;
-    double nll = n > 1 ? sc.nll / (double)(n - 1) : 0;
-    printf("tokens %zu  nll %.6f  perplexity %.4f\n", ids->n, nll, exp(nll));
+    if (feed(m, 0, (size_t)decode_from, true, err)) return -1;
+    double nll = n > 1 ? m->nll / (double)(n - 1) : 0;
+    printf("tokens %zu  nll %.6f  perplexity %.4f\n", m->ids.n, nll, exp(nll));
     return 0;
 }
 
 /* === 8. prompt, tokenize ====================================================================== */
 
-static void print_ids(const id_list *ids) {
+static int print_ids(const id_list *ids) {
     for (size_t i = 0; i < ids->n; i++) printf("%s%d", i ? " " : "", ids->id[i]);
     putchar('\n');
+    return 0;
 }
 
 static int cmd_prompt(model *m, const args *a, dsv4_err *err) {
     json_error_t where;
     prompt p;
-    generation gen = a->gen && !strcmp(a->gen, "0731") ? GEN_0731 : GEN_V4;
-    if (a->model && !a->gen && config_generation(&gen, a->model, err)) return -1;
+    if (a->gen) m->gen = choice(GENERATIONS, a->gen) == 0 ? GEN_V4 : GEN_0731;
+    else if (a->model && config_generation(&m->gen, a->model, err)) return -1;
     if (read_text(&m->text, "-", err)) return -1;
     json_t *request = json_loadb(m->text.s, m->text.n, 0, &where);
     if (!request)
         return fail(err, "stdin is not JSON: line %d, column %d: %s", where.line, where.column,
                     where.text);
-    int rc = prompt_build(&p, request, gen, err);
+    int rc = prompt_build(&p, request, m->gen, err);
     json_decref(request);
     if (rc) return rc;
     if (!a->as_ids) fwrite(p.text, 1, p.len, stdout);
-    else rc = tok_open(&m->tok, a->model, err) || prompt_encode(m->tok, &p, &m->ids, err) ? -1 : 0;
-    if (rc == 0 && a->as_ids) print_ids(&m->ids);
+    else rc = tok_open(&m->tok, a->model, err) || prompt_encode(m->tok, &p, &m->ids, err) ||
+              print_ids(&m->ids) ? -1 : 0;
     prompt_free(&p);
     return rc;
 }
@@ -1228,22 +1144,17 @@ static int cmd_prompt(model *m, const args *a, dsv4_err *err) {
 static int cmd_tokenize(model *m, const args *a, dsv4_err *err) {
     const char *file = a->file ? a->file : "-";
     if (tok_open(&m->tok, a->model, err)) return -1;
-    if (!a->decode) {
-        if (read_text(&m->text, file, err) ||
-            tok_encode(m->tok, m->text.s, m->text.n, true, &m->ids, err))
-            return -1;
-        print_ids(&m->ids);
+    if (a->decode) {
+        if (read_ids(&m->ids, file, tok_n_ids(m->tok), err)) return -1;
+        for (size_t i = 0, len; i < m->ids.n; i++) {
+            const char *bytes = tok_bytes(m->tok, m->ids.id[i], &len);
+            fwrite(bytes, 1, len, stdout);
+        }
         return 0;
     }
-    if (read_ids(&m->ids, file, err)) return -1;
-    for (size_t i = 0, len; i < m->ids.n; i++) {
-        const char *bytes = tok_bytes(m->tok, m->ids.id[i], &len);
-        if (m->ids.id[i] >= tok_n_ids(m->tok))
-            return fail(err, "token id %d at position %zu is outside of the vocabulary of %d",
-                        m->ids.id[i], i, tok_n_ids(m->tok));
-        fwrite(bytes, 1, len, stdout);
-    }
-    return 0;
+    if (read_text(&m->text, file, err)) return -1;
+    if (tok_encode(m->tok, m->text.s, m->text.n, true, &m->ids, err)) return -1;
+    return print_ids(&m->ids);
 }
 
 /* === 9. plan, check =========================================================================== */
@@ -1253,8 +1164,7 @@ static void on_survey_line(void *first, const char *line) {
     if (!*(char *)first) snprintf(first, MAX_NAME, "%s", line);
 }
 
-/* Open a directory to tell about it.  Where that fails because a download is not done, say of every
- * shard how far it is. */
+/* Open a directory to tell about it; of a download that is not done, how far each shard is. */
 static int model_survey(model *m, const char *dir, dsv4_err *err) {
     dsv4_err survey;
     char first[MAX_NAME] = "";
@@ -1266,52 +1176,53 @@ static int model_survey(model *m, const char *dir, dsv4_err *err) {
 }
 
 typedef struct {                   /* what bounds a phase: seconds of each resource             */
-    double memory, compute, disk, tokens;
-    double disk_bytes;
+    double memory, compute, disk, tokens, disk_bytes;
+    double s;                      /* of that which binds                                       */
+    const char *binds;
 } bound;
 
 typedef struct {                   /* all that plan knows                                       */
-    const dsv4_engine *e;
-    const dsv4_config *cfg;
+    const model *m;
     const dsv4_plan *p;
     int64_t ctx;
-    uint64_t experts;              /* bytes on disk                                             */
     disk_info disk;
-    engine_rates r;
     bound decode, prefill;
 } survey;
 
-static double bound_s(const bound *b) { return fmax(fmax(b->memory, b->compute), b->disk); }
-
-static const char *bound_name(const bound *b) {
-    double s = bound_s(b);
-    return s <= b->disk ? "the disk" : s <= b->compute ? "the processor" : "memory";
+/* Tokens [t0, t1), for which so many bytes come from memory and from the disk. */
+static bound bound_of(const survey *v, double t0, double t1, double memory, double disk) {
+    const engine_rates *r = &v->m->rates;
+    bound b = {.memory = memory / r->exec.read_bytes_s, .disk = disk / r->disk_bytes_s,
+               .tokens = t1 - t0, .disk_bytes = disk};
+    double work[WORK_N];
+    engine_work(v->m->e, t0, t1, work);
+    for (int i = 0; i < WORK_N; i++) b.compute += work[i] / r->exec.macs_s;
+    b.s = fmax(fmax(b.memory, b.compute), b.disk);
+    b.binds = b.s <= b.disk ? "the disk" : b.s <= b.compute ? "the processor" : "memory";
+    return b;
 }
 
-/* Seconds of multiply-adds for tokens [t0, t1). */
-static double compute_s(const survey *v, double t0, double t1) {
-    double work[WORK_N], sum = 0;
-    engine_work(v->e, t0, t1, work);
-    for (int i = 0; i < WORK_N; i++) sum += work[i];
-    return sum / v->r.exec.macs_s;
+/* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
+typedef struct { int window, csa, hca; } layer_kinds;
+
+static layer_kinds kinds_of(const dsv4_config *c) {
+    layer_kinds k = {0};
+    for (const int *r = c->compress_ratios; r < c->compress_ratios + c->num_hidden_layers; r++)
+        ++*(*r == 0 ? &k.window : *r == 4 ? &k.csa : &k.hca);
+    return k;
 }
 
 /* One token behind ctx others.  Experts chosen evenly: what a cache of n_slots does then, real text
  * does better.  Of KV in the file each chosen entry costs a block. */
 static bound decode_bound(const survey *v) {
     const dsv4_plan *p = v->p;
-    double miss = 1 - (double)p->n_slots / p->n_experts_total, csa = 0;
-    for (int l = 0; l < v->cfg->num_hidden_layers; l++) csa += v->cfg->compress_ratios[l] == 4;
-    bound b = {.tokens = 1, .disk_bytes = miss * (double)p->token_experts};
-    if (p->streamed) b.disk_bytes += (double)p->token_dense;
-    if (p->kv_plan.index_in_file) b.disk_bytes += (double)p->kv_plan.index;
+    double n = (double)v->ctx, memory = (double)(p->token_dense + p->token_experts);
+    double disk = (1 - (double)p->n_slots / p->n_experts_total) * (double)p->token_experts;
+    if (p->streamed) disk += (double)p->token_dense;
+    if (p->kv_plan.index_in_file) disk += (double)p->kv_plan.index;
     if (p->kv_plan.entries_in_file)
-        b.disk_bytes += 4096 * csa * fmin(v->cfg->index_topk, (double)v->ctx / 4);
-    b.memory = (double)(p->token_dense + p->token_experts + p->kv_plan.index) /
-               v->r.exec.read_bytes_s;
-    b.compute = compute_s(v, (double)v->ctx, (double)v->ctx + 1);
-    b.disk = b.disk_bytes / v->r.disk_bytes_s;
-    return b;
+        disk += 4096.0 * kinds_of(&v->m->cfg).csa * fmin(v->m->cfg.index_topk, n / 4);
+    return bound_of(v, n, n + 1, memory + (double)p->kv_plan.index, disk);
 }
 
 /* A prompt of ctx tokens: every expert is read once a span; KV in the file is written once, and
@@ -1321,193 +1232,157 @@ static bound prefill_bound(const survey *v) {
     double n = (double)v->ctx, spans = ceil(n / p->span), dense = spans * (double)p->token_dense;
     double experts = spans * p->n_experts_total * (double)p->slot_bytes;
     double kv = (double)p->kv_plan.file * (1 + (spans - 1) / 2);
-    bound b = {.tokens = n, .disk_bytes = experts + kv};
-    if (p->streamed) b.disk_bytes += dense;
-    b.memory = (experts + dense) / v->r.exec.read_bytes_s;
-    b.compute = compute_s(v, 0, n);
-    b.disk = b.disk_bytes / v->r.disk_bytes_s;
-    return b;
+    return bound_of(v, 0, n, experts + dense, experts + kv + (p->streamed ? dense : 0));
 }
 
 static void print_bound(const char *name, const bound *b) {
-    printf("%-10s %8.2f tokens/s  %s binds (%.3g s of memory, %.3g s of processor, %.3g s of "
-           "disk for %.0f token%s)\n", name, b->tokens / bound_s(b), bound_name(b), b->memory,
-           b->compute, b->disk, b->tokens, b->tokens > 1 ? "s" : "");
+    printf("  %-12s %9.2f tokens/s  %s binds (seconds: memory %.3g, processor %.3g, disk %.3g)\n",
+           name, b->tokens / b->s, b->binds, b->memory, b->compute, b->disk);
 }
 
 static void print_survey(const survey *v) {
-    static const char row[] = "%-14s %9s  %s\n";
-    const dsv4_plan *p = v->p;
-    double touched = share_touched(v->cfg, TURN_TOKENS);
-    double turn_bytes = touched * p->n_experts_total * (double)p->slot_bytes;
-    printf("--ram %s holds\n", size_of(p->budget).text);
-    printf(row, "program", size_of(p->base).text, "RAM");
-    printf(row, "dense weights", size_of(p->dense).text,
-           p->streamed ? "RAM   read layer by layer" : "RAM");
-    printf("%-14s %9s  RAM   %lld tokens of context, %.0f bytes each\n", "KV",
-           size_of(p->kv).text, (long long)v->ctx, p->kv_plan.token_bytes);
-    if (p->kv_plan.file) printf(row, "more KV", size_of(p->kv_plan.file).text, "disk");
-    printf("%-14s %9s  RAM   for spans of %d tokens\n", "buffers", size_of(p->work).text, p->span);
-    printf("%-14s %9s  RAM   %d of %d experts\n", "expert slots", size_of(p->slots).text,
-           p->n_slots, p->n_experts_total);
-    printf(row, "experts", size_of(v->experts).text, "disk");
-    printf("\nmeasured now\n%-10s %8.2f GB/s\n%-10s %8.2f GMAC/s (FP8, 64 tokens at once)\n"
-           "%-10s %8.2f GB/s\n", "memory", v->r.exec.read_bytes_s / 1e9, "processor",
-           v->r.exec.macs_s / 1e9, "disk", v->r.disk_bytes_s / 1e9);
-    printf("\npredicted bounds, experts taken as chosen evenly\n");
+    const dsv4_config *c = &v->m->cfg;
+    const engine_rates *r = &v->m->rates;
+    double chosen = (double)c->num_experts_per_tok / c->n_routed_experts;
+    double touched = 1 - pow(1 - chosen, TURN_TOKENS);
+    double turn = touched * v->p->n_experts_total * (double)v->p->slot_bytes;
+    print_plan(stdout, v->m->e, v->ctx);
+    printf("  on disk       %9s  experts\n"
+           "measured now\n"
+           "  memory        %9.2f GB/s\n"
+           "  processor     %9.2f GMAC/s (FP8, 64 tokens at once)\n"
+           "  disk          %9.2f GB/s\n"
+           "predicted bounds, experts taken as chosen evenly\n",
+           size_of(weights_count(v->m->w).experts).text, r->exec.read_bytes_s / 1e9,
+           r->exec.macs_s / 1e9, r->disk_bytes_s / 1e9);
     print_bound("decode", &v->decode);
     print_bound("prefill", &v->prefill);
-    printf("a prompt of %s tokens: %.0f span%s of %s, %.1f GB of disk, %.0f s\n",
-           grouped(v->ctx).text, ceil((double)v->ctx / p->span), v->ctx > p->span ? "s" : "",
-           grouped(p->span).text, v->prefill.disk_bytes / 1e9, bound_s(&v->prefill));
-    printf("a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
-           TURN_TOKENS, 100 * touched, turn_bytes / 1e9, turn_bytes / v->r.disk_bytes_s);
+    printf("a prompt of %s tokens, %s a span: %.1f GB of disk, %.0f s\n"
+           "a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
+           grouped(v->ctx).text, grouped(v->p->span).text, v->prefill.disk_bytes / 1e9,
+           v->prefill.s, TURN_TOKENS, 100 * touched, turn / 1e9, turn / r->disk_bytes_s);
 }
 
-static void print_disk_warnings(const disk_info *d, double gb_s) {
-    const char *device = d->device[0] ? d->device : d->fs;
+static void warn_of_disk(const disk_info *d, double gb_s) {
     bool rotating = d->rotating && gb_s < 0.3; /* virtual disks say so too, but none is faster */
-    const struct { bool is; const char *name, *what, *advice; } warnings[] = {
-        {rotating, device, "a rotating disk", ": move the model to an NVMe drive"},
-        {d->sata && !rotating, device, "on SATA", ": NVMe drives read 5 to 20 times as fast"},
-        {d->network, d->fs, "a network file system", ": copy the model to a local drive"},
-        {d->fuse, d->fs, "a FUSE file system", ": copy the model to a local drive"},
-        {d->encrypted, device, "encrypted", " as measured: an unencrypted volume may be faster"},
-    };
-    for (size_t i = 0; i < sizeof warnings / sizeof *warnings; i++)
-        if (warnings[i].is)
-            fprintf(stderr, "warning: %s is %s, %.2f GB/s%s\n", warnings[i].name,
-                    warnings[i].what, gb_s, warnings[i].advice);
+    const char *what = d->network     ? "a network file system"
+                       : d->fuse      ? "a FUSE file system"
+                       : rotating     ? "a rotating disk"
+                       : d->sata      ? "on SATA"
+                       : d->encrypted ? "encrypted" : NULL;
+    if (what)
+        fprintf(stderr, "warning: %s is %s, %.2f GB/s: a plain local NVMe drive may be faster\n",
+                *d->device ? d->device : d->fs, what, gb_s);
 }
 
-static json_t *bound_json(const bound *b) {
-    return json_pack("{s:f, s:s, s:f, s:f, s:f, s:f, s:f}", "tokens_per_s",
-                     b->tokens / bound_s(b), "binds", bound_name(b), "tokens", b->tokens,
-                     "memory_s", b->memory, "processor_s", b->compute, "disk_s", b->disk,
-                     "disk_bytes", b->disk_bytes);
-}
+#define BOUND(name, b)                                                                             \
+    R(name ".tokens_per_s", (b).tokens / (b).s), S(name ".binds", (b).binds),                      \
+    R(name ".tokens", (b).tokens), R(name ".memory_s", (b).memory),                                \
+    R(name ".processor_s", (b).compute), R(name ".disk_s", (b).disk),                              \
+    R(name ".disk_bytes", (b).disk_bytes)
 
 static int write_survey(const survey *v, dsv4_err *err) {
     const dsv4_plan *p = v->p;
     const disk_info *d = &v->disk;
+    const engine_rates *r = &v->m->rates;
     const fact facts[] = {
-        S("model", v->cfg->name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
-        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes),
-        N("kv_file", p->kv_plan.file), N("dense", p->dense),
-        N("buffers", p->work), N("slots", p->slots), N("slot_bytes", p->slot_bytes),
-        N("experts", v->experts), N("token_bytes", p->token_dense + p->token_experts),
-        N("n_slots", p->n_slots), N("n_experts", p->n_experts_total), N("span", p->span),
-        S("disk.fs", d->fs), S("disk.device", d->device), B("disk.rotating", d->rotating),
-        B("disk.sata", d->sata), B("disk.network", d->network), B("disk.fuse", d->fuse),
-        B("disk.encrypted", d->encrypted), R("measured.memory_bytes_s", v->r.exec.read_bytes_s),
-        R("measured.processor_macs_s", v->r.exec.macs_s),
-        R("measured.disk_bytes_s", v->r.disk_bytes_s), {"decode", bound_json(&v->decode)},
-        {"prefill", bound_json(&v->prefill)},
+        S("model", v->m->cfg.name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
+        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes), N("kv_file", p->kv_plan.file),
+        N("dense", p->dense), N("buffers", p->work), N("slots", p->slots),
+        N("slot_bytes", p->slot_bytes), N("experts", weights_count(v->m->w).experts),
+        N("token_bytes", p->token_dense + p->token_experts), N("n_slots", p->n_slots),
+        N("n_experts", p->n_experts_total), N("span", p->span), S("disk.fs", d->fs),
+        S("disk.device", d->device), B("disk.rotating", d->rotating), B("disk.sata", d->sata),
+        B("disk.network", d->network), B("disk.fuse", d->fuse), B("disk.encrypted", d->encrypted),
+        R("measured.memory_bytes_s", r->exec.read_bytes_s),
+        R("measured.processor_macs_s", r->exec.macs_s), R("measured.disk_bytes_s", r->disk_bytes_s),
+        BOUND("decode", v->decode), BOUND("prefill", v->prefill),
     };
     return write_json(stdout, facts, sizeof facts / sizeof *facts, err);
 }
 
 static int cmd_plan(model *m, const args *a, dsv4_err *err) {
     if (model_survey(m, a->model, err)) return -1;
-    survey v = {.cfg = &m->cfg, .ctx = context_of(a, &m->cfg)};
+    survey v = {.m = m, .ctx = context_of(a, &m->cfg)};
     const dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
                          .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(m, a)};
-    if (engine_open(&m->e, &m->cfg, m->ck, &o, err) || engine_measure(m->e, m->ck, 3, &v.r, err) ||
-        disk_describe(&v.disk, a->model, "/sys", err))
-        return -1;
-    v.e = m->e;
+    if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
+    if (engine_measure(m->e, m->ck, 3, &m->rates, err)) return -1;
+    if (disk_describe(&v.disk, a->model, "/sys", err)) return -1;
     v.p = engine_plan(m->e);
-    v.experts = weights_count(m->w).experts;
     v.decode = decode_bound(&v);
     v.prefill = prefill_bound(&v);
-    print_disk_warnings(&v.disk, v.r.disk_bytes_s / 1e9);
+    warn_of_disk(&v.disk, m->rates.disk_bytes_s / 1e9);
     if (engine_note(m->e)) fprintf(stderr, "note: %s\n", engine_note(m->e));
     if (a->json) return write_survey(&v, err);
     print_survey(&v);
     return 0;
 }
 
-/* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
-typedef struct { int window, csa, hca; } layer_kinds;
-
-static layer_kinds kinds_of(const dsv4_config *c) {
-    layer_kinds k = {0};
-    for (int l = 0; l < c->num_hidden_layers; l++)
-        ++*(c->compress_ratios[l] == 0 ? &k.window : c->compress_ratios[l] == 4 ? &k.csa : &k.hca);
-    return k;
-}
-
-static void print_check(const dsv4_config *c, const ckpt *ck, const weights_bytes *b) {
+static void print_check(const model *m) {
+    const dsv4_config *c = &m->cfg;
     layer_kinds k = kinds_of(c);
-    printf("%-12s %s\n", "model", c->name);
-    printf("%-12s %d: %d window, %d CSA, %d HCA; %d route by token id\n", "layers",
-           c->num_hidden_layers, k.window, k.csa, k.hca, c->num_hash_layers);
-    printf("%-12s dim %d, %d heads of %d, vocabulary %d, context %lld\n", "sizes",
+    weights_bytes b = weights_count(m->w);
+    printf("model        %s\n"
+           "layers       %d: %d window, %d CSA, %d HCA; %d route by token id\n"
+           "sizes        dim %d, %d heads of %d, vocabulary %d, context %lld\n"
+           "experts      %d a layer, %d a token, and a shared one\n"
+           "MTP block    %s\n"
+           "shards       %d, %zu tensors\n"
+           "bytes        dense %s, experts %s, MTP %s, not used %s\n"
+           "every tensor that the graph needs is there\n",
+           c->name, c->num_hidden_layers, k.window, k.csa, k.hca, c->num_hash_layers,
            c->hidden_size, c->num_attention_heads, c->head_dim, c->vocab_size,
-           (long long)c->max_position_embeddings);
-    printf("%-12s %d a layer, %d a token, and a shared one\n", "experts", c->n_routed_experts,
-           c->num_experts_per_tok);
-    printf("%-12s %s\n", "MTP block", b->has_mtp ? "yes" : "none");
-    printf("%-12s %d, %zu tensors\n", "shards", ckpt_n_shards(ck), ckpt_n_tensors(ck));
-    printf("%-12s %10.3f GB\n%-12s %10.3f GB\n", "dense", (double)b->dense / 1e9, "experts",
-           (double)b->experts / 1e9);
-    if (b->mtp) printf("%-12s %10.3f GB\n", "MTP", (double)b->mtp / 1e9);
-    if (b->unused) printf("%-12s %10.3f GB\n", "not used", (double)b->unused / 1e9);
-    printf("every tensor that the graph needs is there\n");
+           (long long)c->max_position_embeddings, c->n_routed_experts, c->num_experts_per_tok,
+           b.has_mtp ? "yes" : "none", ckpt_n_shards(m->ck), ckpt_n_tensors(m->ck),
+           size_of(b.dense).text, size_of(b.experts).text, size_of(b.mtp).text,
+           size_of(b.unused).text);
 }
 
-/* `hashes` NULL: none were asked for. */
-static int write_check(const dsv4_config *c, const ckpt *ck, const weights_bytes *b,
-                       json_t *hashes, dsv4_err *err) {
+static int write_check(const model *m, dsv4_err *err) {
+    const dsv4_config *c = &m->cfg;
     layer_kinds k = kinds_of(c);
+    weights_bytes b = weights_count(m->w);
     const fact facts[] = {
         S("model", c->name), N("layers", c->num_hidden_layers), N("window", k.window),
         N("csa", k.csa), N("hca", k.hca), N("hash_layers", c->num_hash_layers),
         N("dim", c->hidden_size), N("heads", c->num_attention_heads), N("head_dim", c->head_dim),
         N("context", c->max_position_embeddings), N("experts_a_layer", c->n_routed_experts),
-        N("experts_a_token", c->num_experts_per_tok), B("mtp", b->has_mtp),
-        N("shards", ckpt_n_shards(ck)), N("tensors", ckpt_n_tensors(ck)),
-        N("dense_bytes", b->dense), N("expert_bytes", b->experts), N("mtp_bytes", b->mtp),
-        N("unused_bytes", b->unused), {"hashes", json_incref(hashes)},
+        N("experts_a_token", c->num_experts_per_tok), B("mtp", b.has_mtp),
+        N("shards", ckpt_n_shards(m->ck)), N("tensors", ckpt_n_tensors(m->ck)),
+        N("dense_bytes", b.dense), N("expert_bytes", b.experts), N("mtp_bytes", b.mtp),
+        N("unused_bytes", b.unused), {"hashes", json_incref(m->hashes)},
     };
-    return write_json(stdout, facts, sizeof facts / sizeof *facts - !hashes, err);
+    return write_json(stdout, facts, sizeof facts / sizeof *facts - !m->hashes, err);
 }
 
-/* What both callbacks of ckpt_hash get; on_progress takes it for the status it begins with. */
-typedef struct { status_line status; json_t *lines; } hash_report;
-
 static void on_hash_line(void *arg, const char *line) {
-    hash_report *h = arg;
-    status_clear(&h->status);
-    if (h->lines) json_array_append_new(h->lines, json_string(line));
+    model *m = arg;
+    status_clear(&m->status);
+    if (m->hashes) json_array_append_new(m->hashes, json_string(line));
     else printf("%s\n", line);
     fflush(stdout);
 }
 
-static int check_hash(const args *a, const ckpt *ck, json_t *lines, dsv4_err *err) {
-    char record[4096];
-    hash_report h = {.status = {.on = !a->quiet, .bar = on_terminal()}, .lines = lines};
+static int check_hash(model *m, const args *a, dsv4_err *err) {
+    char record[PATH_BYTES];
     int n_changed = 0;
-    if (!model_path(record, sizeof record, "hash", *a->operand))
+    if (!model_path(record, "hash", *a->operand))
         return fail(err, "nowhere to remember hashes: set HOME or XDG_CACHE_HOME");
-    status_begin(&h.status, "hashing", 0);
-    int rc = ckpt_hash(ck, record, on_hash_line, on_progress, &h, &n_changed, err);
-    status_clear(&h.status);
-    if (rc == 0 && n_changed)
-        rc = fail(err, "%d shard%s changed since the last time (%s)", n_changed,
-                  n_changed > 1 ? "s" : "", record);
-    return rc;
+    if (a->json) m->hashes = json_array();
+    m->status.on = !a->quiet;
+    m->status.bar = on_terminal();
+    status_begin(&m->status, "hashing", 0, 0);
+    if (ckpt_hash(m->ck, record, on_hash_line, on_progress, m, &n_changed, err)) return -1;
+    if (n_changed == 0) return 0;
+    return fail(err, "shards that changed since the last time (%s): %d", record, n_changed);
 }
 
 static int cmd_check(model *m, const args *a, dsv4_err *err) {
     if (model_survey(m, *a->operand, err)) return -1;
-    json_t *lines = a->json && a->hash ? json_array() : NULL;
-    weights_bytes b = weights_count(m->w);
-    if (!a->json && !a->quiet) print_check(&m->cfg, m->ck, &b);
-    int rc = a->hash ? check_hash(a, m->ck, lines, err) : 0;
-    if (rc == 0 && a->json) rc = write_check(&m->cfg, m->ck, &b, lines, err);
-    json_decref(lines);
-    return rc;
+    if (!a->json && !a->quiet) print_check(m);
+    if (a->hash && check_hash(m, a, err)) return -1;
+    return a->json ? write_check(m, err) : 0;
 }
 
 /* === 10. summarize ============================================================================
@@ -1526,19 +1401,13 @@ enum {
     SURVEY_SECONDS = 1,            /* to measure this machine in                                */
 };
 
-typedef enum { FORM_TEXT, FORM_MARKDOWN, FORM_JSON, FORM_N } form;
-static form format_of(const char *word) {
-    static const char *const name[] = {"text", "markdown", "json"};
-    int i = 0;
-    while (i < FORM_N && strcmp(word, name[i])) i++;
-    return (form)i;
-}
+typedef enum { FORM_TEXT, FORM_MARKDOWN, FORM_JSON, FORM_N } form;     /* as in FORMATS */
 
 /* Words of a summary, or 0 for what is no length. */
 static int length_of(const char *word) {
-    if (!strcmp(word, "short")) return 100;
-    if (!strcmp(word, "medium")) return 300;
-    if (!strcmp(word, "long")) return 800;
+    static const int lengths[] = {100, 300, 800};
+    int which = choice(LENGTHS, word);
+    if (which >= 0) return lengths[which];
     char *end;
     long n = strtol(word, &end, 10);
     return *end || n < 1 || n > 100000 ? 0 : (int)n;
@@ -1557,18 +1426,16 @@ typedef struct {
     model *m;
     args a;
     document *doc;                 /* [n_docs]                                                  */
-    int n_docs, n_failed, n_tasks; /* tasks: questions, or the one summary                      */
-    int words;
+    int n_docs, n_failed, n_tasks, words; /* tasks: questions, or the one summary of n words    */
+    int64_t longest;               /* tokens of a document or part                              */
     form form;
+    bool as_json;
     FILE *to;
-    int64_t most, room;            /* tokens of a context; of a document in it                  */
-    int64_t n_answer;
+    int64_t most, room, n_answer;  /* tokens of a context; in it of a document, of an answer    */
     buffer from_stdin;             /* which can be read once                                    */
     document *at;                  /* which is being worked on                                  */
     char phase[48];
 } summary;
-
-/* --- what is asked --- */
 
 static void put_before(buffer *b, int part, int n_parts) {
     put_text(b, "Read the document below. Behind its end you are told what to do with it. All of "
@@ -1599,36 +1466,20 @@ static void put_after(buffer *b, const summary *s, int task, material on) {
     put_format(b, " %s\n", style[on == ON_PART ? FORM_TEXT : s->form]);
 }
 
-static int summary_ids(summary *s, const buffer *head, const char *after, id_list *out,
-                       dsv4_err *err) {
-    buffer text = {0};
-    put_bytes(&text, head->s, head->n);
-    put_text(&text, after ? after : "");
-    if (text.failed || head->failed) return free(text.s), fail(err, "out of memory");
-    json_t *messages = json_pack("[o]", prompt_message("user", text.s, text.n));
-    int rc = encode_messages(s->m, &s->a, messages, out, err);
-    json_decref(messages);
-    free(text.s);
-    return rc;
-}
-
-/* --- documents --- */
-
 /* Append a document's text; of several files each between marks (M4's template for files). */
 static int put_document(summary *s, const document *d, buffer *out, bool say, dsv4_err *err) {
     for (int i = 0; i < d->n_files; i++) {
         const char *path = d->file[i], *slash = strrchr(path, '/'), *note = NULL;
         bool is_stdin = !strcmp(path, "-");
+        buffer *to = is_stdin ? &s->from_stdin : out;
         put_format(out, "[file name]: %s\n[file content begin]\n",
                    is_stdin ? "document" : slash ? slash + 1 : path);
-        if (!is_stdin && doc_read(out, path, &note, err)) return -1;
-        if (is_stdin && !s->from_stdin.n && doc_read(&s->from_stdin, path, &note, err)) return -1;
-        if (is_stdin) put_bytes(out, s->from_stdin.s, s->from_stdin.n);
+        if ((!is_stdin || !to->n) && doc_read(to, path, &note, err)) return -1;
+        if (is_stdin) put_bytes(out, to->s, to->n);
         put_text(out, "\n[file content end]\n");
         if (note && say) fprintf(stderr, "note: %s: %s\n", path, note);
     }
-    if (out->n > DOC_BYTES) return fail(err, "the files have more than %d MB of text: use --each",
-                                        DOC_BYTES >> 20);
+    if (out->n > DOC_BYTES) return fail(err, "the files have too much text: use --each");
     return out->failed ? fail(err, "out of memory for documents") : 0;
 }
 
@@ -1641,6 +1492,8 @@ static int survey_documents(summary *s, dsv4_err *err) {
         if (rc == 0) rc = doc_cut(s->m->tok, text.s, text.n, s->room, &parts, err);
         d->n_tokens = parts.n_tokens;
         d->n_parts = parts.n;
+        if (d->n_parts > 1) s->longest = s->room;
+        else if (d->n_tokens > s->longest) s->longest = d->n_tokens;
         free(parts.end);
         free(text.s);
         if (rc && !s->a.each) return -1;
@@ -1657,7 +1510,7 @@ static int survey_documents(summary *s, dsv4_err *err) {
 /* A table of what it will take. */
 static void print_tasks(const summary *s) {
     static const char row[] = "%-32.32s %11s %6d %6.0f %10.1f %10.0f\n";
-    survey v = {.e = s->m->e, .cfg = &s->m->cfg, .p = engine_plan(s->m->e), .r = s->m->rates};
+    survey v = {.m = s->m, .p = engine_plan(s->m->e)};
     double all_s = 0, all_gb = 0, n_words = s->n_tasks * 1.5 * s->words;
     fprintf(stderr, "\n%-32s %11s %6s %6s %10s %10s\n", "document", "tokens", "parts", "spans",
             "disk GB", "about s");
@@ -1668,48 +1521,37 @@ static void print_tasks(const summary *s) {
         double n_answers = d->n_parts > 1 ? d->n_parts + 1 : 1;
         double spans = d->n_parts * ceil((double)v.ctx / v.p->span);
         double gb = (d->n_parts * b.disk_bytes + n_answers * n_words * w.disk_bytes) / 1e9;
-        double seconds = d->n_parts * bound_s(&b) + n_answers * n_words * bound_s(&w);
+        double seconds = d->n_parts * b.s + n_answers * n_words * w.s;
         fprintf(stderr, row, *d->file, grouped(d->n_tokens).text, d->n_parts, spans, gb, seconds);
         all_gb += gb;
         all_s += seconds;
     }
     if (s->n_docs > 1) fprintf(stderr, "%-32s %11s %6s %6s %10.1f %10.0f\n", "all", "", "", "",
                                all_gb, all_s);
-    fprintf(stderr, "predicted from what this machine measures now (%.1f GB/s of disk, %.1f GMAC/s),"
-            " if nothing is parked yet\n\n", v.r.disk_bytes_s / 1e9, v.r.exec.macs_s / 1e9);
+    fprintf(stderr, "predicted from this machine's speed now, if nothing is parked yet\n\n");
 }
 
-/* --- answers --- */
-
-static void print_heading(const summary *s, int task) {
-    if (s->a.ask.n && s->to && s->form != FORM_JSON && !s->a.jsonl)
-        fprintf(s->to, "%s%s%s\n\n", task ? "\n" : "", s->form == FORM_MARKDOWN ? "## " : "",
-                s->a.ask.word[task]);
-}
-
-/* Ask one thing about what `head` ends with, whose own prompt is head_ids; the answer is appended,
- * and said where it is the last word. */
-static int answer_task(summary *s, const buffer *head, const id_list *head_ids, int task,
-                       material on, buffer *said, dsv4_err *err) {
+/* Ask one thing about what `head` ends with, whose ids are head_ids; the last word is said. */
+static int answer_task(summary *s, buffer *head, const id_list *head_ids, int task, material on,
+                       buffer *said, dsv4_err *err) {
     model *m = s->m;
-    buffer after = {0};
-    size_t same = 0;
-    bool show = on != ON_PART && s->form != FORM_JSON && !s->a.jsonl;
+    size_t same = 0, before_task = head->n;
+    bool show = on != ON_PART && !s->as_json;
     speaker sp = {.m = m, .a = &s->a, .n = s->n_answer, .to = show ? s->to : NULL, .err = err};
-    put_after(&after, s, task, on);
-    put_bytes(&after, "", 1);
+    put_after(head, s, task, on);
     m->ids.n = 0;
-    int rc = after.failed ? fail(err, "out of memory")
-                          : summary_ids(s, head, after.s, &m->ids, err);
-    free(after.s);
+    int rc = question_ids(m, &s->a, head, &m->ids, err);
+    head->n = before_task;
     if (rc) return -1;
     while (same < head_ids->n && same < m->ids.n && head_ids->id[same] == m->ids.id[same]) same++;
     m->tail = (int64_t)same;
     m->phase = s->phase;
     m->say_reused = task == 0;
-    if (show) print_heading(s, task);
+    if (show && s->a.ask.n)
+        fprintf(s->to, "%s%s%s\n\n", task ? "\n" : "", s->form == FORM_MARKDOWN ? "## " : "",
+                s->a.ask.word[task]);
     uint64_t before = engine_stats(m->e)->reused_tokens;
-    if (feed(m, 0, m->ids.n, NULL, err)) return -1;
+    if (feed(m, 0, m->ids.n, false, err)) return -1;
     if (task == 0) s->at->n_reused += (int64_t)(engine_stats(m->e)->reused_tokens - before);
     rc = speak_answer(&sp);
     put_bytes(said, sp.content.s, sp.content.n);
@@ -1720,32 +1562,30 @@ static int answer_task(summary *s, const buffer *head, const id_list *head_ids, 
 /* Do tasks [first, end) on a text of any length. */
 static int work_through(summary *s, const buffer *text, int first, int end, material on,
                         buffer *said, dsv4_err *err) {
-    doc_parts parts;
+    buffer notes[MAX_WORDS] = {0};
+    doc_parts parts = {0};
     int rc = doc_cut(s->m->tok, text->s, text->n, s->room, &parts, err);
-    buffer *notes = calloc((size_t)s->n_tasks, sizeof *notes);
-    if (!rc && !notes) rc = fail(err, "out of memory");
+    bool cut = parts.n > 1;
     for (int p = 0; p < parts.n && rc == 0; p++) {
         buffer head = {0};
         id_list head_ids = {0};
         size_t from = p ? parts.end[p - 1] : 0;
         put_before(&head, p, parts.n);
         put_bytes(&head, text->s + from, parts.end[p] - from);
-        snprintf(s->phase, sizeof s->phase, parts.n > 1 ? "reading%s part %d of %d" : "reading%s",
+        snprintf(s->phase, sizeof s->phase, cut ? "reading%s part %d of %d" : "reading%s",
                  on == ON_NOTES ? " notes" : "", p + 1, parts.n);
-        rc = summary_ids(s, &head, NULL, &head_ids, err);
+        rc = question_ids(s->m, &s->a, &head, &head_ids, err);
         for (int t = first; t < end && rc == 0; t++) {
-            if (parts.n > 1) put_format(&notes[t], "Part %d of %d:\n", p + 1, parts.n);
-            rc = answer_task(s, &head, &head_ids, t, parts.n > 1 ? ON_PART : on,
-                             parts.n > 1 ? &notes[t] : &said[t], err);
-            if (parts.n > 1) put_text(&notes[t], "\n\n");
+            if (cut) put_format(&notes[t], "%sPart %d of %d:\n", p ? "\n\n" : "", p + 1, parts.n);
+            rc = answer_task(s, &head, &head_ids, t, cut ? ON_PART : on, cut ? notes + t : said + t,
+                             err);
         }
         free(head_ids.id);
         free(head.s);
     }
-    for (int t = first; t < end && parts.n > 1 && rc == 0; t++)
+    for (int t = first; t < end && cut && rc == 0; t++)
         rc = work_through(s, &notes[t], t, t + 1, ON_NOTES, said, err);
-    for (int t = 0; notes && t < s->n_tasks; t++) free(notes[t].s);
-    free(notes);
+    for (int t = first; t < end; t++) free(notes[t].s);
     free(parts.end);
     return rc;
 }
@@ -1762,115 +1602,95 @@ static json_t *summary_json(const buffer *said, bool object) {
 /* The document as one JSON object. */
 static int write_document(const summary *s, const buffer *said, double seconds, dsv4_err *err) {
     const document *d = s->at;
-    json_t *root = json_object(), *list = json_array(), *source = json_array();
+    bool ask = s->a.ask.n > 0;
+    json_t *source = d->n_files > 1 ? json_array() : json_string(*d->file);
+    json_t *told = ask ? json_array() : summary_json(said, s->form == FORM_JSON);
     for (int i = 0; i < d->n_files; i++) json_array_append_new(source, json_string(d->file[i]));
-    json_object_set(root, "source", d->n_files > 1 ? source : json_array_get(source, 0));
-    for (int t = 0; t < s->n_tasks && s->a.ask.n && !d->error; t++)
-        json_array_append_new(list, json_pack("{s:s, s:s%}", "question", s->a.ask.word[t], "answer",
+    for (int t = 0; t < s->a.ask.n; t++)
+        json_array_append_new(told, json_pack("{s:s, s:s%}", "question", s->a.ask.word[t], "answer",
                                               said[t].n ? said[t].s : "", said[t].n));
-    if (d->error) {
-        json_object_set_new(root, "error", json_string(d->error));
-    } else {
-        json_object_set_new(root, "tokens", json_integer(d->n_tokens));
-        json_object_set_new(root, "parts", json_integer(d->n_parts));
-        if (s->a.ask.n) json_object_set(root, "answers", list);
-        else json_object_set_new(root, "summary", summary_json(said, s->form == FORM_JSON));
-        json_object_set_new(root, "seconds", json_real(seconds));
-        json_object_set_new(root, "reused", json_integer(d->n_reused));
-    }
+    json_t *root = d->error
+        ? json_pack("{s:O*, s:o*}", "source", source, "error", json_string(d->error))
+        : json_pack("{s:O*, s:I, s:i, s:O*, s:f, s:I}", "source", source, "tokens",
+                    (json_int_t)d->n_tokens, "parts", d->n_parts, ask ? "answers" : "summary", told,
+                    "seconds", seconds, "reused", (json_int_t)d->n_reused);
     int rc = json_dumpf(root, s->to, (s->a.jsonl ? JSON_COMPACT : JSON_INDENT(2)) |
                                      JSON_REAL_PRECISION(6));
     fputc('\n', s->to);
     fflush(s->to);
     json_decref(source);
-    json_decref(list);
+    json_decref(told);
     json_decref(root);
     return rc ? fail(err, "out of memory for the JSON output") : 0;
 }
 
-/* Where it was interrupted: what is parked, and how to go on. */
-static int say_parked(const summary *s, dsv4_err *err) {
-    const id_list *ids = &s->m->ids;
-    int64_t n = session_parked(s->m->s, ids->id, (int64_t)ids->n, s->m->tail);
-    if (!s->m->park) return fail(err, "interrupted; nothing is parked");
-    return fail(err, "interrupted; %s of %s tokens are parked, and the same command goes on from "
-                "there", grouped(n).text, grouped((int64_t)ids->n).text);
-}
-
 static int do_document(summary *s, dsv4_err *err) {
+    model *m = s->m;
     document *d = s->at;
-    buffer text = {0}, *said = calloc((size_t)s->n_tasks, sizeof *said);
-    bool as_json = s->form == FORM_JSON || s->a.jsonl;
+    buffer text = {0}, said[MAX_WORDS] = {0};
     double began = now_s();
-    int rc = said ? 0 : fail(err, "out of memory");
-    if (s->n_docs > 1 && !as_json)
+    int rc = 0;
+    if (s->n_docs > 1 && !s->as_json)
         fprintf(s->to, s->form == FORM_MARKDOWN ? "%s# %s\n\n" : "%s==> %s <==\n",
                 d == s->doc ? "" : "\n", *d->file);
-    if (!rc && !d->error) {
+    if (!d->error) {
         rc = put_document(s, d, &text, false, err);
         if (!rc) rc = work_through(s, &text, 0, s->n_tasks, ON_WHOLE, said, err);
-        if (rc && interrupted) (void)say_parked(s, err);
-        else if (rc && s->a.each) d->error = strdup(err->msg);
+        int64_t n = (int64_t)m->ids.n;
+        if (rc && interrupted && m->park)      /* how to go on */
+            fail(err, "interrupted; %s of %s tokens are parked, and the same command goes on from "
+                 "there", grouped(session_parked(m->s, m->ids.id, n, m->tail)).text,
+                 grouped(n).text);
+        else if (rc && !interrupted && s->a.each) d->error = strdup(err->msg);
         if (d->error) fprintf(stderr, "dsv4: %s: %s\n", *d->file, err->msg), rc = 0;
     }
-    if (!rc && as_json) rc = write_document(s, said, now_s() - began, err);
-    for (int t = 0; said && t < s->n_tasks; t++) free(said[t].s);
-    free(said);
+    if (!rc && s->as_json) rc = write_document(s, said, now_s() - began, err);
+    for (int t = 0; t < s->n_tasks; t++) free(said[t].s);
     free(text.s);
     return rc;
 }
 
 /* How much of a context is a document's: all but the words around it and the answer. */
 static int summary_room(summary *s, dsv4_err *err) {
-    buffer head = {0}, after = {0};
+    buffer text = {0};
     id_list ids = {0};
     size_t words = 0;
     int rc = 0;
-    put_before(&head, MAX_LAYERS, 2 * MAX_LAYERS);
     for (int t = 0; t < s->n_tasks && rc == 0; t++) {
-        ids.n = after.n = 0;
-        put_after(&after, s, t, ON_NOTES);
-        put_bytes(&after, "", 1);
-        rc = summary_ids(s, &head, after.failed ? NULL : after.s, &ids, err);
+        ids.n = text.n = 0;
+        put_before(&text, MAX_LAYERS, 2 * MAX_LAYERS);
+        put_after(&text, s, t, ON_NOTES);
+        rc = question_ids(s->m, &s->a, &text, &ids, err);
         if (ids.n > words) words = ids.n;
     }
-    free(head.s);
-    free(after.s);
+    free(text.s);
     free(ids.id);
     s->n_answer = s->a.n_answer < s->most / ANSWER_SHARE ? s->a.n_answer : s->most / ANSWER_SHARE;
     s->room = s->most - (int64_t)words - s->n_answer - SLACK;
-    if (!rc && s->room < PART_LEAST)
-        rc = fail(err, "a context of %lld tokens is too small for a document between %zu tokens of "
-                  "instructions and an answer of %lld; raise --ctx", (long long)s->most, words,
-                  (long long)s->n_answer);
-    return rc;
+    if (rc || s->room >= PART_LEAST) return rc;
+    return fail(err, "a context of %lld tokens is too small for a document, %zu of instructions "
+                "and an answer; raise --ctx", (long long)s->most, words);
 }
 
 static int summarize(summary *s, dsv4_err *err) {
-    model *m = s->m;
-    int64_t longest = 0;
     if (summary_room(s, err) || survey_documents(s, err)) return -1;
-    for (const document *d = s->doc; d < s->doc + s->n_docs; d++) {
-        if (!d->error && d->n_parts > 1) longest = s->room;
-        else if (!d->error && d->n_tokens > longest) longest = d->n_tokens;
-    }
-    int64_t n_prompt = longest + s->most - s->room - s->n_answer;
-    m->measure_s = s->a.quiet ? 0 : SURVEY_SECONDS;
-    if (longest && model_start(m, &s->a, n_prompt, n_prompt + s->n_answer, err)) return -1;
-    if (longest && !s->a.quiet) print_tasks(s);
+    int64_t n_prompt = s->longest + s->most - s->room - s->n_answer;
+    s->m->measure_s = s->a.quiet ? 0 : SURVEY_SECONDS;
+    if (s->longest && model_start(s->m, &s->a, n_prompt, n_prompt + s->n_answer, err)) return -1;
+    if (s->longest && !s->a.quiet) print_tasks(s);
     for (s->at = s->doc; s->at < s->doc + s->n_docs; s->at++) {
         if (do_document(s, err)) return -1;
         s->n_failed += s->at->error != NULL;
     }
-    return s->n_failed ? fail(err, "%d of %d documents could not be %s", s->n_failed, s->n_docs,
-                           s->a.ask.n ? "asked" : "summarized") : 0;
+    return s->n_failed ? fail(err, "%d of %d documents failed", s->n_failed, s->n_docs) : 0;
 }
 
 static int cmd_summarize(model *m, const args *a, dsv4_err *err) {
     summary s = {.m = m, .a = *a, .n_docs = a->each ? a->n_operands : 1,
                  .n_tasks = a->ask.n ? a->ask.n : 1, .to = stdout,
                  .words = length_of(a->length ? a->length : "medium"),
-                 .form = format_of(a->format ? a->format : "text")};
+                 .form = a->format ? (form)choice(FORMATS, a->format) : FORM_TEXT};
+    s.as_json = s.form == FORM_JSON || a->jsonl;
     s.a.no_think = !a->think;
     s.doc = calloc((size_t)s.n_docs, sizeof *s.doc);
     for (int i = 0; s.doc && i < s.n_docs; i++)
@@ -1880,7 +1700,8 @@ static int cmd_summarize(model *m, const args *a, dsv4_err *err) {
     if (rc == 0 && a->out) rc = out_open(&m->out, a->out, err);
     if (m->out.f) s.to = m->out.f;
     if (rc == 0) rc = summarize(&s, err);
-    if (s.n_failed || (interrupted && a->jsonl)) rc |= out_close(&m->out, 0, err); /* what is done */
+    if (s.n_failed || (interrupted && a->jsonl)) /* what is done, is kept */
+        rc |= out_close(&m->out, 0, err);
     for (int i = 0; s.doc && i < s.n_docs; i++) free(s.doc[i].error);
     free(s.doc);
     free(s.from_stdin.s);
@@ -1923,18 +1744,16 @@ static int cmd_sessions(model *m, const args *a, dsv4_err *err) {
 
 /* === 12. bench ================================================================================ */
 
-static void print_ratio(const char *what, double got, const char *unit, const char *of,
-                        double most) {
-    printf("%-24s %9.2f %-8s %-24s %9.2f %6.1f%%\n", what, got, unit, of, most,
-           100 * rate(got, most));
+static void print_ratio(const char *what, double got, const char *of, double most) {
+    printf("%-26s %9.2f   %-26s %9.2f %6.1f%%\n", what, got, of, most, 100 * rate(got, most));
 }
 
 /* Decode n tokens drawn evenly, one by one, and compare with what the machine reaches. */
-static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err *err) {
+static int bench_decode(model *m, const args *a, dsv4_err *err) {
     const dsv4_plan *p = engine_plan(m->e);
     const dsv4_stats *s = engine_stats(m->e), before = *s;
     const offload_stats *o = engine_offload_stats(m->e), read = *o;
-    double n = (double)a->n_bench;
+    double n = (double)a->n_bench, gb = n / 1e9;
     uint64_t draw = a->seed;
     for (int64_t i = 0; i < a->n_bench; i++) {
         draw = draw * 6364136223846793005u + 1442695040888963407u;
@@ -1947,16 +1766,14 @@ static int bench_decode(model *m, const args *a, const engine_rates *r, dsv4_err
     for (int i = 0; i < OPC_N; i++) all += op[i] = s->op_s[i] - before.op_s[i];
     double experts = op[OPC_EXPERTS] - wait, matrices = op[OPC_PROJ] + op[OPC_COMPRESS] +
                      op[OPC_GATE] + op[OPC_SHARED] + op[OPC_HEAD] - idle;
-    double memory = r->exec.read_bytes_s / 1e9, disk = r->disk_bytes_s / 1e9;
+    double ram = m->rates.exec.read_bytes_s / 1e9, disk = m->rates.disk_bytes_s / 1e9;
     double got = (double)(o->read_bytes - read.read_bytes) / 1e9;
     double reading = rate(got, disk), most = all - op[OPC_EXPERTS] - idle + fmax(experts, reading);
-    printf("%-24s %9s %-8s %-24s %9s %7s\n", "what", "measured", "", "bound", "", "ratio");
-    print_ratio("experts, computed", n * (double)p->token_experts / 1e9 / experts, "GB/s",
-                "memory read, GB/s", memory);
-    print_ratio("dense weights, computed", n * (double)p->token_dense / 1e9 / matrices, "GB/s",
-                "memory read, GB/s", memory);
-    print_ratio("reads, over all of it", rate(got, all), "GB/s", "disk alone, GB/s", disk);
-    print_ratio("decode", n / all, "tokens/s", "dense + max(experts, disk)", n / most);
+    printf("%-26s %9s   %-26s %9s %7s\n", "what, in GB/s", "measured", "bound", "", "ratio");
+    print_ratio("experts, computed", gb * (double)p->token_experts / experts, "memory", ram);
+    print_ratio("dense weights, computed", gb * (double)p->token_dense / matrices, "memory", ram);
+    print_ratio("reads, over all of it", rate(got, all), "disk alone", disk);
+    print_ratio("decode, tokens/s", n / all, "dense + max(experts, disk)", n / most);
     return 0;
 }
 
@@ -1965,12 +1782,11 @@ static int cmd_bench(model *m, const args *a, dsv4_err *err) {
     for (int64_t i = 0; i < BENCH_PROMPT; i++)
         if (ids_push(&m->ids, (int32_t)(i * 7919 % m->cfg.vocab_size), err)) return -1;
     m->measure_s = 4;
-    if ((a->trace && out_open(&m->out, a->trace, err)) ||
-        model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err) ||
-        feed(m, 0, BENCH_PROMPT, NULL, err))
-        return -1;
+    if (a->trace && out_open(&m->out, a->trace, err)) return -1;
+    if (model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err)) return -1;
+    if (feed(m, 0, BENCH_PROMPT, false, err)) return -1;
     m->status.on = false;
-    return bench_decode(m, a, &m->rates, err);
+    return bench_decode(m, a, err);
 }
 
 /* === 13. Flags, help, main ==================================================================== */
@@ -1981,7 +1797,7 @@ enum {                             /* commands, and sets of them that take the s
     ANSWER = TALK | SUMMARIZE, ENGINE = ANSWER | EVAL | BENCH, BUDGET = ENGINE | PLAN,
 };
 
-typedef enum { ARG_TEXT, ARG_LIST, ARG_WHOLE, ARG_SIZE, ARG_SEED, ARG_REAL, ARG_SWITCH } arg_kind;
+typedef enum { ARG_TEXT, ARG_WORD, ARG_LIST, ARG_WHOLE, ARG_SIZE, ARG_REAL, ARG_SWITCH } arg_kind;
 
 typedef struct {
     const char *name, *value;      /* "--temp", "T"; value NULL for a switch                    */
@@ -1989,13 +1805,15 @@ typedef struct {
     arg_kind kind;
     size_t at;                     /* its place in args                                         */
     double lo, hi;                 /* of numbers; of a list how many, and bytes of each         */
+    const char *words;             /* to choose from                                            */
     const char *help;
 } flag;
 
-#define ARG(kind, field)     ARG_##kind, offsetof(args, field), 0, 0
-#define WHOLE(field, lo, hi) ARG_WHOLE, offsetof(args, field), lo, hi
-#define REAL(field, lo, hi)  ARG_REAL, offsetof(args, field), lo, hi
-#define LIST(field, most, bytes) ARG_LIST, offsetof(args, field), most, bytes
+#define ARG(kind, field)         ARG_##kind, offsetof(args, field), 0, 0, NULL
+#define WORD(field, words)       ARG_WORD, offsetof(args, field), 0, 0, words
+#define WHOLE(field, lo, hi)     ARG_WHOLE, offsetof(args, field), lo, hi, NULL
+#define REAL(field, lo, hi)      ARG_REAL, offsetof(args, field), lo, hi, NULL
+#define LIST(field, most, bytes) ARG_LIST, offsetof(args, field), most, bytes, NULL
 static const flag flags[] = {
     {"-m", "DIR", BUDGET | PROMPT | TOKENIZE, ARG(TEXT, model), "the model's directory"},
     {"-p", "TEXT", RUN, ARG(TEXT, prompt), "the prompt"},
@@ -2003,110 +1821,83 @@ static const flag flags[] = {
     {"--ids", "FILE", RUN | EVAL, ARG(TEXT, ids), "a file of token ids, separated by white space"},
     {"--ids", NULL, PROMPT, ARG(SWITCH, as_ids), "write the token ids (needs -m)"},
     {"--decode", NULL, TOKENIZE, ARG(SWITCH, decode), "from ids to text"},
-    {"-n", "N", ANSWER, WHOLE(n_answer, 1, 1e9),
-     "tokens of an answer at most, thoughts included (4096)"},
+    {"-n", "N", ANSWER, WHOLE(n_answer, 1, 1e9), "tokens of an answer, thoughts included (4096)"},
     {"--system", "TEXT", TALK, ARG(TEXT, system), "the system prompt"},
-    {"--ask", "QUESTION", SUMMARIZE, LIST(ask, MAX_WORDS, 16384),
-     "answer it from the document instead; up to 64 times"},
+    {"--ask", "QUESTION", SUMMARIZE, LIST(ask, MAX_WORDS, 16384), "answer it; up to 64 times"},
     {"--focus", "TEXT", SUMMARIZE, ARG(TEXT, focus), "what a summary should give most room to"},
-    {"--length", "LEN", SUMMARIZE, ARG(TEXT, length),
-     "short, medium or long, or about how many words (medium)"},
-    {"--format", "FORM", SUMMARIZE, ARG(TEXT, format), "text, markdown or json (text)"},
+    {"--length", "LEN", SUMMARIZE, ARG(TEXT, length), LENGTHS ", or a number of words (medium)"},
+    {"--format", "FORM", SUMMARIZE, WORD(format, FORMATS), FORMATS " (text)"},
     {"--each", NULL, SUMMARIZE, ARG(SWITCH, each), "every file is a document of its own"},
-    {"--jsonl", NULL, SUMMARIZE, ARG(SWITCH, jsonl),
-     "a line of JSON a document: source, tokens, summary or answers, seconds, reused"},
+    {"--jsonl", NULL, SUMMARIZE, ARG(SWITCH, jsonl), "a line of JSON for each document"},
     {"--out", "FILE", SUMMARIZE, ARG(TEXT, out), "write there instead of to stdout"},
     {"--think", NULL, SUMMARIZE, ARG(SWITCH, think), "think before answering"},
-    {"--no-think", NULL, ANSWER, ARG(SWITCH, no_think),
-     "answer without thinking first (summarize does unless told)"},
-    {"--effort", "LEVEL", ANSWER, ARG(TEXT, effort), "how hard to think: low, high or max"},
+    {"--no-think", NULL, ANSWER, ARG(SWITCH, no_think), "answer at once (summarize's default)"},
+    {"--effort", "LEVEL", ANSWER, WORD(effort, EFFORTS), "how hard to think: " EFFORTS},
     {"--raw", NULL, RUN, ARG(SWITCH, raw), "continue the text instead of answering it"},
-    {"--temp", "T", ANSWER, REAL(temp, 0, 1e3),
-     "temperature, 0 for the likeliest token (the model's, else 1)"},
-    {"--top-p", "P", ANSWER, REAL(top_p, 0, 1),
-     "draw from the likeliest tokens that hold P (the model's, else 1)"},
-    {"--top-k", "K", ANSWER, WHOLE(top_k, 0, 1e9),
-     "draw from the K likeliest tokens, 0 for all (the model's, else 0)"},
-    {"--min-p", "P", ANSWER, REAL(min_p, 0, 1),
-     "drop tokens below P times the likeliest (the model's, else 0)"},
+    {"--temp", "T", ANSWER, REAL(temp, 0, 1e3), "temperature, 0: the likeliest (the model's)"},
+    {"--top-p", "P", ANSWER, REAL(top_p, 0, 1), "draw from likeliest that hold P (the model's)"},
+    {"--top-k", "K", ANSWER, WHOLE(top_k, 0, 1e9), "draw from K likeliest, 0: all (the model's)"},
+    {"--min-p", "P", ANSWER, REAL(min_p, 0, 1), "none below P times the likeliest (the model's)"},
     {"--repetition-penalty", "X", ANSWER, REAL(penalty, 0.01, 100),
      "divide the logits of tokens already there (the model's, else 1)"},
-    {"--seed", "S", ANSWER, ARG(SEED, seed), "same seed, same text (0)"},
-    {"--stop", "TEXT", ANSWER, LIST(stop, MAX_STOPS, MAX_STOP_BYTES - 1),
-     "end the answer where TEXT begins; up to 8 times"},
-    {"--no-loop-guard", NULL, ANSWER, ARG(SWITCH, no_loop_guard),
-     "go on when the answer goes round in circles"},
+    {"--seed", "S", ANSWER, WHOLE(seed, 0, 0x1p64), "same seed, same text (0)"},
+    {"--stop", "TEXT", ANSWER, LIST(stop, MAX_STOPS, MAX_STOP_BYTES - 1), "end there; 8 at most"},
+    {"--no-loop-guard", NULL, ANSWER, ARG(SWITCH, no_loop_guard), "go on in circles"},
     {"--print-ids", NULL, RUN, ARG(SWITCH, print_ids), "print token ids instead of text"},
     {"--tokens", "N", BENCH, WHOLE(n_bench, 1, 1e6), "tokens to decode (64)"},
     {"--trace", "FILE", BENCH, ARG(TEXT, trace), "write token, layer and experts of each step"},
     {"--logits", "OUT.npy", EVAL, ARG(TEXT, logits), "write the logits, float32 [n, vocab]"},
     {"--decode-from", "K", EVAL, WHOLE(decode_from, 0, 1e9), "ids from K on go one at a time"},
-    {"--no-rounding", NULL, EVAL, ARG(SWITCH, no_rounding),
-     "leave out the model's deliberate roundings"},
+    {"--no-rounding", NULL, EVAL, ARG(SWITCH, no_rounding), "without the model's own roundings"},
     {"--chunk", "N", EVAL, WHOLE(chunk, 1, 1e9), "tokens to put through at once"},
-    {"--span", "N", EVAL, WHOLE(span, 1, 1e9),
-     "tokens to put through a layer before the next one (what memory allows)"},
-    {"--generation", "GEN", PROMPT, ARG(TEXT, gen),
-     "v4 or 0731, the two prompt formats (the model's, else v4)"},
+    {"--span", "N", EVAL, WHOLE(span, 1, 1e9), "tokens to put through a layer before the next"},
+    {"--generation", "GEN", PROMPT, WORD(gen, GENERATIONS), GENERATIONS " (the model's, else v4)"},
     {"-t", "N", BUDGET, WHOLE(threads, 1, MAX_THREADS), "threads (all processors); also --threads"},
-    {"--ram", "SIZE", BUDGET, ARG(SIZE, ram),
-     "memory to use, as 512M or 16G (most of what is free)"},
-    {"--ctx", "N", BUDGET, WHOLE(ctx, 1, 1e9),
-     "tokens of context to make room for (what is needed; chat and plan: 32768)"},
-    {"--kv-ram", "SIZE", BUDGET, ARG(SIZE, kv_ram),
-     "of --ram, for KV; what is more goes to --kv-dir (a quarter of --ram)"},
+    {"--ram", "SIZE", BUDGET, ARG(SIZE, ram), "memory, as 512M or 16G (most of what is free)"},
+    {"--ctx", "N", BUDGET, WHOLE(ctx, 1, 1e9), "tokens of context (as needed; chat, plan: 32768)"},
+    {"--kv-ram", "SIZE", BUDGET, ARG(SIZE, kv_ram), "of --ram, for KV (a quarter of it)"},
     {"--kv-dir", "DIR", BUDGET | SESSIONS, ARG(TEXT, kv_dir),
      "for KV that does not fit and for parked context (~/.cache/dsv4/kv)"},
     {"--kv-disk", "SIZE", ANSWER, ARG(SIZE, kv_disk), "what parked context may take (32G)"},
     {"--no-cache", NULL, ANSWER, ARG(SWITCH, no_cache), "neither use parked context nor park any"},
     {"--stats", "FILE", ENGINE, ARG(TEXT, stats), "write counters and times as JSON"},
-    {"--hash", NULL, CHECK, ARG(SWITCH, hash),
-     "read every shard whole and compare with the last time"},
+    {"--hash", NULL, CHECK, ARG(SWITCH, hash), "read all shards and compare with the last time"},
     {"--json", NULL, CHECK | PLAN, ARG(SWITCH, json), "one JSON object instead of a table"},
     {"-q", NULL, ENGINE | CHECK, ARG(SWITCH, quiet), "no progress, no tables, no thoughts"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags };
 
-static int cmd_version(model *m, const args *a, dsv4_err *err) {
-    (void)m;
-    (void)a;
-    (void)err;
-    printf("dsv4 %s\n", DSV4_VERSION);
-    return 0;
-}
-
-static int cmd_help(model *m, const args *a, dsv4_err *err);
-
 typedef struct {
     const char *name, *usage, *help;
     int bit;
     int (*run)(model *m, const args *a, dsv4_err *err);
+    int most;                      /* words that are no flags                                   */
+    const char *needs;             /* of these                                                  */
 } command;
 
 static const command commands[] = {
     {"run", "-m DIR (-p TEXT | -f FILE | --ids FILE) [flags]", "answer or continue a text", RUN,
-     cmd_run},
-    {"chat", "-m DIR [flags]", "talk with the model; /help lists what it understands", CHAT,
-     cmd_chat},
+     cmd_run, 0, NULL},
+    {"chat", "-m DIR [flags]", "talk with the model", CHAT, cmd_chat, 0, NULL},
     {"summarize", "-m DIR FILE... [--ask QUESTION]... [--each] [flags]",
      "summarize text, HTML or PDF of any length, or answer questions about it", SUMMARIZE,
-     cmd_summarize},
+     cmd_summarize, INT_MAX, "a file, or - for stdin"},
     {"eval", "-m DIR (-f FILE | --ids FILE) [flags]", "score a text: mean NLL and perplexity",
-     EVAL, cmd_eval},
+     EVAL, cmd_eval, 0, NULL},
     {"prompt", "[-m DIR] [--generation GEN] [--ids]",
-     "turn an OpenAI-style request on stdin into the model's prompt", PROMPT, cmd_prompt},
+     "turn an OpenAI-style request on stdin into the model's prompt", PROMPT, cmd_prompt, 0, NULL},
     {"tokenize", "-m DIR [-f FILE] [--decode]", "turn text into token ids, or ids into text",
-     TOKENIZE, cmd_tokenize},
+     TOKENIZE, cmd_tokenize, 0, NULL},
     {"plan", "-m DIR [--ram SIZE] [--ctx N] [--json]",
-     "say what would live where, and how fast that can be here", PLAN, cmd_plan},
+     "say what would live where, and how fast that can be here", PLAN, cmd_plan, 0, NULL},
     {"check", "DIR [--hash] [--json]", "say what a model is and whether it is whole", CHECK,
-     cmd_check},
+     cmd_check, 1, "a directory"},
     {"sessions", "list | verify | rm NAME [--kv-dir DIR]", "look after parked context", SESSIONS,
-     cmd_sessions},
+     cmd_sessions, 2, "list, verify, or rm and a name"},
     {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
-     "measure decode against memory, processor and disk", BENCH, cmd_bench},
-    {"version", "", "print the version", VERSION, cmd_version},
-    {"help", "[COMMAND]", "print this, or a command's flags", HELP, cmd_help},
+     "measure decode against memory, processor and disk", BENCH, cmd_bench, 0, NULL},
+    {"version", "", "print the version", VERSION, NULL, 0, NULL},
+    {"help", "[COMMAND]", "print this, or a command's flags", HELP, NULL, 1, NULL},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
@@ -2133,22 +1924,20 @@ static const flag *find_flag(const char *name, const command *c, dsv4_err *err) 
     return NULL;
 }
 
-static int cmd_help(model *m, const args *a, dsv4_err *err) {
+static int cmd_help(const args *a, dsv4_err *err) {
     const command *one = a->n_operands ? find_command(*a->operand, err) : NULL;
-    (void)m;
     if (a->n_operands && !one) return -1;
     if (one) {
         printf("dsv4 %s %s\n\n%s.\n\n", one->name, one->usage, one->help);
-        for (const flag *f = flags; f < flags + N_FLAGS; f++) {
-            int width = 22 - (int)strlen(f->name);
+        for (const flag *f = flags; f < flags + N_FLAGS; f++)
             if (f->commands & one->bit)
-                printf("  %s %-*s %s\n", f->name, width, f->value ? f->value : "", f->help);
-        }
+                printf("  %s %-*s %s\n", f->name, 22 - (int)strlen(f->name),
+                       f->value ? f->value : "", f->help);
         return 0;
     }
     printf("dsv4 runs DeepSeek-V4 from its official checkpoint.\n\n");
     for (const command *c = commands; c < commands + N_COMMANDS; c++)
-        printf("  dsv4 %-8s %-52s %s\n", c->name, c->usage, c->help);
+        printf("  dsv4 %-9s %-52s %s\n", c->name, c->usage, c->help);
     printf("\ndsv4 help COMMAND lists its flags.\n");
     return 0;
 }
@@ -2168,11 +1957,15 @@ static bool parse_size(const char *text, uint64_t *out) {
 static int flag_set(args *a, const flag *f, const char *value, dsv4_err *err) {
     void *place = (char *)a + f->at;
     word_list *list = place;
-    char *end;
-    double real;
+    char *end = NULL;
+    double number = -1;
     switch (f->kind) {
-    case ARG_TEXT: *(const char **)place = value; return 0;
     case ARG_SWITCH: *(bool *)place = true; return 0;
+    case ARG_WORD:
+        if (choice(f->words, value) < 0)
+            return fail(err, "%s %s is not %s", f->name, value, f->words);
+        /* fall through */
+    case ARG_TEXT: *(const char **)place = value; return 0;
     case ARG_LIST:
         if (!*value || (double)strlen(value) > f->hi)
             return fail(err, "%s takes 1 to %.0f bytes", f->name, f->hi);
@@ -2182,61 +1975,44 @@ static int flag_set(args *a, const flag *f, const char *value, dsv4_err *err) {
     case ARG_SIZE:
         if (parse_size(value, place)) return 0;
         return fail(err, "%s %s is not a size; write it as 512M or 16G", f->name, value);
-    case ARG_SEED:
+    case ARG_WHOLE:
         errno = 0;
         *(uint64_t *)place = strtoull(value, &end, 10);
-        if (*value >= '0' && *value <= '9' && !*end && !errno) return 0;
-        return fail(err, "%s %s is not a whole number from 0 up", f->name, value);
-    case ARG_WHOLE:
-    case ARG_REAL: break;
+        if (isdigit((unsigned char)*value) && !errno) number = (double)*(uint64_t *)place;
+        break;
+    case ARG_REAL: number = *(double *)place = strtod(value, &end);
     }
-    real = strtod(value, &end);
-    if (end == value || *end || !(real >= f->lo && real <= f->hi) ||
-        (f->kind == ARG_WHOLE && real != floor(real)))
-        return fail(err, "%s %s is not a %snumber from %g to %g", f->name, value,
-                    f->kind == ARG_WHOLE ? "whole " : "", f->lo, f->hi);
-    if (f->kind == ARG_REAL) *(double *)place = real;
-    else *(int64_t *)place = (int64_t)real;
-    return 0;
+    if (end != value && !*end && number >= f->lo && number <= f->hi) return 0;
+    return fail(err, "%s %s is not a %snumber from %g to %g", f->name, value,
+                f->kind == ARG_WHOLE ? "whole " : "", f->lo, f->hi);
 }
 
 static int args_check(const args *a, const command *c, dsv4_err *err) {
+    int verb = a->n_operands ? choice(SESSION_VERBS, *a->operand) : -1, rm = verb == 2;
     if ((c->bit & (BUDGET | TOKENIZE)) && !a->model) return fail(err, "%s needs -m DIR", c->name);
     if (a->as_ids && !a->model) return fail(err, "prompt --ids needs -m DIR for its tokenizer");
-    if (c->bit == CHECK && !a->n_operands) return fail(err, "check needs a directory");
-    if (c->bit == SUMMARIZE && !a->n_operands)
-        return fail(err, "summarize needs a file, or - for stdin");
-    const char *word = a->n_operands ? *a->operand : "";
-    bool rm = !strcmp(word, "rm");
-    if (c->bit == SESSIONS && (rm ? a->n_operands < 2 : strcmp(word, "list") &&
-                                                        strcmp(word, "verify")))
-        return fail(err, "sessions needs list, verify, or rm and a name");
+    if (c->bit != SESSIONS) rm = 0, verb = 0;
+    if (c->needs && (verb < 0 || a->n_operands < 1 + rm))
+        return fail(err, "%s needs %s", c->name, c->needs);
     if (c->bit == SESSIONS && a->n_operands > 1 + rm)
         return fail(err, "%s is one too many", a->operand[1 + rm]);
     if ((c->bit & (RUN | EVAL)) && !!a->prompt + !!a->file + !!a->ids != 1)
         return fail(err, "%s needs one of %s-f FILE, --ids FILE", c->name,
                     c->bit == RUN ? "-p TEXT, " : "");
-    if (a->effort && !effort_of(a->effort))
-        return fail(err, "--effort %s is not low, high or max", a->effort);
     if (a->think && a->no_think) return fail(err, "--think or --no-think, not both");
     if (a->length && !length_of(a->length))
-        return fail(err, "--length %s is not short, medium, long or a number of words", a->length);
-    if (a->format && format_of(a->format) == FORM_N)
-        return fail(err, "--format %s is not text, markdown or json", a->format);
-    if (a->gen && strcmp(a->gen, "v4") && strcmp(a->gen, "0731"))
-        return fail(err, "--generation %s is not v4 or 0731", a->gen);
+        return fail(err, "--length %s is not " LENGTHS ", or a number of words", a->length);
     return 0;
 }
 
 /* Fill *a from the words behind the command; -1 is a usage error. */
 static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err *err) {
     *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
-                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = -1,
+                .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = INT64_MAX,
                 .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & ANSWER), .operand = argv};
-    int most = c->bit == SUMMARIZE ? argc : c->bit == SESSIONS ? 2 : !!(c->bit & (CHECK | HELP));
     for (int i = 0; i < argc; i++) {
         bool word = argv[i][0] != '-' || (!argv[i][1] && c->bit == SUMMARIZE);
-        if (word && a->n_operands < most) {
+        if (word && a->n_operands < c->most) {
             a->operand[a->n_operands++] = argv[i];     /* words move in front of flags */
             continue;
         }
@@ -2277,9 +2053,12 @@ int main(int argc, char **argv) {
         fprintf(stderr, "dsv4: %s\n", err.msg);
         return EXIT_USAGE;
     }
-    int rc = (c->bit & BUDGET) && !cpu_fits()
-                 ? fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64")
-                 : c->run(&m, &a, &err);
+    int rc = 0;
+    if (c->bit == VERSION) printf("dsv4 %s\n", DSV4_VERSION);
+    else if (c->bit == HELP) rc = cmd_help(&a, &err);
+    else if ((c->bit & BUDGET) && !cpu_fits())
+        rc = fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64");
+    else rc = c->run(&m, &a, &err);
     if (rc == 0) rc = check_stdout(&err);
     rc = model_finish(&m, &a, rc, &err);
     if (rc == 0) return 0;
