@@ -42,6 +42,7 @@ enum {
     PATH_BYTES = 4096,
     PLAIN_SECONDS = 10,            /* at most, between two progress lines without a terminal    */
     TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
+    MUCH_SECONDS = 10,             /* a turn that takes longer is announced                     */
     FILE_MAX = 1 << 30,            /* bytes of text or ids given by a person                    */
     MAX_WORDS = 64,                /* that one flag may give                                    */
 };
@@ -613,6 +614,11 @@ static int feed(model *m, size_t from, size_t decode_from, bool score, dsv4_err 
     return rc;
 }
 
+/* Which share of all experts n tokens read at once need, where each takes its own evenly. */
+static double share_touched(const dsv4_config *c, int64_t n) {
+    return 1 - pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts, (double)n);
+}
+
 /* === 4. The answer ============================================================================ */
 
 typedef enum { END_EOS, END_LENGTH, END_STOP, END_LOOP, END_INTERRUPTED } ending;
@@ -1019,6 +1025,22 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
     return rc ? fail(err, "out of memory for the conversation") : 0;
 }
 
+/* Say what reading n tokens costs, where that is much: most experts are touched by a few dozen
+ * tokens, and what is not in a slot comes from the disk. */
+static void announce(const chat *c, int64_t n) {
+    const dsv4_plan *p = engine_plan(c->m->e);
+    const dsv4_stats *s = engine_stats(c->m->e);
+    int64_t passes = (n + p->span - 1) / p->span;
+    double touched = share_touched(&c->m->cfg, n < p->span ? n : p->span);
+    bool all = engine_expert_stats(c->m->e)->misses == 0;
+    int cold = p->n_experts_total - (all ? 0 : p->n_slots);
+    double bytes = (double)passes * touched * cold * (double)p->slot_bytes;
+    double seconds = bytes / rate((double)s->dense_bytes, s->load_s);
+    if (!c->a->quiet && seconds >= MUCH_SECONDS)
+        fprintf(stderr, "note: %lld tokens touch about %.0f%% of the experts: %.1f GB from disk, "
+                "about %.0f s\n", (long long)n, 100 * touched, bytes / 1e9, seconds);
+}
+
 /* Make `ids` the context: read what is new of it; where the session holds something else, all. */
 static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
     id_list *held = &c->m->ids, before = *held;
@@ -1027,6 +1049,7 @@ static int chat_feed(chat *c, id_list *ids, dsv4_err *err) {
     if (same < held->n || same == ids->n) same = 0;
     *held = *ids;
     *ids = before;
+    announce(c, (int64_t)(held->n - same));
     return feed(c->m, same, held->n, false, err);
 }
 
@@ -1243,8 +1266,7 @@ static void print_bound(const char *name, const bound *b) {
 static void print_survey(const survey *v) {
     const dsv4_config *c = &v->m->cfg;
     const engine_rates *r = &v->m->rates;
-    double chosen = (double)c->num_experts_per_tok / c->n_routed_experts;
-    double touched = 1 - pow(1 - chosen, TURN_TOKENS);
+    double touched = share_touched(c, TURN_TOKENS);
     double turn = touched * v->p->n_experts_total * (double)v->p->slot_bytes;
     print_plan(stdout, v->m->e, v->ctx);
     printf("  on disk       %9s  experts\n"

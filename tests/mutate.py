@@ -15,9 +15,10 @@ import tempfile
 B = sys.argv[1]
 MUTATIONS = (
     ("embed_cuda", "row[(size_t)i * w.cols + c] = x;", "row[(size_t)i * w.cols + (c ^ 1)] = x;"),
-    ("rmsnorm_cuda", "    if (threadIdx.x % 32 == 0) sum[threadIdx.x / 32] = x;\n    __syncthreads();",
-     "    if (threadIdx.x % 32 == 0) sum[threadIdx.x / 32] = x;"),
-    ("rmsnorm_cuda", "for (int far = 16; far; far /= 2) x +=", "for (int far = 8; far; far /= 2) x +="),
+    ("rmsnorm_cuda", "sum[threadIdx.x / 32] = x;\n    __syncthreads();",
+     "sum[threadIdx.x / 32] = x;"),
+    ("rmsnorm_cuda", "for (int far = 16; far; far /= 2) x +=",
+     "for (int far = 8; far; far /= 2) x +="),
     ("act_quant_cuda", "for (int i = threadIdx.x; i < n; i += 32) amax",
      "for (int i = threadIdx.x; i <= n; i += 32) amax"),
     ("act_codes_cuda", "if (threadIdx.x == 0) scale[", "if (threadIdx.x == 1) code["),
@@ -34,8 +35,8 @@ def passes(source, folder):
     path, fatbin = os.path.join(folder, "kernels.cu"), os.path.join(folder, "kernels.fatbin")
     with open(path, "w") as f:
         f.write(source)
-    subprocess.run(["nvcc", "-fatbin", "--no-compress", "-lineinfo", "-fmad=false", "-DNDEBUG", "-I.",
-                    "-arch=compute_80", "-code=compute_80", "-o", fatbin, path], check=True)
+    subprocess.run(["nvcc", "-fatbin", "--no-compress", "-lineinfo", "-fmad=false", "-DNDEBUG",
+                    "-I.", "-arch=compute_80", "-code=compute_80", "-o", fatbin, path], check=True)
     tests = [name for name in ("test_cuda", "test_cuda_attend")
              if os.path.exists(os.path.join(B, name))]
     env = {**os.environ, "SOFTGPU": "cc=8.0,seed=5", "LD_LIBRARY_PATH": "build/softgpu"}
@@ -54,8 +55,8 @@ def main():
                 continue
             ok = passes(source.replace(old, new, 1), folder) == want
             failed += not ok
-            print(f"{'ok  ' if ok else 'FAIL'} mutate: {kernel}: {old.split(chr(10))[0].strip()[:60]}",
-                  flush=True)
+            place = old.split("\n")[0].strip()[:60]
+            print(f"{'ok  ' if ok else 'FAIL'} mutate: {kernel}: {place}", flush=True)
     return failed > 0
 
 

@@ -1,7 +1,7 @@
 /* test_doc.c -- documents: bytes of any kind to text, and text to parts.
  *
- * Goal: what a file is shows in its bytes; its text comes out whole and nothing else does; parts end
- * where a reader would pause, are together the text, and none is too long.
+ * Goal: what a file is shows in its bytes; its text comes out whole and nothing else does; parts
+ * end where a reader would pause, are together the text, and none is too long.
  * Method: tables of small files; cutting by a tokenizer that has an id a byte, on random text.   */
 #include "../dsv4.h"
 #include "check.h"
@@ -55,8 +55,8 @@ static void test_doc_charsets(void) {
 static void test_doc_html(void) {
     static const doc_case cases[] = {
         DOC("<!DOCTYPE html><title>A &amp; B</title><style>p {}</style><p>One\n  two<p>Three "
-            "<b>bold</b>ly <script>if (a < b) x();</script>four", "A & B\n\nOne two\n\nThree boldly "
-            "four\n\n", NULL),
+            "<b>bold</b>ly <script>if (a < b) x();</script>four", "A & B\n\nOne two\n\nThree "
+            "boldly four\n\n", NULL),
         DOC("  <HTML><body><ul><li>a<li>b</ul><table><tr><td>1<td>2<tr><th>3</table>",
             "- a\n- b\n\n1 | 2\n3\n\n", NULL),
         DOC("<html><pre>x\n  y</pre>caf&eacute; &#8364; &#x20ac; &nosuch; 1<br>2",
@@ -97,7 +97,8 @@ static void test_doc_refuses_by_name(void) {
         CHECK(out.n == 0, "case %zu left %zu bytes", i, out.n);
     }
     CHECK(truncate(doc_path, (off_t)1 << 30) == 0, "truncate");
-    CHECK(doc_read(&out, doc_path, &note, &err) == -1 && strstr(err.msg, "split it"), "%s", err.msg);
+    CHECK(doc_read(&out, doc_path, &note, &err) == -1 && strstr(err.msg, "split it"), "%s",
+          err.msg);
     CHECK(doc_read(&out, "/tmp", &note, &err) == -1 && strstr(err.msg, "directory"), "%s", err.msg);
     CHECK(doc_read(&out, "/nowhere/x", &note, &err) == -1 && strstr(err.msg, "No such file"), "%s",
           err.msg);
