@@ -157,7 +157,7 @@ static void test_cuda_linear_is_within_its_sums(void) {
     static const size_t nibbles[] = {8, 4, 4, 2, 1};
     for (int round = 0; round < 15; round++) {
         dsv4_dtype kind = kinds[round % 5];
-        int groups = 1 + (int)draw(3), rows = groups * (1 + (int)draw(120)), one = 1;
+        int groups = 1 + (int)draw(3), rows = groups * (1 + (int)draw(120));
         int cols = 1 + (int)draw(400), n = round < 5 ? 1 : 1 + (int)draw(4);
         if (kind == DT_I8) cols = (cols + 31) / 32 * 32;
         size_t cells = (size_t)rows * (size_t)cols, bytes = cells * nibbles[round % 5] / 2;
@@ -175,7 +175,7 @@ static void test_cuda_linear_is_within_its_sums(void) {
         gpu_w.data = (void *)(uintptr_t)dw;
         gpu_w.scale = (void *)(uintptr_t)ds;
         launch("linear_cuda", up(rows, 4), (unsigned)n, 128, ARGS(&dy, &gpu_w, &dx, &groups));
-        launch("linear_cuda", up(rows, 4), (unsigned)one, 128, ARGS(&d1, &gpu_w, &dx1, &groups));
+        launch("linear_cuda", up(rows, 4), 1, 128, ARGS(&d1, &gpu_w, &dx1, &groups));
         from_gpu(got, dy, ny * 4);
         from_gpu(alone, d1, (size_t)rows * 4);
         DROP(dw, ds, dx);
@@ -318,6 +318,7 @@ static void test_cuda_hc_pre_and_hc_head_are_within_their_sums(void) {
             if (i % (size_t)len == 0) mean = draw_float();
             fn[i] = (mean + fn[i] / 4) / (float)len;
         }
+        for (int r = 2 * hc; round == 1 && r < rows; r++) base[r] += 100; /* exp() overflows */
         dsv4_hc w = {fn, scale, base}, gpu_w;
         CUdeviceptr dh = to_gpu(h, nh * 4), df = to_gpu(fn, nf * 4);
         CUdeviceptr ds = to_gpu(scale, head ? 4 : 12), db = to_gpu(base, (size_t)rows * 4);
@@ -326,8 +327,8 @@ static void test_cuda_hc_pre_and_hc_head_are_within_their_sums(void) {
         launch("hc_pre_cuda", (unsigned)n, 1, threads,
                ARGS(&dx, head ? &none : &dp, head ? &none : &dc, &dh, &gpu_w, &s));
         from_gpu(got, dx, nx * 4);
-        /* A mix is off by its roundings: a thread's, the tree's, the warps', a few more. */
-        float e = (float)(up(len, (int)threads) + 5 + threads / 32 + 16) * 5 * 0x1p-24f;
+        /* A mix is off by its roundings: a thread's, the tree's, the warps', some that follow. */
+        float e = (float)(up(len, (int)threads) + 5 + threads / 32 + 40) * 5 * 0x1p-24f;
         if (head) ops_ref.hc_head(want, h, &w, &s, n, NULL);
         else ops_ref.hc_pre(want, want + nx, want + nx + np, h, &w, &s, n, NULL);
         check_near("x", got, want, nx, 2 * e * (float)hc); /* sigmoids e / 4, streams up to 6 */
@@ -343,17 +344,18 @@ static void test_cuda_hc_pre_and_hc_head_are_within_their_sums(void) {
     }
 }
 
-/* Logits are of few values, so that ties abound; one round has NaN among them. */
+/* Logits are of few values, so that ties abound; one round's are nearly all NaN. */
 static void test_cuda_route_takes_the_best(void) {
     for (int round = 0; round < 16; round++) {
         bool hash = round % 4 == 3, nan = round == 2;
         int n = round < 4 ? 1 : 1 + (int)draw(4), experts = round == 1 ? 1500 : 1 + (int)draw(400);
         int topk = 1 + (int)draw(experts < MAX_TOPK ? (uint32_t)experts : MAX_TOPK);
+        if (nan) topk = experts = MAX_TOPK;
         size_t nl = (size_t)n * (size_t)experts, nk = (size_t)n * (size_t)topk;
         float *logits = finite_floats(nl), *bias = finite_floats((size_t)experts);
         int32_t table[10 * MAX_TOPK], tokens[4], ids[4 * MAX_TOPK], got_ids[4 * MAX_TOPK];
         float want[4 * MAX_TOPK], got[4 * MAX_TOPK];
-        for (size_t i = 0; i < nl; i++) logits[i] = nan && i % 7 == 3 ? NAN : roundf(logits[i] * 4);
+        for (size_t i = 0; i < nl; i++) logits[i] = nan && i % 7 != 3 ? NAN : roundf(logits[i] * 4);
         for (int e = 0; e < experts; e++) bias[e] = roundf(bias[e]) / 4;
         for (int i = 0; i < 10 * topk; i++) table[i] = (int32_t)draw((uint32_t)experts);
         for (int t = 0; t < n; t++) tokens[t] = (int32_t)draw(10);
