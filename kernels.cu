@@ -109,8 +109,8 @@ BOTH float f16_to_f32(uint16_t bits) {
     return bits_f32(sign | (e + 112) << 23 | mant << 13);
 }
 
-/* Element (r, c) of a weight matrix in any stored format, its scale multiplied in. */
-BOTH static double mat_at(const dsv4_mat *w, int r, int c) {
+/* Element (r, c) of a weight matrix in any stored format, its scale multiplied in: exact. */
+BOTH static float mat_at(const dsv4_mat *w, int r, int c) {
     size_t at = (size_t)r * (size_t)w->cols + (size_t)c;
     const uint8_t *bytes = (const uint8_t *)w->data;
     switch (w->dtype) {
@@ -119,11 +119,11 @@ BOTH static double mat_at(const dsv4_mat *w, int r, int c) {
     case DT_BF16: return bf16_to_f32(((const uint16_t *)w->data)[at]);
     case DT_F8_E4M3: {
         size_t s = (size_t)(r / 128) * (size_t)((w->cols + 127) / 128) + (size_t)(c / 128);
-        return (double)e4m3_to_f32(bytes[at]) * e8m0_to_f32(w->scale[s]);
+        return e4m3_to_f32(bytes[at]) * e8m0_to_f32(w->scale[s]);
     }
     case DT_I8: {
         uint8_t nibble = (uint8_t)(bytes[at / 2] >> (4 * (c & 1)) & 15);
-        return (double)e2m1_to_f32(nibble) * e8m0_to_f32(w->scale[at / 32]);
+        return e2m1_to_f32(nibble) * e8m0_to_f32(w->scale[at / 32]);
     }
     default: assert(0); return 0;                            /* no matrix has another dtype */
     }
@@ -225,7 +225,7 @@ void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc
     for (int t = 0; t < n; t++) {
         assert(tokens[t] >= 0 && tokens[t] < w->rows);
         for (int i = 0; i < hc; i++)
-            for (int c = 0; c < w->cols; c++) *h++ = (float)mat_at(w, tokens[t], c);
+            for (int c = 0; c < w->cols; c++) *h++ = mat_at(w, tokens[t], c);
     }
 }
 #ifdef __CUDACC__
@@ -233,7 +233,7 @@ void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc
 extern "C" __global__ void embed_cuda(float *h, dsv4_mat w, const int32_t *tokens, int hc) {
     float *row = h + (size_t)blockIdx.x * hc * w.cols;
     for (int c = threadIdx.x; c < w.cols; c += blockDim.x) {
-        float x = (float)mat_at(&w, tokens[blockIdx.x], c);
+        float x = mat_at(&w, tokens[blockIdx.x], c);
         for (int i = 0; i < hc; i++) row[(size_t)i * w.cols + c] = x;
     }
 }
@@ -369,10 +369,22 @@ static void linear_ref(float *y, const dsv4_mat *w, const float *x, int n, int g
             const float *xg = x + ((size_t)t * (size_t)groups + (size_t)(r / group_rows))
                                 * (size_t)w->cols;
             double sum = 0;
-            for (int c = 0; c < w->cols; c++) sum += mat_at(w, r, c) * xg[c];
+            for (int c = 0; c < w->cols; c++) sum += (double)mat_at(w, r, c) * xg[c];
             *y++ = (float)sum;
         }
 }
+#ifdef __CUDACC__
+/* grid (ceil(rows/4), n), block 128, a warp an element.  Differs: F32 sums, one of each lane. */
+extern "C" __global__ void linear_cuda(float *y, dsv4_mat w, const float *x, int groups) {
+    int r = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sum = 0;
+    if (r >= w.rows) return;
+    x += ((size_t)blockIdx.y * groups + r / (w.rows / groups)) * w.cols;
+    for (int c = lane; c < w.cols; c += 32) sum = fmaf(mat_at(&w, r, c), x[c], sum);
+    for (int far = 16; far; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
+    if (lane == 0) y[(size_t)blockIdx.y * w.rows + r] = sum;
+}
+#endif
 
 /* === 10. rope: rotate adjacent pairs of the last rope_dim dims ====================== M3, YaRN ===
  *   token t stands at position pos0 + t*step; angle_i = double(position) * inv_freq[i];
@@ -381,6 +393,11 @@ static void linear_ref(float *y, const dsv4_mat *w, const float *x, int n, int g
  * in   inv_freq [rope_dim/2]; rope_dim even, <= head_dim
  *      The products of two F32 are exact in double, so a compiler that fuses (GCC 12 makes
  *      vfmaddsub of F32 even with -ffp-contract=off) changes nothing                            */
+BOTH static void rope_pair(float *pair, float c, float s) {
+    double a = pair[0], b = pair[1];
+    pair[0] = (float)(a * c - b * s);
+    pair[1] = (float)(a * s + b * c);
+}
 static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
                      int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
     assert(rope_dim % 2 == 0 && rope_dim <= head_dim);
@@ -391,13 +408,21 @@ static void rope_ref(float *x, const float *inv_freq, int n, int n_heads, int he
             float c = (float)cos(angle), s = (float)sin(angle);
             if (inverse) s = -s;
             float *pair = x + (size_t)t * token + (head_dim - rope_dim + 2 * i);
-            for (int h = 0; h < n_heads; h++, pair += head_dim) {
-                double a = pair[0], b = pair[1];
-                pair[0] = (float)(a * c - b * s);
-                pair[1] = (float)(a * s + b * c);
-            }
+            for (int h = 0; h < n_heads; h++, pair += head_dim) rope_pair(pair, c, s);
         }
 }
+#ifdef __CUDACC__
+/* grid (n_heads, n).  Differs: CUDA's cos and sin. */
+extern "C" __global__ void rope_cuda(float *x, const float *inv_freq, int head_dim, int rope_dim,
+                                     int64_t pos0, int64_t step, bool inverse) {
+    x += ((size_t)blockIdx.y * gridDim.x + blockIdx.x + 1) * head_dim - rope_dim;
+    for (int i = threadIdx.x; i < rope_dim / 2; i += blockDim.x) {
+        double c, s;
+        sincos((double)(pos0 + blockIdx.y * step) * inv_freq[i], &s, &c);
+        rope_pair(x + 2 * i, (float)c, (float)(inverse ? -s : s));
+    }
+}
+#endif
 
 /* === 11. kv_round: KV entries as the cache holds them =============================== M2 ========
  *   packed: the first head_dim - rope_dim dims as act_quant in blocks of 64, the others to BF16
@@ -421,6 +446,29 @@ void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim,
         e4m3_code_blocks(code, code + n_codes, x, n_codes, 64);
     }
 }
+#ifdef __CUDACC__
+/* grid (ceil((head_dim-rope_dim)/64) + 1, n), block 32; the last of a row's does what is not codes.
+ * bytes: kv_row_bytes(). */
+extern "C" __global__ void kv_round_cuda(void *rows, const float *x, int head_dim, int rope_dim,
+                                         bool packed, size_t bytes) {
+    int n_codes = head_dim - rope_dim, b = blockIdx.x * 64, lane = threadIdx.x;
+    uint16_t *rope = (uint16_t *)((uint8_t *)rows + blockIdx.y * bytes);
+    uint8_t *code = (uint8_t *)(rope + rope_dim), *end = (uint8_t *)rope + bytes;
+    x += (size_t)blockIdx.y * head_dim;
+    if (!packed) {
+        for (int c = blockIdx.x * 32 + lane; c < head_dim; c += gridDim.x * 32)
+            ((float *)rope)[c] = x[c];
+    } else if (b < n_codes) {
+        int stop = min(n_codes, b + 64);
+        uint8_t s = warp_scale(x + b, stop - b);
+        if (lane == 0) code[n_codes + blockIdx.x] = s;
+        for (int i = b + lane; i < stop; i += 32) code[i] = f32_to_e4m3(x[i] / e8m0_to_f32(s));
+    } else {
+        for (int c = lane; c < rope_dim; c += 32) rope[c] = f32_to_bf16(x[n_codes + c]);
+        for (uint8_t *pad = code + n_codes + blockIdx.x + lane; pad < end; pad += 32) *pad = 0;
+    }
+}
+#endif
 
 /* === 12. index_round: indexer queries and keys ====================================== M2 ========
  *   Walsh-Hadamard (Sylvester order) in F32: butterflies of distance 1, 2, 4 .. d/2, then times
@@ -455,6 +503,35 @@ static void index_round_ref(void *rows, float *x, int n, int d, bool packed, dsv
         }
     }
 }
+#ifdef __CUDACC__
+/* grid n, block max(d, 32), a thread a dim; x is left alone.  bytes: index_row_bytes(). */
+extern "C" __global__ void index_round_cuda(void *rows, const float *x, int d, bool packed,
+                                            size_t bytes) {
+    __shared__ float v[MAX_HEAD_DIM];
+    int i = threadIdx.x;
+    uint8_t *pairs = (uint8_t *)rows + blockIdx.x * bytes, *scale = pairs + (d + 1) / 2;
+    float a = i < d ? x[(size_t)blockIdx.x * d + i] : 0;
+    for (int dist = 1; dist < d; dist *= 2) {
+        v[i] = a;
+        __syncthreads();
+        a = i & dist ? v[i ^ dist] - a : a + v[i ^ dist];
+        __syncthreads();
+    }
+    a *= (float)(1 / sqrt((double)d));
+    if (!packed) {
+        if (i < d) ((float *)pairs)[i] = a;
+        return;
+    }
+    float amax = fabsf(a);
+    for (int far = 16; far; far /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, far));
+    uint8_t s = ceil_to_e8m0(fmaxf(amax, 6 * 0x1p-126f) / 6);
+    int nibble = f32_to_e2m1(a / e8m0_to_f32(s)), next = __shfl_down_sync(~0u, nibble, 1);
+    if (i < d && i % 2 == 0) pairs[i / 2] = (uint8_t)(nibble | next << 4);
+    if (i < d && i % 32 == 0) scale[i / 32] = s;
+    uint8_t *pad = scale + (d + 31) / 32 + i;                /* fewer than four                  */
+    if (pad < pairs + bytes) *pad = 0;
+}
+#endif
 
 /* === 13. compress: entries of the KV or index compressor ============================ M3 ========
  *   Entry g is, per dim, a softmax-weighted mean of its candidates.  ratio 4: tokens of group
@@ -465,7 +542,7 @@ static void index_round_ref(void *rows, float *x, int n, int d, bool packed, dsv
  * in   see dsv4_compress: token j's rows are kv, score [j - t0] if j >= t0, else the rings'
  *      row j % (coff*ratio)
  * req  every token of the groups asked for is in kv or in the rings                             */
-static double compress_ref_dim(const dsv4_compress *in, int64_t g, int c) {
+BOTH static double compress_ref_dim(const dsv4_compress *in, int64_t g, int c) {
     int coff = in->ratio == 4 ? 2 : 1;
     size_t width = (size_t)(coff * in->d);
     double top = -INFINITY, sum = 0, mean = 0;
@@ -493,6 +570,14 @@ static void compress_ref(float *entries, const dsv4_compress *in, int64_t g0, in
     for (int64_t g = g0; g < g0 + n_groups; g++)
         for (int c = 0; c < in->d; c++) *entries++ = (float)compress_ref_dim(in, g, c);
 }
+#ifdef __CUDACC__
+/* grid (ceil(d/128), n_groups), block 128, a thread a dim.  Differs: CUDA's exp. */
+extern "C" __global__ void compress_cuda(float *entries, dsv4_compress in, int64_t g0) {
+    int c = blockIdx.x * 128 + threadIdx.x;
+    if (c >= in.d) return;
+    entries[(size_t)blockIdx.y * in.d + c] = (float)compress_ref_dim(&in, g0 + blockIdx.y, c);
+}
+#endif
 
 /* === 14. index_scores: how much each token wants each visible entry ================= M3, indexer
  *   scores[t][e] = sum_h w[t][h] * w_scale * relu(q[t][h] . keys[e]), e < (t0 + t + 1) / ratio
@@ -693,6 +778,58 @@ static void hc_pre_ref(float *x, float *post, float *comb, const float *h, const
         }
     }
 }
+#ifdef __CUDACC__
+static __device__ float sigmoid_cuda(float x) { return 1 / (1 + exp_f32(-x)); }
+
+/* Element threadIdx.x of comb, with m the logits [hc][hc]; the other threads meet its barriers. */
+static __device__ float hc_comb_cuda(const float *m, const dsv4_hc_shape *s) {
+    __shared__ float C[MAX_HC * MAX_HC];
+    int hc = s->hc, i = threadIdx.x, row = i / hc * hc, col = i % hc;
+    bool mine = i < hc * hc;
+    float c = 0, top = -INFINITY;
+    for (int j = 0; mine && j < hc; j++) top = fmaxf(top, m[row + j]);
+    if (mine) c = exp_f32(m[i] - top);
+    for (int step = 0; step < 2 * s->sinkhorn_iters; step++) { /* rows, columns, rows, ..         */
+        float sum = 0;
+        if (mine) C[i] = c;
+        __syncthreads();
+        for (int j = 0; mine && j < hc; j++) sum += C[step % 2 ? j * hc + col : row + j];
+        if (mine) c = step ? c / (sum + s->hc_eps) : c / sum + s->hc_eps;
+        __syncthreads();
+    }
+    return c;
+}
+
+/* grid n, block a multiple of 32, at least hc*hc.  Differs: F32 sums, exp_f32. */
+extern "C" __global__ void hc_pre_cuda(float *x, float *post, float *comb, const float *h,
+                                       dsv4_hc w, dsv4_hc_shape s) {
+    __shared__ float m[(2 + MAX_HC) * MAX_HC];
+    int hc = s.hc, len = hc * s.dim, t = blockIdx.x, i = threadIdx.x;
+    float square = 0;
+    h += (size_t)t * len;
+    for (int c = i; c < len; c += blockDim.x) square = fmaf(h[c], h[c], square);
+    float r = 1 / sqrtf(block_sum(square) / len + s.rms_eps);
+    for (int row = 0; row < (post ? (2 + hc) * hc : hc); row++, w.fn += len) {
+        float sum = 0;
+        for (int c = i; c < len; c += blockDim.x) sum = fmaf(w.fn[c], h[c], sum);
+        sum = block_sum(sum) * r;
+        if (i == 0) m[row] = sum * w.scale[min(row / hc, 2)] + w.base[row];
+    }
+    __syncthreads();
+    if (i < hc) m[i] = sigmoid_cuda(m[i]) + s.hc_eps;        /* pre */
+    if (i < hc && post) post[t * hc + i] = 2 * sigmoid_cuda(m[hc + i]);
+    if (comb) {
+        float c = hc_comb_cuda(m + 2 * hc, &s);
+        if (i < hc * hc) comb[(size_t)t * hc * hc + i] = c;
+    }
+    __syncthreads();
+    for (int c = i; c < s.dim; c += blockDim.x) {
+        float sum = 0;
+        for (int j = 0; j < hc; j++) sum = fmaf(m[j], h[(size_t)j * s.dim + c], sum);
+        x[(size_t)t * s.dim + c] = sum;
+    }
+}
+#endif
 
 /* === 18. hc_post: the sublayer's output goes back into the streams ================== M3 ========
  *   new h_j = post_j * y + sum_i comb_ij h_i
@@ -734,7 +871,8 @@ extern "C" __global__ void hc_post_cuda(float *h, const float *y, const float *p
 /* === 19. hc_head: the last streams become one vector ================================ M3, head ==
  *   pre_i = sigmoid(m_i * scale0 + base_i) + hc_eps with m as in hc_pre; x = sum_i pre_i h_i
  * out  x [n][dim], before the norm
- * in   h [n][hc][dim]   w: fn [hc][hc*dim], scale [1], base [hc]                                */
+ * in   h [n][hc][dim]   w: fn [hc][hc*dim], scale [1], base [hc]
+ * CUDA: hc_pre_cuda with post and comb NULL                                                     */
 static void hc_head_ref(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
                         dsv4_exec *ex) {
     hc_pre_ref(x, NULL, NULL, h, w, s, n, ex);
@@ -748,6 +886,9 @@ static void hc_head_ref(float *x, const float *h, const dsv4_hc *w, const dsv4_h
  * in   see dsv4_route; n_experts <= MAX_EXPERTS, topk <= n_experts, tid2eid's ids < n_experts
  *      (asserted: the loader checks the table)
  *      ids are BIT-DEFINED up to the last bit of libm's exp and log1p                           */
+BOTH static float route_score(double logit) {
+    return (float)sqrt(fmax(logit, 0.0) + log1p(exp(-fabs(logit))));
+}
 static void route_ref_choose(int32_t *ids, const dsv4_route *in, const float *s, int token) {
     if (in->tid2eid) {
         const int32_t *row = in->tid2eid + (size_t)in->tokens[token] * (size_t)in->topk;
@@ -769,10 +910,8 @@ static void route_ref(int32_t *ids, float *weights, const dsv4_route *in, int n,
     assert(in->n_experts <= MAX_EXPERTS && in->topk <= in->n_experts);
     for (int t = 0; t < n; t++, ids += in->topk, weights += in->topk) {
         float s[MAX_EXPERTS];
-        for (int e = 0; e < in->n_experts; e++) {
-            double x = in->logits[(size_t)t * (size_t)in->n_experts + (size_t)e];
-            s[e] = (float)sqrt(fmax(x, 0) + log1p(exp(-fabs(x))));
-        }
+        for (int e = 0; e < in->n_experts; e++)
+            s[e] = route_score(in->logits[(size_t)t * (size_t)in->n_experts + (size_t)e]);
         route_ref_choose(ids, in, s, t);
         double sum = 0;
         for (int i = 0; i < in->topk; i++) {
@@ -782,6 +921,32 @@ static void route_ref(int32_t *ids, float *weights, const dsv4_route *in, int n,
         for (int i = 0; i < in->topk; i++) weights[i] = (float)(s[ids[i]] / sum * in->scale);
     }
 }
+#ifdef __CUDACC__
+/* grid n, block at least topk.  An expert's place is the number of better ones; a NaN is the worst,
+ * so that each place is taken once.  Differs: CUDA's exp and log1p. */
+extern "C" __global__ void route_cuda(int32_t *ids, float *weights, dsv4_route in) {
+    __shared__ float key[MAX_EXPERTS], s[MAX_TOPK];
+    const float *logit = in.logits + (size_t)blockIdx.x * in.n_experts;
+    int i = threadIdx.x, n = in.tid2eid ? 0 : in.n_experts;
+    double sum = 0;
+    ids += blockIdx.x * in.topk;
+    for (int e = i; e < n; e += blockDim.x)
+        key[e] = fmaxf(route_score(logit[e]) + in.bias[e], -INFINITY);
+    __syncthreads();
+    for (int e = i; e < n; e += blockDim.x) {
+        int place = 0;
+        for (int j = 0; j < n; j++) place += key[j] > key[e] || (key[j] == key[e] && j < e);
+        if (place < in.topk) ids[place] = e;
+    }
+    if (in.tid2eid && i < in.topk)
+        ids[i] = in.tid2eid[(size_t)in.tokens[blockIdx.x] * in.topk + i];
+    __syncthreads();
+    if (i < in.topk) s[i] = route_score(logit[ids[i]]);
+    __syncthreads();
+    for (int j = 0; j < in.topk; j++) sum += s[j];
+    if (i < in.topk) weights[blockIdx.x * in.topk + i] = (float)(s[i] / sum * in.scale);
+}
+#endif
 
 /* === 21. swiglu: an expert's activation ============================================= M3, MoE ===
  *   g = min(g, limit), u = clamp(u, -limit, limit), a = (g / (1 + exp_f32(-g))) * u, all in F32
