@@ -237,7 +237,8 @@ static void check_attend(const int *size, float scale, float *worst) {
     bool packed = size[2] >= 0;
     size_t bytes = kv_row_bytes(d, rope, packed), no = (size_t)n * (size_t)(heads * d);
     size_t empty = (size_t)(t0 < window ? window - t0 : 0), ne = (size_t)entries + 1;
-    uint8_t *kv = draw_rows((size_t)n, 0, d, rope, packed), *comp = draw_rows(ne, 1, d, rope, packed);
+    uint8_t *kv = draw_rows((size_t)n, 0, d, rope, packed);
+    uint8_t *comp = draw_rows(ne, 1, d, rope, packed);
     uint8_t *ring = draw_rows((size_t)window, empty, d, rope, packed);
     float *q = malloc(no * 4), *want = malloc(no * 4), *got = malloc(no * 4), sink[128];
     int32_t *idx = malloc((size_t)(n * topk + 1) * 4), count[16];
@@ -263,7 +264,7 @@ static void check_attend(const int *size, float scale, float *worst) {
     from_gpu(got, out, no * 4);
     gpu_free(dev, 7);
     /* A score errs by d/32 + 8 roundings of partial sums, of random signs, which stay below
-     * 4 * sqrt(d) * scale, over sqrt(d); the sums by one an item; values are up to 4, rounded up. */
+     * 4 * sqrt(d) * scale, over sqrt(d); the sums by one an item; values are up to 4, or so. */
     float score = ((float)d / 32 + 8) * 4 * scale * 0x1p-24f;
     float most = 4.5f * (2 * score + (float)(window + entries + 8) * 0x1p-24f);
     for (size_t i = 0; i < no; i++) {
