@@ -170,8 +170,8 @@ typedef struct { dsv4_mat w1, w2, w3; } dsv4_ffn; /* w1, w3 [inter][dim]; w2 [di
  *   index key or query           e2m1 pairs [d/2], the even dim in the low nibble, then e8m0
  *                                scales, one for 32 dims; padded to 4 bytes: 68 for Flash
  * Padding is zero, so that rows can be compared and hashed.  Arrays of rows are aligned to 8.   */
-size_t kv_row_bytes(int head_dim, int rope_dim, bool packed);
-size_t index_row_bytes(int d, bool packed);
+BOTH size_t kv_row_bytes(int head_dim, int rope_dim, bool packed);
+BOTH size_t index_row_bytes(int d, bool packed);
 void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool packed);
 
 typedef struct {                   /* one sublayer's hyper-connection, or the head's (M3)       */
@@ -209,7 +209,7 @@ typedef struct {                   /* attention of n tokens t0.. over all they m
 } dsv4_attend;
 
 /* Where item j of the list of token t0 + row lies. */
-const void *attend_row(const dsv4_attend *in, int row, int64_t j);
+BOTH const void *attend_row(const dsv4_attend *in, int row, int64_t j);
 
 typedef struct {                   /* index scores of n tokens t0.. (M3, indexer)               */
     const void *q;                 /* [n][n_heads] rows                                         */

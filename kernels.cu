@@ -194,13 +194,13 @@ static void e4m3_code_blocks(uint8_t *code, uint8_t *scale, const float *x, int 
 }
 
 /* See dsv4.h, section 4. */
-size_t kv_row_bytes(int head_dim, int rope_dim, bool packed) {
+BOTH size_t kv_row_bytes(int head_dim, int rope_dim, bool packed) {
     size_t d = (size_t)head_dim, n_codes = (size_t)(head_dim - rope_dim);
     if (!packed) return d * sizeof(float);
     return (d + (size_t)rope_dim + (n_codes + 63) / 64 + 7) / 8 * 8;
 }
 
-size_t index_row_bytes(int d, bool packed) {
+BOTH size_t index_row_bytes(int d, bool packed) {
     size_t dims = (size_t)d;
     if (!packed) return dims * sizeof(float);
     return ((dims + 1) / 2 + (dims + 31) / 32 + 3) / 4 * 4;
@@ -589,7 +589,7 @@ extern "C" __global__ void compress_cuda(float *entries, dsv4_compress in, int64
  *   sum_b = sum over 32 dims of (2 * e2m1) * (2 * e2m1), an exact integer
  *   dot   = fma(sum_b * key_scale, q_scale, dot), scales e8m0
  *   score = fma(w * (w_scale / 4), dot > 0 ? dot : 0, score)                                     */
-static float index_dot_ref(const uint8_t *q, const uint8_t *k, int d) {
+BOTH static float index_dot(const uint8_t *q, const uint8_t *k, int d) {
     float dot = 0;
     for (int b = 0; b < d / 32; b++) {
         int32_t sum = 0;
@@ -615,7 +615,7 @@ static void index_scores_ref(float *scores, const dsv4_index *in, int n, dsv4_ex
                 const uint8_t *q = (const uint8_t *)in->q + head * bytes;
                 const uint8_t *k = (const uint8_t *)in->keys + (size_t)e * bytes;
                 if (in->packed) {
-                    float dot = index_dot_ref(q, k, in->d);
+                    float dot = index_dot(q, k, in->d);
                     score = fmaf(in->w[head] * (in->w_scale / 4), dot > 0 ? dot : 0, score);
                     continue;
                 }
@@ -628,6 +628,25 @@ static void index_scores_ref(float *scores, const dsv4_index *in, int n, dsv4_ex
         }
     }
 }
+#ifdef __CUDACC__
+/* grid (ceil(entries/128) of the last token, n), block 128, a thread an entry.  Differs: F32 sums
+ * of plain rows. */
+extern "C" __global__ void index_scores_cuda(float *scores, dsv4_index in) {
+    int64_t e = (int64_t)blockIdx.x * 128 + threadIdx.x;
+    if (e >= (in.t0 + blockIdx.y + 1) / in.ratio) return;
+    size_t bytes = index_row_bytes(in.d, in.packed), head = (size_t)blockIdx.y * in.n_heads;
+    const uint8_t *q = (const uint8_t *)in.q + head * bytes;
+    const uint8_t *k = (const uint8_t *)in.keys + e * bytes;
+    float score = 0;
+    for (int h = 0; h < in.n_heads; h++, q += bytes) {
+        float dot = in.packed ? index_dot(q, k, in.d) : 0;
+        for (int c = 0; !in.packed && c < in.d; c++)
+            dot = fmaf(((const float *)q)[c], ((const float *)k)[c], dot);
+        score = fmaf(in.w[head + h] * (in.w_scale / (in.packed ? 4 : 1)), dot > 0 ? dot : 0, score);
+    }
+    scores[blockIdx.y * in.stride + e] = score;
+}
+#endif
 
 /* === 15. topk: the best entries of each token ======================================= M3, indexer
  *   of scores[t][0..(t0+t+1)/ratio) the k largest, equal ones by the lower entry; -0 equals 0
@@ -648,6 +667,71 @@ static void topk_ref(int32_t *idx, int32_t *count, const float *scores, size_t s
         }
     }
 }
+#ifdef __CUDACC__
+/* The bits of x, turned so that they order as numbers do; above 0, as x is no NaN. */
+static __device__ uint32_t order_bits(float x) {
+    uint32_t u = f32_bits(x + 0.0f);                         /* -0 becomes 0 */
+    return u >> 31 ? ~u : u | 1u << 31;
+}
+
+/* The bits of the need-th largest score, digit by digit; *need becomes how many equal to it are
+ * to be taken. */
+static __device__ uint32_t topk_bits(const float *scores, uint32_t visible, uint32_t *need) {
+    __shared__ uint32_t many[256], digit, rest;
+    uint32_t bits = 0, i = threadIdx.x;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        if (i < 256) many[i] = 0;
+        __syncthreads();
+        for (uint32_t e = i; e < visible; e += blockDim.x) {
+            uint32_t d = (order_bits(scores[e]) ^ bits) >> shift;
+            if (d < 256) atomicAdd(&many[d], 1);             /* the digits above it are those */
+        }
+        __syncthreads();
+        uint32_t above = 0;
+        for (uint32_t d = i + 1; d < 256; d++) above += many[d];
+        if (i < 256 && above < *need && above + many[i] >= *need) {
+            digit = i;
+            rest = *need - above;
+        }
+        __syncthreads();
+        bits |= digit << shift;
+        *need = rest;
+    }
+    return bits;
+}
+
+/* grid n, block a multiple of 32, at least 256.  A radix select, then the chosen in order: an
+ * entry's place is the number of larger ones before it, and of equal ones that were taken. */
+extern "C" __global__ void topk_cuda(int32_t *idx, int32_t *count, const float *scores,
+                                     size_t stride, int k, int ratio, int64_t t0) {
+    __shared__ uint32_t found[32];                           /* a warp's larger << 16 | equal */
+    uint32_t visible = (uint32_t)((t0 + blockIdx.x + 1) / ratio), need = min((uint32_t)k, visible);
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, larger = 0, equal = 0;
+    scores += blockIdx.x * stride;
+    idx += (size_t)blockIdx.x * k;
+    if (threadIdx.x == 0) count[blockIdx.x] = (int32_t)need;
+    if (need == 0) return;
+    uint32_t bits = topk_bits(scores, visible, &need);
+    for (uint32_t e0 = 0; e0 < visible; e0 += blockDim.x) {
+        uint32_t e = e0 + threadIdx.x, u = e < visible ? order_bits(scores[e]) : 0;
+        uint32_t more = __ballot_sync(~0u, u > bits), same = __ballot_sync(~0u, u == bits);
+        if (lane == 0) found[warp] = __popc(more) << 16 | __popc(same);
+        __syncthreads();
+        uint32_t lower = (1u << lane) - 1, all = 0;
+        uint32_t before = __popc(more & lower) << 16 | __popc(same & lower);
+        for (uint32_t w = 0; w < blockDim.x / 32; w++) {
+            before += w < warp ? found[w] : 0;
+            all += found[w];
+        }
+        uint32_t equal_before = equal + (before & 0xffff);
+        if (u > bits || (u == bits && equal_before < need))
+            idx[larger + (before >> 16) + min(equal_before, need)] = (int32_t)e;
+        larger += all >> 16;
+        equal += all & 0xffff;
+        __syncthreads();
+    }
+}
+#endif
 
 /* === 16. attend: softmax attention over what each token sees ======================== M3 ========
  *   Token t = t0 + row sees a list: window positions max(0, t-window+1)..t ascending, then, if
@@ -656,7 +740,7 @@ static void topk_ref(int32_t *idx, int32_t *count, const float *scores, size_t s
  *   score = q.k * head_dim^-0.5; p = exp(score) / (sum exp(score) + exp(sink)); o = sum p k
  * out  o [n][n_heads][head_dim], before the inverse rope; must not alias q
  * in   see dsv4_attend: position p's row is kv[p - t0] if p >= t0, else ring[p % window]        */
-const void *attend_row(const dsv4_attend *in, int row, int64_t j) {
+BOTH const void *attend_row(const dsv4_attend *in, int row, int64_t j) {
     int64_t t = in->t0 + row, first = t - in->window + 1 > 0 ? t - in->window + 1 : 0;
     int64_t p = first + j, at = p - t - 1;
     const void *rows = in->comp;
@@ -668,6 +752,13 @@ const void *attend_row(const dsv4_attend *in, int row, int64_t j) {
     }
     size_t bytes = kv_row_bytes(in->head_dim, in->rope_dim, in->packed);
     return (const uint8_t *)rows + (size_t)at * bytes;
+}
+
+/* Items of the list of token t0 + row. */
+BOTH static int64_t attend_items(const dsv4_attend *in, int row) {
+    int64_t t = in->t0 + row, n_items = t + 1 < in->window ? t + 1 : in->window;
+    if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
+    return n_items;
 }
 
 static void attend_ref_head(float *o, const dsv4_attend *in, int row, const float *q, double sink,
@@ -695,15 +786,64 @@ static void attend_ref_head(float *o, const dsv4_attend *in, int row, const floa
 
 static void attend_ref(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     assert(in->head_dim <= MAX_HEAD_DIM && in->window > 0);
-    for (int row = 0; row < n; row++) {
-        int64_t t = in->t0 + row, n_items = t + 1 < in->window ? t + 1 : in->window;
-        if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
+    for (int row = 0; row < n; row++)
         for (int h = 0; h < in->n_heads; h++) {
             size_t at = ((size_t)row * (size_t)in->n_heads + (size_t)h) * (size_t)in->head_dim;
-            attend_ref_head(o + at, in, row, in->q + at, in->sink[h], n_items);
+            attend_ref_head(o + at, in, row, in->q + at, in->sink[h], attend_items(in, row));
+        }
+}
+#ifdef __CUDACC__
+/* Dim c of a row of KV, as kv_row_read() has it. */
+static __device__ float attend_dim(const dsv4_attend *in, const void *row, int c) {
+    int n_codes = in->head_dim - in->rope_dim;
+    const uint16_t *rope = (const uint16_t *)row;
+    const uint8_t *code = (const uint8_t *)(rope + in->rope_dim);
+    if (!in->packed) return ((const float *)row)[c];
+    if (c >= n_codes) return bf16_to_f32(rope[c - n_codes]);
+    return e4m3_to_f32(code[c]) * e8m0_to_f32(code[n_codes + c / 64]);
+}
+
+/* grid (n, ceil(n_heads/W)), block 32*W, a warp a head, W at will; all heads of a block share what
+ * is read.  Differs: F32 sums and exp_f32, in one pass: when a larger score comes, what was summed
+ * up shrinks. */
+extern "C" __global__ void attend_cuda(float *o, dsv4_attend in) {
+    enum { ITEMS = 8, DIMS = MAX_HEAD_DIM / 32 };            /* rows at a time, a lane's dims */
+    __shared__ float k[ITEMS][MAX_HEAD_DIM];
+    int row = blockIdx.x, lane = threadIdx.x % 32, d = in.head_dim;
+    int h = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
+    bool mine = h < in.n_heads;                              /* the last block may have too many */
+    size_t at = ((size_t)row * in.n_heads + h) * d + lane;
+    float q[DIMS], sum[DIMS], top = mine ? in.sink[h] : 0, below = 1;
+    for (int i = 0; i < DIMS; i++) {
+        q[i] = mine && 32 * i + lane < d ? in.q[at + 32 * i] : 0;
+        sum[i] = 0;
+    }
+    int64_t n_items = attend_items(&in, row);
+    for (int64_t j0 = 0; j0 < n_items; j0 += ITEMS) {
+        int len = (int)min((int64_t)ITEMS, n_items - j0);
+        __syncthreads();
+        for (int j = 0; j < len; j++) {
+            const void *r = attend_row(&in, row, j0 + j);
+            for (int c = threadIdx.x; c < d; c += blockDim.x) k[j][c] = attend_dim(&in, r, c);
+        }
+        __syncthreads();
+        for (int j = 0; mine && j < len; j++) {
+            float score = 0, old = top;
+            for (int i = 0; i < DIMS; i++)
+                if (32 * i + lane < d) score = fmaf(q[i], k[j][32 * i + lane], score);
+            for (int far = 16; far; far /= 2) score += __shfl_xor_sync(~0u, score, far);
+            score /= sqrtf(d);
+            top = fmaxf(top, score);
+            float keep = exp_f32(old - top), p = exp_f32(score - top);
+            below = fmaf(below, keep, p);
+            for (int i = 0; i < DIMS; i++)
+                if (32 * i + lane < d) sum[i] = fmaf(p, k[j][32 * i + lane], sum[i] * keep);
         }
     }
+    for (int i = 0; i < DIMS; i++)
+        if (mine && 32 * i + lane < d) o[at + 32 * i] = sum[i] / below;
 }
+#endif
 
 /* === 17. hc_pre: what a sublayer sees of the streams ================================ M3 ========
  *   m = (fn . concat(h)) / sqrt(mean(h^2) + rms_eps), then, with hc = s.hc,
@@ -988,19 +1128,26 @@ extern "C" __global__ void swiglu_cuda(float *a, const float *g, const float *u,
  * then swiglu, an F32 product with weight, act_codes, w2 in the same way, an F32 sum into y.
  * Codes and scales that mean NaN are not looked for; they count as 480 and 2^128.
  * Roundings off: the same without act_codes, products as in linear.                             */
+BOTH static int32_t fp4_sum(const uint8_t *pairs, const uint8_t *code, int n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += e2m1_int((uint8_t)(pairs[i / 2] >> (4 * (i & 1)))) * e4m3_int(code[i]);
+    return sum;
+}
+
+BOTH static float fp4_term(int32_t sum, int w_scale, int x_scale) {
+    int k = w_scale + x_scale - 264;
+    k = k < -126 ? -126 : k > 127 ? 127 : k;
+    return (float)sum * bits_f32((uint32_t)(k + 127) << 23);
+}
+
 static float fp4_dot_ref(const dsv4_mat *w, int r, const uint8_t *code, const uint8_t *scale) {
     float lane[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     for (int b = 0; b < w->cols / 32; b++) {
         size_t block = (size_t)r * (size_t)(w->cols / 32) + (size_t)b;
         const uint8_t *pairs = (const uint8_t *)w->data + block * 16;
-        int64_t sum = 0;
-        for (int i = 0; i < 32; i++) {
-            uint8_t nibble = (uint8_t)(pairs[i / 2] >> (4 * (i & 1)) & 15);
-            sum += e2m1_int(nibble) * e4m3_int(code[32 * b + i]);
-        }
-        int k = w->scale[block] + scale[b / 4] - 264;
-        k = k < -126 ? -126 : k > 127 ? 127 : k;
-        lane[b % 8] += (float)sum * bits_f32((uint32_t)(k + 127) << 23);
+        int32_t sum = fp4_sum(pairs, code + 32 * b, 32);
+        lane[b % 8] += fp4_term(sum, w->scale[block], scale[b / 4]);
     }
     return ((lane[0] + lane[4]) + (lane[2] + lane[6]))
          + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
@@ -1035,6 +1182,66 @@ static void expert_ffn_ref(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
         for (int c = 0; c < dim; c++) y[at + (size_t)c] += out[c];
     }
 }
+#ifdef __CUDACC__
+enum { TILE = 8 };                 /* tokens that share a read of the weights                    */
+
+/* By a warp, for tokens t = t0 + i < m, i < TILE: w's row r times row rows[t], or t, of x; thread i
+ * gets the i-th.  Thread 4*l + j works on quarter j of the blocks of the contract's lane l; with
+ * plain x each sums up its own products. */
+static __device__ float fp4_dots(const dsv4_mat *w, int r, const dsv4_acts *x,
+                                 const int32_t *rows, int t0, int m) {
+    int thread = threadIdx.x % 32, n_blocks = w->cols / 32;
+    float dot[TILE] = {0}, mine = 0;
+    for (int b0 = 0; b0 < n_blocks; b0 += 8) {
+        int b = min(b0 + thread / 4, n_blocks - 1), col = 32 * b + thread % 4 * 8;
+        bool real = b == b0 + thread / 4;                    /* there is such a block */
+        size_t block = (size_t)r * n_blocks + b;
+        const uint8_t *pairs = (const uint8_t *)w->data + block * 16 + thread % 4 * 4;
+        #pragma unroll
+        for (int i = 0; i < TILE; i++) {
+            if (t0 + i >= m) continue;
+            size_t t = rows ? rows[t0 + i] : t0 + i, at = t * w->cols + col;
+            if (x->code) {
+                int32_t sum = fp4_sum(pairs, x->code + at, 8);
+                sum += __shfl_xor_sync(~0u, sum, 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                uint8_t scale = x->scale[t * ((w->cols + 127) / 128) + b / 4];
+                if (real) dot[i] += fp4_term(sum, w->scale[block], scale);
+            }
+            for (int c = 0; real && x->f32 && c < 8; c++)
+                dot[i] = fmaf(e2m1_to_f32((uint8_t)(pairs[c / 2] >> (4 * (c & 1))))
+                              * e8m0_to_f32(w->scale[block]), x->f32[at + c], dot[i]);
+        }
+    }
+    #pragma unroll
+    for (int i = 0; i < TILE; i++) {
+        for (int far = 16; far >= (x->code ? 4 : 1); far /= 2)
+            dot[i] += __shfl_xor_sync(~0u, dot[i], far);
+        if (thread == i) mine = dot[i];
+    }
+    return mine;
+}
+
+/* grid (ceil(inter/8), ceil(m/TILE)), block 256, a warp a row: a [m][inter].  With roundings on,
+ * act_codes_cuda goes between this and expert_down_cuda.  Differs, roundings off: F32 sums. */
+extern "C" __global__ void expert_up_cuda(float *a, dsv4_ffn w, dsv4_acts x, const int32_t *rows,
+                                          const float *weight, int m, float limit) {
+    int r = blockIdx.x * 8 + threadIdx.x / 32, t0 = blockIdx.y * TILE, i = threadIdx.x % 32;
+    if (r >= w.w1.rows) return;
+    float g = fp4_dots(&w.w1, r, &x, rows, t0, m), u = fp4_dots(&w.w3, r, &x, rows, t0, m);
+    if (i < TILE && t0 + i < m)
+        a[(size_t)(t0 + i) * w.w1.rows + r] = swiglu_one(g, u, limit) * weight[t0 + i];
+}
+
+/* grid (ceil(dim/8), ceil(m/TILE)), block 256; a [m][inter] as codes and scales, or F32. */
+extern "C" __global__ void expert_down_cuda(float *y, dsv4_mat w2, dsv4_acts a,
+                                            const int32_t *rows, int m) {
+    int r = blockIdx.x * 8 + threadIdx.x / 32, t0 = blockIdx.y * TILE, i = threadIdx.x % 32;
+    if (r >= w2.rows) return;
+    float out = fp4_dots(&w2, r, &a, NULL, t0, m);
+    if (i < TILE && t0 + i < m) y[(size_t)rows[t0 + i] * w2.rows + r] += out;
+}
+#endif
 
 /* === 23. add: y[t][c][:] += x[t][:] for c < copies ==============================================
  * i/o  y [n][copies][d]
