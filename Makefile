@@ -38,7 +38,7 @@ FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_c
 VENV     = build/venv/bin/python3
 # the CUDA toolkit, or nothing
 CUDA     = $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc)))
-GPU_TESTS = $(if $(CUDA),softgpu $(B)/kernels.fatbin $(B)/test_cuda)
+GPU_TESTS = $(if $(CUDA),softgpu $(B)/kernels.fatbin $(B)/test_cuda $(B)/test_cuda_attend)
 
 all: $(BIN)
 
@@ -74,7 +74,7 @@ $(B)/bench: tests/bench.c dsv4.h $(OBJ) Makefile | $(B)
 $(B)/kernels.fatbin: kernels.cu dsv4.h Makefile | $(B)
 	nvcc -fatbin --no-compress -lineinfo -fmad=false -DNDEBUG -o $@ $< \
 	  $(foreach cc,80 89,-gencode arch=compute_$(cc),code=compute_$(cc))
-$(B)/test_cuda: tests/test_cuda.c tests/gpu.h tests/check.h $(OBJ) | $(B)
+$(B)/test_cuda $(B)/test_cuda_attend: $(B)/%: tests/%.c tests/gpu.h tests/check.h $(OBJ) | $(B)
 	$(CC) $(ALL_C) -std=gnu11 -I$(CUDA)/include -o $@ $< $(OBJ) $(LIBS)
 softgpu:
 	@$(MAKE) --no-print-directory -C tests/softgpu B=../../build/softgpu

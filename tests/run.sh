@@ -32,8 +32,10 @@ if [ -e "$build/kernels.fatbin" ]; then    # a GPU in software, and the CUDA twi
     done
     for cc in 8.0 8.9; do
         echo "softgpu, capability $cc"
-        SOFTGPU=cc=$cc,seed=7 LD_LIBRARY_PATH=build/softgpu \
-            try "$build/test_cuda" "$build/kernels.fatbin"
+        for t in test_cuda test_cuda_attend; do
+            SOFTGPU=cc=$cc,seed=7 LD_LIBRARY_PATH=build/softgpu \
+                try "$build/$t" "$build/kernels.fatbin"
+        done
     done
     try $venv tests/mutate.py "$build"
 else
