@@ -6,6 +6,7 @@
 # make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
 # make stress    200 writers killed, processes sharing a directory, 200,000 tokens (10 minutes)
 # make bench-long    long contexts: passes, bytes, times, curves (25 minutes, 20 GB in build/)
+# make cuda-report  what each kernel takes of a GPU; fails on a spill
 # make bench-1m      a prompt of 1,048,576 tokens under --ram 1G (25 minutes)
 
 CC      ?= gcc
@@ -142,6 +143,11 @@ bench-1m:
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench
 	@$(VENV) tests/bench_long.py ./$(BIN) $(B)/mkmodel $(B)/mkpark $(B)/bench --1m
 
+# registers, shared memory, spills and occupancy of every kernel; a spill is an error
+cuda-report:
+	@tests/deps.sh test
+	@$(VENV) tests/cuda_report.py
+
 install: $(BIN)
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dsv4
@@ -153,5 +159,5 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps softgpu demo test fuzz goldens flash bench bench-long bench-1m stress install clean
+.PHONY: all deps softgpu cuda-report demo test fuzz goldens flash bench bench-long bench-1m stress install clean
 .DELETE_ON_ERROR:

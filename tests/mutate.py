@@ -25,6 +25,13 @@ MUTATIONS = (
     ("act_values_cuda", "if (i < d) y[row + i]", "y[row + i]"),
     ("hc_post_cuda", "comb[(t * hc + i) * hc + j]", "comb[(t * hc + j) * hc + i]"),
     ("swiglu_cuda", "if (i < nd) a[i]", "if (i <= nd) a[i]"),
+    ("index_scores_cuda", "in.w[head + h] * (in.w_scale", "in.w[head] * (in.w_scale"),
+    ("topk_cuda", "u == bits && equal_before < need", "u == bits && equal_before <= need"),
+    ("topk_cuda", "found[warp] = __popc(more) << 16 | __popc(same);\n        __syncthreads();",
+     "found[warp] = __popc(more) << 16 | __popc(same);"),
+    ("attend_cuda", "        int len = (int)min((int64_t)ITEMS, n_items - j0);\n"
+     "        __syncthreads();", "        int len = (int)min((int64_t)ITEMS, n_items - j0);"),
+    ("attend_cuda", "sum[i] * keep);", "sum[i]);"),
     ("add_cuda", "for (int c = 0; c < copies && i < d; c++)",
      "for (int c = 0; c < copies - 1 && i < d; c++)"),
 )
