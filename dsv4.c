@@ -37,6 +37,7 @@ enum {
     CHUNK_DEFAULT = 128,           /* tokens through attention at once: amortizes the weights   */
     SPAN_MAX = 128 << 10,          /* tokens a span, DESIGN.md "The two loops"                  */
     LOAD_STEP_BYTES = 256 << 20,   /* of dense weights between two calls of progress             */
+    EMBED_ROWS = 256,              /* of embed.weight read at once, where it is not resident    */
     LOOKAHEAD = 16,                /* experts asked for ahead of the one being computed         */
     INDEX_SCORES_MAX = 4 << 20,    /* floats of index scores held at once, if one row fits      */
 };
@@ -508,12 +509,11 @@ typedef struct {                   /* scratch of one chunk of attention or share
                                       entries, or index keys, before they become rows           */
     uint8_t *kv_rows, *iq_rows;    /* [chunk], [chunk][index_n_heads]                           */
     uint8_t *new_rows;             /* [chunk] entries or keys that are finished                 */
-    float *ckv, *cscore;           /* [chunk][2*head_dim] compressor projections                */
-    float *ikv, *iscore;           /* [chunk][2*index_head_dim]                                 */
+    float *ckv, *cscore;           /* [chunk][2*head_dim or 2*index_head_dim] projections of the
+                                      compressor at hand                                        */
     float *iq, *iw;                /* [chunk][index_n_heads][index_head_dim], [chunk][n_heads]  */
     float *scores;                 /* [index_block][ctx/4]                                      */
     int32_t *idx, *count;          /* [chunk][index_topk], [chunk]                              */
-    float *post, *comb;            /* [chunk][hc], [chunk][hc][hc]                              */
     float *g, *u;                  /* [chunk][moe_inter]                                        */
     float *logits;                 /* [chunk][n_experts]                                        */
     float *mtp_h, *mtp_norm;       /* [chunk][hc][dim], with an MTP block only                  */
@@ -525,19 +525,18 @@ typedef struct {                   /* what a span carries from gate to experts t
     float *y;                      /* [span][dim] MoE sum                                       */
     uint8_t *code, *scale;         /* [span][dim], [span][dim/128] MoE input, e4m3              */
     float *x;                      /* [span][dim] MoE input when roundings are off              */
-    float *post, *comb;            /* [span][hc], [span][hc][hc]                                */
+    float *post, *comb;            /* [span][hc], [span][hc][hc]; attention uses the first rows */
     int32_t *ids;                  /* [span][topk] experts, and their weights                   */
     float *weights;
     int32_t *rows, *start;         /* tokens sorted by expert [span*topk]; [n_experts+1]        */
     float *row_weight;             /* [span*topk] in the order of rows                          */
     void *expert_scratch;
     float *expert_y;               /* [topk][dim] of one token                                  */
-    void *embed_rows;              /* [span] rows of embed.weight, where that is not resident   */
-    ckpt_tensor *embed_tensors;
-    load_item *embed_items;
-    int32_t *embed_ids;            /* 0, 1, ...                                                 */
+    float *embed_rows;             /* [EMBED_ROWS][dim], where embed.weight is not resident     */
     uint8_t *marks;                /* states at the ends of segments, where context is parked   */
 } span_work;
+
+typedef struct { int unit, slot; } pinned_unit;  /* unit -1: none                               */
 
 struct dsv4_engine {
     const dsv4_config *cfg;
@@ -551,11 +550,11 @@ struct dsv4_engine {
     arena dense;
     cache *experts;
     cache *units;                  /* dense weights that do not fit: two slots; else NULL       */
-    int unit_now, slot_now;        /* in use, or -1                                             */
-    int unit_next, slot_next;      /* on its way, or -1                                         */
+    pinned_unit now, next;         /* in use; on its way                                        */
     float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
+    dsv4_hc_shape hc;
     double dense_macs;             /* of a token in all layers                                  */
     kv_opts kv_opts;               /* of a session                                              */
     char note[sizeof(dsv4_err) + 64]; /* on context that is not parked, or empty                */
@@ -579,8 +578,6 @@ struct dsv4_session {
     double tick;                   /* when the current operation class began                    */
 };
 
-static int coff_of(int ratio) { return ratio == 4 ? 2 : 1; }
-
 /* One session's KV; the MTP block's lags a token behind, so it is not parked. */
 static kv_opts kv_opts_of(const dsv4_config *c, const dsv4_opts *o) {
     return (kv_opts){.ctx = o->ctx, .n_blocks = c->num_hidden_layers + o->mtp,
@@ -588,45 +585,42 @@ static kv_opts kv_opts_of(const dsv4_config *c, const dsv4_opts *o) {
                      .park = o->mtp ? NULL : o->park};
 }
 
-static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, int64_t ctx,
-                         bool packed, bool mtp) {
+static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, const dsv4_opts *o,
+                         int64_t n) {
     int64_t dim = c->hidden_size, heads = (int64_t)c->num_attention_heads * c->head_dim;
-    int64_t entries = ctx / 4 + 1, block = INDEX_SCORES_MAX / entries;
+    int64_t entries = o->ctx / 4 + 1, block = INDEX_SCORES_MAX / entries;
+    bool packed = !o->no_rounding;
     *w = (chunk_work){.index_block = (int)(block < 1 ? 1 : min64(block, n))};
     w->x = take_f32(a, n * dim);
     w->xq = take_f32(a, n * dim);
-    w->qr = take_f32(a, (int64_t)n * c->q_lora_rank);
-    w->qrq = take_f32(a, (int64_t)n * c->q_lora_rank);
+    w->qr = take_f32(a, n * c->q_lora_rank);
+    w->qrq = take_f32(a, n * c->q_lora_rank);
     w->q = take_f32(a, n * heads);
     w->o = take_f32(a, n * heads);
-    w->oa = take_f32(a, (int64_t)n * c->o_groups * c->o_lora_rank);
+    w->oa = take_f32(a, n * c->o_groups * c->o_lora_rank);
     int d_max = c->head_dim > c->index_head_dim ? c->head_dim : c->index_head_dim;
-    w->kv = take_f32(a, (int64_t)n * d_max);
+    w->kv = take_f32(a, n * d_max);
     w->kv_rows = arena_take(a, (uint64_t)n * kv_row_bytes(c->head_dim, c->qk_rope_head_dim,
                                                           packed));
     w->new_rows = arena_take(a, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, packed));
-    w->ckv = take_f32(a, (int64_t)n * 2 * c->head_dim);
-    w->cscore = take_f32(a, (int64_t)n * 2 * c->head_dim);
-    w->ikv = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
-    w->iscore = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
-    w->iq = take_f32(a, (int64_t)n * c->index_n_heads * c->index_head_dim);
+    w->ckv = take_f32(a, n * 2 * d_max);
+    w->cscore = take_f32(a, n * 2 * d_max);
+    w->iq = take_f32(a, n * c->index_n_heads * c->index_head_dim);
     w->iq_rows = arena_take(a, (uint64_t)n * (uint64_t)c->index_n_heads *
                                index_row_bytes(c->index_head_dim, packed));
-    w->iw = take_f32(a, (int64_t)n * c->index_n_heads);
+    w->iw = take_f32(a, n * c->index_n_heads);
     w->scores = take_f32(a, w->index_block * entries);
-    w->idx = take_i32(a, (int64_t)n * c->index_topk);
+    w->idx = take_i32(a, n * c->index_topk);
     w->count = take_i32(a, n);
-    w->post = take_f32(a, (int64_t)n * c->hc_mult);
-    w->comb = take_f32(a, (int64_t)n * c->hc_mult * c->hc_mult);
-    w->g = take_f32(a, (int64_t)n * c->moe_intermediate_size);
-    w->u = take_f32(a, (int64_t)n * c->moe_intermediate_size);
-    w->logits = take_f32(a, (int64_t)n * c->n_routed_experts);
-    if (mtp) w->mtp_h = take_f32(a, n * dim * c->hc_mult);
-    if (mtp) w->mtp_norm = take_f32(a, n * dim * c->hc_mult);
+    w->g = take_f32(a, n * c->moe_intermediate_size);
+    w->u = take_f32(a, n * c->moe_intermediate_size);
+    w->logits = take_f32(a, n * c->n_routed_experts);
+    if (o->mtp) w->mtp_h = take_f32(a, n * dim * c->hc_mult);
+    if (o->mtp) w->mtp_norm = take_f32(a, n * dim * c->hc_mult);
 }
 
-static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n,
-                        const dsv4_opts *o, bool streamed) {
+static void span_layout(span_work *w, arena *a, const dsv4_config *c, const dsv4_opts *o,
+                        int64_t n, bool streamed) {
     kv_opts kv = kv_opts_of(c, o);
     int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok;
     *w = (span_work){.h = take_f32(a, n * hc * dim)};
@@ -649,23 +643,24 @@ static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n,
     w->expert_y = take_f32(a, topk * dim);
     if (kv.park)
         w->marks = arena_take(a, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
-    if (!streamed) return;
-    w->embed_rows = take_f32(a, n * dim);      /* F32 is the widest that they may be */
-    w->embed_tensors = arena_take(a, (uint64_t)n * sizeof *w->embed_tensors);
-    w->embed_items = arena_take(a, (uint64_t)n * sizeof *w->embed_items);
-    w->embed_ids = take_i32(a, n);
+    if (streamed)                              /* F32 is the widest that they may be */
+        w->embed_rows = take_f32(a, min64(n, EMBED_ROWS) * dim);
+}
+
+static void session_layout(dsv4_session *s, arena *a, const dsv4_config *c, const dsv4_opts *o,
+                           bool streamed, int span, int chunk) {
+    chunk_layout(&s->c, a, c, o, chunk);
+    span_layout(&s->s, a, c, o, span, streamed);
+    s->mtp_pending = take_f32(a, (int64_t)c->hc_mult * c->hidden_size);
+    s->tokens = kv_opts_of(c, o).park ? take_i32(a, o->ctx) : NULL;
 }
 
 /* Bytes of work memory for this span and chunk. */
 static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, bool streamed, int span,
                            int chunk) {
     arena a = {0};
-    chunk_work cw;
-    span_work sw;
-    chunk_layout(&cw, &a, c, chunk, o->ctx, !o->no_rounding, o->mtp);
-    span_layout(&sw, &a, c, span, o, streamed);
-    take_f32(&a, (int64_t)c->hc_mult * c->hidden_size);      /* mtp_pending */
-    if (o->park) take_i32(&a, o->ctx);                       /* tokens */
+    dsv4_session s;
+    session_layout(&s, &a, c, o, streamed, span, chunk);
     return a.used;
 }
 
@@ -880,7 +875,9 @@ int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const 
     e->cfg = cfg;
     e->op = &ops_cpu;
     e->opts = *opts;
-    e->unit_now = e->unit_next = -1;
+    e->now.unit = e->next.unit = -1;
+    e->hc = (dsv4_hc_shape){cfg->hc_mult, cfg->hidden_size, cfg->hc_sinkhorn_iters,
+                            cfg->rms_norm_eps, cfg->hc_eps};
     if (!e->opts.ram_bytes) e->opts.ram_bytes = machine_ram_budget();
     if (engine_start(e, c, err)) {
         engine_close(e);
@@ -932,6 +929,15 @@ group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
 
 /* === 4. Session =============================================================================== */
 
+/* At position `pos`, with that many tokens' KV in. */
+static void session_at(dsv4_session *s, int64_t pos) {
+    s->pos = pos;
+    s->tail = 0;
+    s->n_last = 0;
+    s->mtp_drafted = -1;
+    s->broken = false;
+}
+
 int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void *arg,
                  dsv4_err *err) {
     *out = NULL;
@@ -946,12 +952,8 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
         session_close(s);
         return -1;
     }
-    chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, !e->opts.no_rounding,
-                 e->opts.mtp);
-    span_layout(&s->s, &s->work_mem, c, e->plan.span, &e->opts, e->plan.streamed);
-    s->mtp_pending = take_f32(&s->work_mem, (int64_t)c->hc_mult * c->hidden_size);
-    if (e->kv_opts.park) s->tokens = take_i32(&s->work_mem, e->opts.ctx);
-    s->mtp_drafted = -1;
+    session_layout(s, &s->work_mem, c, &e->opts, e->plan.streamed, e->plan.span, e->plan.chunk);
+    session_at(s, 0);
     *out = s;
     return 0;
 }
@@ -961,15 +963,6 @@ void session_close(dsv4_session *s) {
     kv_close(s->kv);
     arena_close(&s->work_mem);
     free(s);
-}
-
-/* At position `pos`, with that many tokens' KV in. */
-static void session_at(dsv4_session *s, int64_t pos) {
-    s->pos = pos;
-    s->tail = 0;
-    s->n_last = 0;
-    s->mtp_drafted = -1;
-    s->broken = false;
 }
 
 void session_reset(dsv4_session *s) {
@@ -1012,47 +1005,35 @@ static void linear_rounded(dsv4_session *s, float *y, const dsv4_mat *w, const f
     e->op->linear(y, w, x, n, 1, e->ex);
 }
 
-/* Compressor of width d on the chunk's normalized input: finished entries, unrounded, go to w->kv;
- * returns how many.  The last tokens' projections stay in the rings. */
-typedef struct { float *ring_kv, *ring_score, *kv, *score; int d; } compress_bufs;
-
-static int compress_chunk(dsv4_session *s, const layer_w *l, const compressor_w *w,
-                          const compress_bufs *b, int n, int64_t t0) {
-    const dsv4_engine *e = s->e;
-    int coff = coff_of(l->ratio);
-    size_t row = (size_t)(coff * b->d) * sizeof(float);
-    int64_t g0 = t0 / l->ratio;
-    int n_groups = (int)((t0 + n) / l->ratio - g0);
-    float *x = s->c.kv;
-    e->op->linear(b->kv, &w->wkv, s->c.x, n, 1, e->ex);
-    e->op->linear(b->score, &w->wgate, s->c.x, n, 1, e->ex);
-    dsv4_compress in = {b->kv, b->score, b->ring_kv, b->ring_score, w->ape, l->ratio, b->d, t0};
-    e->op->compress(x, &in, g0, n_groups, e->ex);
-    e->op->rmsnorm(x, x, w->norm, n_groups, b->d, e->cfg->rms_norm_eps, e->ex);
-    e->op->rope(x, layer_freq(e, l), n_groups, 1, b->d, e->cfg->qk_rope_head_dim, g0 * l->ratio,
-                l->ratio, false, e->ex);
-    ring_put(b->ring_kv, coff * l->ratio, b->kv, n, row, t0);
-    ring_put(b->ring_score, coff * l->ratio, b->score, n, row, t0);
-    return n_groups;
-}
-
-static int attn_compress(dsv4_session *s, const layer_w *l, int layer, int n, int64_t t0,
-                         dsv4_err *err) {
+/* The compressor of a layer's entries or keys on the chunk's normalized input: what is finished
+ * becomes rows; the last tokens' projections stay in the rings. */
+static int compress_chunk(dsv4_session *s, const layer_w *l, int layer, kv_kind kind, int n,
+                          int64_t t0, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
-    chunk_work *w = &s->c;
-    bool packed = !e->opts.no_rounding;
-    int hd = c->head_dim, rope = c->qk_rope_head_dim, ihd = c->index_head_dim;
+    const chunk_work *w = &s->c;
     kv_state st = kv_get_state(s->kv, layer);
-    compress_bufs main = {st.ring_kv, st.ring_score, w->ckv, w->cscore, hd};
-    int n_groups = compress_chunk(s, l, &l->comp, &main, n, t0);
-    e->op->kv_round(w->new_rows, w->kv, n_groups, hd, rope, packed, e->ex);
-    if (kv_append(s->kv, layer, KV_ENTRIES, w->new_rows, n_groups, err)) return -1;
-    if (l->ratio != 4) return 0;
-    compress_bufs index = {st.index_ring_kv, st.index_ring_score, w->ikv, w->iscore, ihd};
-    compress_chunk(s, l, &l->index_comp, &index, n, t0);
-    e->op->index_round(w->new_rows, w->kv, n_groups, ihd, packed, e->ex);
-    return kv_append(s->kv, layer, KV_KEYS, w->new_rows, n_groups, err);
+    bool keys = kind == KV_KEYS, packed = !e->opts.no_rounding;
+    const compressor_w *comp = keys ? &l->index_comp : &l->comp;
+    float *ring_kv = keys ? st.index_ring_kv : st.ring_kv;
+    float *ring_score = keys ? st.index_ring_score : st.ring_score;
+    int d = keys ? c->index_head_dim : c->head_dim, rope = c->qk_rope_head_dim;
+    int coff = l->ratio == 4 ? 2 : 1;
+    size_t row = (size_t)(coff * d) * sizeof(float);
+    int64_t g0 = t0 / l->ratio;
+    int n_groups = (int)((t0 + n) / l->ratio - g0);
+    e->op->linear(w->ckv, &comp->wkv, w->x, n, 1, e->ex);
+    e->op->linear(w->cscore, &comp->wgate, w->x, n, 1, e->ex);
+    dsv4_compress in = {w->ckv, w->cscore, ring_kv, ring_score, comp->ape, l->ratio, d, t0};
+    e->op->compress(w->kv, &in, g0, n_groups, e->ex);
+    e->op->rmsnorm(w->kv, w->kv, comp->norm, n_groups, d, c->rms_norm_eps, e->ex);
+    e->op->rope(w->kv, layer_freq(e, l), n_groups, 1, d, rope, g0 * l->ratio, l->ratio, false,
+                e->ex);
+    ring_put(ring_kv, coff * l->ratio, w->ckv, n, row, t0);
+    ring_put(ring_score, coff * l->ratio, w->cscore, n, row, t0);
+    if (keys) e->op->index_round(w->new_rows, w->kv, n_groups, d, packed, e->ex);
+    else e->op->kv_round(w->new_rows, w->kv, n_groups, d, rope, packed, e->ex);
+    return kv_append(s->kv, layer, kind, w->new_rows, n_groups, err);
 }
 
 /* Choose the entries of each token of a CSA layer; qrq is the rounded low-rank query. */
@@ -1128,7 +1109,8 @@ static int attention(dsv4_session *s, const layer_w *l, int layer, const kv_laye
     /* with few entries all are visible, and the indexer has nothing to choose */
     int64_t visible = l->ratio ? (t0 + n) / l->ratio : 0;
     bool choose = l->ratio == 4 && visible > c->index_topk;
-    if (l->ratio && attn_compress(s, l, layer, n, t0, err)) return -1;
+    if (l->ratio && compress_chunk(s, l, layer, KV_ENTRIES, n, t0, err)) return -1;
+    if (l->ratio == 4 && compress_chunk(s, l, layer, KV_KEYS, n, t0, err)) return -1;
     tick(s, OPC_COMPRESS);
     if (choose) attn_index(s, l, rows->keys, qrq, n, t0);
     tick(s, OPC_INDEX);
@@ -1154,23 +1136,17 @@ static int report(dsv4_session *s, int layer, double share_of_layer, dsv4_err *e
     return fail(err, "interrupted");
 }
 
-static dsv4_hc_shape hc_shape(const dsv4_config *c) {
-    return (dsv4_hc_shape){c->hc_mult, c->hidden_size, c->hc_sinkhorn_iters, c->rms_norm_eps,
-                           c->hc_eps};
-}
-
 static int attention_sublayer(dsv4_session *s, int layer, const kv_layer *rows, float *h, int n,
                               int64_t t0, dsv4_err *err) {
     const dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
     const layer_w *l = &e->w->layer[layer];
-    chunk_work *w = &s->c;
-    dsv4_hc_shape shape = hc_shape(c);
-    e->op->hc_pre(w->x, w->post, w->comb, h, &l->hc_attn, &shape, n, e->ex);
-    e->op->rmsnorm(w->x, w->x, l->attn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
+    const span_work *m = &s->s;
+    float *x = s->c.x;
+    e->op->hc_pre(x, m->post, m->comb, h, &l->hc_attn, &e->hc, n, e->ex);
+    e->op->rmsnorm(x, x, l->attn_norm, n, e->hc.dim, e->hc.rms_eps, e->ex);
     tick(s, OPC_HC);
     if (attention(s, l, layer, rows, n, t0, err)) return -1;
-    e->op->hc_post(h, w->x, w->post, w->comb, &shape, n, e->ex);
+    e->op->hc_post(h, x, m->post, m->comb, &e->hc, n, e->ex);
     layer_work(e, layer, (double)t0, (double)(t0 + n), s->e->stats.work);
     tick(s, OPC_HC);
     return 0;
@@ -1204,9 +1180,16 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
 /* === 6. Dense weights that do not fit =========================================================
  * Two slots: the layer (or block of head) in use, and the next one on its way.                   */
 
-static void unit_drop(dsv4_engine *e, int *unit, const int *slot) {
-    if (*unit >= 0) cache_unpin(e->units, *slot);
-    *unit = -1;
+/* Pin `unit` (-1: none) in place of what p pins. */
+static int unit_pin(dsv4_engine *e, pinned_unit *p, int unit, dsv4_err *err) {
+    if (p->unit == unit) return 0;
+    if (p->unit >= 0) cache_unpin(e->units, p->slot);
+    p->unit = -1;
+    if (unit < 0) return 0;
+    p->slot = cache_get(e->units, (size_t)unit, err);
+    if (p->slot < 0) return -1;
+    p->unit = unit;
+    return 0;
 }
 
 /* Have unit's matrices in place, and ask for `next` (-1: nothing is known to follow). */
@@ -1214,27 +1197,17 @@ static int unit_use(dsv4_engine *e, int unit, int next, dsv4_err *err) {
     if (!e->units) return 0;
     dsv4_weights *w = e->w;
     double t = now_s();
-    unit_drop(e, &e->unit_now, &e->slot_now);
-    if (e->unit_next != unit) {
-        unit_drop(e, &e->unit_next, &e->slot_next);
-        e->slot_next = cache_get(e->units, (size_t)unit, err);
-        if (e->slot_next < 0) return -1;
-    }
-    e->unit_now = unit;
-    e->slot_now = e->slot_next;
-    e->unit_next = -1;
-    if (next >= 0 && next != unit) {
-        e->slot_next = cache_get(e->units, (size_t)next, err);
-        if (e->slot_next < 0) return -1;
-        e->unit_next = next;
-    }
-    if (cache_wait(e->units, e->slot_now, err)) return -1;
+    if (unit_pin(e, &e->now, -1, err) || unit_pin(e, &e->next, unit, err)) return -1;
+    e->now = e->next;
+    e->next.unit = -1;
+    if (next != unit && unit_pin(e, &e->next, next, err)) return -1;
+    if (cache_wait(e->units, e->now.slot, err)) return -1;
     e->stats.dense_wait_s += now_s() - t;
     int part = 0;
     for (size_t i = 0; i < w->n_needs; i++) {
         const need *n = &w->needs[i];
         if (n->unit != unit) continue;
-        const void *data = cache_part(e->units, e->slot_now, part++);
+        const void *data = cache_part(e->units, e->now.slot, part++);
         if (n->kind == NEED_RAW) *n->dst.raw = data;
         else *n->dst.scale = data;
     }
@@ -1246,24 +1219,27 @@ static int embed_tokens(dsv4_session *s, float *h, const int32_t *tokens, int n,
                         dsv4_err *err) {
     dsv4_engine *e = s->e;
     dsv4_mat m = e->w->embed;
-    const span_work *w = &s->s;
     if (!e->units) {
         e->op->embed(h, &m, tokens, n, copies, e->ex);
         return 0;
     }
-    uint64_t row = e->w->embed_tensor->bytes / (uint64_t)m.rows;
-    for (int i = 0; i < n; i++) {
-        w->embed_tensors[i] = *e->w->embed_tensor;
-        w->embed_tensors[i].offset += (uint64_t)tokens[i] * row;
-        w->embed_tensors[i].bytes = row;
-        w->embed_items[i] = (load_item){&w->embed_tensors[i],
-                                        (uint8_t *)w->embed_rows + (uint64_t)i * row};
-        w->embed_ids[i] = i;
+    ckpt_tensor row[EMBED_ROWS];
+    load_item item[EMBED_ROWS];
+    int32_t id[EMBED_ROWS];
+    uint64_t bytes = e->w->embed_tensor->bytes / (uint64_t)m.rows;
+    m.data = s->s.embed_rows;
+    for (int i = 0; i < n; i += m.rows) {
+        m.rows = (int)min64(EMBED_ROWS, n - i);
+        for (int j = 0; j < m.rows; j++) {
+            row[j] = *e->w->embed_tensor;
+            row[j].offset += (uint64_t)tokens[i + j] * bytes;
+            row[j].bytes = bytes;
+            item[j] = (load_item){&row[j], (uint8_t *)s->s.embed_rows + (uint64_t)j * bytes};
+            id[j] = j;
+        }
+        if (offload_load(e->off, item, (size_t)m.rows, err)) return -1;
+        e->op->embed(h + (size_t)i * (size_t)(copies * m.cols), &m, id, m.rows, copies, e->ex);
     }
-    if (offload_load(e->off, w->embed_items, (size_t)n, err)) return -1;
-    m.data = w->embed_rows;
-    m.rows = n;
-    e->op->embed(h, &m, w->embed_ids, n, copies, e->ex);
     return 0;
 }
 
@@ -1281,7 +1257,7 @@ static int head_linear(dsv4_session *s, float *logits, const float *x, int n, ds
         dsv4_mat m = w->head;
         int first = (u - n_layers) * w->head_rows;
         m.rows = (int)min64(w->head_rows, w->head.rows - first);
-        m.data = cache_part(e->units, e->slot_now, 0);
+        m.data = cache_part(e->units, e->now.slot, 0);
         for (int i = 0; i < n; i++)
             e->op->linear(logits + (size_t)i * (size_t)w->head.rows + first, &m,
                           x + (size_t)i * (size_t)m.cols, 1, 1, e->ex);
@@ -1300,9 +1276,8 @@ static void moe_choose(dsv4_session *s, const layer_w *l, const float *h, const 
     span_work *m = &s->s;
     int hc = c->hc_mult, topk = c->num_experts_per_tok;
     size_t at = (size_t)i, dim = (size_t)c->hidden_size;
-    dsv4_hc_shape shape = hc_shape(c);
     e->op->hc_pre(w->x, m->post + at * (size_t)hc, m->comb + at * (size_t)(hc * hc),
-                  h + at * (size_t)hc * dim, &l->hc_ffn, &shape, n, e->ex);
+                  h + at * (size_t)hc * dim, &l->hc_ffn, &e->hc, n, e->ex);
     e->op->rmsnorm(w->x, w->x, l->ffn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
     tick(s, OPC_HC);
     e->op->linear(w->logits, &l->gate, w->x, n, 1, e->ex);
@@ -1465,10 +1440,9 @@ static void moe_finish(dsv4_session *s, float *h, int i, int n) {
     const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
     size_t at = (size_t)i, dim = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
-    dsv4_hc_shape shape = hc_shape(c);
     e->op->add(m->y + at * dim, s->c.x, n, 1, c->hidden_size, e->ex);
     e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
-                   m->comb + at * hc * hc, &shape, n, e->ex);
+                   m->comb + at * hc * hc, &e->hc, n, e->ex);
     tick(s, OPC_HC);
 }
 
@@ -1639,11 +1613,10 @@ static int head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const
                        int n, float *logits, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
-    dsv4_hc_shape shape = hc_shape(c);
     s->tick = now_s();
     for (int i = 0; i < n; i += e->plan.chunk) {
         int m = (int)min64(e->plan.chunk, n - i);
-        e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &shape,
+        e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &e->hc,
                        m, e->ex);
         e->op->rmsnorm(s->c.x, s->c.x, norm, m, c->hidden_size, c->rms_norm_eps, e->ex);
         if (head_linear(s, logits + (size_t)i * (size_t)c->vocab_size, s->c.x, m, err)) return -1;
