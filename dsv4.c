@@ -551,7 +551,7 @@ struct dsv4_engine {
     cache *experts;
     cache *units;                  /* dense weights that do not fit: two slots; else NULL       */
     pinned_unit now, next;         /* in use; on its way                                        */
-    float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
+    float freq_window[MAX_HEAD_DIM / 2], freq_compressed[MAX_HEAD_DIM / 2]; /* of rotation      */
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
     dsv4_hc_shape hc;
@@ -791,20 +791,6 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
     return 0;
 }
 
-static int engine_check_opts(const dsv4_config *c, const dsv4_opts *o, bool has_mtp,
-                             dsv4_err *err) {
-    if (o->ctx < 1 || o->ctx > c->max_position_embeddings)
-        return fail(err, "a context of %lld tokens: this model takes 1 to %lld; shorten the input "
-                    "or lower -n or --ctx", (long long)o->ctx,
-                    (long long)c->max_position_embeddings);
-    if (o->ram_bytes > machine_ram_total())
-        return fail(err, "--ram %.1fG is more than the %.1fG that this machine lets us have; lower "
-                    "it", (double)o->ram_bytes / (1 << 30),
-                    (double)machine_ram_total() / (1 << 30));
-    if (o->mtp && !has_mtp) return fail(err, "%s has no MTP block to draft with", o->dir);
-    return 0;
-}
-
 static int default_threads(void) {
     cpu_set_t set;
     int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
@@ -813,19 +799,25 @@ static int default_threads(void) {
 
 static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
     const dsv4_config *cfg = e->cfg;
+    const dsv4_opts *o = &e->opts;
     const char *note;              /* engine_note() tells it, and what comes up later */
     if (weights_bind(&e->w, c, cfg, err)) return -1;
-    if (engine_check_opts(cfg, &e->opts, e->w->bytes.has_mtp, err)) return -1;
-    e->n_blocks = cfg->num_hidden_layers + e->opts.mtp;
-    int threads = e->opts.n_threads ? e->opts.n_threads : default_threads();
+    if (o->ctx < 1 || o->ctx > cfg->max_position_embeddings)
+        return fail(err, "a context of %lld tokens: this model takes 1 to %lld; shorten the input "
+                    "or lower -n or --ctx", (long long)o->ctx,
+                    (long long)cfg->max_position_embeddings);
+    if (o->ram_bytes > machine_ram_total())
+        return fail(err, "--ram %.1fG is more than the %.1fG that this machine lets us have; lower "
+                    "it", (double)o->ram_bytes / (1 << 30),
+                    (double)machine_ram_total() / (1 << 30));
+    if (o->mtp && !e->w->bytes.has_mtp)
+        return fail(err, "%s has no MTP block to draft with", o->dir);
+    e->n_blocks = cfg->num_hidden_layers + o->mtp;
+    int threads = o->n_threads ? o->n_threads : default_threads();
     if (exec_open(&e->ex, threads, err) || offload_open(&e->off, c, &note, err)) return -1;
-    int half = cfg->qk_rope_head_dim / 2;
-    e->freq_window = calloc(2 * (size_t)half, sizeof(float));
-    if (!e->freq_window) return fail(err, "out of memory for rope frequencies");
-    e->freq_compressed = e->freq_window + half;
-    rope_inv_freq(e->freq_window, 2 * half, cfg->rope_theta, 1, 0, 0, 0);
-    rope_inv_freq(e->freq_compressed, 2 * half, cfg->compress_rope_theta, cfg->yarn_factor,
-                  cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
+    rope_inv_freq(e->freq_window, cfg->qk_rope_head_dim, cfg->rope_theta, 1, 0, 0, 0);
+    rope_inv_freq(e->freq_compressed, cfg->qk_rope_head_dim, cfg->compress_rope_theta,
+                  cfg->yarn_factor, cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
     return plan_make(e, err);
 }
 
@@ -904,7 +896,6 @@ void engine_close(dsv4_engine *e) {
     arena_close(&e->dense);
     weights_close(e->w);
     exec_close(e->ex);
-    free(e->freq_window);
     free(e);
 }
 
@@ -1316,21 +1307,32 @@ static size_t expert_id(const dsv4_engine *e, int layer, int expert) {
     return (size_t)layer * (size_t)e->cfg->n_routed_experts + (size_t)expert;
 }
 
-/* Wait for an expert's bytes, and say where they lie. */
-static int expert_wait(dsv4_engine *e, int slot, dsv4_ffn *w, dsv4_err *err) {
+/* Wait for an expert's bytes; y += what it makes of its tokens. */
+static int expert_run(dsv4_session *s, int layer, int expert, int slot, float *y, dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const span_work *m = &s->s;
     int dim = e->cfg->hidden_size, inter = e->cfg->moe_intermediate_size;
+    int first = m->start[expert], end = m->start[expert + 1];
     double t = now_s();
     if (cache_wait(e->experts, slot, err)) return -1;
     e->stats.expert_wait_s += now_s() - t;
     const void *part[EXPERT_PARTS];
     for (int p = 0; p < EXPERT_PARTS; p++) part[p] = cache_part(e->experts, slot, p);
-    *w = (dsv4_ffn){.w1 = {DT_I8, inter, dim, part[W1], part[S1]},
-                    .w2 = {DT_I8, dim, inter, part[W2], part[S2]},
-                    .w3 = {DT_I8, inter, dim, part[W3], part[S3]}};
+    dsv4_ffn w = {.w1 = {DT_I8, inter, dim, part[W1], part[S1]},
+                  .w2 = {DT_I8, dim, inter, part[W2], part[S2]},
+                  .w3 = {DT_I8, inter, dim, part[W3], part[S3]}};
+    dsv4_acts x = {m->code, m->scale, m->x};
+    for (int i = first; i < end; i += EXPERT_ROWS)
+        e->op->expert_ffn(y, &w, &x, m->rows + i, m->row_weight + i,
+                          (int)min64(EXPERT_ROWS, end - i), e->cfg->swiglu_limit,
+                          m->expert_scratch, e->ex);
+    e->stats.expert_uses++;
+    e->layer_uses[layer]++;
+    e->stats.work[WORK_EXPERTS] += (end - first) * expert_macs(e->cfg);
     return 0;
 }
 
-/* The shared expert's y of tokens i..i+n-1, for moe_finish(). */
+/* The shared expert's y of tokens i..i+n-1, in w->x. */
 static void moe_shared(dsv4_session *s, const layer_w *l, int i, int n) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
@@ -1359,28 +1361,20 @@ static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *er
     int32_t expert[MAX_TOPK];
     bool held[MAX_TOPK];
     size_t dim = (size_t)c->hidden_size;
-    dsv4_acts x = {m->code, m->scale, m->x};
     for (int i = moe_next(m, 0, c->n_routed_experts); i < c->n_routed_experts;
          i = moe_next(m, i + 1, c->n_routed_experts)) {
         held[n] = cache_holds(e->experts, expert_id(e, layer, i));
         expert[n++] = i;
     }
     if (e->opts.trace) e->opts.trace(e->opts.trace_arg, s->pos, layer, expert, n);
-    for (; asked < n && rc == 0; asked += rc == 0) {
-        slot[asked] = cache_get(e->experts, expert_id(e, layer, expert[asked]), err);
-        if (slot[asked] < 0) rc = -1;
-    }
+    for (; asked < n && rc == 0; asked += rc == 0)
+        if ((slot[asked] = cache_get(e->experts, expert_id(e, layer, expert[asked]), err)) < 0)
+            rc = -1;
     memset(m->expert_y, 0, (size_t)n * dim * sizeof(float));
     for (int pass = 0; pass < 2; pass++) {             /* the hits, then the others */
         for (int i = 0; i < n && rc == 0; i++) {
-            dsv4_ffn w;
-            if (held[i] != (pass == 0)) continue;
-            rc = expert_wait(e, slot[i], &w, err);
-            const int32_t *row = m->rows + m->start[expert[i]];
-            const float *weight = m->row_weight + m->start[expert[i]];
-            if (rc == 0)
-                e->op->expert_ffn(m->expert_y + (size_t)i * dim, &w, &x, row, weight, 1,
-                                  c->swiglu_limit, m->expert_scratch, e->ex);
+            float *y = m->expert_y + (size_t)i * dim;
+            if (held[i] == (pass == 0)) rc = expert_run(s, layer, expert[i], slot[i], y, err);
         }
         tick(s, OPC_EXPERTS);
         if (pass == 0) moe_shared(s, l, 0, 1);
@@ -1388,9 +1382,6 @@ static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *er
     for (int i = 0; i < asked; i++) cache_unpin(e->experts, slot[i]);
     for (int i = 0; i < n && rc == 0; i++)
         e->op->add(m->y, m->expert_y + (size_t)i * dim, 1, 1, c->hidden_size, e->ex);
-    e->stats.expert_uses += (uint64_t)n;
-    e->layer_uses[layer] += (uint64_t)n;
-    e->stats.work[WORK_EXPERTS] += n * expert_macs(c);
     return rc;
 }
 
@@ -1398,12 +1389,10 @@ static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *er
  * prompt comes by all of them: what decode has learned to keep must stay. */
 static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
-    int n_experts = c->n_routed_experts, slot_of[LOOKAHEAD], rc = 0;
+    int n_experts = e->cfg->n_routed_experts, slot_of[LOOKAHEAD], rc = 0;
     size_t asked = 0, done = 0;
     int ask = moe_next(m, 0, n_experts);
-    dsv4_acts x = {m->code, m->scale, m->x};
     for (int cur = ask; cur < n_experts && rc == 0; cur = moe_next(m, cur + 1, n_experts)) {
         while (ask < n_experts && asked - done < LOOKAHEAD) {
             err->msg[0] = 0;
@@ -1415,35 +1404,14 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
         }
         if (rc) break;
         assert(asked > done);                          /* the plan gave at least 2 x topk slots */
-        int slot = slot_of[done % LOOKAHEAD];
-        dsv4_ffn w;
-        rc = expert_wait(e, slot, &w, err);
-        for (int i = m->start[cur]; i < m->start[cur + 1] && rc == 0; i += EXPERT_ROWS)
-            e->op->expert_ffn(m->y, &w, &x, m->rows + i, m->row_weight + i,
-                              (int)min64(EXPERT_ROWS, m->start[cur + 1] - i), c->swiglu_limit,
-                              m->expert_scratch, e->ex);
+        int slot = slot_of[done++ % LOOKAHEAD];
+        rc = expert_run(s, layer, cur, slot, m->y, err);
         cache_unpin(e->experts, slot);
-        done++;
-        e->stats.expert_uses++;
-        e->layer_uses[layer]++;
-        e->stats.work[WORK_EXPERTS] += (m->start[cur + 1] - m->start[cur]) * expert_macs(c);
         if (rc == 0)
             rc = report(s, layer, 0.5 + 0.5 * m->start[cur + 1] / m->start[n_experts], err);
     }
     for (; done < asked; done++) cache_unpin(e->experts, slot_of[done % LOOKAHEAD]);
     return rc;
-}
-
-/* Tokens i..i+n-1: y into the streams. */
-static void moe_finish(dsv4_session *s, float *h, int i, int n) {
-    const dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
-    const span_work *m = &s->s;
-    size_t at = (size_t)i, dim = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
-    e->op->add(m->y + at * dim, s->c.x, n, 1, c->hidden_size, e->ex);
-    e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
-                   m->comb + at * hc * hc, &e->hc, n, e->ex);
-    tick(s, OPC_HC);
 }
 
 /* === 8. Forward and MTP ======================================================================= */
@@ -1453,7 +1421,9 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     const layer_w *l = &e->w->layer[layer];
+    span_work *m = &s->s;
     int chunk = e->plan.chunk;
+    size_t dim = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
     assert(layer < e->n_blocks && n <= e->plan.span);
     s->tick = now_s();
     bool last = layer + 1 >= c->num_hidden_layers;     /* then head, if it is one token's turn */
@@ -1464,14 +1434,18 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     if (!last && kv_ahead(s->kv, layer + 1, n, err)) return -1;
     for (int i = 0; i < n; i += chunk)
         moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
-    moe_sort(&s->s, n, c->num_experts_per_tok, c->n_routed_experts);
-    memset(s->s.y, 0, (size_t)n * (size_t)c->hidden_size * sizeof(float));
+    moe_sort(m, n, c->num_experts_per_tok, c->n_routed_experts);
+    memset(m->y, 0, (size_t)n * dim * sizeof(float));
     int rc = n == 1 ? moe_decode(s, l, layer, err) : moe_experts(s, layer, err);
     tick(s, OPC_EXPERTS);
     for (int i = 0; i < n && rc == 0; i += chunk) {
-        int m = (int)min64(chunk, n - i);
-        if (n > 1) moe_shared(s, l, i, m);
-        moe_finish(s, h, i, m);
+        size_t at = (size_t)i;
+        int some = (int)min64(chunk, n - i);
+        if (n > 1) moe_shared(s, l, i, some);
+        e->op->add(m->y + at * dim, s->c.x, some, 1, c->hidden_size, e->ex);
+        e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
+                       m->comb + at * hc * hc, &e->hc, some, e->ex);
+        tick(s, OPC_HC);
     }
     return rc ? rc : report(s, layer, 1, err);
 }
@@ -1545,18 +1519,22 @@ int64_t session_parked(dsv4_session *s, const int32_t *tokens, int64_t n, int64_
     return s->tokens ? kv_parked(s->kv, tokens, min64(n, s->e->opts.ctx), tail) : 0;
 }
 
+/* Stand behind tokens [pos] whose KV came parked; -1: it did not come. */
+static void session_reuse(dsv4_session *s, const int32_t *tokens, int64_t pos) {
+    s->broken = pos < 0;
+    if (s->broken) return;
+    memcpy(s->tokens, tokens, (size_t)pos * sizeof *tokens);
+    session_at(s, pos);
+    s->e->stats.reused_tokens += (uint64_t)pos;
+}
+
 int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, int64_t tail,
                        dsv4_err *err) {
     session_reset(s);
     if (!s->tokens) return 0;
-    s->broken = true;
-    int64_t pos = kv_resume(s->kv, tokens, min64(n, s->e->opts.ctx), tail, err);
-    if (pos < 0) return -1;
-    memcpy(s->tokens, tokens, (size_t)pos * sizeof *tokens);
-    session_at(s, pos);
+    session_reuse(s, tokens, kv_resume(s->kv, tokens, min64(n, s->e->opts.ctx), tail, err));
     s->tail = tail;
-    s->e->stats.reused_tokens += (uint64_t)pos;
-    return pos;
+    return s->broken ? -1 : s->pos;
 }
 
 int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *err) {
@@ -1568,12 +1546,8 @@ int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *
 int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_t *n,
                      park_frame *extra, dsv4_err *err) {
     if (!s->tokens) return fail(err, "nothing can be loaded: parked context is off");
-    s->broken = true;
     int64_t pos = kv_load(s->kv, name, tokens, n, extra, err);
-    if (pos < 0) return -1;
-    memcpy(s->tokens, *tokens, (size_t)pos * sizeof **tokens);
-    session_at(s, pos);
-    s->e->stats.reused_tokens += (uint64_t)pos;
+    session_reuse(s, *tokens, pos);
     return pos;
 }
 
@@ -1651,31 +1625,23 @@ struct sampler {
     sample_opts o;
     int n_vocab, n_popped;
     uint64_t state;                /* of the random numbers                                     */
-    float *x;                      /* [n_vocab] logits behind the penalty                       */
+    float *x;                      /* [n_vocab] logits behind the penalty; all in one block     */
     int32_t *heap;                 /* [n_vocab] ids: a heap, then behind it those taken off it  */
     bool *seen;                    /* [n_vocab] in the context already                          */
 };
 
 int sampler_open(sampler **out, const sample_opts *o, int n_vocab, dsv4_err *err) {
-    sampler *s = calloc(1, sizeof *s);
-    *out = s;
-    if (s) *s = (sampler){.o = *o, .n_vocab = n_vocab, .state = o->seed};
     size_t n = (size_t)n_vocab;
-    if (s && (s->x = malloc(n * sizeof *s->x)) && (s->heap = malloc(n * sizeof *s->heap)) &&
-        (s->seen = calloc(n, sizeof *s->seen)))
-        return 0;
-    sampler_close(s);
-    *out = NULL;
-    return fail(err, "out of memory for sampling");
+    sampler *s = *out = calloc(1, sizeof *s + n * (sizeof *s->x + sizeof *s->heap +
+                                                   sizeof *s->seen));
+    if (!s) return fail(err, "out of memory for sampling");
+    *s = (sampler){.o = *o, .n_vocab = n_vocab, .state = o->seed, .x = (float *)(s + 1)};
+    s->heap = (int32_t *)(s->x + n);
+    s->seen = (bool *)(s->heap + n);
+    return 0;
 }
 
-void sampler_close(sampler *s) {
-    if (!s) return;
-    free(s->x);
-    free(s->heap);
-    free(s->seen);
-    free(s);
-}
+void sampler_close(sampler *s) { free(s); }
 
 void sampler_accept(sampler *s, int32_t token) {
     assert(token >= 0 && token < s->n_vocab);
