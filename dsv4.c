@@ -530,6 +530,8 @@ typedef struct {                   /* what a span carries from gate to experts t
     float *weights;
     int32_t *rows, *start;         /* tokens sorted by expert [span*topk]; [n_experts+1]        */
     float *row_weight;             /* [span*topk] in the order of rows                          */
+    int32_t *used;                 /* [n_used] experts that have tokens, ascending              */
+    int n_used;
     void *expert_scratch;
     float *expert_y;               /* [topk][dim] of one token                                  */
     float *embed_rows;             /* [EMBED_ROWS][dim], where embed.weight is not resident     */
@@ -585,11 +587,17 @@ static kv_opts kv_opts_of(const dsv4_config *c, const dsv4_opts *o) {
                      .park = o->mtp ? NULL : o->park};
 }
 
-static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, const dsv4_opts *o,
-                         int64_t n) {
-    int64_t dim = c->hidden_size, heads = (int64_t)c->num_attention_heads * c->head_dim;
+/* Hand out a session's work memory; with an arena that only counts, this is its size. */
+static void session_layout(dsv4_session *s, arena *a, const dsv4_config *c, const dsv4_opts *o,
+                           bool streamed, int64_t span, int64_t chunk) {
+    kv_opts kv = kv_opts_of(c, o);
+    int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok, n = chunk;
+    int64_t heads = (int64_t)c->num_attention_heads * c->head_dim, inter = c->moe_intermediate_size;
     int64_t entries = o->ctx / 4 + 1, block = INDEX_SCORES_MAX / entries;
-    bool packed = !o->no_rounding;
+    int d_max = c->head_dim > c->index_head_dim ? c->head_dim : c->index_head_dim;
+    uint64_t row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv.packed);
+    uint64_t key = index_row_bytes(c->index_head_dim, kv.packed);
+    chunk_work *w = &s->c;
     *w = (chunk_work){.index_block = (int)(block < 1 ? 1 : min64(block, n))};
     w->x = take_f32(a, n * dim);
     w->xq = take_f32(a, n * dim);
@@ -598,61 +606,46 @@ static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, const ds
     w->q = take_f32(a, n * heads);
     w->o = take_f32(a, n * heads);
     w->oa = take_f32(a, n * c->o_groups * c->o_lora_rank);
-    int d_max = c->head_dim > c->index_head_dim ? c->head_dim : c->index_head_dim;
     w->kv = take_f32(a, n * d_max);
-    w->kv_rows = arena_take(a, (uint64_t)n * kv_row_bytes(c->head_dim, c->qk_rope_head_dim,
-                                                          packed));
-    w->new_rows = arena_take(a, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, packed));
+    w->kv_rows = arena_take(a, (uint64_t)n * row);
+    w->new_rows = arena_take(a, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, kv.packed));
     w->ckv = take_f32(a, n * 2 * d_max);
     w->cscore = take_f32(a, n * 2 * d_max);
     w->iq = take_f32(a, n * c->index_n_heads * c->index_head_dim);
-    w->iq_rows = arena_take(a, (uint64_t)n * (uint64_t)c->index_n_heads *
-                               index_row_bytes(c->index_head_dim, packed));
+    w->iq_rows = arena_take(a, (uint64_t)(n * c->index_n_heads) * key);
     w->iw = take_f32(a, n * c->index_n_heads);
     w->scores = take_f32(a, w->index_block * entries);
     w->idx = take_i32(a, n * c->index_topk);
     w->count = take_i32(a, n);
-    w->g = take_f32(a, n * c->moe_intermediate_size);
-    w->u = take_f32(a, n * c->moe_intermediate_size);
+    w->g = take_f32(a, n * inter);
+    w->u = take_f32(a, n * inter);
     w->logits = take_f32(a, n * c->n_routed_experts);
-    if (o->mtp) w->mtp_h = take_f32(a, n * dim * c->hc_mult);
-    if (o->mtp) w->mtp_norm = take_f32(a, n * dim * c->hc_mult);
-}
+    if (o->mtp) w->mtp_h = take_f32(a, n * dim * hc);
+    if (o->mtp) w->mtp_norm = take_f32(a, n * dim * hc);
 
-static void span_layout(span_work *w, arena *a, const dsv4_config *c, const dsv4_opts *o,
-                        int64_t n, bool streamed) {
-    kv_opts kv = kv_opts_of(c, o);
-    int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok;
-    *w = (span_work){.h = take_f32(a, n * hc * dim)};
-    w->y = take_f32(a, n * dim);
-    if (!o->no_rounding) {
-        w->code = arena_take(a, (uint64_t)(n * dim));
-        w->scale = arena_take(a, (uint64_t)(n * ((dim + 127) / 128)));
-    } else {
-        w->x = take_f32(a, n * dim);
-    }
-    w->post = take_f32(a, n * hc);
-    w->comb = take_f32(a, n * hc * hc);
-    w->ids = take_i32(a, n * topk);
-    w->weights = take_f32(a, n * topk);
-    w->rows = take_i32(a, n * topk);
-    w->row_weight = take_f32(a, n * topk);
-    w->start = take_i32(a, c->n_routed_experts + 1);
-    w->expert_scratch = arena_take(a, expert_scratch_bytes(c->hidden_size,
-                                                           c->moe_intermediate_size));
-    w->expert_y = take_f32(a, topk * dim);
+    span_work *m = &s->s;
+    n = span;
+    *m = (span_work){.h = take_f32(a, n * hc * dim)};
+    m->y = take_f32(a, n * dim);
+    if (kv.packed) m->code = arena_take(a, (uint64_t)(n * dim));
+    if (kv.packed) m->scale = arena_take(a, (uint64_t)(n * ((dim + 127) / 128)));
+    if (!kv.packed) m->x = take_f32(a, n * dim);
+    m->post = take_f32(a, n * hc);
+    m->comb = take_f32(a, n * hc * hc);
+    m->ids = take_i32(a, n * topk);
+    m->weights = take_f32(a, n * topk);
+    m->rows = take_i32(a, n * topk);
+    m->row_weight = take_f32(a, n * topk);
+    m->start = take_i32(a, c->n_routed_experts + 1);
+    m->used = take_i32(a, c->n_routed_experts);
+    m->expert_scratch = arena_take(a, expert_scratch_bytes((int)dim, (int)inter));
+    m->expert_y = take_f32(a, topk * dim);
     if (kv.park)
-        w->marks = arena_take(a, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
+        m->marks = arena_take(a, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
     if (streamed)                              /* F32 is the widest that they may be */
-        w->embed_rows = take_f32(a, min64(n, EMBED_ROWS) * dim);
-}
-
-static void session_layout(dsv4_session *s, arena *a, const dsv4_config *c, const dsv4_opts *o,
-                           bool streamed, int span, int chunk) {
-    chunk_layout(&s->c, a, c, o, chunk);
-    span_layout(&s->s, a, c, o, span, streamed);
-    s->mtp_pending = take_f32(a, (int64_t)c->hc_mult * c->hidden_size);
-    s->tokens = kv_opts_of(c, o).park ? take_i32(a, o->ctx) : NULL;
+        m->embed_rows = take_f32(a, min64(n, EMBED_ROWS) * dim);
+    s->mtp_pending = take_f32(a, hc * dim);
+    s->tokens = kv.park ? take_i32(a, o->ctx) : NULL;
 }
 
 /* Bytes of work memory for this span and chunk. */
@@ -730,30 +723,23 @@ void engine_work_s(const dsv4_engine *e, double seconds[WORK_N]) {
     for (int i = 0; i < OPC_N; i++) seconds[kind[i]] += e->stats.op_s[i];
 }
 
-/* KV: all of it in RAM if that takes a quarter of the budget or somebody said so; else that
- * quarter, and the rest to the file. */
-static int plan_kv(dsv4_engine *e, dsv4_err *err) {
-    kv_opts *o = &e->kv_opts;
-    dsv4_plan *p = &e->plan;
-    *o = kv_opts_of(e->cfg, &e->opts);
-    if (kv_plan_make(&p->kv_plan, e->cfg, o, err)) return -1;
-    if (!o->ram && o->dir && p->kv_plan.ram > p->budget / 4) {
-        o->ram = p->budget / 4 > p->kv_plan.least ? p->budget / 4 : p->kv_plan.least;
-        if (kv_plan_make(&p->kv_plan, e->cfg, o, err)) return -1;
-    }
-    p->kv = p->kv_plan.ram;
-    return 0;
-}
-
 /* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory
- * (chunk, then span), the remainder to expert slots. */
+ * (chunk, then span), the remainder to expert slots.  KV: all of it in RAM if that takes a quarter
+ * of the budget or somebody said so; else that quarter, and the rest to the file. */
 static int plan_make(dsv4_engine *e, dsv4_err *err) {
     const dsv4_config *c = e->cfg;
     const dsv4_opts *o = &e->opts;
     dsv4_plan *p = &e->plan;
     size_t n_experts = (size_t)e->n_blocks * (size_t)c->n_routed_experts;
     *p = (dsv4_plan){.budget = o->ram_bytes, .chunk = 1, .span = 1};
-    if (plan_kv(e, err)) return -1;
+    kv_opts *kv = &e->kv_opts;
+    *kv = kv_opts_of(c, o);
+    if (kv_plan_make(&p->kv_plan, c, kv, err)) return -1;
+    if (!kv->ram && kv->dir && p->kv_plan.ram > p->budget / 4) {
+        kv->ram = p->budget / 4 > p->kv_plan.least ? p->budget / 4 : p->kv_plan.least;
+        if (kv_plan_make(&p->kv_plan, c, kv, err)) return -1;
+    }
+    p->kv = p->kv_plan.ram;
     machine_rss(&p->base, NULL);
     p->slot_bytes = cache_slot_bytes(e->w->expert_group, n_experts);
     plan_token(e, p);
@@ -906,9 +892,7 @@ const offload_stats *engine_offload_stats(const dsv4_engine *e) {
     return offload_get_stats(e->off);
 }
 
-const cache_stats *engine_expert_stats(const dsv4_engine *e) {
-    return cache_get_stats(e->experts);
-}
+const cache_stats *engine_expert_stats(const dsv4_engine *e) { return cache_get_stats(e->experts); }
 
 group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
     const group_uses *u = cache_uses(e->experts) + (size_t)layer *
@@ -1086,15 +1070,27 @@ static int attn_entries(dsv4_session *s, dsv4_attend *in, int layer, const kv_la
     return 0;
 }
 
-/* The attention sublayer on the chunk: x -> y (both w->x). */
-static int attention(dsv4_session *s, const layer_w *l, int layer, const kv_layer *rows, int n,
+/* Tell how far the forward is; -1 when the caller wants to stop. */
+static int report(dsv4_session *s, int layer, double share_of_layer, dsv4_err *err) {
+    double done = (layer + share_of_layer) / s->e->n_blocks;
+    if (!s->progress || !s->progress(s->progress_arg, done)) return 0;
+    return fail(err, "interrupted");
+}
+
+/* The attention sublayer on one chunk of the streams. */
+static int attention(dsv4_session *s, int layer, const kv_layer *rows, float *h, int n,
                      int64_t t0, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
+    const layer_w *l = &e->w->layer[layer];
+    const span_work *m = &s->s;
     chunk_work *w = &s->c;
     int hd = c->head_dim, heads = c->num_attention_heads, rope = c->qk_rope_head_dim;
     bool packed = !e->opts.no_rounding;
     uint8_t *ring = kv_get_state(s->kv, layer).ring;
+    e->op->hc_pre(w->x, m->post, m->comb, h, &l->hc_attn, &e->hc, n, e->ex);
+    e->op->rmsnorm(w->x, w->x, l->attn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
+    tick(s, OPC_HC);
     const float *qrq = attn_project(s, l, n, t0);
     tick(s, OPC_PROJ);
     /* with few entries all are visible, and the indexer has nothing to choose */
@@ -1117,27 +1113,7 @@ static int attention(dsv4_session *s, const layer_w *l, int layer, const kv_laye
     e->op->linear(w->oa, &l->wo_a, w->o, n, c->o_groups, e->ex);
     linear_rounded(s, w->x, &l->wo_b, w->oa, w->oa, n);
     tick(s, OPC_PROJ);
-    return 0;
-}
-
-/* Tell how far the forward is; -1 when the caller wants to stop. */
-static int report(dsv4_session *s, int layer, double share_of_layer, dsv4_err *err) {
-    double done = (layer + share_of_layer) / s->e->n_blocks;
-    if (!s->progress || !s->progress(s->progress_arg, done)) return 0;
-    return fail(err, "interrupted");
-}
-
-static int attention_sublayer(dsv4_session *s, int layer, const kv_layer *rows, float *h, int n,
-                              int64_t t0, dsv4_err *err) {
-    const dsv4_engine *e = s->e;
-    const layer_w *l = &e->w->layer[layer];
-    const span_work *m = &s->s;
-    float *x = s->c.x;
-    e->op->hc_pre(x, m->post, m->comb, h, &l->hc_attn, &e->hc, n, e->ex);
-    e->op->rmsnorm(x, x, l->attn_norm, n, e->hc.dim, e->hc.rms_eps, e->ex);
-    tick(s, OPC_HC);
-    if (attention(s, l, layer, rows, n, t0, err)) return -1;
-    e->op->hc_post(h, x, m->post, m->comb, &e->hc, n, e->ex);
+    e->op->hc_post(h, w->x, m->post, m->comb, &e->hc, n, e->ex);
     layer_work(e, layer, (double)t0, (double)(t0 + n), s->e->stats.work);
     tick(s, OPC_HC);
     return 0;
@@ -1157,7 +1133,7 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
         m = (int)min64(e->plan.chunk, n - i);
         if (mark) m = (int)min64(m, SEGMENT_TOKENS - (t0 + i) % SEGMENT_TOKENS);
         if (s->tail > t0 + i) m = (int)min64(m, s->tail - t0 - i);
-        if (attention_sublayer(s, layer, &rows, h + (size_t)i * row, m, t0 + i, err)) return -1;
+        if (attention(s, layer, &rows, h + (size_t)i * row, m, t0 + i, err)) return -1;
         if (mark && (t0 + i + m) % SEGMENT_TOKENS == 0) {
             kv_mark(s->kv, layer, t0 + i + m, mark);
             mark += kv_mark_bytes(e->cfg, &e->kv_opts);
@@ -1294,13 +1270,9 @@ static void moe_sort(span_work *m, int n, int topk, int n_experts) {
         m->row_weight[at] = m->weights[i];
     }
     for (int e = n_experts; e > 0; e--) m->start[e] = m->start[e - 1];   /* ... and goes back   */
-    m->start[0] = 0;
-}
-
-/* The next expert >= e that has tokens, or n_experts. */
-static int moe_next(const span_work *m, int e, int n_experts) {
-    while (e < n_experts && m->start[e] == m->start[e + 1]) e++;
-    return e;
+    m->start[0] = m->n_used = 0;
+    for (int e = 0; e < n_experts; e++)
+        if (m->start[e] < m->start[e + 1]) m->used[m->n_used++] = e;
 }
 
 static size_t expert_id(const dsv4_engine *e, int layer, int expert) {
@@ -1355,33 +1327,27 @@ static void moe_shared(dsv4_session *s, const layer_w *l, int i, int n) {
  * that the order in which they came cannot show. */
 static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
-    int slot[MAX_TOPK], n = 0, asked = 0, rc = 0;
-    int32_t expert[MAX_TOPK];
+    int slot[MAX_TOPK], n = m->n_used, asked = 0, rc = 0, dim = e->cfg->hidden_size;
     bool held[MAX_TOPK];
-    size_t dim = (size_t)c->hidden_size;
-    for (int i = moe_next(m, 0, c->n_routed_experts); i < c->n_routed_experts;
-         i = moe_next(m, i + 1, c->n_routed_experts)) {
-        held[n] = cache_holds(e->experts, expert_id(e, layer, i));
-        expert[n++] = i;
-    }
-    if (e->opts.trace) e->opts.trace(e->opts.trace_arg, s->pos, layer, expert, n);
+    for (int i = 0; i < n; i++)
+        held[i] = cache_holds(e->experts, expert_id(e, layer, m->used[i]));
+    if (e->opts.trace) e->opts.trace(e->opts.trace_arg, s->pos, layer, m->used, n);
     for (; asked < n && rc == 0; asked += rc == 0)
-        if ((slot[asked] = cache_get(e->experts, expert_id(e, layer, expert[asked]), err)) < 0)
+        if ((slot[asked] = cache_get(e->experts, expert_id(e, layer, m->used[asked]), err)) < 0)
             rc = -1;
-    memset(m->expert_y, 0, (size_t)n * dim * sizeof(float));
+    memset(m->expert_y, 0, (size_t)n * (size_t)dim * sizeof(float));
     for (int pass = 0; pass < 2; pass++) {             /* the hits, then the others */
         for (int i = 0; i < n && rc == 0; i++) {
-            float *y = m->expert_y + (size_t)i * dim;
-            if (held[i] == (pass == 0)) rc = expert_run(s, layer, expert[i], slot[i], y, err);
+            float *y = m->expert_y + (size_t)i * (size_t)dim;
+            if (held[i] == (pass == 0)) rc = expert_run(s, layer, m->used[i], slot[i], y, err);
         }
         tick(s, OPC_EXPERTS);
         if (pass == 0) moe_shared(s, l, 0, 1);
     }
     for (int i = 0; i < asked; i++) cache_unpin(e->experts, slot[i]);
     for (int i = 0; i < n && rc == 0; i++)
-        e->op->add(m->y, m->expert_y + (size_t)i * dim, 1, 1, c->hidden_size, e->ex);
+        e->op->add(m->y, m->expert_y + (size_t)i * (size_t)dim, 1, 1, dim, e->ex);
     return rc;
 }
 
@@ -1390,25 +1356,22 @@ static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *er
 static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const span_work *m = &s->s;
-    int n_experts = e->cfg->n_routed_experts, slot_of[LOOKAHEAD], rc = 0;
-    size_t asked = 0, done = 0;
-    int ask = moe_next(m, 0, n_experts);
-    for (int cur = ask; cur < n_experts && rc == 0; cur = moe_next(m, cur + 1, n_experts)) {
-        while (ask < n_experts && asked - done < LOOKAHEAD) {
+    int slot_of[LOOKAHEAD], asked = 0, done = 0, rc = 0;
+    while (done < m->n_used && rc == 0) {
+        while (asked < m->n_used && asked - done < LOOKAHEAD) {
             err->msg[0] = 0;
-            int slot = cache_pass(e->experts, expert_id(e, layer, ask), err);
+            int slot = cache_pass(e->experts, expert_id(e, layer, m->used[asked]), err);
             if (slot < 0 && err->msg[0]) rc = -1;
             if (slot < 0) break;
             slot_of[asked++ % LOOKAHEAD] = slot;
-            ask = moe_next(m, ask + 1, n_experts);
         }
         if (rc) break;
         assert(asked > done);                          /* the plan gave at least 2 x topk slots */
-        int slot = slot_of[done++ % LOOKAHEAD];
-        rc = expert_run(s, layer, cur, slot, m->y, err);
+        int slot = slot_of[done % LOOKAHEAD], expert = m->used[done++];
+        rc = expert_run(s, layer, expert, slot, m->y, err);
         cache_unpin(e->experts, slot);
-        if (rc == 0)
-            rc = report(s, layer, 0.5 + 0.5 * m->start[cur + 1] / m->start[n_experts], err);
+        double share = (double)m->start[expert + 1] / m->start[e->cfg->n_routed_experts];
+        if (rc == 0) rc = report(s, layer, 0.5 + 0.5 * share, err);
     }
     for (; done < asked; done++) cache_unpin(e->experts, slot_of[done % LOOKAHEAD]);
     return rc;
@@ -1611,10 +1574,8 @@ int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *
     assert(e->opts.mtp && s->pos > 0 && !s->broken);
     assert(next_token >= 0 && next_token < e->cfg->vocab_size);
     s->tick = now_s();
-    if (mtp_forward(s, s->mtp_pending, &next_token, 1, s->pos - 1, err)) {
-        s->broken = true;
-        return -1;
-    }
+    s->broken = mtp_forward(s, s->mtp_pending, &next_token, 1, s->pos - 1, err);
+    if (s->broken) return -1;
     s->mtp_drafted = next_token;
     return head_logits(s, s->c.mtp_h, &e->w->mtp.hc_head, e->w->mtp.norm, 1, logits, err);
 }
