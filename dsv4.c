@@ -1510,7 +1510,7 @@ int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_
                      park_frame *extra, dsv4_err *err) {
     if (!s->tokens) return fail(err, "nothing can be loaded: parked context is off");
     int64_t pos = kv_load(s->kv, name, tokens, n, extra, err);
-    session_reuse(s, *tokens, pos);
+    session_reuse(s, pos < 0 ? NULL : *tokens, pos);
     return pos;
 }
 
