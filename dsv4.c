@@ -657,15 +657,6 @@ static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, bool stream
     return a.used;
 }
 
-static int plan_refuse(const dsv4_plan *p, uint64_t least, dsv4_err *err) {
-    double mb = 1 << 20;
-    return fail(err, "--ram %.0fM is too small: at least %.0fM are needed (program %.1fM, dense "
-                "weights %.1fM, KV %.1fM, buffers and the fewest expert slots %.1fM); raise --ram "
-                "or lower --ctx", (double)p->budget / mb, ceil((double)least / mb),
-                (double)p->base / mb, (double)p->dense / mb, (double)p->kv / mb,
-                (double)(least - p->base - p->dense - p->kv) / mb);
-}
-
 /* What one decoded token reads. */
 static void plan_token(dsv4_engine *e, dsv4_plan *p) {
     const dsv4_config *c = e->cfg;
@@ -745,8 +736,8 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
     plan_token(e, p);
     p->n_experts_total = (int)n_experts;
     p->n_layers = e->n_blocks;
-    int min_slots = 2 * c->num_experts_per_tok;
-    uint64_t min_slot_bytes = (uint64_t)min_slots * p->slot_bytes, fixed, least;
+    const double mb = 1 << 20;
+    uint64_t min_slot_bytes = 2 * (uint64_t)c->num_experts_per_tok * p->slot_bytes, fixed, least;
     for (int streamed = 0; streamed < 2; streamed++) {   /* resident if that fits */
         p->streamed = streamed;
         p->dense = weights_size(e->w, (dense_mode){o->mtp, streamed});
@@ -755,7 +746,12 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
         least = fixed + min_slot_bytes + work_bytes(c, o, streamed, 1, 1);
         if (least <= p->budget) break;
     }
-    if (least > p->budget) return plan_refuse(p, least, err);
+    if (least > p->budget)
+        return fail(err, "--ram %.0fM is too small: at least %.0fM are needed (program %.1fM, "
+                    "dense weights %.1fM, KV %.1fM, buffers and the fewest expert slots %.1fM); "
+                    "raise --ram or lower --ctx", (double)p->budget / mb, ceil((double)least / mb),
+                    (double)p->base / mb, (double)p->dense / mb, (double)p->kv / mb,
+                    (double)(least - fixed) / mb);
 
     uint64_t rest = p->budget - fixed - min_slot_bytes, room = rest / 4;
     int hint = (int)min64(o->span_hint > 0 ? o->span_hint : o->ctx, SPAN_MAX);

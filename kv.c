@@ -92,17 +92,6 @@ static int64_t carry_floats(int ratio, int d) {
     return (int64_t)coff * ratio * coff * d;
 }
 
-static kv_state take_state(arena *a, const dsv4_config *c, int ratio, size_t row_bytes) {
-    int64_t main = carry_floats(ratio, c->head_dim);
-    int64_t index = ratio == 4 ? carry_floats(ratio, c->index_head_dim) : 0;
-    kv_state s = {.ring = arena_take(a, (uint64_t)c->sliding_window * row_bytes)};
-    s.ring_kv = arena_take(a, (uint64_t)main * sizeof(float));
-    s.ring_score = arena_take(a, (uint64_t)main * sizeof(float));
-    s.index_ring_kv = arena_take(a, (uint64_t)index * sizeof(float));
-    s.index_ring_score = arena_take(a, (uint64_t)index * sizeof(float));
-    return s;
-}
-
 /* Room for one kind of rows of a layer: all of them, or a tail, a place in the file, and in *stage
  * the largest that it must hold. */
 static void take_rows(kv_cache *kv, kv_rows *r, arena *a, bool in_file, uint64_t *stage) {
@@ -144,13 +133,18 @@ static void lay_out(kv_cache *kv, arena *a, bool index_in_file, bool entries_in_
     kv->n_pages = 0;
     kv->state = arena_take(a, n_blocks * sizeof *kv->state);
     kv->rows = arena_take(a, n_blocks * sizeof *kv->rows);
-    for (int l = 0; l < kv->opts.n_blocks; l++) {
-        kv_state s = take_state(a, c, c->compress_ratios[l], row);
-        if (kv->state) kv->state[l] = s;
-    }
     p->states = a->used;
     for (int l = 0; l < kv->opts.n_blocks; l++) {
         int ratio = c->compress_ratios[l], n_kinds = ratio == 4 ? 2 : ratio > 0;
+        uint64_t main = 4 * (uint64_t)carry_floats(ratio, c->head_dim), before = a->used;
+        uint64_t index = ratio == 4 ? 4 * (uint64_t)carry_floats(ratio, c->index_head_dim) : 0;
+        kv_state s = {.ring = arena_take(a, (uint64_t)c->sliding_window * row)};
+        s.ring_kv = arena_take(a, main);
+        s.ring_score = arena_take(a, main);
+        s.index_ring_kv = arena_take(a, index);
+        s.index_ring_score = arena_take(a, index);
+        p->states += a->used - before;
+        if (kv->state) kv->state[l] = s;
         for (int k = 0; k < n_kinds; k++) {
             kv_rows r = {.row_bytes = k == KV_KEYS ? key : row, .max = kv->opts.ctx / ratio,
                          .stage = k == KV_ENTRIES && ratio == 4 ? STAGE_ENTRIES : STAGE_INDEX};
@@ -229,10 +223,8 @@ bad:
 }
 
 void kv_close(kv_cache *kv) {
-    dsv4_err ignored;
     if (!kv) return;
-    (void)batch_wait(kv->off, &kv->reading, &ignored);
-    (void)batch_wait(kv->off, &kv->writing, &ignored);
+    if (kv->rows) kv_reset(kv);
     if (kv->file >= 0) offload_raw_close(kv->off, kv->file);
     arena_close(&kv->mem);
     free(kv);
@@ -875,54 +867,52 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
 
 typedef enum { MOVE_COUNT, MOVE_SAVE, MOVE_LOAD, MOVE_LOADED } move_mode;
 
-/* Move what a layer carries beyond its rows, between its rings at position pos and `at`: the
- * window, and the tokens that its compressors want once more.  Returns its bytes: pos decides. */
-static uint64_t state_move(const kv_cache *kv, int layer, int64_t pos, uint8_t *at,
-                           move_mode mode) {
+/* Move what layers l0 .. l1-1 carry beyond their rows, between their rings at position pos and
+ * `at`: windows, and tokens that compressors want once more.  Returns the bytes: pos decides. */
+static uint64_t states_move(const kv_cache *kv, int l0, int l1, int64_t pos, uint8_t *at,
+                            move_mode mode) {
     const dsv4_config *c = kv->cfg;
-    const kv_state none = {NULL}, *s = mode == MOVE_COUNT ? &none : &kv->state[layer];
-    int ratio = c->compress_ratios[layer], coff = ratio == 4 ? 2 : 1;
-    int64_t window = c->sliding_window, group = ratio ? (pos / ratio - coff + 1) * ratio : pos;
-    size_t main = (size_t)(coff * c->head_dim) * sizeof(float);
-    size_t index = (size_t)(coff * c->index_head_dim) * sizeof(float);
-    const struct { void *ring; size_t row; int64_t len, first; } part[] = {
-        {s->ring, kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed), window,
-         pos - window},
-        {s->ring_kv, main, coff * ratio, group}, {s->ring_score, main, coff * ratio, group},
-        {s->index_ring_kv, index, coff * ratio, group},
-        {s->index_ring_score, index, coff * ratio, group},
-    };
+    const kv_state none = {NULL};
+    const size_t window_row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed);
     uint64_t bytes = 0;
-    for (int i = 0; i < (ratio == 4 ? 5 : 3); i++)
-        for (int64_t j = part[i].first > 0 ? part[i].first : 0; j < pos; j++) {
-            size_t row = part[i].row, in_ring = (size_t)(j % part[i].len) * row;
-            if (mode == MOVE_SAVE) memcpy(at + bytes, (uint8_t *)part[i].ring + in_ring, row);
-            if (mode == MOVE_LOAD) memcpy((uint8_t *)part[i].ring + in_ring, at + bytes, row);
-            bytes += row;
-        }
-    return bytes;
-}
-
-static uint64_t states_move(const kv_cache *kv, int64_t pos, uint8_t *at, move_mode mode) {
-    uint64_t bytes = 0;
-    for (int l = 0; l < kv->opts.n_blocks; l++)
-        bytes += state_move(kv, l, pos, mode == MOVE_COUNT ? NULL : at + bytes, mode);
+    for (int l = l0; l < l1; l++) {
+        const kv_state *s = mode == MOVE_COUNT ? &none : &kv->state[l];
+        int ratio = c->compress_ratios[l], coff = ratio == 4 ? 2 : 1;
+        int64_t window = c->sliding_window, len = coff * ratio;
+        int64_t group = ratio ? (pos / ratio - coff + 1) * ratio : pos;
+        size_t main = (size_t)(coff * c->head_dim) * sizeof(float);
+        size_t index = (size_t)(coff * c->index_head_dim) * sizeof(float);
+        const struct { void *ring; size_t row; int64_t len, first; } part[] = {
+            {s->ring, window_row, window, pos - window},
+            {s->ring_kv, main, len, group}, {s->ring_score, main, len, group},
+            {s->index_ring_kv, index, len, group}, {s->index_ring_score, index, len, group},
+        };
+        for (int i = 0; i < (ratio == 4 ? 5 : 3); i++)
+            for (int64_t j = part[i].first > 0 ? part[i].first : 0; j < pos; j++) {
+                size_t row = part[i].row, in_ring = (size_t)(j % part[i].len) * row;
+                if (mode == MOVE_SAVE) memcpy(at + bytes, (uint8_t *)part[i].ring + in_ring, row);
+                if (mode == MOVE_LOAD) memcpy((uint8_t *)part[i].ring + in_ring, at + bytes, row);
+                bytes += row;
+            }
+    }
     return bytes;
 }
 
 uint64_t kv_mark_bytes(const dsv4_config *cfg, const kv_opts *o) {
     kv_cache kv = {.cfg = cfg, .opts = *o};
-    return states_move(&kv, o->ctx / SEGMENT_TOKENS * SEGMENT_TOKENS, NULL, MOVE_COUNT);
+    return states_move(&kv, 0, o->n_blocks, o->ctx / SEGMENT_TOKENS * SEGMENT_TOKENS, NULL,
+                       MOVE_COUNT);
 }
 
 void kv_mark(const kv_cache *kv, int layer, int64_t pos, uint8_t *mark) {
     if (!mark) mark = kv->park_states;
-    for (int l = 0; l < layer; l++) mark += state_move(kv, l, pos, NULL, MOVE_COUNT);
-    (void)state_move(kv, layer, pos, mark, MOVE_SAVE);
+    mark += states_move(kv, 0, layer, pos, NULL, MOVE_COUNT);
+    (void)states_move(kv, layer, layer + 1, pos, mark, MOVE_SAVE);
 }
 
-/* The frames of positions pos0 .. pos1-1 [2 * n_blocks], rows in RAM where they are, those of the
- * file in kv.park_rows: copied there to be saved, and taken from there once they are loaded. */
+/* The frames of positions pos0 .. pos1-1 [2 * n_blocks + 1], rows in RAM where they are, those of
+ * the file in kv.park_rows: copied there to be saved, and taken from there once they are loaded.
+ * The last one, of states at pos1, is the caller's to place. */
 static int rows_frames(kv_cache *kv, int64_t pos0, int64_t pos1, move_mode mode, park_frame *f,
                        dsv4_err *err) {
     uint8_t *at = kv->park_rows;
@@ -940,6 +930,7 @@ static int rows_frames(kv_cache *kv, int64_t pos0, int64_t pos1, move_mode mode,
             if (mode == MOVE_SAVE && kv_copy(kv, l, (kv_kind)k, first, n, f->data, err)) return -1;
             if (mode == MOVE_LOADED && kv_append(kv, l, (kv_kind)k, f->data, n, err)) return -1;
         }
+    *f = (park_frame){NULL, states_move(kv, 0, kv->opts.n_blocks, pos1, NULL, MOVE_COUNT)};
     return 0;
 }
 
@@ -959,10 +950,9 @@ static int segment_put(kv_cache *kv, int64_t segment, const int32_t *tokens, int
                        uint8_t *states, dsv4_err *err) {
     park_frame frame[PARK_FRAMES];
     park_info info = segment_info(kv, segment, tokens, n);
-    int64_t end = info.pos + n;
     if (n == SEGMENT_TOKENS && park_has(kv->opts.park, info.key)) return 0;
-    frame[info.n_frames - 1] = (park_frame){states, states_move(kv, end, NULL, MOVE_COUNT)};
-    if (rows_frames(kv, info.pos, end, MOVE_SAVE, frame, err)) return -1;
+    if (rows_frames(kv, info.pos, info.pos + n, MOVE_SAVE, frame, err)) return -1;
+    frame[info.n_frames - 1].data = states;
     return park_put(kv->opts.park, NULL, &info, tokens + info.pos, frame, err);
 }
 
@@ -988,11 +978,10 @@ static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, int
     park_info info = segment_info(kv, segment, tokens, n);
     int64_t end = info.pos + n;
     if (rows_frames(kv, info.pos, end, rows ? MOVE_LOAD : MOVE_COUNT, frame, err)) return -1;
-    frame[info.n_frames - 1] = (park_frame){states ? kv->park_states : NULL,
-                                            states_move(kv, end, NULL, MOVE_COUNT)};
+    if (states) frame[info.n_frames - 1].data = kv->park_states;
     int got = park_get(kv->opts.park, &info, tokens + info.pos, frame, err);
     if (got == 1 && rows && rows_frames(kv, info.pos, end, MOVE_LOADED, frame, err)) return -1;
-    if (got == 1 && states) states_move(kv, end, kv->park_states, MOVE_LOAD);
+    if (got == 1 && states) states_move(kv, 0, kv->opts.n_blocks, end, kv->park_states, MOVE_LOAD);
     return got;
 }
 
@@ -1028,7 +1017,7 @@ int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail, 
 int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
             dsv4_err *err) {
     int n = (int)(pos % SEGMENT_TOKENS);
-    (void)states_move(kv, pos, kv->park_states, MOVE_SAVE);
+    (void)states_move(kv, 0, kv->opts.n_blocks, pos, kv->park_states, MOVE_SAVE);
     if (kv_park_tail(kv, tokens, pos, err)) return -1;
     park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, n);
     if (n) info.before = info.key;
@@ -1043,8 +1032,7 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
     park_info info;
     int64_t pos = -1;
     int got = park_load(kv->opts.park, name, &info, tokens, frame, err);
-    if (got < 0) return -1;
-    if (got == 0) return fail(err, "there is no session %s", name);
+    if (got <= 0) return got ? -1 : fail(err, "there is no session %s", name);
     *n = info.n_tokens;
     int64_t last = *n / SEGMENT_TOKENS;
     bool ours = info.n_frames == 1 && info.pos == last * SEGMENT_TOKENS, fits = *n < kv->opts.ctx;
