@@ -691,8 +691,7 @@ static void layer_work(const dsv4_engine *e, int layer, double t0, double t1, do
     work[WORK_DENSE] += (t1 - t0) * e->dense_macs / c->num_hidden_layers;
     work[WORK_ATTEND] += row * (seen_sum(t1, 1, window) - seen_sum(t0, 1, window));
     if (!ratio) return;
-    double chosen = seen_sum(t1, ratio, most) - seen_sum(t0, ratio, most);
-    work[WORK_ATTEND] += row * chosen;
+    work[WORK_ATTEND] += row * (seen_sum(t1, ratio, most) - seen_sum(t0, ratio, most));
     if (ratio != 4) return;
     double from = fmax(t0, most * ratio), to = fmax(t1, most * ratio); /* before, all are chosen */
     work[WORK_INDEX] += (double)c->index_n_heads * c->index_head_dim * (to - from) * (to + from) /
@@ -846,10 +845,7 @@ int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const 
     *out = NULL;
     dsv4_engine *e = calloc(1, sizeof *e);
     if (!e) return fail(err, "out of memory for the engine");
-    e->cfg = cfg;
-    e->op = &ops_cpu;
-    e->opts = *opts;
-    e->now.unit = e->next.unit = -1;
+    *e = (dsv4_engine){.cfg = cfg, .op = &ops_cpu, .opts = *opts, .now = {-1, 0}, .next = {-1, 0}};
     e->hc = (dsv4_hc_shape){cfg->hc_mult, cfg->hidden_size, cfg->hc_sinkhorn_iters,
                             cfg->rms_norm_eps, cfg->hc_eps};
     if (!e->opts.ram_bytes) e->opts.ram_bytes = machine_ram_budget();
@@ -915,9 +911,7 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
     const dsv4_config *c = e->cfg;
     dsv4_session *s = calloc(1, sizeof *s);
     if (!s) return fail(err, "out of memory for the session");
-    s->e = e;
-    s->progress = progress;
-    s->progress_arg = arg;
+    *s = (dsv4_session){.e = e, .progress = progress, .progress_arg = arg};
     if (kv_open(&s->kv, e->off, c, &e->kv_opts, err) ||
         arena_open(&s->work_mem, e->plan.work, "the work buffers", err)) {
         session_close(s);

@@ -178,15 +178,13 @@ int kv_plan_make(kv_plan *p, const dsv4_config *cfg, const kv_opts *o, dsv4_err 
     arena least = {0}, count = {0};
     lay_out(&kv, &count, false, false);
     bool csa = kv.plan.entries > 0, any = kv.plan.index > 0;
-    kv.opts.ram = 1;                               /* the fewest frames */
-    lay_out(&kv, &least, any, csa);
-    kv.opts.ram = o->ram;
-    for (int files = 0; files <= csa + any; files++) {
+    for (int files = 1; o->ram && count.used > o->ram && files <= csa + any; files++) {
         count = (arena){0};
-        lay_out(&kv, &count, files == csa + 1, csa && files > 0);
-        if (!o->ram || count.used <= o->ram) break;
+        lay_out(&kv, &count, files == csa + 1, csa);
     }
     *p = kv.plan;
+    kv.opts.ram = 1;                               /* the fewest frames */
+    lay_out(&kv, &least, any, csa);
     p->least = lesser(least.used, p->ram);
     if (o->ram && p->ram > o->ram)
         return fail(err, "--kv-ram %.0fM is too small for a context of %lld tokens: at least %.0fM "
@@ -847,11 +845,9 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
     if (!name && park_has(p, info->key)) return mark_chain(p, info->key), 0;
     int fd = make_part(p, part);
     int rc = fd < 0 || write_file(p, fd, info, tokens, frames) ? -1 : 0, told = 0;
-    if (!rc) {
-        if (!name) mark_used(p, part, info->pos);
-        mark_chain(p, info->before);
-        told = rc = make_room(p, file, info->before, err);
-    }
+    if (!rc && !name) mark_used(p, part, info->pos);
+    if (!rc) mark_chain(p, info->before);
+    if (!rc) told = rc = make_room(p, file, info->before, err);
     if (!rc) rc = renameat(p->dir, part, p->dir, file) || fsync(p->dir) ? -1 : 0;
     if (rc && !told) fail(err, "write %.300s/%s: %s", p->path, file, strerror(errno));
     if (fd < 0) return -1;
@@ -872,20 +868,19 @@ typedef enum { MOVE_COUNT, MOVE_SAVE, MOVE_LOAD, MOVE_LOADED } move_mode;
 static uint64_t states_move(const kv_cache *kv, int l0, int l1, int64_t pos, uint8_t *at,
                             move_mode mode) {
     const dsv4_config *c = kv->cfg;
-    const kv_state none = {NULL};
     const size_t window_row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed);
     uint64_t bytes = 0;
     for (int l = l0; l < l1; l++) {
-        const kv_state *s = mode == MOVE_COUNT ? &none : &kv->state[l];
+        const kv_state s = kv->state ? kv->state[l] : (kv_state){NULL};    /* none to count */
         int ratio = c->compress_ratios[l], coff = ratio == 4 ? 2 : 1;
         int64_t window = c->sliding_window, len = coff * ratio;
         int64_t group = ratio ? (pos / ratio - coff + 1) * ratio : pos;
         size_t main = (size_t)(coff * c->head_dim) * sizeof(float);
         size_t index = (size_t)(coff * c->index_head_dim) * sizeof(float);
         const struct { void *ring; size_t row; int64_t len, first; } part[] = {
-            {s->ring, window_row, window, pos - window},
-            {s->ring_kv, main, len, group}, {s->ring_score, main, len, group},
-            {s->index_ring_kv, index, len, group}, {s->index_ring_score, index, len, group},
+            {s.ring, window_row, window, pos - window},
+            {s.ring_kv, main, len, group}, {s.ring_score, main, len, group},
+            {s.index_ring_kv, index, len, group}, {s.index_ring_score, index, len, group},
         };
         for (int i = 0; i < (ratio == 4 ? 5 : 3); i++)
             for (int64_t j = part[i].first > 0 ? part[i].first : 0; j < pos; j++) {
@@ -923,9 +918,8 @@ static int rows_frames(kv_cache *kv, int64_t pos0, int64_t pos1, move_mode mode,
             *f = (park_frame){0};
             if (!r->max) continue;
             int64_t first = pos0 / ratio, n = pos1 / ratio - first;
-            f->bytes = (uint64_t)n * r->row_bytes;
-            if (mode == MOVE_COUNT) continue;
-            f->data = r->rows ? r->rows + (uint64_t)first * r->row_bytes : at;
+            *f = (park_frame){r->rows ? r->rows + (uint64_t)first * r->row_bytes : at,
+                              (uint64_t)n * r->row_bytes};
             if (!r->rows) at += f->bytes;
             if (mode == MOVE_SAVE && kv_copy(kv, l, (kv_kind)k, first, n, f->data, err)) return -1;
             if (mode == MOVE_LOADED && kv_append(kv, l, (kv_kind)k, f->data, n, err)) return -1;
@@ -970,19 +964,18 @@ int kv_park_tail(kv_cache *kv, const int32_t *tokens, int64_t pos, dsv4_err *err
     return n ? segment_put(kv, pos / SEGMENT_TOKENS, tokens, n, kv->park_states, err) : 0;
 }
 
-/* Read the rows of a segment or of a tail of n tokens, its states, or both; 1: they are in, 0: it
+/* Read the rows of a segment or of a tail of n tokens, and maybe its states; 1: they are in, 0: it
  * is not to be had. */
-static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, int n, bool rows,
-                       bool states, dsv4_err *err) {
+static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, int n, bool states,
+                       dsv4_err *err) {
     park_frame frame[PARK_FRAMES];
     park_info info = segment_info(kv, segment, tokens, n);
     int64_t end = info.pos + n;
-    if (rows_frames(kv, info.pos, end, rows ? MOVE_LOAD : MOVE_COUNT, frame, err)) return -1;
+    if (rows_frames(kv, info.pos, end, MOVE_LOAD, frame, err)) return -1;
     if (states) frame[info.n_frames - 1].data = kv->park_states;
-    int got = park_get(kv->opts.park, &info, tokens + info.pos, frame, err);
-    if (got == 1 && rows && rows_frames(kv, info.pos, end, MOVE_LOADED, frame, err)) return -1;
-    if (got == 1 && states) states_move(kv, 0, kv->opts.n_blocks, end, kv->park_states, MOVE_LOAD);
-    return got;
+    if (!park_get(kv->opts.park, &info, tokens + info.pos, frame, err)) return 0;
+    if (states) states_move(kv, 0, kv->opts.n_blocks, end, kv->park_states, MOVE_LOAD);
+    return rows_frames(kv, info.pos, end, MOVE_LOADED, frame, err) ? -1 : 1;
 }
 
 int64_t kv_parked(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail) {
@@ -998,19 +991,18 @@ int64_t kv_parked(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail) 
 }
 
 int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail, dsv4_err *err) {
-    int64_t most = kv_parked(kv, tokens, n, tail), done = 0;
-    int got = 1;
-    kv_reset(kv);
-    while (done < most && got == 1) {
-        int some = (int)lesser((uint64_t)(most - done), SEGMENT_TOKENS);
-        got = segment_get(kv, done / SEGMENT_TOKENS, tokens, some, true, done + some == most, err);
-        if (got == 1) done += some;
-    }
-    if (got == 0 && done)          /* one was damaged: go on from the end of the one before it */
-        got = segment_get(kv, done / SEGMENT_TOKENS - 1, tokens, SEGMENT_TOKENS, false, true, err);
-    if (got) return got < 0 ? -1 : done;
-    kv_reset(kv);
-    return 0;
+    int64_t most = kv_parked(kv, tokens, n, tail), done;
+    int got;
+    do {                           /* where one is damaged, begin again and end before it */
+        kv_reset(kv);
+        for (done = 0, got = 1; got == 1 && done < most;) {
+            int some = (int)lesser((uint64_t)(most - done), SEGMENT_TOKENS);
+            got = segment_get(kv, done / SEGMENT_TOKENS, tokens, some, done + some == most, err);
+            if (got == 1) done += some;
+        }
+        most = done;
+    } while (got == 0);
+    return got < 0 ? -1 : done;
 }
 
 /* The session's own file comes behind its tail, so that it is not at the tail's cost. */
