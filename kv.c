@@ -262,7 +262,6 @@ static int wait_for(kv_cache *kv, io_batch *b, dsv4_err *err) {
     return rc;
 }
 
-/* Have all rows of a layer on their way to their stages, but for those to be gathered. */
 int kv_ahead(kv_cache *kv, int layer, int n, dsv4_err *err) {
     for (int k = 0; k < KV_KINDS; k++) {
         kv_rows *r = &kv->rows[layer][k];
@@ -1008,11 +1007,10 @@ int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail, 
 /* The session's own file comes behind its tail, so that it is not at the tail's cost. */
 int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
             dsv4_err *err) {
-    int n = (int)(pos % SEGMENT_TOKENS);
     (void)states_move(kv, 0, kv->opts.n_blocks, pos, kv->park_states, MOVE_SAVE);
     if (kv_park_tail(kv, tokens, pos, err)) return -1;
-    park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, n);
-    if (n) info.before = info.key;
+    park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, (int)(pos % SEGMENT_TOKENS));
+    if (pos % SEGMENT_TOKENS) info.before = info.key;      /* the tail's */
     info.n_tokens = (int32_t)pos;
     info.n_frames = 1;
     return park_put(kv->opts.park, name, &info, tokens, &extra, err);
