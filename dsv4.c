@@ -1046,20 +1046,6 @@ static const float *attn_project(dsv4_session *s, const layer_w *l, int n, int64
     return e->opts.no_rounding ? w->qr : w->qrq;
 }
 
-/* What the chunk's tokens see of the compressed entries: all of them, or what was chosen. */
-static int attn_entries(dsv4_session *s, dsv4_attend *in, int layer, const kv_layer *rows,
-                        bool choose, int64_t visible, dsv4_err *err) {
-    chunk_work *w = &s->c;
-    in->comp = rows->entries;
-    if (choose) in->idx = w->idx, in->count = w->count;
-    if (!visible || in->comp) return 0;
-    if (!choose) w->count[0] = (int32_t)visible;       /* one token, and the entries in the file */
-    if (kv_gather(s->kv, layer, in->idx, w->count[0], &in->comp, err)) return -1;
-    in->idx = NULL;
-    in->count = w->count;
-    return 0;
-}
-
 /* Tell how far the forward is; -1 when the caller wants to stop. */
 static int report(dsv4_session *s, int layer, double share_of_layer, dsv4_err *err) {
     double done = (layer + share_of_layer) / s->e->n_blocks;
@@ -1091,11 +1077,17 @@ static int attention(dsv4_session *s, int layer, const kv_layer *rows, float *h,
     tick(s, OPC_COMPRESS);
     if (choose) attn_index(s, l, rows->keys, qrq, n, t0);
     tick(s, OPC_INDEX);
-    dsv4_attend in = {.q = w->q, .kv = w->kv_rows, .ring = ring, .sink = l->attn_sink,
-                      .n_heads = heads, .head_dim = hd, .rope_dim = rope,
+    dsv4_attend in = {.q = w->q, .kv = w->kv_rows, .ring = ring, .comp = rows->entries,
+                      .idx = choose ? w->idx : NULL, .count = choose ? w->count : NULL,
+                      .sink = l->attn_sink, .n_heads = heads, .head_dim = hd, .rope_dim = rope,
                       .window = c->sliding_window, .ratio = l->ratio, .topk = c->index_topk,
                       .packed = packed, .t0 = t0};
-    if (attn_entries(s, &in, layer, rows, choose, visible, err)) return -1;
+    if (visible && !in.comp) {             /* one token, and the entries in the file */
+        if (!choose) w->count[0] = (int32_t)visible;
+        if (kv_gather(s->kv, layer, in.idx, w->count[0], &in.comp, err)) return -1;
+        in.idx = NULL;
+        in.count = w->count;
+    }
     e->op->attend(w->o, &in, n, e->ex);
     ring_put(ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
     tick(s, OPC_ATTEND);
