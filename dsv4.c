@@ -18,7 +18,7 @@
  *             4 what the KV holds is exactly what MODEL.md section 2 stores
  *
  * Contents  1 arenas and time   2 weights by name   3 memory plan and engine   4 session
- *           5 attention   6 mixture of experts   7 forward and MTP   8 sampling
+ *           5 attention   6 dense weights that do not fit   7 experts   8 forward   9 sampling
  *
  * Not here  what an operation computes (kernels.cu), how bytes arrive (offload.c)              */
 #define _GNU_SOURCE
