@@ -18,7 +18,7 @@
  *             4 what the KV holds is exactly what MODEL.md section 2 stores
  *
  * Contents  1 arenas and time   2 weights by name   3 memory plan and engine   4 session
- *           5 attention   6 mixture of experts   7 forward and MTP   8 sampling
+ *           5 attention   6 dense weights that do not fit   7 experts   8 forward   9 sampling
  *
  * Not here  what an operation computes (kernels.cu), how bytes arrive (offload.c)              */
 #define _GNU_SOURCE
@@ -37,6 +37,7 @@ enum {
     CHUNK_DEFAULT = 128,           /* tokens through attention at once: amortizes the weights   */
     SPAN_MAX = 128 << 10,          /* tokens a span, DESIGN.md "The two loops"                  */
     LOAD_STEP_BYTES = 256 << 20,   /* of dense weights between two calls of progress             */
+    EMBED_ROWS = 256,              /* of embed.weight read at once, where it is not resident    */
     LOOKAHEAD = 16,                /* experts asked for ahead of the one being computed         */
     INDEX_SCORES_MAX = 4 << 20,    /* floats of index scores held at once, if one row fits      */
 };
@@ -508,12 +509,11 @@ typedef struct {                   /* scratch of one chunk of attention or share
                                       entries, or index keys, before they become rows           */
     uint8_t *kv_rows, *iq_rows;    /* [chunk], [chunk][index_n_heads]                           */
     uint8_t *new_rows;             /* [chunk] entries or keys that are finished                 */
-    float *ckv, *cscore;           /* [chunk][2*head_dim] compressor projections                */
-    float *ikv, *iscore;           /* [chunk][2*index_head_dim]                                 */
+    float *ckv, *cscore;           /* [chunk][2*head_dim or 2*index_head_dim] projections of the
+                                      compressor at hand                                        */
     float *iq, *iw;                /* [chunk][index_n_heads][index_head_dim], [chunk][n_heads]  */
     float *scores;                 /* [index_block][ctx/4]                                      */
     int32_t *idx, *count;          /* [chunk][index_topk], [chunk]                              */
-    float *post, *comb;            /* [chunk][hc], [chunk][hc][hc]                              */
     float *g, *u;                  /* [chunk][moe_inter]                                        */
     float *logits;                 /* [chunk][n_experts]                                        */
     float *mtp_h, *mtp_norm;       /* [chunk][hc][dim], with an MTP block only                  */
@@ -525,19 +525,20 @@ typedef struct {                   /* what a span carries from gate to experts t
     float *y;                      /* [span][dim] MoE sum                                       */
     uint8_t *code, *scale;         /* [span][dim], [span][dim/128] MoE input, e4m3              */
     float *x;                      /* [span][dim] MoE input when roundings are off              */
-    float *post, *comb;            /* [span][hc], [span][hc][hc]                                */
+    float *post, *comb;            /* [span][hc], [span][hc][hc]; attention uses the first rows */
     int32_t *ids;                  /* [span][topk] experts, and their weights                   */
     float *weights;
     int32_t *rows, *start;         /* tokens sorted by expert [span*topk]; [n_experts+1]        */
     float *row_weight;             /* [span*topk] in the order of rows                          */
+    int32_t *used;                 /* [n_used] experts that have tokens, ascending              */
+    int n_used;
     void *expert_scratch;
     float *expert_y;               /* [topk][dim] of one token                                  */
-    void *embed_rows;              /* [span] rows of embed.weight, where that is not resident   */
-    ckpt_tensor *embed_tensors;
-    load_item *embed_items;
-    int32_t *embed_ids;            /* 0, 1, ...                                                 */
+    float *embed_rows;             /* [EMBED_ROWS][dim], where embed.weight is not resident     */
     uint8_t *marks;                /* states at the ends of segments, where context is parked   */
 } span_work;
+
+typedef struct { int unit, slot; } pinned_unit;  /* unit -1: none                               */
 
 struct dsv4_engine {
     const dsv4_config *cfg;
@@ -551,11 +552,11 @@ struct dsv4_engine {
     arena dense;
     cache *experts;
     cache *units;                  /* dense weights that do not fit: two slots; else NULL       */
-    int unit_now, slot_now;        /* in use, or -1                                             */
-    int unit_next, slot_next;      /* on its way, or -1                                         */
-    float *freq_window, *freq_compressed;  /* [rope/2] rotation frequencies                     */
+    pinned_unit now, next;         /* in use; on its way                                        */
+    float freq_window[MAX_HEAD_DIM / 2], freq_compressed[MAX_HEAD_DIM / 2]; /* of rotation      */
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
+    dsv4_hc_shape hc;
     double dense_macs;             /* of a token in all layers                                  */
     kv_opts kv_opts;               /* of a session                                              */
     char note[sizeof(dsv4_err) + 64]; /* on context that is not parked, or empty                */
@@ -579,8 +580,6 @@ struct dsv4_session {
     double tick;                   /* when the current operation class began                    */
 };
 
-static int coff_of(int ratio) { return ratio == 4 ? 2 : 1; }
-
 /* One session's KV; the MTP block's lags a token behind, so it is not parked. */
 static kv_opts kv_opts_of(const dsv4_config *c, const dsv4_opts *o) {
     return (kv_opts){.ctx = o->ctx, .n_blocks = c->num_hidden_layers + o->mtp,
@@ -588,94 +587,74 @@ static kv_opts kv_opts_of(const dsv4_config *c, const dsv4_opts *o) {
                      .park = o->mtp ? NULL : o->park};
 }
 
-static void chunk_layout(chunk_work *w, arena *a, const dsv4_config *c, int n, int64_t ctx,
-                         bool packed, bool mtp) {
-    int64_t dim = c->hidden_size, heads = (int64_t)c->num_attention_heads * c->head_dim;
-    int64_t entries = ctx / 4 + 1, block = INDEX_SCORES_MAX / entries;
+/* Hand out a session's work memory; with an arena that only counts, this is its size. */
+static void session_layout(dsv4_session *s, arena *a, const dsv4_config *c, const dsv4_opts *o,
+                           bool streamed, int64_t span, int64_t chunk) {
+    kv_opts kv = kv_opts_of(c, o);
+    int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok, n = chunk;
+    int64_t heads = (int64_t)c->num_attention_heads * c->head_dim, inter = c->moe_intermediate_size;
+    int64_t entries = o->ctx / 4 + 1, block = INDEX_SCORES_MAX / entries;
+    int d_max = c->head_dim > c->index_head_dim ? c->head_dim : c->index_head_dim;
+    uint64_t row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv.packed);
+    uint64_t key = index_row_bytes(c->index_head_dim, kv.packed);
+    chunk_work *w = &s->c;
     *w = (chunk_work){.index_block = (int)(block < 1 ? 1 : min64(block, n))};
     w->x = take_f32(a, n * dim);
     w->xq = take_f32(a, n * dim);
-    w->qr = take_f32(a, (int64_t)n * c->q_lora_rank);
-    w->qrq = take_f32(a, (int64_t)n * c->q_lora_rank);
+    w->qr = take_f32(a, n * c->q_lora_rank);
+    w->qrq = take_f32(a, n * c->q_lora_rank);
     w->q = take_f32(a, n * heads);
     w->o = take_f32(a, n * heads);
-    w->oa = take_f32(a, (int64_t)n * c->o_groups * c->o_lora_rank);
-    int d_max = c->head_dim > c->index_head_dim ? c->head_dim : c->index_head_dim;
-    w->kv = take_f32(a, (int64_t)n * d_max);
-    w->kv_rows = arena_take(a, (uint64_t)n * kv_row_bytes(c->head_dim, c->qk_rope_head_dim,
-                                                          packed));
-    w->new_rows = arena_take(a, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, packed));
-    w->ckv = take_f32(a, (int64_t)n * 2 * c->head_dim);
-    w->cscore = take_f32(a, (int64_t)n * 2 * c->head_dim);
-    w->ikv = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
-    w->iscore = take_f32(a, (int64_t)n * 2 * c->index_head_dim);
-    w->iq = take_f32(a, (int64_t)n * c->index_n_heads * c->index_head_dim);
-    w->iq_rows = arena_take(a, (uint64_t)n * (uint64_t)c->index_n_heads *
-                               index_row_bytes(c->index_head_dim, packed));
-    w->iw = take_f32(a, (int64_t)n * c->index_n_heads);
+    w->oa = take_f32(a, n * c->o_groups * c->o_lora_rank);
+    w->kv = take_f32(a, n * d_max);
+    w->kv_rows = arena_take(a, (uint64_t)n * row);
+    w->new_rows = arena_take(a, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, kv.packed));
+    w->ckv = take_f32(a, n * 2 * d_max);
+    w->cscore = take_f32(a, n * 2 * d_max);
+    w->iq = take_f32(a, n * c->index_n_heads * c->index_head_dim);
+    w->iq_rows = arena_take(a, (uint64_t)(n * c->index_n_heads) * key);
+    w->iw = take_f32(a, n * c->index_n_heads);
     w->scores = take_f32(a, w->index_block * entries);
-    w->idx = take_i32(a, (int64_t)n * c->index_topk);
+    w->idx = take_i32(a, n * c->index_topk);
     w->count = take_i32(a, n);
-    w->post = take_f32(a, (int64_t)n * c->hc_mult);
-    w->comb = take_f32(a, (int64_t)n * c->hc_mult * c->hc_mult);
-    w->g = take_f32(a, (int64_t)n * c->moe_intermediate_size);
-    w->u = take_f32(a, (int64_t)n * c->moe_intermediate_size);
-    w->logits = take_f32(a, (int64_t)n * c->n_routed_experts);
-    if (mtp) w->mtp_h = take_f32(a, n * dim * c->hc_mult);
-    if (mtp) w->mtp_norm = take_f32(a, n * dim * c->hc_mult);
-}
+    w->g = take_f32(a, n * inter);
+    w->u = take_f32(a, n * inter);
+    w->logits = take_f32(a, n * c->n_routed_experts);
+    if (o->mtp) w->mtp_h = take_f32(a, n * dim * hc);
+    if (o->mtp) w->mtp_norm = take_f32(a, n * dim * hc);
 
-static void span_layout(span_work *w, arena *a, const dsv4_config *c, int64_t n,
-                        const dsv4_opts *o, bool streamed) {
-    kv_opts kv = kv_opts_of(c, o);
-    int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok;
-    *w = (span_work){.h = take_f32(a, n * hc * dim)};
-    w->y = take_f32(a, n * dim);
-    if (!o->no_rounding) {
-        w->code = arena_take(a, (uint64_t)(n * dim));
-        w->scale = arena_take(a, (uint64_t)(n * ((dim + 127) / 128)));
-    } else {
-        w->x = take_f32(a, n * dim);
-    }
-    w->post = take_f32(a, n * hc);
-    w->comb = take_f32(a, n * hc * hc);
-    w->ids = take_i32(a, n * topk);
-    w->weights = take_f32(a, n * topk);
-    w->rows = take_i32(a, n * topk);
-    w->row_weight = take_f32(a, n * topk);
-    w->start = take_i32(a, c->n_routed_experts + 1);
-    w->expert_scratch = arena_take(a, expert_scratch_bytes(c->hidden_size,
-                                                           c->moe_intermediate_size));
-    w->expert_y = take_f32(a, topk * dim);
+    span_work *m = &s->s;
+    n = span;
+    *m = (span_work){.h = take_f32(a, n * hc * dim)};
+    m->y = take_f32(a, n * dim);
+    if (kv.packed) m->code = arena_take(a, (uint64_t)(n * dim));
+    if (kv.packed) m->scale = arena_take(a, (uint64_t)(n * ((dim + 127) / 128)));
+    if (!kv.packed) m->x = take_f32(a, n * dim);
+    m->post = take_f32(a, n * hc);
+    m->comb = take_f32(a, n * hc * hc);
+    m->ids = take_i32(a, n * topk);
+    m->weights = take_f32(a, n * topk);
+    m->rows = take_i32(a, n * topk);
+    m->row_weight = take_f32(a, n * topk);
+    m->start = take_i32(a, c->n_routed_experts + 1);
+    m->used = take_i32(a, c->n_routed_experts);
+    m->expert_scratch = arena_take(a, expert_scratch_bytes((int)dim, (int)inter));
+    m->expert_y = take_f32(a, topk * dim);
     if (kv.park)
-        w->marks = arena_take(a, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
-    if (!streamed) return;
-    w->embed_rows = take_f32(a, n * dim);      /* F32 is the widest that they may be */
-    w->embed_tensors = arena_take(a, (uint64_t)n * sizeof *w->embed_tensors);
-    w->embed_items = arena_take(a, (uint64_t)n * sizeof *w->embed_items);
-    w->embed_ids = take_i32(a, n);
+        m->marks = arena_take(a, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
+    if (streamed)                              /* F32 is the widest that they may be */
+        m->embed_rows = take_f32(a, min64(n, EMBED_ROWS) * dim);
+    s->mtp_pending = take_f32(a, hc * dim);
+    s->tokens = kv.park ? take_i32(a, o->ctx) : NULL;
 }
 
 /* Bytes of work memory for this span and chunk. */
 static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, bool streamed, int span,
                            int chunk) {
     arena a = {0};
-    chunk_work cw;
-    span_work sw;
-    chunk_layout(&cw, &a, c, chunk, o->ctx, !o->no_rounding, o->mtp);
-    span_layout(&sw, &a, c, span, o, streamed);
-    take_f32(&a, (int64_t)c->hc_mult * c->hidden_size);      /* mtp_pending */
-    if (o->park) take_i32(&a, o->ctx);                       /* tokens */
+    dsv4_session s;
+    session_layout(&s, &a, c, o, streamed, span, chunk);
     return a.used;
-}
-
-static int plan_refuse(const dsv4_plan *p, uint64_t least, dsv4_err *err) {
-    double mb = 1 << 20;
-    return fail(err, "--ram %.0fM is too small: at least %.0fM are needed (program %.1fM, dense "
-                "weights %.1fM, KV %.1fM, buffers and the fewest expert slots %.1fM); raise --ram "
-                "or lower --ctx", (double)p->budget / mb, ceil((double)least / mb),
-                (double)p->base / mb, (double)p->dense / mb, (double)p->kv / mb,
-                (double)(least - p->base - p->dense - p->kv) / mb);
 }
 
 /* What one decoded token reads. */
@@ -712,8 +691,7 @@ static void layer_work(const dsv4_engine *e, int layer, double t0, double t1, do
     work[WORK_DENSE] += (t1 - t0) * e->dense_macs / c->num_hidden_layers;
     work[WORK_ATTEND] += row * (seen_sum(t1, 1, window) - seen_sum(t0, 1, window));
     if (!ratio) return;
-    double chosen = seen_sum(t1, ratio, most) - seen_sum(t0, ratio, most);
-    work[WORK_ATTEND] += row * chosen;
+    work[WORK_ATTEND] += row * (seen_sum(t1, ratio, most) - seen_sum(t0, ratio, most));
     if (ratio != 4) return;
     double from = fmax(t0, most * ratio), to = fmax(t1, most * ratio); /* before, all are chosen */
     work[WORK_INDEX] += (double)c->index_n_heads * c->index_head_dim * (to - from) * (to + from) /
@@ -735,37 +713,30 @@ void engine_work_s(const dsv4_engine *e, double seconds[WORK_N]) {
     for (int i = 0; i < OPC_N; i++) seconds[kind[i]] += e->stats.op_s[i];
 }
 
-/* KV: all of it in RAM if that takes a quarter of the budget or somebody said so; else that
- * quarter, and the rest to the file. */
-static int plan_kv(dsv4_engine *e, dsv4_err *err) {
-    kv_opts *o = &e->kv_opts;
-    dsv4_plan *p = &e->plan;
-    *o = kv_opts_of(e->cfg, &e->opts);
-    if (kv_plan_make(&p->kv_plan, e->cfg, o, err)) return -1;
-    if (!o->ram && o->dir && p->kv_plan.ram > p->budget / 4) {
-        o->ram = p->budget / 4 > p->kv_plan.least ? p->budget / 4 : p->kv_plan.least;
-        if (kv_plan_make(&p->kv_plan, e->cfg, o, err)) return -1;
-    }
-    p->kv = p->kv_plan.ram;
-    return 0;
-}
-
 /* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory
- * (chunk, then span), the remainder to expert slots. */
+ * (chunk, then span), the remainder to expert slots.  KV: all of it in RAM if that takes a quarter
+ * of the budget or somebody said so; else that quarter, and the rest to the file. */
 static int plan_make(dsv4_engine *e, dsv4_err *err) {
     const dsv4_config *c = e->cfg;
     const dsv4_opts *o = &e->opts;
     dsv4_plan *p = &e->plan;
     size_t n_experts = (size_t)e->n_blocks * (size_t)c->n_routed_experts;
     *p = (dsv4_plan){.budget = o->ram_bytes, .chunk = 1, .span = 1};
-    if (plan_kv(e, err)) return -1;
+    kv_opts *kv = &e->kv_opts;
+    *kv = kv_opts_of(c, o);
+    if (kv_plan_make(&p->kv_plan, c, kv, err)) return -1;
+    if (!kv->ram && kv->dir && p->kv_plan.ram > p->budget / 4) {
+        kv->ram = p->budget / 4 > p->kv_plan.least ? p->budget / 4 : p->kv_plan.least;
+        if (kv_plan_make(&p->kv_plan, c, kv, err)) return -1;
+    }
+    p->kv = p->kv_plan.ram;
     machine_rss(&p->base, NULL);
     p->slot_bytes = cache_slot_bytes(e->w->expert_group, n_experts);
     plan_token(e, p);
     p->n_experts_total = (int)n_experts;
     p->n_layers = e->n_blocks;
-    int min_slots = 2 * c->num_experts_per_tok;
-    uint64_t min_slot_bytes = (uint64_t)min_slots * p->slot_bytes, fixed, least;
+    const double mb = 1 << 20;
+    uint64_t min_slot_bytes = 2 * (uint64_t)c->num_experts_per_tok * p->slot_bytes, fixed, least;
     for (int streamed = 0; streamed < 2; streamed++) {   /* resident if that fits */
         p->streamed = streamed;
         p->dense = weights_size(e->w, (dense_mode){o->mtp, streamed});
@@ -774,7 +745,12 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
         least = fixed + min_slot_bytes + work_bytes(c, o, streamed, 1, 1);
         if (least <= p->budget) break;
     }
-    if (least > p->budget) return plan_refuse(p, least, err);
+    if (least > p->budget)
+        return fail(err, "--ram %.0fM is too small: at least %.0fM are needed (program %.1fM, "
+                    "dense weights %.1fM, KV %.1fM, buffers and the fewest expert slots %.1fM); "
+                    "raise --ram or lower --ctx", (double)p->budget / mb, ceil((double)least / mb),
+                    (double)p->base / mb, (double)p->dense / mb, (double)p->kv / mb,
+                    (double)(least - fixed) / mb);
 
     uint64_t rest = p->budget - fixed - min_slot_bytes, room = rest / 4;
     int hint = (int)min64(o->span_hint > 0 ? o->span_hint : o->ctx, SPAN_MAX);
@@ -796,20 +772,6 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
     return 0;
 }
 
-static int engine_check_opts(const dsv4_config *c, const dsv4_opts *o, bool has_mtp,
-                             dsv4_err *err) {
-    if (o->ctx < 1 || o->ctx > c->max_position_embeddings)
-        return fail(err, "a context of %lld tokens: this model takes 1 to %lld; shorten the input "
-                    "or lower -n or --ctx", (long long)o->ctx,
-                    (long long)c->max_position_embeddings);
-    if (o->ram_bytes > machine_ram_total())
-        return fail(err, "--ram %.1fG is more than the %.1fG that this machine lets us have; lower "
-                    "it", (double)o->ram_bytes / (1 << 30),
-                    (double)machine_ram_total() / (1 << 30));
-    if (o->mtp && !has_mtp) return fail(err, "%s has no MTP block to draft with", o->dir);
-    return 0;
-}
-
 static int default_threads(void) {
     cpu_set_t set;
     int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
@@ -818,19 +780,25 @@ static int default_threads(void) {
 
 static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
     const dsv4_config *cfg = e->cfg;
+    const dsv4_opts *o = &e->opts;
     const char *note;              /* engine_note() tells it, and what comes up later */
     if (weights_bind(&e->w, c, cfg, err)) return -1;
-    if (engine_check_opts(cfg, &e->opts, e->w->bytes.has_mtp, err)) return -1;
-    e->n_blocks = cfg->num_hidden_layers + e->opts.mtp;
-    int threads = e->opts.n_threads ? e->opts.n_threads : default_threads();
+    if (o->ctx < 1 || o->ctx > cfg->max_position_embeddings)
+        return fail(err, "a context of %lld tokens: this model takes 1 to %lld; shorten the input "
+                    "or lower -n or --ctx", (long long)o->ctx,
+                    (long long)cfg->max_position_embeddings);
+    if (o->ram_bytes > machine_ram_total())
+        return fail(err, "--ram %.1fG is more than the %.1fG that this machine lets us have; lower "
+                    "it", (double)o->ram_bytes / (1 << 30),
+                    (double)machine_ram_total() / (1 << 30));
+    if (o->mtp && !e->w->bytes.has_mtp)
+        return fail(err, "%s has no MTP block to draft with", o->dir);
+    e->n_blocks = cfg->num_hidden_layers + o->mtp;
+    int threads = o->n_threads ? o->n_threads : default_threads();
     if (exec_open(&e->ex, threads, err) || offload_open(&e->off, c, &note, err)) return -1;
-    int half = cfg->qk_rope_head_dim / 2;
-    e->freq_window = calloc(2 * (size_t)half, sizeof(float));
-    if (!e->freq_window) return fail(err, "out of memory for rope frequencies");
-    e->freq_compressed = e->freq_window + half;
-    rope_inv_freq(e->freq_window, 2 * half, cfg->rope_theta, 1, 0, 0, 0);
-    rope_inv_freq(e->freq_compressed, 2 * half, cfg->compress_rope_theta, cfg->yarn_factor,
-                  cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
+    rope_inv_freq(e->freq_window, cfg->qk_rope_head_dim, cfg->rope_theta, 1, 0, 0, 0);
+    rope_inv_freq(e->freq_compressed, cfg->qk_rope_head_dim, cfg->compress_rope_theta,
+                  cfg->yarn_factor, cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
     return plan_make(e, err);
 }
 
@@ -877,10 +845,9 @@ int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const 
     *out = NULL;
     dsv4_engine *e = calloc(1, sizeof *e);
     if (!e) return fail(err, "out of memory for the engine");
-    e->cfg = cfg;
-    e->op = &ops_cpu;
-    e->opts = *opts;
-    e->unit_now = e->unit_next = -1;
+    *e = (dsv4_engine){.cfg = cfg, .op = &ops_cpu, .opts = *opts, .now = {-1, 0}, .next = {-1, 0}};
+    e->hc = (dsv4_hc_shape){cfg->hc_mult, cfg->hidden_size, cfg->hc_sinkhorn_iters,
+                            cfg->rms_norm_eps, cfg->hc_eps};
     if (!e->opts.ram_bytes) e->opts.ram_bytes = machine_ram_budget();
     if (engine_start(e, c, err)) {
         engine_close(e);
@@ -907,7 +874,6 @@ void engine_close(dsv4_engine *e) {
     arena_close(&e->dense);
     weights_close(e->w);
     exec_close(e->ex);
-    free(e->freq_window);
     free(e);
 }
 
@@ -918,9 +884,7 @@ const offload_stats *engine_offload_stats(const dsv4_engine *e) {
     return offload_get_stats(e->off);
 }
 
-const cache_stats *engine_expert_stats(const dsv4_engine *e) {
-    return cache_get_stats(e->experts);
-}
+const cache_stats *engine_expert_stats(const dsv4_engine *e) { return cache_get_stats(e->experts); }
 
 group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
     const group_uses *u = cache_uses(e->experts) + (size_t)layer *
@@ -932,26 +896,29 @@ group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
 
 /* === 4. Session =============================================================================== */
 
+/* At position `pos`, with that many tokens' KV in. */
+static void session_at(dsv4_session *s, int64_t pos) {
+    s->pos = pos;
+    s->tail = 0;
+    s->n_last = 0;
+    s->mtp_drafted = -1;
+    s->broken = false;
+}
+
 int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void *arg,
                  dsv4_err *err) {
     *out = NULL;
     const dsv4_config *c = e->cfg;
     dsv4_session *s = calloc(1, sizeof *s);
     if (!s) return fail(err, "out of memory for the session");
-    s->e = e;
-    s->progress = progress;
-    s->progress_arg = arg;
+    *s = (dsv4_session){.e = e, .progress = progress, .progress_arg = arg};
     if (kv_open(&s->kv, e->off, c, &e->kv_opts, err) ||
         arena_open(&s->work_mem, e->plan.work, "the work buffers", err)) {
         session_close(s);
         return -1;
     }
-    chunk_layout(&s->c, &s->work_mem, c, e->plan.chunk, e->opts.ctx, !e->opts.no_rounding,
-                 e->opts.mtp);
-    span_layout(&s->s, &s->work_mem, c, e->plan.span, &e->opts, e->plan.streamed);
-    s->mtp_pending = take_f32(&s->work_mem, (int64_t)c->hc_mult * c->hidden_size);
-    if (e->kv_opts.park) s->tokens = take_i32(&s->work_mem, e->opts.ctx);
-    s->mtp_drafted = -1;
+    session_layout(s, &s->work_mem, c, &e->opts, e->plan.streamed, e->plan.span, e->plan.chunk);
+    session_at(s, 0);
     *out = s;
     return 0;
 }
@@ -961,15 +928,6 @@ void session_close(dsv4_session *s) {
     kv_close(s->kv);
     arena_close(&s->work_mem);
     free(s);
-}
-
-/* At position `pos`, with that many tokens' KV in. */
-static void session_at(dsv4_session *s, int64_t pos) {
-    s->pos = pos;
-    s->tail = 0;
-    s->n_last = 0;
-    s->mtp_drafted = -1;
-    s->broken = false;
 }
 
 void session_reset(dsv4_session *s) {
@@ -1012,47 +970,35 @@ static void linear_rounded(dsv4_session *s, float *y, const dsv4_mat *w, const f
     e->op->linear(y, w, x, n, 1, e->ex);
 }
 
-/* Compressor of width d on the chunk's normalized input: finished entries, unrounded, go to w->kv;
- * returns how many.  The last tokens' projections stay in the rings. */
-typedef struct { float *ring_kv, *ring_score, *kv, *score; int d; } compress_bufs;
-
-static int compress_chunk(dsv4_session *s, const layer_w *l, const compressor_w *w,
-                          const compress_bufs *b, int n, int64_t t0) {
-    const dsv4_engine *e = s->e;
-    int coff = coff_of(l->ratio);
-    size_t row = (size_t)(coff * b->d) * sizeof(float);
-    int64_t g0 = t0 / l->ratio;
-    int n_groups = (int)((t0 + n) / l->ratio - g0);
-    float *x = s->c.kv;
-    e->op->linear(b->kv, &w->wkv, s->c.x, n, 1, e->ex);
-    e->op->linear(b->score, &w->wgate, s->c.x, n, 1, e->ex);
-    dsv4_compress in = {b->kv, b->score, b->ring_kv, b->ring_score, w->ape, l->ratio, b->d, t0};
-    e->op->compress(x, &in, g0, n_groups, e->ex);
-    e->op->rmsnorm(x, x, w->norm, n_groups, b->d, e->cfg->rms_norm_eps, e->ex);
-    e->op->rope(x, layer_freq(e, l), n_groups, 1, b->d, e->cfg->qk_rope_head_dim, g0 * l->ratio,
-                l->ratio, false, e->ex);
-    ring_put(b->ring_kv, coff * l->ratio, b->kv, n, row, t0);
-    ring_put(b->ring_score, coff * l->ratio, b->score, n, row, t0);
-    return n_groups;
-}
-
-static int attn_compress(dsv4_session *s, const layer_w *l, int layer, int n, int64_t t0,
-                         dsv4_err *err) {
+/* The compressor of a layer's entries or keys on the chunk's normalized input: what is finished
+ * becomes rows; the last tokens' projections stay in the rings. */
+static int compress_chunk(dsv4_session *s, const layer_w *l, int layer, kv_kind kind, int n,
+                          int64_t t0, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
-    chunk_work *w = &s->c;
-    bool packed = !e->opts.no_rounding;
-    int hd = c->head_dim, rope = c->qk_rope_head_dim, ihd = c->index_head_dim;
+    const chunk_work *w = &s->c;
     kv_state st = kv_get_state(s->kv, layer);
-    compress_bufs main = {st.ring_kv, st.ring_score, w->ckv, w->cscore, hd};
-    int n_groups = compress_chunk(s, l, &l->comp, &main, n, t0);
-    e->op->kv_round(w->new_rows, w->kv, n_groups, hd, rope, packed, e->ex);
-    if (kv_append(s->kv, layer, KV_ENTRIES, w->new_rows, n_groups, err)) return -1;
-    if (l->ratio != 4) return 0;
-    compress_bufs index = {st.index_ring_kv, st.index_ring_score, w->ikv, w->iscore, ihd};
-    compress_chunk(s, l, &l->index_comp, &index, n, t0);
-    e->op->index_round(w->new_rows, w->kv, n_groups, ihd, packed, e->ex);
-    return kv_append(s->kv, layer, KV_KEYS, w->new_rows, n_groups, err);
+    bool keys = kind == KV_KEYS, packed = !e->opts.no_rounding;
+    const compressor_w *comp = keys ? &l->index_comp : &l->comp;
+    float *ring_kv = keys ? st.index_ring_kv : st.ring_kv;
+    float *ring_score = keys ? st.index_ring_score : st.ring_score;
+    int d = keys ? c->index_head_dim : c->head_dim, rope = c->qk_rope_head_dim;
+    int coff = l->ratio == 4 ? 2 : 1;
+    size_t row = (size_t)(coff * d) * sizeof(float);
+    int64_t g0 = t0 / l->ratio;
+    int n_groups = (int)((t0 + n) / l->ratio - g0);
+    e->op->linear(w->ckv, &comp->wkv, w->x, n, 1, e->ex);
+    e->op->linear(w->cscore, &comp->wgate, w->x, n, 1, e->ex);
+    dsv4_compress in = {w->ckv, w->cscore, ring_kv, ring_score, comp->ape, l->ratio, d, t0};
+    e->op->compress(w->kv, &in, g0, n_groups, e->ex);
+    e->op->rmsnorm(w->kv, w->kv, comp->norm, n_groups, d, c->rms_norm_eps, e->ex);
+    e->op->rope(w->kv, layer_freq(e, l), n_groups, 1, d, rope, g0 * l->ratio, l->ratio, false,
+                e->ex);
+    ring_put(ring_kv, coff * l->ratio, w->ckv, n, row, t0);
+    ring_put(ring_score, coff * l->ratio, w->cscore, n, row, t0);
+    if (keys) e->op->index_round(w->new_rows, w->kv, n_groups, d, packed, e->ex);
+    else e->op->kv_round(w->new_rows, w->kv, n_groups, d, rope, packed, e->ex);
+    return kv_append(s->kv, layer, kind, w->new_rows, n_groups, err);
 }
 
 /* Choose the entries of each token of a CSA layer; qrq is the rounded low-rank query. */
@@ -1100,53 +1046,6 @@ static const float *attn_project(dsv4_session *s, const layer_w *l, int n, int64
     return e->opts.no_rounding ? w->qr : w->qrq;
 }
 
-/* What the chunk's tokens see of the compressed entries: all of them, or what was chosen. */
-static int attn_entries(dsv4_session *s, dsv4_attend *in, int layer, const kv_layer *rows,
-                        bool choose, int64_t visible, dsv4_err *err) {
-    chunk_work *w = &s->c;
-    in->comp = rows->entries;
-    if (choose) in->idx = w->idx, in->count = w->count;
-    if (!visible || in->comp) return 0;
-    if (!choose) w->count[0] = (int32_t)visible;       /* one token, and the entries in the file */
-    if (kv_gather(s->kv, layer, in->idx, w->count[0], &in->comp, err)) return -1;
-    in->idx = NULL;
-    in->count = w->count;
-    return 0;
-}
-
-/* The attention sublayer on the chunk: x -> y (both w->x). */
-static int attention(dsv4_session *s, const layer_w *l, int layer, const kv_layer *rows, int n,
-                     int64_t t0, dsv4_err *err) {
-    const dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
-    chunk_work *w = &s->c;
-    int hd = c->head_dim, heads = c->num_attention_heads, rope = c->qk_rope_head_dim;
-    bool packed = !e->opts.no_rounding;
-    uint8_t *ring = kv_get_state(s->kv, layer).ring;
-    const float *qrq = attn_project(s, l, n, t0);
-    tick(s, OPC_PROJ);
-    /* with few entries all are visible, and the indexer has nothing to choose */
-    int64_t visible = l->ratio ? (t0 + n) / l->ratio : 0;
-    bool choose = l->ratio == 4 && visible > c->index_topk;
-    if (l->ratio && attn_compress(s, l, layer, n, t0, err)) return -1;
-    tick(s, OPC_COMPRESS);
-    if (choose) attn_index(s, l, rows->keys, qrq, n, t0);
-    tick(s, OPC_INDEX);
-    dsv4_attend in = {.q = w->q, .kv = w->kv_rows, .ring = ring, .sink = l->attn_sink,
-                      .n_heads = heads, .head_dim = hd, .rope_dim = rope,
-                      .window = c->sliding_window, .ratio = l->ratio, .topk = c->index_topk,
-                      .packed = packed, .t0 = t0};
-    if (attn_entries(s, &in, layer, rows, choose, visible, err)) return -1;
-    e->op->attend(w->o, &in, n, e->ex);
-    ring_put(ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
-    tick(s, OPC_ATTEND);
-    e->op->rope(w->o, layer_freq(e, l), n, heads, hd, rope, t0, 1, true, e->ex);
-    e->op->linear(w->oa, &l->wo_a, w->o, n, c->o_groups, e->ex);
-    linear_rounded(s, w->x, &l->wo_b, w->oa, w->oa, n);
-    tick(s, OPC_PROJ);
-    return 0;
-}
-
 /* Tell how far the forward is; -1 when the caller wants to stop. */
 static int report(dsv4_session *s, int layer, double share_of_layer, dsv4_err *err) {
     double done = (layer + share_of_layer) / s->e->n_blocks;
@@ -1154,23 +1053,49 @@ static int report(dsv4_session *s, int layer, double share_of_layer, dsv4_err *e
     return fail(err, "interrupted");
 }
 
-static dsv4_hc_shape hc_shape(const dsv4_config *c) {
-    return (dsv4_hc_shape){c->hc_mult, c->hidden_size, c->hc_sinkhorn_iters, c->rms_norm_eps,
-                           c->hc_eps};
-}
-
-static int attention_sublayer(dsv4_session *s, int layer, const kv_layer *rows, float *h, int n,
-                              int64_t t0, dsv4_err *err) {
+/* The attention sublayer on one chunk of the streams. */
+static int attention(dsv4_session *s, int layer, const kv_layer *rows, float *h, int n,
+                     int64_t t0, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     const layer_w *l = &e->w->layer[layer];
+    const span_work *m = &s->s;
     chunk_work *w = &s->c;
-    dsv4_hc_shape shape = hc_shape(c);
-    e->op->hc_pre(w->x, w->post, w->comb, h, &l->hc_attn, &shape, n, e->ex);
+    int hd = c->head_dim, heads = c->num_attention_heads, rope = c->qk_rope_head_dim;
+    bool packed = !e->opts.no_rounding;
+    uint8_t *ring = kv_get_state(s->kv, layer).ring;
+    e->op->hc_pre(w->x, m->post, m->comb, h, &l->hc_attn, &e->hc, n, e->ex);
     e->op->rmsnorm(w->x, w->x, l->attn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
     tick(s, OPC_HC);
-    if (attention(s, l, layer, rows, n, t0, err)) return -1;
-    e->op->hc_post(h, w->x, w->post, w->comb, &shape, n, e->ex);
+    const float *qrq = attn_project(s, l, n, t0);
+    tick(s, OPC_PROJ);
+    /* with few entries all are visible, and the indexer has nothing to choose */
+    int64_t visible = l->ratio ? (t0 + n) / l->ratio : 0;
+    bool choose = l->ratio == 4 && visible > c->index_topk;
+    if (l->ratio && compress_chunk(s, l, layer, KV_ENTRIES, n, t0, err)) return -1;
+    if (l->ratio == 4 && compress_chunk(s, l, layer, KV_KEYS, n, t0, err)) return -1;
+    tick(s, OPC_COMPRESS);
+    if (choose) attn_index(s, l, rows->keys, qrq, n, t0);
+    tick(s, OPC_INDEX);
+    dsv4_attend in = {.q = w->q, .kv = w->kv_rows, .ring = ring, .comp = rows->entries,
+                      .idx = choose ? w->idx : NULL, .count = choose ? w->count : NULL,
+                      .sink = l->attn_sink, .n_heads = heads, .head_dim = hd, .rope_dim = rope,
+                      .window = c->sliding_window, .ratio = l->ratio, .topk = c->index_topk,
+                      .packed = packed, .t0 = t0};
+    if (visible && !in.comp) {             /* one token, and the entries in the file */
+        if (!choose) w->count[0] = (int32_t)visible;
+        if (kv_gather(s->kv, layer, in.idx, w->count[0], &in.comp, err)) return -1;
+        in.idx = NULL;
+        in.count = w->count;
+    }
+    e->op->attend(w->o, &in, n, e->ex);
+    ring_put(ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
+    tick(s, OPC_ATTEND);
+    e->op->rope(w->o, layer_freq(e, l), n, heads, hd, rope, t0, 1, true, e->ex);
+    e->op->linear(w->oa, &l->wo_a, w->o, n, c->o_groups, e->ex);
+    linear_rounded(s, w->x, &l->wo_b, w->oa, w->oa, n);
+    tick(s, OPC_PROJ);
+    e->op->hc_post(h, w->x, m->post, m->comb, &e->hc, n, e->ex);
     layer_work(e, layer, (double)t0, (double)(t0 + n), s->e->stats.work);
     tick(s, OPC_HC);
     return 0;
@@ -1190,7 +1115,7 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
         m = (int)min64(e->plan.chunk, n - i);
         if (mark) m = (int)min64(m, SEGMENT_TOKENS - (t0 + i) % SEGMENT_TOKENS);
         if (s->tail > t0 + i) m = (int)min64(m, s->tail - t0 - i);
-        if (attention_sublayer(s, layer, &rows, h + (size_t)i * row, m, t0 + i, err)) return -1;
+        if (attention(s, layer, &rows, h + (size_t)i * row, m, t0 + i, err)) return -1;
         if (mark && (t0 + i + m) % SEGMENT_TOKENS == 0) {
             kv_mark(s->kv, layer, t0 + i + m, mark);
             mark += kv_mark_bytes(e->cfg, &e->kv_opts);
@@ -1204,9 +1129,16 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
 /* === 6. Dense weights that do not fit =========================================================
  * Two slots: the layer (or block of head) in use, and the next one on its way.                   */
 
-static void unit_drop(dsv4_engine *e, int *unit, const int *slot) {
-    if (*unit >= 0) cache_unpin(e->units, *slot);
-    *unit = -1;
+/* Pin `unit` (-1: none) in place of what p pins. */
+static int unit_pin(dsv4_engine *e, pinned_unit *p, int unit, dsv4_err *err) {
+    if (p->unit == unit) return 0;
+    if (p->unit >= 0) cache_unpin(e->units, p->slot);
+    p->unit = -1;
+    if (unit < 0) return 0;
+    p->slot = cache_get(e->units, (size_t)unit, err);
+    if (p->slot < 0) return -1;
+    p->unit = unit;
+    return 0;
 }
 
 /* Have unit's matrices in place, and ask for `next` (-1: nothing is known to follow). */
@@ -1214,27 +1146,17 @@ static int unit_use(dsv4_engine *e, int unit, int next, dsv4_err *err) {
     if (!e->units) return 0;
     dsv4_weights *w = e->w;
     double t = now_s();
-    unit_drop(e, &e->unit_now, &e->slot_now);
-    if (e->unit_next != unit) {
-        unit_drop(e, &e->unit_next, &e->slot_next);
-        e->slot_next = cache_get(e->units, (size_t)unit, err);
-        if (e->slot_next < 0) return -1;
-    }
-    e->unit_now = unit;
-    e->slot_now = e->slot_next;
-    e->unit_next = -1;
-    if (next >= 0 && next != unit) {
-        e->slot_next = cache_get(e->units, (size_t)next, err);
-        if (e->slot_next < 0) return -1;
-        e->unit_next = next;
-    }
-    if (cache_wait(e->units, e->slot_now, err)) return -1;
+    if (unit_pin(e, &e->now, -1, err) || unit_pin(e, &e->next, unit, err)) return -1;
+    e->now = e->next;
+    e->next.unit = -1;
+    if (next != unit && unit_pin(e, &e->next, next, err)) return -1;
+    if (cache_wait(e->units, e->now.slot, err)) return -1;
     e->stats.dense_wait_s += now_s() - t;
     int part = 0;
     for (size_t i = 0; i < w->n_needs; i++) {
         const need *n = &w->needs[i];
         if (n->unit != unit) continue;
-        const void *data = cache_part(e->units, e->slot_now, part++);
+        const void *data = cache_part(e->units, e->now.slot, part++);
         if (n->kind == NEED_RAW) *n->dst.raw = data;
         else *n->dst.scale = data;
     }
@@ -1246,24 +1168,27 @@ static int embed_tokens(dsv4_session *s, float *h, const int32_t *tokens, int n,
                         dsv4_err *err) {
     dsv4_engine *e = s->e;
     dsv4_mat m = e->w->embed;
-    const span_work *w = &s->s;
     if (!e->units) {
         e->op->embed(h, &m, tokens, n, copies, e->ex);
         return 0;
     }
-    uint64_t row = e->w->embed_tensor->bytes / (uint64_t)m.rows;
-    for (int i = 0; i < n; i++) {
-        w->embed_tensors[i] = *e->w->embed_tensor;
-        w->embed_tensors[i].offset += (uint64_t)tokens[i] * row;
-        w->embed_tensors[i].bytes = row;
-        w->embed_items[i] = (load_item){&w->embed_tensors[i],
-                                        (uint8_t *)w->embed_rows + (uint64_t)i * row};
-        w->embed_ids[i] = i;
+    ckpt_tensor row[EMBED_ROWS];
+    load_item item[EMBED_ROWS];
+    int32_t id[EMBED_ROWS];
+    uint64_t bytes = e->w->embed_tensor->bytes / (uint64_t)m.rows;
+    m.data = s->s.embed_rows;
+    for (int i = 0; i < n; i += m.rows) {
+        m.rows = (int)min64(EMBED_ROWS, n - i);
+        for (int j = 0; j < m.rows; j++) {
+            row[j] = *e->w->embed_tensor;
+            row[j].offset += (uint64_t)tokens[i + j] * bytes;
+            row[j].bytes = bytes;
+            item[j] = (load_item){&row[j], (uint8_t *)s->s.embed_rows + (uint64_t)j * bytes};
+            id[j] = j;
+        }
+        if (offload_load(e->off, item, (size_t)m.rows, err)) return -1;
+        e->op->embed(h + (size_t)i * (size_t)(copies * m.cols), &m, id, m.rows, copies, e->ex);
     }
-    if (offload_load(e->off, w->embed_items, (size_t)n, err)) return -1;
-    m.data = w->embed_rows;
-    m.rows = n;
-    e->op->embed(h, &m, w->embed_ids, n, copies, e->ex);
     return 0;
 }
 
@@ -1281,7 +1206,7 @@ static int head_linear(dsv4_session *s, float *logits, const float *x, int n, ds
         dsv4_mat m = w->head;
         int first = (u - n_layers) * w->head_rows;
         m.rows = (int)min64(w->head_rows, w->head.rows - first);
-        m.data = cache_part(e->units, e->slot_now, 0);
+        m.data = cache_part(e->units, e->now.slot, 0);
         for (int i = 0; i < n; i++)
             e->op->linear(logits + (size_t)i * (size_t)w->head.rows + first, &m,
                           x + (size_t)i * (size_t)m.cols, 1, 1, e->ex);
@@ -1300,9 +1225,8 @@ static void moe_choose(dsv4_session *s, const layer_w *l, const float *h, const 
     span_work *m = &s->s;
     int hc = c->hc_mult, topk = c->num_experts_per_tok;
     size_t at = (size_t)i, dim = (size_t)c->hidden_size;
-    dsv4_hc_shape shape = hc_shape(c);
     e->op->hc_pre(w->x, m->post + at * (size_t)hc, m->comb + at * (size_t)(hc * hc),
-                  h + at * (size_t)hc * dim, &l->hc_ffn, &shape, n, e->ex);
+                  h + at * (size_t)hc * dim, &l->hc_ffn, &e->hc, n, e->ex);
     e->op->rmsnorm(w->x, w->x, l->ffn_norm, n, c->hidden_size, c->rms_norm_eps, e->ex);
     tick(s, OPC_HC);
     e->op->linear(w->logits, &l->gate, w->x, n, 1, e->ex);
@@ -1328,34 +1252,41 @@ static void moe_sort(span_work *m, int n, int topk, int n_experts) {
         m->row_weight[at] = m->weights[i];
     }
     for (int e = n_experts; e > 0; e--) m->start[e] = m->start[e - 1];   /* ... and goes back   */
-    m->start[0] = 0;
-}
-
-/* The next expert >= e that has tokens, or n_experts. */
-static int moe_next(const span_work *m, int e, int n_experts) {
-    while (e < n_experts && m->start[e] == m->start[e + 1]) e++;
-    return e;
+    m->start[0] = m->n_used = 0;
+    for (int e = 0; e < n_experts; e++)
+        if (m->start[e] < m->start[e + 1]) m->used[m->n_used++] = e;
 }
 
 static size_t expert_id(const dsv4_engine *e, int layer, int expert) {
     return (size_t)layer * (size_t)e->cfg->n_routed_experts + (size_t)expert;
 }
 
-/* Wait for an expert's bytes, and say where they lie. */
-static int expert_wait(dsv4_engine *e, int slot, dsv4_ffn *w, dsv4_err *err) {
+/* Wait for an expert's bytes; y += what it makes of its tokens. */
+static int expert_run(dsv4_session *s, int layer, int expert, int slot, float *y, dsv4_err *err) {
+    dsv4_engine *e = s->e;
+    const span_work *m = &s->s;
     int dim = e->cfg->hidden_size, inter = e->cfg->moe_intermediate_size;
+    int first = m->start[expert], end = m->start[expert + 1];
     double t = now_s();
     if (cache_wait(e->experts, slot, err)) return -1;
     e->stats.expert_wait_s += now_s() - t;
     const void *part[EXPERT_PARTS];
     for (int p = 0; p < EXPERT_PARTS; p++) part[p] = cache_part(e->experts, slot, p);
-    *w = (dsv4_ffn){.w1 = {DT_I8, inter, dim, part[W1], part[S1]},
-                    .w2 = {DT_I8, dim, inter, part[W2], part[S2]},
-                    .w3 = {DT_I8, inter, dim, part[W3], part[S3]}};
+    dsv4_ffn w = {.w1 = {DT_I8, inter, dim, part[W1], part[S1]},
+                  .w2 = {DT_I8, dim, inter, part[W2], part[S2]},
+                  .w3 = {DT_I8, inter, dim, part[W3], part[S3]}};
+    dsv4_acts x = {m->code, m->scale, m->x};
+    for (int i = first; i < end; i += EXPERT_ROWS)
+        e->op->expert_ffn(y, &w, &x, m->rows + i, m->row_weight + i,
+                          (int)min64(EXPERT_ROWS, end - i), e->cfg->swiglu_limit,
+                          m->expert_scratch, e->ex);
+    e->stats.expert_uses++;
+    e->layer_uses[layer]++;
+    e->stats.work[WORK_EXPERTS] += (end - first) * expert_macs(e->cfg);
     return 0;
 }
 
-/* The shared expert's y of tokens i..i+n-1, for moe_finish(). */
+/* The shared expert's y of tokens i..i+n-1, in w->x. */
 static void moe_shared(dsv4_session *s, const layer_w *l, int i, int n) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
@@ -1378,44 +1309,27 @@ static void moe_shared(dsv4_session *s, const layer_w *l, int i, int n) {
  * that the order in which they came cannot show. */
 static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
-    int slot[MAX_TOPK], n = 0, asked = 0, rc = 0;
-    int32_t expert[MAX_TOPK];
+    int slot[MAX_TOPK], n = m->n_used, asked = 0, rc = 0, dim = e->cfg->hidden_size;
     bool held[MAX_TOPK];
-    size_t dim = (size_t)c->hidden_size;
-    dsv4_acts x = {m->code, m->scale, m->x};
-    for (int i = moe_next(m, 0, c->n_routed_experts); i < c->n_routed_experts;
-         i = moe_next(m, i + 1, c->n_routed_experts)) {
-        held[n] = cache_holds(e->experts, expert_id(e, layer, i));
-        expert[n++] = i;
-    }
-    if (e->opts.trace) e->opts.trace(e->opts.trace_arg, s->pos, layer, expert, n);
-    for (; asked < n && rc == 0; asked += rc == 0) {
-        slot[asked] = cache_get(e->experts, expert_id(e, layer, expert[asked]), err);
-        if (slot[asked] < 0) rc = -1;
-    }
-    memset(m->expert_y, 0, (size_t)n * dim * sizeof(float));
+    for (int i = 0; i < n; i++)
+        held[i] = cache_holds(e->experts, expert_id(e, layer, m->used[i]));
+    if (e->opts.trace) e->opts.trace(e->opts.trace_arg, s->pos, layer, m->used, n);
+    for (; asked < n && rc == 0; asked += rc == 0)
+        if ((slot[asked] = cache_get(e->experts, expert_id(e, layer, m->used[asked]), err)) < 0)
+            rc = -1;
+    memset(m->expert_y, 0, (size_t)n * (size_t)dim * sizeof(float));
     for (int pass = 0; pass < 2; pass++) {             /* the hits, then the others */
         for (int i = 0; i < n && rc == 0; i++) {
-            dsv4_ffn w;
-            if (held[i] != (pass == 0)) continue;
-            rc = expert_wait(e, slot[i], &w, err);
-            const int32_t *row = m->rows + m->start[expert[i]];
-            const float *weight = m->row_weight + m->start[expert[i]];
-            if (rc == 0)
-                e->op->expert_ffn(m->expert_y + (size_t)i * dim, &w, &x, row, weight, 1,
-                                  c->swiglu_limit, m->expert_scratch, e->ex);
+            float *y = m->expert_y + (size_t)i * (size_t)dim;
+            if (held[i] == (pass == 0)) rc = expert_run(s, layer, m->used[i], slot[i], y, err);
         }
         tick(s, OPC_EXPERTS);
         if (pass == 0) moe_shared(s, l, 0, 1);
     }
     for (int i = 0; i < asked; i++) cache_unpin(e->experts, slot[i]);
     for (int i = 0; i < n && rc == 0; i++)
-        e->op->add(m->y, m->expert_y + (size_t)i * dim, 1, 1, c->hidden_size, e->ex);
-    e->stats.expert_uses += (uint64_t)n;
-    e->layer_uses[layer] += (uint64_t)n;
-    e->stats.work[WORK_EXPERTS] += n * expert_macs(c);
+        e->op->add(m->y, m->expert_y + (size_t)i * (size_t)dim, 1, 1, dim, e->ex);
     return rc;
 }
 
@@ -1423,53 +1337,26 @@ static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *er
  * prompt comes by all of them: what decode has learned to keep must stay. */
 static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
     dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
     const span_work *m = &s->s;
-    int n_experts = c->n_routed_experts, slot_of[LOOKAHEAD], rc = 0;
-    size_t asked = 0, done = 0;
-    int ask = moe_next(m, 0, n_experts);
-    dsv4_acts x = {m->code, m->scale, m->x};
-    for (int cur = ask; cur < n_experts && rc == 0; cur = moe_next(m, cur + 1, n_experts)) {
-        while (ask < n_experts && asked - done < LOOKAHEAD) {
+    int slot_of[LOOKAHEAD], asked = 0, done = 0, rc = 0;
+    while (done < m->n_used && rc == 0) {
+        while (asked < m->n_used && asked - done < LOOKAHEAD) {
             err->msg[0] = 0;
-            int slot = cache_pass(e->experts, expert_id(e, layer, ask), err);
+            int slot = cache_pass(e->experts, expert_id(e, layer, m->used[asked]), err);
             if (slot < 0 && err->msg[0]) rc = -1;
             if (slot < 0) break;
             slot_of[asked++ % LOOKAHEAD] = slot;
-            ask = moe_next(m, ask + 1, n_experts);
         }
         if (rc) break;
         assert(asked > done);                          /* the plan gave at least 2 x topk slots */
-        int slot = slot_of[done % LOOKAHEAD];
-        dsv4_ffn w;
-        rc = expert_wait(e, slot, &w, err);
-        for (int i = m->start[cur]; i < m->start[cur + 1] && rc == 0; i += EXPERT_ROWS)
-            e->op->expert_ffn(m->y, &w, &x, m->rows + i, m->row_weight + i,
-                              (int)min64(EXPERT_ROWS, m->start[cur + 1] - i), c->swiglu_limit,
-                              m->expert_scratch, e->ex);
+        int slot = slot_of[done % LOOKAHEAD], expert = m->used[done++];
+        rc = expert_run(s, layer, expert, slot, m->y, err);
         cache_unpin(e->experts, slot);
-        done++;
-        e->stats.expert_uses++;
-        e->layer_uses[layer]++;
-        e->stats.work[WORK_EXPERTS] += (m->start[cur + 1] - m->start[cur]) * expert_macs(c);
-        if (rc == 0)
-            rc = report(s, layer, 0.5 + 0.5 * m->start[cur + 1] / m->start[n_experts], err);
+        double share = (double)m->start[expert + 1] / m->start[e->cfg->n_routed_experts];
+        if (rc == 0) rc = report(s, layer, 0.5 + 0.5 * share, err);
     }
     for (; done < asked; done++) cache_unpin(e->experts, slot_of[done % LOOKAHEAD]);
     return rc;
-}
-
-/* Tokens i..i+n-1: y into the streams. */
-static void moe_finish(dsv4_session *s, float *h, int i, int n) {
-    const dsv4_engine *e = s->e;
-    const dsv4_config *c = e->cfg;
-    const span_work *m = &s->s;
-    size_t at = (size_t)i, dim = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
-    dsv4_hc_shape shape = hc_shape(c);
-    e->op->add(m->y + at * dim, s->c.x, n, 1, c->hidden_size, e->ex);
-    e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
-                   m->comb + at * hc * hc, &shape, n, e->ex);
-    tick(s, OPC_HC);
 }
 
 /* === 8. Forward and MTP ======================================================================= */
@@ -1479,7 +1366,9 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     const layer_w *l = &e->w->layer[layer];
+    span_work *m = &s->s;
     int chunk = e->plan.chunk;
+    size_t dim = (size_t)c->hidden_size, hc = (size_t)c->hc_mult;
     assert(layer < e->n_blocks && n <= e->plan.span);
     s->tick = now_s();
     bool last = layer + 1 >= c->num_hidden_layers;     /* then head, if it is one token's turn */
@@ -1490,14 +1379,18 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     if (!last && kv_ahead(s->kv, layer + 1, n, err)) return -1;
     for (int i = 0; i < n; i += chunk)
         moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
-    moe_sort(&s->s, n, c->num_experts_per_tok, c->n_routed_experts);
-    memset(s->s.y, 0, (size_t)n * (size_t)c->hidden_size * sizeof(float));
+    moe_sort(m, n, c->num_experts_per_tok, c->n_routed_experts);
+    memset(m->y, 0, (size_t)n * dim * sizeof(float));
     int rc = n == 1 ? moe_decode(s, l, layer, err) : moe_experts(s, layer, err);
     tick(s, OPC_EXPERTS);
     for (int i = 0; i < n && rc == 0; i += chunk) {
-        int m = (int)min64(chunk, n - i);
-        if (n > 1) moe_shared(s, l, i, m);
-        moe_finish(s, h, i, m);
+        size_t at = (size_t)i;
+        int some = (int)min64(chunk, n - i);
+        if (n > 1) moe_shared(s, l, i, some);
+        e->op->add(m->y + at * dim, s->c.x, some, 1, c->hidden_size, e->ex);
+        e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
+                       m->comb + at * hc * hc, &e->hc, some, e->ex);
+        tick(s, OPC_HC);
     }
     return rc ? rc : report(s, layer, 1, err);
 }
@@ -1571,18 +1464,22 @@ int64_t session_parked(dsv4_session *s, const int32_t *tokens, int64_t n, int64_
     return s->tokens ? kv_parked(s->kv, tokens, min64(n, s->e->opts.ctx), tail) : 0;
 }
 
+/* Stand behind tokens [pos] whose KV came parked; -1: it did not come. */
+static void session_reuse(dsv4_session *s, const int32_t *tokens, int64_t pos) {
+    s->broken = pos < 0;
+    if (s->broken) return;
+    memcpy(s->tokens, tokens, (size_t)pos * sizeof *tokens);
+    session_at(s, pos);
+    s->e->stats.reused_tokens += (uint64_t)pos;
+}
+
 int64_t session_resume(dsv4_session *s, const int32_t *tokens, int64_t n, int64_t tail,
                        dsv4_err *err) {
     session_reset(s);
     if (!s->tokens) return 0;
-    s->broken = true;
-    int64_t pos = kv_resume(s->kv, tokens, min64(n, s->e->opts.ctx), tail, err);
-    if (pos < 0) return -1;
-    memcpy(s->tokens, tokens, (size_t)pos * sizeof *tokens);
-    session_at(s, pos);
+    session_reuse(s, tokens, kv_resume(s->kv, tokens, min64(n, s->e->opts.ctx), tail, err));
     s->tail = tail;
-    s->e->stats.reused_tokens += (uint64_t)pos;
-    return pos;
+    return s->broken ? -1 : s->pos;
 }
 
 int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *err) {
@@ -1594,12 +1491,8 @@ int session_save(dsv4_session *s, const char *name, park_frame extra, dsv4_err *
 int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_t *n,
                      park_frame *extra, dsv4_err *err) {
     if (!s->tokens) return fail(err, "nothing can be loaded: parked context is off");
-    s->broken = true;
     int64_t pos = kv_load(s->kv, name, tokens, n, extra, err);
-    if (pos < 0) return -1;
-    memcpy(s->tokens, *tokens, (size_t)pos * sizeof **tokens);
-    session_at(s, pos);
-    s->e->stats.reused_tokens += (uint64_t)pos;
+    session_reuse(s, pos < 0 ? NULL : *tokens, pos);
     return pos;
 }
 
@@ -1639,11 +1532,10 @@ static int head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const
                        int n, float *logits, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
-    dsv4_hc_shape shape = hc_shape(c);
     s->tick = now_s();
     for (int i = 0; i < n; i += e->plan.chunk) {
         int m = (int)min64(e->plan.chunk, n - i);
-        e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &shape,
+        e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &e->hc,
                        m, e->ex);
         e->op->rmsnorm(s->c.x, s->c.x, norm, m, c->hidden_size, c->rms_norm_eps, e->ex);
         if (head_linear(s, logits + (size_t)i * (size_t)c->vocab_size, s->c.x, m, err)) return -1;
@@ -1664,10 +1556,8 @@ int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *
     assert(e->opts.mtp && s->pos > 0 && !s->broken);
     assert(next_token >= 0 && next_token < e->cfg->vocab_size);
     s->tick = now_s();
-    if (mtp_forward(s, s->mtp_pending, &next_token, 1, s->pos - 1, err)) {
-        s->broken = true;
-        return -1;
-    }
+    s->broken = mtp_forward(s, s->mtp_pending, &next_token, 1, s->pos - 1, err);
+    if (s->broken) return -1;
     s->mtp_drafted = next_token;
     return head_logits(s, s->c.mtp_h, &e->w->mtp.hc_head, e->w->mtp.norm, 1, logits, err);
 }
@@ -1678,31 +1568,23 @@ struct sampler {
     sample_opts o;
     int n_vocab, n_popped;
     uint64_t state;                /* of the random numbers                                     */
-    float *x;                      /* [n_vocab] logits behind the penalty                       */
+    float *x;                      /* [n_vocab] logits behind the penalty; all in one block     */
     int32_t *heap;                 /* [n_vocab] ids: a heap, then behind it those taken off it  */
     bool *seen;                    /* [n_vocab] in the context already                          */
 };
 
 int sampler_open(sampler **out, const sample_opts *o, int n_vocab, dsv4_err *err) {
-    sampler *s = calloc(1, sizeof *s);
-    *out = s;
-    if (s) *s = (sampler){.o = *o, .n_vocab = n_vocab, .state = o->seed};
     size_t n = (size_t)n_vocab;
-    if (s && (s->x = malloc(n * sizeof *s->x)) && (s->heap = malloc(n * sizeof *s->heap)) &&
-        (s->seen = calloc(n, sizeof *s->seen)))
-        return 0;
-    sampler_close(s);
-    *out = NULL;
-    return fail(err, "out of memory for sampling");
+    sampler *s = *out = calloc(1, sizeof *s + n * (sizeof *s->x + sizeof *s->heap +
+                                                   sizeof *s->seen));
+    if (!s) return fail(err, "out of memory for sampling");
+    *s = (sampler){.o = *o, .n_vocab = n_vocab, .state = o->seed, .x = (float *)(s + 1)};
+    s->heap = (int32_t *)(s->x + n);
+    s->seen = (bool *)(s->heap + n);
+    return 0;
 }
 
-void sampler_close(sampler *s) {
-    if (!s) return;
-    free(s->x);
-    free(s->heap);
-    free(s->seen);
-    free(s);
-}
+void sampler_close(sampler *s) { free(s); }
 
 void sampler_accept(sampler *s, int32_t token) {
     assert(token >= 0 && token < s->n_vocab);

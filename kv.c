@@ -15,8 +15,7 @@
  * Invariants  1 rows only grow, until kv_reset()
  *             2 the file and the tail hold all rows but those that a stage got since kv_begin()
  *             3 a block that a frame holds is whole and is never written again
- *             4 a stage is not read into before what was written from it has landed
- *             5 no allocation after kv_open(); every byte of it is in kv_plan.ram
+ *             4 no allocation after kv_open(); every byte of it is in kv_plan.ram
  * Contents    1 the plan   2 rows in RAM and in a file   3 parked context
  *             4 a session's parked context
  * Not here    what a row holds (kernels.cu), which rows are wanted (dsv4.c)                      */
@@ -83,6 +82,7 @@ struct kv_cache {
     uint8_t *park_rows, *park_states; /* of a segment: rows that are in the file; states        */
 };
 
+static uint64_t lesser(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static uint64_t blocks_up(uint64_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
 static uint64_t blocks_down(uint64_t bytes) { return bytes / BLOCK * BLOCK; }
 
@@ -92,47 +92,31 @@ static int64_t carry_floats(int ratio, int d) {
     return (int64_t)coff * ratio * coff * d;
 }
 
-static kv_state take_state(arena *a, const dsv4_config *c, int ratio, size_t row_bytes) {
-    kv_state s = {.ring = arena_take(a, (uint64_t)c->sliding_window * row_bytes)};
-    if (!ratio) return s;
-    uint64_t bytes = (uint64_t)carry_floats(ratio, c->head_dim) * sizeof(float);
-    s.ring_kv = arena_take(a, bytes);
-    s.ring_score = arena_take(a, bytes);
-    if (ratio != 4) return s;
-    bytes = (uint64_t)carry_floats(ratio, c->index_head_dim) * sizeof(float);
-    s.index_ring_kv = arena_take(a, bytes);
-    s.index_ring_score = arena_take(a, bytes);
-    return s;
-}
-
 /* Room for one kind of rows of a layer: all of them, or a tail, a place in the file, and in *stage
  * the largest that it must hold. */
 static void take_rows(kv_cache *kv, kv_rows *r, arena *a, bool in_file, uint64_t *stage) {
-    uint64_t bytes = (uint64_t)r->max * r->row_bytes;
+    uint64_t bytes = (uint64_t)r->max * r->row_bytes, blocks = blocks_up(bytes);
+    *(r->stage == STAGE_ENTRIES ? &kv->plan.entries : &kv->plan.index) += bytes;
     if (!in_file) {
         r->rows = arena_take(a, bytes);
         return;
     }
     r->tail = arena_take(a, BLOCK);
     r->off = kv->plan.file;
-    kv->plan.file += blocks_up(bytes);
-    if (*stage < blocks_up(bytes)) *stage = blocks_up(bytes);
-    if (r->stage != STAGE_ENTRIES) return;
+    kv->plan.file += blocks;
+    if (*stage < blocks) *stage = blocks;
     r->page = kv->n_pages;
-    kv->n_pages += blocks_up(bytes) / BLOCK;
+    if (r->stage == STAGE_ENTRIES) kv->n_pages += blocks / BLOCK;
 }
 
 /* Frames for what is left of kv.opts.ram, over the stage for entries, at least `least` bytes. */
 static void take_frames(kv_cache *kv, arena *a, uint64_t least) {
-    const uint64_t each = BLOCK + sizeof(kv_frame), most = kv->n_pages * BLOCK;
+    const uint64_t each = BLOCK + sizeof(kv_frame);
     kv->frame_of = arena_take(a, kv->n_pages * sizeof *kv->frame_of);
-    kv->gathered = arena_take(a, (uint64_t)kv->cfg->index_topk *
-                                 kv_row_bytes(kv->cfg->head_dim, kv->cfg->qk_rope_head_dim,
-                                              kv->opts.packed));
-    uint64_t bytes = least, fixed = a->used + 2 * BLOCK;
-    if (kv->opts.ram > fixed && (kv->opts.ram - fixed) / each * BLOCK > bytes)
-        bytes = (kv->opts.ram - fixed) / each * BLOCK;
-    if (bytes > most && most > least) bytes = most;
+    uint64_t fixed = a->used + 2 * BLOCK;
+    uint64_t fit = kv->opts.ram > fixed ? (kv->opts.ram - fixed) / each * BLOCK : 0;
+    uint64_t bytes = lesser(fit, kv->n_pages * BLOCK);
+    if (bytes < least) bytes = least;
     kv->n_frames = (uint32_t)(bytes / BLOCK);
     kv->frame = arena_take(a, kv->n_frames * sizeof *kv->frame);
     kv->stage[STAGE_ENTRIES] = arena_take_blocks(a, bytes);
@@ -142,32 +126,33 @@ static void take_frames(kv_cache *kv, arena *a, uint64_t least) {
 static void lay_out(kv_cache *kv, arena *a, bool index_in_file, bool entries_in_file) {
     const dsv4_config *c = kv->cfg;
     kv_plan *p = &kv->plan;
-    uint64_t stage[STAGES] = {0}, rows[STAGES] = {0}, parked = 0;
+    uint64_t stage[STAGES] = {0}, parked = 0, n_blocks = (uint64_t)kv->opts.n_blocks;
     size_t row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed);
     size_t key = index_row_bytes(c->index_head_dim, kv->opts.packed);
     *p = (kv_plan){.index_in_file = index_in_file, .entries_in_file = entries_in_file};
     kv->n_pages = 0;
-    kv->state = arena_take(a, (uint64_t)kv->opts.n_blocks * sizeof *kv->state);
-    kv->rows = arena_take(a, (uint64_t)kv->opts.n_blocks * sizeof *kv->rows);
-    for (int l = 0; l < kv->opts.n_blocks; l++) {
-        kv_state s = take_state(a, c, c->compress_ratios[l], row);
-        if (kv->state) kv->state[l] = s;
-    }
+    kv->state = arena_take(a, n_blocks * sizeof *kv->state);
+    kv->rows = arena_take(a, n_blocks * sizeof *kv->rows);
     p->states = a->used;
     for (int l = 0; l < kv->opts.n_blocks; l++) {
-        int ratio = c->compress_ratios[l];
-        kv_rows r[KV_KINDS] = {{.row_bytes = row, .max = ratio ? kv->opts.ctx / ratio : 0,
-                                .stage = ratio == 4 ? STAGE_ENTRIES : STAGE_INDEX},
-                               {.row_bytes = key, .max = ratio == 4 ? kv->opts.ctx / ratio : 0,
-                                .stage = STAGE_INDEX}};
-        for (int k = 0; k < KV_KINDS; k++) {
-            bool in_file = r[k].stage == STAGE_ENTRIES ? entries_in_file : index_in_file;
-            if (r[k].max) take_rows(kv, &r[k], a, in_file, &stage[r[k].stage]);
-            if (r[k].max) p->token_bytes += (double)r[k].row_bytes / ratio;
-            if (r[k].max && in_file)
-                parked += (uint64_t)(SEGMENT_TOKENS / ratio + 1) * r[k].row_bytes;
-            rows[r[k].stage] += (uint64_t)r[k].max * r[k].row_bytes;
-            if (kv->rows) kv->rows[l][k] = r[k];
+        int ratio = c->compress_ratios[l], n_kinds = ratio == 4 ? 2 : ratio > 0;
+        uint64_t main = 4 * (uint64_t)carry_floats(ratio, c->head_dim), before = a->used;
+        uint64_t index = ratio == 4 ? 4 * (uint64_t)carry_floats(ratio, c->index_head_dim) : 0;
+        kv_state s = {.ring = arena_take(a, (uint64_t)c->sliding_window * row)};
+        s.ring_kv = arena_take(a, main);
+        s.ring_score = arena_take(a, main);
+        s.index_ring_kv = arena_take(a, index);
+        s.index_ring_score = arena_take(a, index);
+        p->states += a->used - before;
+        if (kv->state) kv->state[l] = s;
+        for (int k = 0; k < n_kinds; k++) {
+            kv_rows r = {.row_bytes = k == KV_KEYS ? key : row, .max = kv->opts.ctx / ratio,
+                         .stage = k == KV_ENTRIES && ratio == 4 ? STAGE_ENTRIES : STAGE_INDEX};
+            bool in_file = r.stage == STAGE_ENTRIES ? entries_in_file : index_in_file;
+            take_rows(kv, &r, a, in_file, &stage[r.stage]);
+            p->token_bytes += (double)r.row_bytes / ratio;
+            if (in_file) parked += (uint64_t)(SEGMENT_TOKENS / ratio + 1) * r.row_bytes;
+            if (kv->rows) kv->rows[l][k] = r;
         }
     }
     if (kv->opts.park) {
@@ -175,36 +160,32 @@ static void lay_out(kv_cache *kv, arena *a, bool index_in_file, bool entries_in_
         kv->park_rows = arena_take(a, parked);
         kv->park_states = arena_take(a, p->states);
     }
-    p->index = rows[STAGE_INDEX];
-    p->entries = rows[STAGE_ENTRIES];
     if (index_in_file || entries_in_file) kv->bounce = arena_take_blocks(a, BOUNCE_BYTES);
     if (index_in_file) kv->stage[STAGE_INDEX] = arena_take_blocks(a, stage[STAGE_INDEX]);
-    /* all that a token may choose must find frames, each row in as many blocks as it may touch */
-    uint64_t chosen = (uint64_t)c->index_topk * (blocks_up(row) / BLOCK + 1) * BLOCK;
-    if (stage[STAGE_ENTRIES] < chosen) stage[STAGE_ENTRIES] = chosen;
-    if (entries_in_file) take_frames(kv, a, stage[STAGE_ENTRIES]);
-    p->stage = stage[STAGE_INDEX] * index_in_file + stage[STAGE_ENTRIES] * entries_in_file;
+    if (entries_in_file) {
+        /* all that a token may choose must find frames, each in as many blocks as it may touch */
+        uint64_t chosen = (uint64_t)c->index_topk * (blocks_up(row) / BLOCK + 1) * BLOCK;
+        if (stage[STAGE_ENTRIES] < chosen) stage[STAGE_ENTRIES] = chosen;
+        kv->gathered = arena_take(a, (uint64_t)c->index_topk * row);
+        take_frames(kv, a, stage[STAGE_ENTRIES]);
+    }
+    p->stage = stage[STAGE_INDEX] + stage[STAGE_ENTRIES];
     p->ram = a->used;
 }
 
 int kv_plan_make(kv_plan *p, const dsv4_config *cfg, const kv_opts *o, dsv4_err *err) {
     kv_cache kv = {.cfg = cfg, .opts = *o};
-    bool csa = false, other = false;
-    for (int l = 0; l < o->n_blocks; l++) {
-        csa |= cfg->compress_ratios[l] == 4;
-        other |= cfg->compress_ratios[l] > 0;
-    }
-    kv.opts.ram = 1;                               /* the fewest frames */
-    arena least = {0}, count;
-    lay_out(&kv, &least, other, csa);
-    kv.opts.ram = o->ram;
-    for (int files = 0; files <= csa + other; files++) {
+    arena least = {0}, count = {0};
+    lay_out(&kv, &count, false, false);
+    bool csa = kv.plan.entries > 0, any = kv.plan.index > 0;
+    for (int files = 1; o->ram && count.used > o->ram && files <= csa + any; files++) {
         count = (arena){0};
-        lay_out(&kv, &count, files == csa + 1, csa && files > 0);
-        if (!o->ram || count.used <= o->ram) break;
+        lay_out(&kv, &count, files == csa + 1, csa);
     }
     *p = kv.plan;
-    p->least = least.used < p->ram ? least.used : p->ram;
+    kv.opts.ram = 1;                               /* the fewest frames */
+    lay_out(&kv, &least, any, csa);
+    p->least = lesser(least.used, p->ram);
     if (o->ram && p->ram > o->ram)
         return fail(err, "--kv-ram %.0fM is too small for a context of %lld tokens: at least %.0fM "
                     "are needed", (double)o->ram / (1 << 20), (long long)o->ctx,
@@ -240,10 +221,8 @@ bad:
 }
 
 void kv_close(kv_cache *kv) {
-    dsv4_err ignored;
     if (!kv) return;
-    (void)batch_wait(kv->off, &kv->reading, &ignored);
-    (void)batch_wait(kv->off, &kv->writing, &ignored);
+    if (kv->rows) kv_reset(kv);
     if (kv->file >= 0) offload_raw_close(kv->off, kv->file);
     arena_close(&kv->mem);
     free(kv);
@@ -283,24 +262,19 @@ static int wait_for(kv_cache *kv, io_batch *b, dsv4_err *err) {
     return rc;
 }
 
-/* Have all rows of r on their way to its stage. */
-static int stage_load(kv_cache *kv, kv_rows *r, dsv4_err *err) {
-    if (kv->staged[r->stage] == r) return 0;
-    if (wait_for(kv, &kv->writing, err)) return -1;
-    if (r->stage == STAGE_ENTRIES) frames_drop(kv);
-    uint8_t *to = kv->stage[r->stage];
-    uint64_t bytes = (uint64_t)r->n * r->row_bytes, whole = blocks_down(bytes);
-    assert(r->n == r->n_filed);
-    kv->staged[r->stage] = r;
-    memcpy(to + whole, r->tail, bytes - whole);
-    return whole ? file_move(kv, &kv->reading, to, r->off, whole, err) : 0;
-}
-
 int kv_ahead(kv_cache *kv, int layer, int n, dsv4_err *err) {
     for (int k = 0; k < KV_KINDS; k++) {
         kv_rows *r = &kv->rows[layer][k];
         bool gather = n == 1 && r->stage == STAGE_ENTRIES;
-        if (r->max && !r->rows && !gather && stage_load(kv, r, err)) return -1;
+        if (!r->max || r->rows || gather || kv->staged[r->stage] == r) continue;
+        if (wait_for(kv, &kv->writing, err)) return -1;
+        if (r->stage == STAGE_ENTRIES) frames_drop(kv);
+        uint8_t *to = kv->stage[r->stage];
+        uint64_t bytes = (uint64_t)r->n * r->row_bytes, whole = blocks_down(bytes);
+        assert(r->n == r->n_filed);
+        kv->staged[r->stage] = r;
+        memcpy(to + whole, r->tail, bytes - whole);
+        if (whole && file_move(kv, &kv->reading, to, r->off, whole, err)) return -1;
     }
     return 0;
 }
@@ -311,23 +285,18 @@ static uint8_t *rows_at(const kv_cache *kv, const kv_rows *r) {
 }
 
 int kv_begin(kv_cache *kv, int layer, int n, kv_layer *out, dsv4_err *err) {
-    if (kv_ahead(kv, layer, n, err)) return -1;
-    if (wait_for(kv, &kv->reading, err)) {
-        kv->staged[STAGE_INDEX] = kv->staged[STAGE_ENTRIES] = NULL;
-        return -1;
-    }
+    if (kv_ahead(kv, layer, n, err) || wait_for(kv, &kv->reading, err)) return -1;
     const kv_rows *r = kv->rows[layer];
     *out = (kv_layer){rows_at(kv, &r[KV_ENTRIES]), rows_at(kv, &r[KV_KEYS])};
     return 0;
 }
 
-/* Behind what the file has: through the tail, whole blocks of it to the file. */
-static int file_append(kv_cache *kv, kv_rows *r, const uint8_t *rows, uint64_t bytes,
-                       dsv4_err *err) {
-    uint64_t at = (uint64_t)r->n_filed * r->row_bytes;
-    while (bytes) {
-        uint64_t in_tail = at % BLOCK;
-        uint64_t take = bytes < BOUNCE_BYTES - in_tail ? bytes : BOUNCE_BYTES - in_tail;
+/* Rows that the file has not: through the tail, whole blocks of it to the file. */
+static int file_append(kv_cache *kv, kv_rows *r, const uint8_t *rows, dsv4_err *err) {
+    uint64_t at = (uint64_t)r->n_filed * r->row_bytes, end = (uint64_t)r->n * r->row_bytes;
+    r->n_filed = r->n;
+    while (at < end) {
+        uint64_t in_tail = at % BLOCK, take = lesser(end - at, BOUNCE_BYTES - in_tail);
         uint64_t whole = blocks_down(in_tail + take);
         if (wait_for(kv, &kv->writing, err)) return -1;
         memcpy(kv->bounce, r->tail, in_tail);
@@ -335,35 +304,27 @@ static int file_append(kv_cache *kv, kv_rows *r, const uint8_t *rows, uint64_t b
         memcpy(r->tail, kv->bounce + whole, in_tail + take - whole);
         if (whole && file_move(kv, &kv->writing, kv->bounce, r->off + at - in_tail, whole, err))
             return -1;
-        rows += take, bytes -= take, at += take;
+        rows += take;
+        at += take;
     }
     return 0;
 }
 
 int kv_append(kv_cache *kv, int layer, kv_kind kind, const void *rows, int64_t n, dsv4_err *err) {
     kv_rows *r = &kv->rows[layer][kind];
-    uint8_t *at = rows_at(kv, r);
+    uint8_t *all = rows_at(kv, r), *at = all ? all + (uint64_t)r->n * r->row_bytes : NULL;
     assert(n >= 0 && n <= r->max - r->n);
-    uint64_t bytes = (uint64_t)n * r->row_bytes;
-    if (at) memcpy(at + (uint64_t)r->n * r->row_bytes, rows, bytes);
-    else if (file_append(kv, r, rows, bytes, err)) return -1;
+    if (at && at != rows) memcpy(at, rows, (uint64_t)n * r->row_bytes);
     r->n += n;
-    if (!at) r->n_filed = r->n;
-    return 0;
+    return at ? 0 : file_append(kv, r, rows, err);
 }
 
 int kv_end(kv_cache *kv, int layer, dsv4_err *err) {
     for (int k = 0; k < KV_KINDS; k++) {
         kv_rows *r = &kv->rows[layer][k];
         if (r->rows || r->n_filed == r->n) continue;
-        uint8_t *stage = kv->stage[r->stage];
-        uint64_t from = blocks_down((uint64_t)r->n_filed * r->row_bytes);
-        uint64_t end = (uint64_t)r->n * r->row_bytes, whole = blocks_down(end);
         assert(kv->staged[r->stage] == r);
-        memcpy(r->tail, stage + whole, end - whole);
-        r->n_filed = r->n;
-        if (whole > from && file_move(kv, &kv->writing, stage + from, r->off + from, whole - from,
-                                      err))
+        if (file_append(kv, r, kv->stage[r->stage] + (uint64_t)r->n_filed * r->row_bytes, err))
             return -1;
     }
     return 0;
@@ -400,27 +361,23 @@ int kv_gather(kv_cache *kv, int layer, const int32_t *idx, int count, const void
     if (wait_for(kv, &kv->writing, err)) return -1;
     kv->staged[STAGE_ENTRIES] = NULL;
     kv->stamp++;
-    int rc = 0;
-    for (int i = 0; i < count && !rc; i++) {
+    for (int i = 0; i < count; i++) {
         uint64_t at = (uint64_t)(idx ? idx[i] : i) * r->row_bytes, end = at + r->row_bytes;
-        for (uint64_t b = at / BLOCK; b * BLOCK < end && b * BLOCK < tail && !rc; b++)
-            rc = frame_need(kv, r, b, err);
+        for (uint64_t b = at / BLOCK; b * BLOCK < end && b * BLOCK < tail; b++)
+            if (frame_need(kv, r, b, err)) return -1;
     }
-    dsv4_err late;
-    if (wait_for(kv, &kv->reading, rc ? &late : err)) rc = -1;
-    if (rc) frames_drop(kv);       /* some of them hold nothing */
-    for (int i = 0; i < count && !rc; i++) {
+    if (wait_for(kv, &kv->reading, err)) return -1;
+    for (int i = 0; i < count; i++) {
         uint64_t at = (uint64_t)(idx ? idx[i] : i) * r->row_bytes, n;
         for (uint64_t done = 0; done < r->row_bytes; done += n, at += n) {
-            n = BLOCK - at % BLOCK < r->row_bytes - done ? BLOCK - at % BLOCK
-                                                         : r->row_bytes - done;
+            n = lesser(BLOCK - at % BLOCK, r->row_bytes - done);
             const uint8_t *from = at >= tail ? r->tail : kv->stage[STAGE_ENTRIES] +
                                   (uint64_t)kv->frame_of[r->page + at / BLOCK] * BLOCK;
             memcpy(kv->gathered + (uint64_t)i * r->row_bytes + done, from + at % BLOCK, n);
         }
     }
     *rows = kv->gathered;
-    return rc;
+    return 0;
 }
 
 int kv_copy(kv_cache *kv, int layer, kv_kind kind, int64_t first, int64_t n, void *to,
@@ -430,13 +387,13 @@ int kv_copy(kv_cache *kv, int layer, kv_kind kind, int64_t first, int64_t n, voi
     uint64_t tail = blocks_down((uint64_t)r->n * r->row_bytes);
     const uint8_t *from = rows_at(kv, r);
     assert(first >= 0 && n >= 0 && first + n <= r->n);
-    if (from) memcpy(to, from + at, bytes);
+    if (from && from + at != to) memcpy(to, from + at, bytes);
     if (from || !bytes) return 0;
     if (wait_for(kv, &kv->writing, err)) return -1;
     for (uint8_t *p = to; bytes;) {
-        uint64_t skip = at % BLOCK, most = at >= tail ? BLOCK : tail - (at - skip);
-        if (most > BOUNCE_BYTES) most = BOUNCE_BYTES;
-        uint64_t take = bytes < most - skip ? bytes : most - skip;
+        uint64_t skip = at % BLOCK;
+        uint64_t most = at >= tail ? BLOCK : lesser(tail - (at - skip), BOUNCE_BYTES);
+        uint64_t take = lesser(bytes, most - skip);
         if (at < tail && (file_move(kv, &kv->reading, kv->bounce, r->off + at - skip,
                                     blocks_up(skip + take), err) ||
                           wait_for(kv, &kv->reading, err)))
@@ -604,27 +561,27 @@ static int read_frame(park *p, int fd, int i, uint64_t off, void *dst, dsv4_err 
     return 0;
 }
 
-/* Tokens and frames of the file at hand, as park_get() where `want`, else as park_load() says. */
+/* Tokens and frames of the file at hand, as park_get() where `want`, else as park_load() says; but
+ * *tokens is the caller's also where they are damaged. */
 static int read_body(park *p, int fd, const park_info *want, int32_t **tokens, park_frame *frames,
                      dsv4_err *err) {
     const park_header *h = &p->h;
-    bool same = !want || (want->n_tokens == h->info.n_tokens && want->n_frames == h->info.n_frames);
-    for (int i = 0; want && same && i < want->n_frames; i++)
-        same = frames[i].bytes == h->frame[i + 1].bytes;
+    const int n = h->info.n_frames;
+    bool same = !want || (want->n_tokens == h->info.n_tokens && want->n_frames == n);
+    for (int i = 0; want && same && i < n; i++) same = frames[i].bytes == h->frame[i + 1].bytes;
     if (!same) return fail(err, "it is of another model");
-    uint8_t *block = malloc(want ? (size_t)h->frame[0].bytes + 1 : p->block);
-    uint64_t off = header_bytes(h->info.n_frames);
+    uint8_t *block = malloc(want ? (size_t)h->frame[0].bytes + 1 : p->block), *at = block;
+    uint64_t off = header_bytes(n);
     int rc = block ? 0 : fail(err, "out of memory");
-    for (size_t i = 0, at = 0; !rc && i <= (size_t)h->info.n_frames; i++) {
+    for (int i = 0; !rc && i <= n; i++) {
         size_t bytes = (size_t)h->frame[i].bytes;
-        if (i && !want) frames[i - 1] = (park_frame){block + at, bytes};
+        if (i && !want) frames[i - 1] = (park_frame){at, bytes};
         void *dst = i ? frames[i - 1].data : block;
-        if (dst) rc = read_frame(p, fd, (int)i, off, dst, err);
+        if (dst) rc = read_frame(p, fd, i, off, dst, err);
         off += h->frame[i].stored;
-        at += (bytes + PARK_ALIGN - 1) / PARK_ALIGN * PARK_ALIGN;
+        if (!want) at += (bytes + PARK_ALIGN - 1) / PARK_ALIGN * PARK_ALIGN;
     }
-    if (rc) free(block);
-    *tokens = rc ? NULL : (int32_t *)(void *)block;
+    *tokens = (int32_t *)(void *)block;
     return rc;
 }
 
@@ -679,8 +636,10 @@ int park_load(park *p, const char *name, park_info *info, int32_t **tokens, park
     *tokens = NULL;
     if (session_file(file, name, err)) return -1;
     int rc = park_take(p, file, NULL, tokens, frames, err);
-    if (rc > 0) mark_used(p, file, 0);
     *info = p->h.info;
+    if (rc > 0) return mark_used(p, file, 0), rc;
+    free(*tokens);
+    *tokens = NULL;
     return rc;
 }
 
@@ -705,26 +664,23 @@ static int by_use(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static int is_ours(const struct dirent *e) { return kind_of(e->d_name) != PARK_OTHER; }
-
 /* Every file of ours and what is being written now, least recently used first; what killed writers
  * left is removed.  Their number; the caller frees *out. */
 static int park_scan(park *p, parked **out, dsv4_err *err) {
     struct dirent **list;
     struct stat st;
-    int found = scandirat(p->dir, ".", &list, is_ours, NULL), n = 0;
+    int found = scandirat(p->dir, ".", &list, NULL, NULL), n = 0;
     *out = NULL;
     if (found < 0) return fail(err, "read %.300s: %s", p->path, strerror(errno));
     parked *all = *out = calloc((size_t)found + 1, sizeof *all);
     for (int i = 0; i < found; i++) {
         const char *file = list[i]->d_name;
         park_kind kind = kind_of(file);
-        if (all && !fstatat(p->dir, file, &st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st.st_mode) &&
-            !(kind == PARK_PART && sweep(p, file))) {
-            snprintf(all[n].file, sizeof all[n].file, "%s", file);
-            all[n].kind = kind;
-            all[n].bytes = (uint64_t)st.st_size;
-            all[n++].used_ns = st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec;
+        if (all && kind != PARK_OTHER && !fstatat(p->dir, file, &st, AT_SYMLINK_NOFOLLOW) &&
+            S_ISREG(st.st_mode) && !(kind == PARK_PART && sweep(p, file))) {
+            all[n] = (parked){.kind = kind, .bytes = (uint64_t)st.st_size,
+                              .used_ns = st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec};
+            strcpy(all[n++].file, file);           /* d_name is as long */
         }
         free(list[i]);
     }
@@ -888,11 +844,9 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
     if (!name && park_has(p, info->key)) return mark_chain(p, info->key), 0;
     int fd = make_part(p, part);
     int rc = fd < 0 || write_file(p, fd, info, tokens, frames) ? -1 : 0, told = 0;
-    if (!rc) {
-        if (!name) mark_used(p, part, info->pos);
-        mark_chain(p, info->before);
-        told = rc = make_room(p, file, info->before, err);
-    }
+    if (!rc && !name) mark_used(p, part, info->pos);
+    if (!rc) mark_chain(p, info->before);
+    if (!rc) told = rc = make_room(p, file, info->before, err);
     if (!rc) rc = renameat(p->dir, part, p->dir, file) || fsync(p->dir) ? -1 : 0;
     if (rc && !told) fail(err, "write %.300s/%s: %s", p->path, file, strerror(errno));
     if (fd < 0) return -1;
@@ -906,61 +860,53 @@ int park_put(park *p, const char *name, const park_info *info, const int32_t *to
  * A segment's frames: entries and keys of each block, then one of all states at its end.  A tail is
  * a segment that ends early.  A saved session has the tail, and a file with the caller's own.    */
 
-typedef enum { MOVE_COUNT, MOVE_SAVE, MOVE_LOAD } move_mode;
+typedef enum { MOVE_COUNT, MOVE_SAVE, MOVE_LOAD, MOVE_LOADED } move_mode;
 
-/* Move what a layer carries beyond its rows, between its rings at position pos and `at`: the
- * window, and the tokens that its compressors want once more.  Returns its bytes: pos decides. */
-static uint64_t state_move(const kv_cache *kv, int layer, int64_t pos, uint8_t *at,
-                           move_mode mode) {
+/* Move what layers l0 .. l1-1 carry beyond their rows, between their rings at position pos and
+ * `at`: windows, and tokens that compressors want once more.  Returns the bytes: pos decides. */
+static uint64_t states_move(const kv_cache *kv, int l0, int l1, int64_t pos, uint8_t *at,
+                            move_mode mode) {
     const dsv4_config *c = kv->cfg;
-    const kv_state none = {NULL}, *s = mode == MOVE_COUNT ? &none : &kv->state[layer];
-    int ratio = c->compress_ratios[layer], coff = ratio == 4 ? 2 : 1;
-    int64_t window = c->sliding_window, group = ratio ? (pos / ratio - coff + 1) * ratio : pos;
-    size_t main = (size_t)(coff * c->head_dim) * sizeof(float);
-    size_t index = (size_t)(coff * c->index_head_dim) * sizeof(float);
-    const struct { void *ring; size_t row; int64_t len, first; } part[] = {
-        {s->ring, kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed), window,
-         pos - window},
-        {s->ring_kv, main, coff * ratio, group}, {s->ring_score, main, coff * ratio, group},
-        {s->index_ring_kv, index, coff * ratio, group},
-        {s->index_ring_score, index, coff * ratio, group},
-    };
+    const size_t window_row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed);
     uint64_t bytes = 0;
-    int n_parts = !ratio ? 1 : ratio == 4 ? 5 : 3;
-    for (int i = 0; i < n_parts; i++)
-        for (int64_t j = part[i].first > 0 ? part[i].first : 0; j < pos; j++) {
-            if (mode == MOVE_COUNT) {
-                bytes += part[i].row;
-                continue;
+    for (int l = l0; l < l1; l++) {
+        const kv_state s = kv->state ? kv->state[l] : (kv_state){NULL};    /* none to count */
+        int ratio = c->compress_ratios[l], coff = ratio == 4 ? 2 : 1;
+        int64_t window = c->sliding_window, len = coff * ratio;
+        int64_t group = ratio ? (pos / ratio - coff + 1) * ratio : pos;
+        size_t main = (size_t)(coff * c->head_dim) * sizeof(float);
+        size_t index = (size_t)(coff * c->index_head_dim) * sizeof(float);
+        const struct { void *ring; size_t row; int64_t len, first; } part[] = {
+            {s.ring, window_row, window, pos - window},
+            {s.ring_kv, main, len, group}, {s.ring_score, main, len, group},
+            {s.index_ring_kv, index, len, group}, {s.index_ring_score, index, len, group},
+        };
+        for (int i = 0; i < (ratio == 4 ? 5 : 3); i++)
+            for (int64_t j = part[i].first > 0 ? part[i].first : 0; j < pos; j++) {
+                size_t row = part[i].row, in_ring = (size_t)(j % part[i].len) * row;
+                if (mode == MOVE_SAVE) memcpy(at + bytes, (uint8_t *)part[i].ring + in_ring, row);
+                if (mode == MOVE_LOAD) memcpy((uint8_t *)part[i].ring + in_ring, at + bytes, row);
+                bytes += row;
             }
-            uint8_t *row = (uint8_t *)part[i].ring + (uint64_t)(j % part[i].len) * part[i].row;
-            if (mode == MOVE_SAVE) memcpy(at + bytes, row, part[i].row);
-            if (mode == MOVE_LOAD) memcpy(row, at + bytes, part[i].row);
-            bytes += part[i].row;
-        }
-    return bytes;
-}
-
-static uint64_t states_move(const kv_cache *kv, int64_t pos, uint8_t *at, move_mode mode) {
-    uint64_t bytes = 0;
-    for (int l = 0; l < kv->opts.n_blocks; l++)
-        bytes += state_move(kv, l, pos, mode == MOVE_COUNT ? NULL : at + bytes, mode);
+    }
     return bytes;
 }
 
 uint64_t kv_mark_bytes(const dsv4_config *cfg, const kv_opts *o) {
     kv_cache kv = {.cfg = cfg, .opts = *o};
-    return states_move(&kv, o->ctx / SEGMENT_TOKENS * SEGMENT_TOKENS, NULL, MOVE_COUNT);
+    return states_move(&kv, 0, o->n_blocks, o->ctx / SEGMENT_TOKENS * SEGMENT_TOKENS, NULL,
+                       MOVE_COUNT);
 }
 
 void kv_mark(const kv_cache *kv, int layer, int64_t pos, uint8_t *mark) {
     if (!mark) mark = kv->park_states;
-    for (int l = 0; l < layer; l++) mark += state_move(kv, l, pos, NULL, MOVE_COUNT);
-    (void)state_move(kv, layer, pos, mark, MOVE_SAVE);
+    mark += states_move(kv, 0, layer, pos, NULL, MOVE_COUNT);
+    (void)states_move(kv, layer, layer + 1, pos, mark, MOVE_SAVE);
 }
 
-/* The frames of positions pos0 .. pos1-1 [2 * n_blocks], rows in RAM where they are, those of the
- * file in kv.park_rows and copied there to be saved. */
+/* The frames of positions pos0 .. pos1-1 [2 * n_blocks + 1], rows in RAM where they are, those of
+ * the file in kv.park_rows: copied there to be saved, and taken from there once they are loaded.
+ * The last one, of states at pos1, is the caller's to place. */
 static int rows_frames(kv_cache *kv, int64_t pos0, int64_t pos1, move_mode mode, park_frame *f,
                        dsv4_err *err) {
     uint8_t *at = kv->park_rows;
@@ -968,26 +914,16 @@ static int rows_frames(kv_cache *kv, int64_t pos0, int64_t pos1, move_mode mode,
         for (int k = 0; k < KV_KINDS; k++, f++) {
             const kv_rows *r = &kv->rows[l][k];
             int ratio = kv->cfg->compress_ratios[l];
-            int64_t first = ratio ? pos0 / ratio : 0, n = ratio ? pos1 / ratio - first : 0;
-            *f = (park_frame){NULL, r->max ? (uint64_t)n * r->row_bytes : 0};
-            if (mode == MOVE_COUNT || !f->bytes) continue;
-            f->data = r->rows ? r->rows + (uint64_t)first * r->row_bytes : at;
-            if (r->rows) continue;
-            at += f->bytes;
+            *f = (park_frame){0};
+            if (!r->max) continue;
+            int64_t first = pos0 / ratio, n = pos1 / ratio - first;
+            *f = (park_frame){r->rows ? r->rows + (uint64_t)first * r->row_bytes : at,
+                              (uint64_t)n * r->row_bytes};
+            if (!r->rows) at += f->bytes;
             if (mode == MOVE_SAVE && kv_copy(kv, l, (kv_kind)k, first, n, f->data, err)) return -1;
+            if (mode == MOVE_LOADED && kv_append(kv, l, (kv_kind)k, f->data, n, err)) return -1;
         }
-    return 0;
-}
-
-/* Rows that came as frames are in now. */
-static int rows_accept(kv_cache *kv, const park_frame *f, dsv4_err *err) {
-    for (int l = 0; l < kv->opts.n_blocks; l++)
-        for (int k = 0; k < KV_KINDS; k++, f++) {
-            kv_rows *r = &kv->rows[l][k];
-            int64_t n = r->max ? (int64_t)(f->bytes / r->row_bytes) : 0;
-            if (r->rows) r->n += n, r->n_filed = r->n;
-            else if (n && kv_append(kv, l, (kv_kind)k, f->data, n, err)) return -1;
-        }
+    *f = (park_frame){NULL, states_move(kv, 0, kv->opts.n_blocks, pos1, NULL, MOVE_COUNT)};
     return 0;
 }
 
@@ -1001,48 +937,44 @@ static park_info segment_info(kv_cache *kv, int64_t segment, const int32_t *toke
     return info;
 }
 
+/* Park a segment, or a tail of n tokens, with its states.  What is there already is left by
+ * park_put(), too, but that would want a segment's rows first. */
+static int segment_put(kv_cache *kv, int64_t segment, const int32_t *tokens, int n,
+                       uint8_t *states, dsv4_err *err) {
+    park_frame frame[PARK_FRAMES];
+    park_info info = segment_info(kv, segment, tokens, n);
+    if (n == SEGMENT_TOKENS && park_has(kv->opts.park, info.key)) return 0;
+    if (rows_frames(kv, info.pos, info.pos + n, MOVE_SAVE, frame, err)) return -1;
+    frame[info.n_frames - 1].data = states;
+    return park_put(kv->opts.park, NULL, &info, tokens + info.pos, frame, err);
+}
+
 int kv_park(kv_cache *kv, const int32_t *tokens, int64_t pos0, int64_t pos1, uint8_t *marks,
             dsv4_err *err) {
-    park_frame frame[PARK_FRAMES];
     for (int64_t i = pos0 / SEGMENT_TOKENS; i < pos1 / SEGMENT_TOKENS; i++) {
-        park_info info = segment_info(kv, i, tokens, SEGMENT_TOKENS);
-        int64_t end = info.pos + SEGMENT_TOKENS;
-        park_frame *states = &frame[info.n_frames - 1];
-        *states = (park_frame){marks, states_move(kv, end, NULL, MOVE_COUNT)};
+        if (segment_put(kv, i, tokens, SEGMENT_TOKENS, marks, err)) return -1;
         marks += kv_mark_bytes(kv->cfg, &kv->opts);
-        if (park_has(kv->opts.park, info.key)) continue;
-        if (rows_frames(kv, info.pos, end, MOVE_SAVE, frame, err) ||
-            park_put(kv->opts.park, NULL, &info, tokens + info.pos, frame, err))
-            return -1;
     }
     return 0;
 }
 
 int kv_park_tail(kv_cache *kv, const int32_t *tokens, int64_t pos, dsv4_err *err) {
-    park_frame frame[PARK_FRAMES];
     int n = (int)(pos % SEGMENT_TOKENS);
-    park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, n);
-    if (n == 0) return 0;
-    frame[info.n_frames - 1] = (park_frame){kv->park_states,
-                                            states_move(kv, pos, NULL, MOVE_COUNT)};
-    if (rows_frames(kv, info.pos, pos, MOVE_SAVE, frame, err)) return -1;
-    return park_put(kv->opts.park, NULL, &info, tokens + info.pos, frame, err);
+    return n ? segment_put(kv, pos / SEGMENT_TOKENS, tokens, n, kv->park_states, err) : 0;
 }
 
-/* Read the rows of a segment or of a tail of n tokens, its states, or both; 1: they are in, 0: it
+/* Read the rows of a segment or of a tail of n tokens, and maybe its states; 1: they are in, 0: it
  * is not to be had. */
-static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, int n, bool rows,
-                       bool states, dsv4_err *err) {
+static int segment_get(kv_cache *kv, int64_t segment, const int32_t *tokens, int n, bool states,
+                       dsv4_err *err) {
     park_frame frame[PARK_FRAMES];
     park_info info = segment_info(kv, segment, tokens, n);
     int64_t end = info.pos + n;
-    if (rows_frames(kv, info.pos, end, rows ? MOVE_LOAD : MOVE_COUNT, frame, err)) return -1;
-    frame[info.n_frames - 1] = (park_frame){states ? kv->park_states : NULL,
-                                            states_move(kv, end, NULL, MOVE_COUNT)};
-    int got = park_get(kv->opts.park, &info, tokens + info.pos, frame, err);
-    if (got == 1 && rows && rows_accept(kv, frame, err)) return -1;
-    if (got == 1 && states) states_move(kv, end, kv->park_states, MOVE_LOAD);
-    return got;
+    if (rows_frames(kv, info.pos, end, MOVE_LOAD, frame, err)) return -1;
+    if (states) frame[info.n_frames - 1].data = kv->park_states;
+    if (!park_get(kv->opts.park, &info, tokens + info.pos, frame, err)) return 0;
+    if (states) states_move(kv, 0, kv->opts.n_blocks, end, kv->park_states, MOVE_LOAD);
+    return rows_frames(kv, info.pos, end, MOVE_LOADED, frame, err) ? -1 : 1;
 }
 
 int64_t kv_parked(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail) {
@@ -1058,32 +990,27 @@ int64_t kv_parked(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail) 
 }
 
 int64_t kv_resume(kv_cache *kv, const int32_t *tokens, int64_t n, int64_t tail, dsv4_err *err) {
-    int64_t most = kv_parked(kv, tokens, n, tail), done = 0, segment = 0;
-    int got = 1;
-    kv_reset(kv);
-    for (; done < most && got == 1; segment++) {
-        int64_t end = most - done < SEGMENT_TOKENS ? most : done + SEGMENT_TOKENS;
-        got = segment_get(kv, segment, tokens, (int)(end - done), true, end == most, err);
-        if (got == 1) done = end;
-    }
-    if (got == 0 && done)          /* one was damaged: go on from the end of the one before it */
-        got = segment_get(kv, done / SEGMENT_TOKENS - 1, tokens, SEGMENT_TOKENS, false, true, err);
-    if (got < 0) return -1;
-    if (got == 0) {
-        done = 0;
+    int64_t most = kv_parked(kv, tokens, n, tail), done;
+    int got;
+    do {                           /* where one is damaged, begin again and end before it */
         kv_reset(kv);
-    }
-    return done;
+        for (done = 0, got = 1; got == 1 && done < most;) {
+            int some = (int)lesser((uint64_t)(most - done), SEGMENT_TOKENS);
+            got = segment_get(kv, done / SEGMENT_TOKENS, tokens, some, done + some == most, err);
+            if (got == 1) done += some;
+        }
+        most = done;
+    } while (got == 0);
+    return got < 0 ? -1 : done;
 }
 
 /* The session's own file comes behind its tail, so that it is not at the tail's cost. */
 int kv_save(kv_cache *kv, const char *name, const int32_t *tokens, int64_t pos, park_frame extra,
             dsv4_err *err) {
-    int n = (int)(pos % SEGMENT_TOKENS);
-    (void)states_move(kv, pos, kv->park_states, MOVE_SAVE);
+    (void)states_move(kv, 0, kv->opts.n_blocks, pos, kv->park_states, MOVE_SAVE);
     if (kv_park_tail(kv, tokens, pos, err)) return -1;
-    park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, n);
-    if (n) info.before = info.key;
+    park_info info = segment_info(kv, pos / SEGMENT_TOKENS, tokens, (int)(pos % SEGMENT_TOKENS));
+    if (pos % SEGMENT_TOKENS) info.before = info.key;      /* the tail's */
     info.n_tokens = (int32_t)pos;
     info.n_frames = 1;
     return park_put(kv->opts.park, name, &info, tokens, &extra, err);
@@ -1093,24 +1020,24 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
                 dsv4_err *err) {
     park_frame frame[PARK_FRAMES] = {{0}};
     park_info info;
-    int64_t pos = -1, segment = 0;
+    int64_t pos = -1;
     int got = park_load(kv->opts.park, name, &info, tokens, frame, err);
-    if (got < 0) return -1;
-    if (got == 0) return fail(err, "there is no session %s", name);
+    if (got <= 0) return got ? -1 : fail(err, "there is no session %s", name);
     *n = info.n_tokens;
-    bool ours = info.n_frames == 1 && info.pos == *n / SEGMENT_TOKENS * SEGMENT_TOKENS;
-    if (ours && *n >= kv->opts.ctx) {
+    int64_t last = *n / SEGMENT_TOKENS;
+    bool ours = info.n_frames == 1 && info.pos == last * SEGMENT_TOKENS, fits = *n < kv->opts.ctx;
+    for (int64_t i = 0; ours && fits && i <= last; i++) {
+        int some = i < last ? SEGMENT_TOKENS : (int)(*n - info.pos);
+        park_key key = segment_info(kv, i, *tokens, some).key;
+        ours = i < last || !memcmp(&key, &info.key, sizeof key);
+    }
+    if (!ours)
+        fail(err, "session %s is of another model or of another version of dsv4", name);
+    else if (!fits)
         fail(err, "session %s has %lld tokens and the context is %lld; raise --ctx", name,
              (long long)*n, (long long)kv->opts.ctx);
-    } else {
-        for (; ours && segment < info.pos / SEGMENT_TOKENS; segment++)
-            (void)segment_info(kv, segment, *tokens, SEGMENT_TOKENS);
-        park_key key = ours ? segment_info(kv, segment, *tokens, (int)(*n - info.pos)).key
-                            : (park_key){{0}};
-        if (!ours || memcmp(&key, &info.key, sizeof key))
-            fail(err, "session %s is of another model or of another version of dsv4", name);
-        else pos = kv_resume(kv, *tokens, *n + 1, *n, err);
-    }
+    else
+        pos = kv_resume(kv, *tokens, *n + 1, *n, err);
     if (pos < 0) free(*tokens);
     else *extra = frame[0];
     return pos;
