@@ -86,6 +86,16 @@ static inline void store_upto8(float *p, f32x8 v, int n) {
 /* The sign bit cleared, of NaN and -0 too. */
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
 
+/* a < b ? a : b and a > b ? a : b, so that a NaN in b passes.  GCC makes one instruction of each. */
+static inline f32x8 min8(f32x8 a, f32x8 b) {
+    for (int i = 0; i < 8; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
+    return a;
+}
+static inline f32x8 max8(f32x8 a, f32x8 b) {
+    for (int i = 0; i < 8; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+
 /* The largest lane; for a maximum the order does not matter. */
 static inline float max_lane8(f32x8 v) {
     float top = v[0];
@@ -108,8 +118,6 @@ static inline float sum8(f32x8 v) {
 
 /* What GCC does not make of vectors by itself, first with AVX2, then in plain C:
  *   fma8                    a*b + c, rounded once
- *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
- *   clamp8                  x between lo and hi
  *   i8_load8                eight bytes, as -128..127
  *   bf16_load8, f16_load8   eight numbers, exactly
  *   look_up                 table[code] of each code below 16
@@ -117,11 +125,6 @@ static inline float sum8(f32x8 v) {
  *   pair_sums               of neighbours: (v0 + v1) * k */
 #ifdef __AVX2__
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
-static inline f32x8 min8(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
-static inline f32x8 max8(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
-static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
-    return (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)x, (__m256i)lo), (__m256i)hi);
-}
 static inline i32x8 i8_load8(const uint8_t *p) {
     return (i32x8)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
 }
@@ -146,16 +149,6 @@ static inline i32x8 pair_sums(u16x16 v, int16_t k) {
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
     for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
     return c;
-}
-static inline i32x8 pick8(i32x8 m, i32x8 a, i32x8 b) { return (m & a) | (~m & b); }
-static inline f32x8 min8(f32x8 a, f32x8 b) {
-    return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b);
-}
-static inline f32x8 max8(f32x8 a, f32x8 b) {
-    return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b);
-}
-static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
-    return pick8(x < lo, lo, pick8(x > hi, hi, x));
 }
 static inline i32x8 i8_load8(const uint8_t *p) {
     return ((i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]} ^ 128) - 128;
@@ -207,8 +200,9 @@ static inline f32x8 e4m3_load8(const uint8_t *p) {
 enum { SPINS = 60 };               /* pauses of 40 to 140 cycles each: a few microseconds       */
 #define OPEN 0x80000000u           /* in gate; the other bits count workers inside */
 
-/* Do one item.  Called by several threads at once with the same arg. */
-typedef void (*item_fn)(const void *arg, int64_t item);
+/* Do one item of a grid.  Called by several threads at once with the same arg. */
+typedef struct { int64_t row; int col; } place;
+typedef void (*item_fn)(const void *arg, place at);
 
 struct dsv4_exec {
     int n_workers;
@@ -216,6 +210,7 @@ struct dsv4_exec {
     item_fn fn;                    /* the job; written while the gate is shut and nobody inside */
     const void *arg;
     int64_t n_items, grain;
+    int n_cols;
     _Atomic bool stop;             /* told once, by exec_close                                  */
     /* Each on a cache line of its own, for each is written while others are waited on. */
     alignas(64) _Atomic int64_t next;   /* first item that nobody has taken                     */
@@ -248,7 +243,8 @@ static void take_blocks(dsv4_exec *ex) {
         int64_t begin = atomic_fetch_add(&ex->next, ex->grain);
         if (begin >= ex->n_items) return;
         int64_t end = min_i64(begin + ex->grain, ex->n_items);
-        for (int64_t i = begin; i < end; i++) ex->fn(ex->arg, i);
+        for (int64_t i = begin; i < end; i++)
+            ex->fn(ex->arg, (place){i / ex->n_cols, (int)(i % ex->n_cols)});
     }
 }
 
@@ -269,23 +265,23 @@ static void *worker_main(void *arg) {
     }
 }
 
-/* fn(arg, i) for i < n_items, each once; the caller takes part, and alone does what is a single
- * block.  Blocks let each thread take several, and have at most `most` items.  One job at a time,
- * never from inside one. */
-static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t most, item_fn fn, const void *arg) {
+/* fn at each place of a grid, once, row by row; the caller takes part, and alone does what is a
+ * single block.  Blocks let each thread take several, and have at most `most` items.  One job at a
+ * time, never from inside one. */
+static void exec_for(dsv4_exec *ex, int64_t n_rows, int n_cols, int64_t most, item_fn fn,
+                     const void *arg) {
+    int64_t n_items = n_rows * n_cols;
     int64_t grain = n_items / (4 * (ex->n_workers + 1));     /* 4: a late thread costs little */
     grain = grain < 1 ? 1 : min_i64(grain, most);
-    int64_t n_blocks = (n_items + grain - 1) / grain;
+    int64_t n_more = min_i64(ex->n_workers, (n_items - 1) / grain);
     assert(atomic_load(&ex->gate) == 0);
-    if (n_blocks <= 1 || ex->n_workers == 0) {
-        for (int64_t i = 0; i < n_items; i++) fn(arg, i);
-        return;
-    }
-    ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain;
+    ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain, ex->n_cols = n_cols;
     atomic_store(&ex->next, 0);
-    atomic_store(&ex->gate, OPEN);
-    atomic_fetch_add(&ex->bell, 1);
-    futex_wake(&ex->bell, (int)min_i64(ex->n_workers, n_blocks - 1));
+    if (n_more > 0) {
+        atomic_store(&ex->gate, OPEN);
+        atomic_fetch_add(&ex->bell, 1);
+        futex_wake(&ex->bell, (int)n_more);
+    }
     take_blocks(ex);
     uint32_t inside = atomic_fetch_and(&ex->gate, ~OPEN) & ~OPEN;
     for (; inside; inside = atomic_load(&ex->gate)) wait_change(&ex->gate, inside);
@@ -370,15 +366,19 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
 }
 
 /* === 4. Cheap operations: an item is a row ====================================================
- * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row
- * is left to the reference; embed and kv_round are, as they stand in the table.                 */
+ * NAME_cpu, the twin, says what it sets of the arguments; row_item does row t of any of them.
+ * rmsnorm differs: F32, the sum of squares in eight lanes.  act_quant, act_codes and swiglu do not
+ * differ, to the bit.  Where time does not matter a row is left to the reference; embed and kv_round
+ * are, as they stand in the table.                                                              */
 
-typedef struct {                   /* arguments of these operations; each sets what it uses     */
+enum row_op { RMSNORM, ACT_QUANT, ACT_CODES, ACT_VALUES, INDEX_ROUND, SWIGLU, ADD, ROPE, ROUTE };
+
+typedef struct {
+    enum row_op op;
     float *y;                      /* [n][heads][d]                                             */
     const float *x, *w;
-    uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
-    const uint8_t *from, *from_scale; /* the same, read                                         */
-    uint8_t *rows;                 /* [n] index rows                                            */
+    uint8_t *code, *scale;         /* [n][d] or index rows [n], [n][ceil(d/128)], written       */
+    const uint8_t *from, *from_scale; /* [n][d], [n][ceil(d/128)], read                         */
     int32_t *ids;
     const dsv4_route *route;
     int d, heads, rope_dim;
@@ -399,60 +399,9 @@ static inline float sum_squares(const float *x, int d) {
     return sum8(sum);
 }
 
-static void rmsnorm_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    const float *x = a->x + t * a->d;
-    float *y = a->y + t * a->d, r = 1 / sqrtf(sum_squares(x, a->d) / (float)a->d + a->eps);
-    for (int c = 0; c < a->d; c++) y[c] = a->w ? x[c] * r * a->w[c] : x[c] * r;
-}
-
-/* Differs: F32, the sum of squares in eight lanes. */
-static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
-                        dsv4_exec *ex) {
-    exec_for(ex, n, 16, rmsnorm_row, &(row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
-}
-
-static void round_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    if (a->y) e4m3_row(a->y + t * a->d, NULL, NULL, a->x + t * a->d, a->d);
-    else e4m3_row(NULL, a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d),
-                  a->x + t * a->d, a->d);
-}
-
-/* Differs: nothing, to the bit. */
-static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, round_row, &(row_args){.y = y, .x = x, .d = d});
-}
-
-/* Differs: nothing, to the bit. */
-static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
-                          dsv4_exec *ex) {
-    exec_for(ex, n, 16, round_row, &(row_args){.code = code, .scale = scale, .x = x, .d = d});
-}
-
-static void act_values_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.act_values(a->y + t * a->d, a->from + t * a->d,
-                       a->from_scale + (size_t)t * scales_of(a->d), 1, a->d, NULL);
-}
-
-/* Differs: the reference, row by row. */
-static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
-                           dsv4_exec *ex) {
-    row_args a = {.y = y, .from = code, .from_scale = scale, .d = d};
-    exec_for(ex, n, 16, act_values_row, &a);
-}
-
-static void index_round_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.index_round(a->rows + (size_t)t * index_row_bytes(a->d, a->packed), a->y + t * a->d, 1,
-                        a->d, a->packed, NULL);
-}
-
-/* Differs: the reference, row by row. */
-static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
-    row_args a = {.rows = rows, .y = x, .d = d, .packed = packed};
-    exec_for(ex, n, 16, index_round_row, &a);
+static void rmsnorm_one(float *y, const float *x, const float *w, int d, float eps) {
+    float r = 1 / sqrtf(sum_squares(x, d) / (float)d + eps);
+    for (int c = 0; c < d; c++) y[c] = w ? x[c] * r * w[c] : x[c] * r;
 }
 
 /* a [d] = swiglu(g, u); a may be g or u. */
@@ -464,53 +413,82 @@ static void swiglu_one(float *a, const float *g, const float *u, int d, float li
     }
 }
 
-static void swiglu_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    swiglu_one(a->y + t * a->d, a->x + t * a->d, a->w + t * a->d, a->d, a->limit);
-}
-
-/* Differs: nothing, to the bit. */
-static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
-                       dsv4_exec *ex) {
-    row_args rows = {.y = a, .x = g, .w = u, .d = d, .limit = limit};
-    exec_for(ex, n, 16, swiglu_row, &rows);
-}
-
-static void add_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.add(a->y + t * a->heads * a->d, a->x + t * a->d, 1, a->heads, a->d, NULL);
-}
-
-/* Differs: the reference, row by row. */
-static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, add_row, &(row_args){.y = y, .x = x, .heads = copies, .d = d});
-}
-
-static void rope_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.rope(a->y + t * a->heads * a->d, a->w, 1, a->heads, a->d, a->rope_dim,
-                 a->pos0 + t * a->step, a->step, a->inverse, NULL);
-}
-
-/* Differs: the reference, token by token. */
-static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
-                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
-    row_args a = {.y = x, .w = inv_freq, .heads = n_heads, .d = head_dim, .rope_dim = rope_dim,
-                  .pos0 = pos0, .step = step, .inverse = inverse};
-    exec_for(ex, n, 1, rope_row, &a);
-}
-
-static void route_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    dsv4_route in = *a->route;
+static void route_one(int32_t *ids, float *weights, dsv4_route in, int64_t t) {
     in.logits += t * in.n_experts;
     if (in.tokens) in.tokens += t;
-    ops_ref.route(a->ids + t * in.topk, a->y + t * in.topk, &in, 1, NULL);
+    ops_ref.route(ids + t * in.topk, weights + t * in.topk, &in, 1, NULL);
 }
 
-/* Differs: the reference, token by token. */
+static void row_item(const void *arg, place at) {
+    const row_args *a = arg;
+    int d = a->d;
+    int64_t t = at.row, i = t * d, scale = t * (int64_t)scales_of(d);
+    switch (a->op) {
+    case RMSNORM: rmsnorm_one(a->y + i, a->x + i, a->w, d, a->eps); break;
+    case ACT_QUANT: e4m3_row(a->y + i, NULL, NULL, a->x + i, d); break;
+    case ACT_CODES: e4m3_row(NULL, a->code + i, a->scale + scale, a->x + i, d); break;
+    case ACT_VALUES:
+        ops_ref.act_values(a->y + i, a->from + i, a->from_scale + scale, 1, d, NULL);
+        break;
+    case INDEX_ROUND:
+        ops_ref.index_round(a->code + (size_t)t * index_row_bytes(d, a->packed), a->y + i, 1, d,
+                            a->packed, NULL);
+        break;
+    case SWIGLU: swiglu_one(a->y + i, a->x + i, a->w + i, d, a->limit); break;
+    case ADD: ops_ref.add(a->y + i * a->heads, a->x + i, 1, a->heads, d, NULL); break;
+    case ROPE:
+        ops_ref.rope(a->y + i * a->heads, a->w, 1, a->heads, d, a->rope_dim, a->pos0 + t * a->step,
+                     a->step, a->inverse, NULL);
+        break;
+    case ROUTE: route_one(a->ids, a->y, *a->route, t); break;
+    }
+}
+
+static void rows_run(dsv4_exec *ex, int n, row_args a) {
+    exec_for(ex, n, 1, a.op == ROPE || a.op == ROUTE ? 1 : 16, row_item, &a);
+}
+
+static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
+                        dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){RMSNORM, .y = y, .x = x, .w = w, .d = d, .eps = eps});
+}
+
+static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ACT_QUANT, .y = y, .x = x, .d = d});
+}
+
+static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
+                          dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ACT_CODES, .code = code, .scale = scale, .x = x, .d = d});
+}
+
+static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
+                           dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ACT_VALUES, .y = y, .from = code, .from_scale = scale, .d = d});
+}
+
+static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){INDEX_ROUND, .code = rows, .y = x, .d = d, .packed = packed});
+}
+
+static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
+                       dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){SWIGLU, .y = a, .x = g, .w = u, .d = d, .limit = limit});
+}
+
+static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ADD, .y = y, .x = x, .heads = copies, .d = d});
+}
+
+static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
+                     int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ROPE, .y = x, .w = inv_freq, .heads = n_heads, .d = head_dim,
+                               .rope_dim = rope_dim, .pos0 = pos0, .step = step,
+                               .inverse = inverse});
+}
+
 static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
-    exec_for(ex, n, 1, route_row, &(row_args){.ids = ids, .y = weights, .route = in});
+    rows_run(ex, n, (row_args){ROUTE, .ids = ids, .y = weights, .route = in});
 }
 
 /* === 5. Dot products ==========================================================================
@@ -666,13 +644,12 @@ INLINE tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, in
 
 /* A tile of rows of a block of tokens; the tiles of a block follow each other, so that its x is in
  * the cache.  y is set by the first columns and added to by the others. */
-INLINE void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
+INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     const dsv4_mat *w = a->w;
-    int group_rows = w->rows / a->groups, group_tiles = tiles_of(group_rows);
-    int n_tiles = a->groups * group_tiles, i = (int)(item % n_tiles), g = i / group_tiles;
-    int t0 = (int)(item / n_tiles) * TOKEN_BLOCK, t1 = min_int(t0 + TOKEN_BLOCK, a->n);
-    int first = i % group_tiles * TILE_ROWS, row0 = g * group_rows + first;
+    int group_rows = w->rows / a->groups, g = at.col / tiles_of(group_rows);
+    int t0 = (int)at.row * TOKEN_BLOCK, t1 = min_int(t0 + TOKEN_BLOCK, a->n);
+    int first = at.col % tiles_of(group_rows) * TILE_ROWS, row0 = g * group_rows + first;
     int n_rows = min_int(TILE_ROWS, group_rows - first);
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
     for (int c0 = 0; c0 < w->cols; c0 += TILE_COLS) {
@@ -703,14 +680,14 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
     }
 }
 
-static void linear_item(const void *arg, int64_t item) {
+static void linear_item(const void *arg, place at) {
     const linear_args *a = arg;
     switch (a->w->dtype) {
-    case DT_F32: linear_tile(a, DT_F32, item); break;
-    case DT_F16: linear_tile(a, DT_F16, item); break;
-    case DT_BF16: linear_tile(a, DT_BF16, item); break;
-    case DT_F8_E4M3: linear_tile(a, DT_F8_E4M3, item); break;
-    case DT_I8: linear_tile(a, DT_I8, item); break;
+    case DT_F32: linear_tile(a, DT_F32, at); break;
+    case DT_F16: linear_tile(a, DT_F16, at); break;
+    case DT_BF16: linear_tile(a, DT_BF16, at); break;
+    case DT_F8_E4M3: linear_tile(a, DT_F8_E4M3, at); break;
+    case DT_I8: linear_tile(a, DT_I8, at); break;
     default: assert(0);                                      /* no matrix has another dtype */
     }
 }
@@ -718,9 +695,8 @@ static void linear_item(const void *arg, int64_t item) {
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
-    int64_t n_blocks = (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-    exec_for(ex, n_blocks * groups * tiles_of(w->rows / groups), 16, linear_item,
-             &(linear_args){y, w, x, n, groups});
+    exec_for(ex, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK, groups * tiles_of(w->rows / groups), 16,
+             linear_item, &(linear_args){y, w, x, n, groups});
 }
 
 /* === 7. compress ==============================================================================
@@ -728,18 +704,20 @@ static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int g
 
 typedef struct { float *entries; const dsv4_compress *in; int64_t g0; } compress_args;
 
-/* Dims c .. c+7 (or to d) of entry g.  Lanes past d are zeros throughout and harmless. */
-static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
-    int coff = in->ratio == 4 ? 2 : 1, len = in->d - c;
+/* Lanes past d are zeros throughout and harmless. */
+static void compress_item(const void *arg, place at) {
+    const compress_args *a = arg;
+    const dsv4_compress *in = a->in;
+    int coff = in->ratio == 4 ? 2 : 1, c = 8 * at.col, len = in->d - c;
     size_t width = (size_t)(coff * in->d);
-    int64_t own = g * in->ratio, first = own - (coff - 1) * in->ratio;
+    int64_t own = (a->g0 + at.row) * in->ratio, first = own - (coff - 1) * in->ratio;
     f32x8 top = splat8(-INFINITY), sum = splat8(0), mean = splat8(0);
     for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
         for (int64_t j = first < 0 ? 0 : first; j < own + in->ratio; j++) {
             size_t ch = (size_t)(c + (coff == 2 && j >= own ? in->d : 0));
             bool now = j >= in->t0;
-            size_t at = (size_t)(now ? j - in->t0 : j % (coff * in->ratio)) * width + ch;
-            f32x8 s = load_upto8((now ? in->score : in->ring_score) + at, len)
+            size_t from = (size_t)(now ? j - in->t0 : j % (coff * in->ratio)) * width + ch;
+            f32x8 s = load_upto8((now ? in->score : in->ring_score) + from, len)
                     + load_upto8(in->ape + (size_t)(j % in->ratio) * width + ch, len);
             if (pass == 0) {
                 top = max8(s, top);
@@ -747,23 +725,15 @@ static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
             }
             f32x8 p = exp8(s - top);
             sum += p;
-            mean = fma8(p, load_upto8((now ? in->kv : in->ring_kv) + at, len), mean);
+            mean = fma8(p, load_upto8((now ? in->kv : in->ring_kv) + from, len), mean);
         }
-    return mean / sum;
-}
-
-static void compress_item(const void *arg, int64_t i) {
-    const compress_args *a = arg;
-    int d = a->in->d, n_parts = (d + 7) / 8, c = (int)(i % n_parts) * 8;
-    int64_t g = i / n_parts;
-    store_upto8(a->entries + g * d + c, compress_dims(a->in, a->g0 + g, c), d - c);
+    store_upto8(a->entries + at.row * in->d + c, mean / sum, len);
 }
 
 static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                          dsv4_exec *ex) {
     assert(in->ratio > 0 && g0 >= 0);
-    compress_args a = {entries, in, g0};
-    exec_for(ex, (int64_t)n_groups * ((in->d + 7) / 8), 8, compress_item, &a);
+    exec_for(ex, n_groups, (in->d + 7) / 8, 8, compress_item, &(compress_args){entries, in, g0});
 }
 
 /* === 8. Four bits =============================================================================
@@ -884,14 +854,13 @@ static void score_token(float *scores, const dsv4_index *in, const key_block *ke
     memcpy(scores, total, (size_t)n * sizeof *scores);
 }
 
-/* Item: block i / n_groups of the keys, group i % n_groups of the tokens. */
-static void score_item(const void *arg, int64_t i) {
+/* Item: a block of keys, a group of tokens. */
+static void score_item(const void *arg, place at) {
     const index_args *a = arg;
     const dsv4_index *in = a->in;
     key_block keys[SCORE_BLOCK / 8 * (MAX_HEAD_DIM / 32)];
-    int n_groups = (a->n + SCORE_TOKENS - 1) / SCORE_TOKENS, n_blocks = in->d / 32;
-    int t = (int)(i % n_groups) * SCORE_TOKENS, end = min_int(t + SCORE_TOKENS, a->n);
-    int64_t e0 = i / n_groups * SCORE_BLOCK, visible = (in->t0 + end) / in->ratio;
+    int n_blocks = in->d / 32, t = at.col * SCORE_TOKENS, end = min_int(t + SCORE_TOKENS, a->n);
+    int64_t e0 = at.row * SCORE_BLOCK, visible = (in->t0 + end) / in->ratio;
     const uint8_t *rows = (const uint8_t *)in->keys + (size_t)e0 * a->row;
     for (int k = 0, n = (int)min_i64(SCORE_BLOCK, visible - e0); in->packed && k < n; k += 8)
         for (int b = 0; b < n_blocks; b++)
@@ -912,18 +881,19 @@ static void score_item(const void *arg, int64_t i) {
 /* Differs: nothing, to the bit. */
 static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
     index_args a = {scores, in, n, index_row_bytes(in->d, in->packed)};
-    int64_t most = (in->t0 + n) / in->ratio, n_blocks = (most + SCORE_BLOCK - 1) / SCORE_BLOCK;
+    int64_t most = (in->t0 + n) / in->ratio;
     assert((size_t)most <= in->stride || n == 1);
     assert(!in->packed || (in->d % 32 == 0 && in->d <= MAX_HEAD_DIM));
-    exec_for(ex, n_blocks * ((n + SCORE_TOKENS - 1) / SCORE_TOKENS), 1, score_item, &a);
+    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK, (n + SCORE_TOKENS - 1) / SCORE_TOKENS, 1,
+             score_item, &a);
 }
 
 typedef struct {
     int32_t *idx, *count;
     const float *scores;
     size_t stride;
-    int k, ratio;
     int64_t t0;
+    int k, ratio;
 } topk_args;
 
 /* Bits of scores e .. e+7, or to n, that sort as the numbers do; -0 becomes 0. */
@@ -963,8 +933,9 @@ static uint32_t kth_key(const float *s, int64_t n, int k, int *n_equal) {
 }
 
 /* Item: a token.  The last pass takes what is above the k-th key, and of its equals the first. */
-static void topk_row(const void *arg, int64_t t) {
+static void topk_row(const void *arg, place at) {
     const topk_args *a = arg;
+    int64_t t = at.row;
     const float *s = a->scores + (size_t)t * a->stride;
     int32_t *idx = a->idx + t * a->k, visible, n = 0;
     int n_equal = a->k;
@@ -983,8 +954,7 @@ static void topk_row(const void *arg, int64_t t) {
 /* Differs: a radix select, three passes over the scores however large k is. */
 static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
                      int k, int ratio, int64_t t0, dsv4_exec *ex) {
-    topk_args a = {idx, count, scores, stride, k, ratio, t0};
-    exec_for(ex, n, 1, topk_row, &a);
+    exec_for(ex, n, 1, 1, topk_row, &(topk_args){idx, count, scores, stride, t0, k, ratio});
 }
 
 /* === 10. attend ================================================================================
@@ -998,7 +968,7 @@ enum {
     ATTEND_BLOCK = 64,             /* items between two looks at the maximum                    */
 };
 
-typedef struct { float *o; const dsv4_attend *in; int group, n_groups; } attend_args;
+typedef struct { float *o; const dsv4_attend *in; int group; } attend_args;
 
 /* One block: list items [n], padded to a multiple of TILE_ROWS by repeating the last, and each
  * head's scores, then probabilities. */
@@ -1110,11 +1080,11 @@ static void attend_mix(float *o, attend_block *b, int n_heads, int d) {
         }
 }
 
-/* Item: head group i % n_groups of token i / n_groups. */
-static void attend_item(const void *arg, int64_t item) {
+/* Item: a token, a group of heads. */
+static void attend_item(const void *arg, place where) {
     const attend_args *a = arg;
     const dsv4_attend *in = a->in;
-    int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * a->group;
+    int row = (int)where.row, h0 = where.col * a->group;
     int d = in->head_dim, n_heads = min_int(a->group, in->n_heads - h0);
     int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
     if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
@@ -1136,12 +1106,9 @@ static void attend_item(const void *arg, int64_t item) {
 
 static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     assert(in->window > 0 && in->head_dim <= MAX_HEAD_DIM);
-    attend_args a = {o, in, HEAD_GROUP, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
-    while (a.group > 2 && (int64_t)n * a.n_groups <= ex->n_workers) {
-        a.group /= 2;                                        /* something for every thread */
-        a.n_groups = (in->n_heads + a.group - 1) / a.group;
-    }
-    exec_for(ex, (int64_t)n * a.n_groups, 1, attend_item, &a);
+    int group = HEAD_GROUP, n_heads = in->n_heads;           /* something for every thread */
+    while (group > 2 && (int64_t)n * ((n_heads + group - 1) / group) <= ex->n_workers) group /= 2;
+    exec_for(ex, n, (n_heads + group - 1) / group, 1, attend_item, &(attend_args){o, in, group});
 }
 
 /* === 11. Hyper-connections ====================================================================
@@ -1192,8 +1159,9 @@ static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const d
 }
 
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
-static void hc_mix_row(const void *arg, int64_t t) {
+static void hc_mix_row(const void *arg, place at) {
     const hc_args *a = arg;
+    int64_t t = at.row;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
     const float *h = a->h + t * len, *m = a->mix + t * n_mix;
     float pre[MAX_HC], *x = a->x + t * dim;
@@ -1224,7 +1192,7 @@ static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const
         hc_args a = {x + (size_t)t * (size_t)s->dim, post ? post + t * hc : NULL,
                      comb ? comb + t * hc * hc : NULL, h + (size_t)t * (size_t)len, mix, w, s};
         linear_cpu(mix, &fn, a.h, n_now, 1, ex);
-        exec_for(ex, n_now, 1, hc_mix_row, &a);
+        exec_for(ex, n_now, 1, 1, hc_mix_row, &a);
     }
 }
 
@@ -1233,14 +1201,13 @@ static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_h
     hc_pre_cpu(x, NULL, NULL, h, w, s, n, ex);
 }
 
-typedef struct { float *h; const float *y, *post, *comb; int hc, dim, n_chunks; } hc_post_args;
+typedef struct { float *h; const float *y, *post, *comb; int hc, dim; } hc_post_args;
 
-/* Item: chunk i % n_chunks of the dims of token i / n_chunks. */
-static void hc_post_item(const void *arg, int64_t item) {
+/* Item: a token, a chunk of the dims. */
+static void hc_post_item(const void *arg, place at) {
     const hc_post_args *a = arg;
-    int64_t t = item / a->n_chunks;
-    int hc = a->hc, dim = a->dim, c = (int)(item % a->n_chunks) * HC_POST_DIMS;
-    int stop = min_int(c + HC_POST_DIMS, dim);
+    int64_t t = at.row;
+    int hc = a->hc, dim = a->dim, c = at.col * HC_POST_DIMS, stop = min_int(c + HC_POST_DIMS, dim);
     float *h = a->h + t * hc * dim;
     const float *y = a->y + t * dim, *post = a->post + t * hc, *comb = a->comb + t * hc * hc;
     for (; c < stop; c += 8) {
@@ -1258,9 +1225,8 @@ static void hc_post_item(const void *arg, int64_t item) {
 static void hc_post_cpu(float *h, const float *y, const float *post, const float *comb,
                         const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     assert(s->hc > 0 && s->hc <= MAX_HC);
-    int n_chunks = (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS;
-    hc_post_args a = {h, y, post, comb, s->hc, s->dim, n_chunks};
-    exec_for(ex, (int64_t)n * n_chunks, 1, hc_post_item, &a);
+    exec_for(ex, n, (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS, 1, hc_post_item,
+             &(hc_post_args){h, y, post, comb, s->hc, s->dim});
 }
 
 /* === 12. Experts ==============================================================================
@@ -1340,7 +1306,8 @@ INLINE i32x8 group_sums(const w_group *w, const x_group *x) {
 
 /* 2^(e - 127), with e clamped to the exponents of normal numbers. */
 static inline f32x8 pow2_8(i32x8 e) {
-    return (f32x8)((u32x8)clamp8(e, (i32x8){0} + 1, (i32x8){0} + 254) << 23);
+    for (int i = 0; i < 8; i++) e[i] = e[i] < 1 ? 1 : e[i] > 254 ? 254 : e[i];
+    return (f32x8)((u32x8)e << 23);
 }
 
 typedef struct {                   /* one or two matrices times packed rows                     */
@@ -1358,13 +1325,16 @@ INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
     return lanes + __builtin_convertvector(sums, f32x8) * pow2_8(w->scale + x->exponent);
 }
 
-/* w's rows r0 .. r0+n_rows-1 times all tokens.  For one token a group is used in the registers
- * where it was decoded; for more, each product's lanes wait on the stack between pieces of PIECE
- * groups, so that a piece is decoded once for all. */
-static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
+/* Item: a matrix, a tile of its rows, times all tokens.  For one token a group is used in the
+ * registers where it was decoded; for more, each product's lanes wait on the stack between pieces
+ * of PIECE groups, so that a piece is decoded once for all. */
+static void fp4_tile(const void *arg, place at) {
+    const fp4_args *a = arg;
+    const dsv4_mat *w = a->w[at.row];
+    int r0 = at.col * TILE_ROWS, n_rows = min_int(TILE_ROWS, w->rows - r0);
+    int n_groups = (int)n_groups_of(w->cols);
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
     w_group piece[TILE_ROWS][PIECE];
-    int n_groups = (int)n_groups_of(w->cols);
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
     for (int r = 0; a->m == 1 && r < n_rows; r++)
         for (int g = 0; g < n_groups; g++) {
@@ -1382,22 +1352,9 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, i
                     lanes[t][r] = fp4_dot(lanes[t][r], &piece[r][i], &a->x[t * n_groups + g + i]);
     }
     for (int t = 0; t < a->m; t++) {
-        float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
+        float *y = a->out[at.row] + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
         for (int r = 0; r < n_rows; r++) y[r] = sum8(lanes[t][r]) + (a->rows ? y[r] : 0);
     }
-}
-
-/* Item: a tile of rows of w[0], then those of w[1]. */
-static void fp4_item(const void *arg, int64_t i) {
-    const fp4_args *a = arg;
-    int n_tiles = tiles_of(a->w[0]->rows), which = i >= n_tiles;
-    int r0 = ((int)i - which * n_tiles) * TILE_ROWS, n_rows = a->w[which]->rows - r0;
-    fp4_tile(a, a->w[which], a->out[which], r0, min_int(TILE_ROWS, n_rows));
-}
-
-/* Every row of the n_mats matrices times every token. */
-static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
-    exec_for(ex, (int64_t)tiles_of(a.w[0]->rows) * n_mats, 16, fp4_item, &a);
 }
 
 typedef struct {
@@ -1417,32 +1374,31 @@ size_t expert_scratch_bytes(int dim, int inter) {
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
 
-/* Item: a group of an x row, packed or as F32. */
-static void expert_gather(const void *arg, int64_t item) {
+/* Item: a token, a group of its x row, packed or as F32. */
+static void expert_gather(const void *arg, place at) {
     const expert_args *e = arg;
-    size_t n = n_groups_of(e->dim), i = (size_t)item / n, c = (size_t)item % n * PACK;
-    size_t row = (size_t)e->rows[i], at = row * (size_t)e->dim + c;
+    size_t dim = (size_t)e->dim, c = (size_t)at.col * PACK, row = (size_t)e->rows[at.row];
+    size_t from = row * dim + c;
     int len = min_int(PACK, e->dim - (int)c);
     if (e->in->code)
-        pack_group(e->x + item, e->in->code + at,
-                   e->in->scale + row * scales_of(e->dim) + c / 128, len);
+        pack_group(&e->x[(size_t)at.row * n_groups_of(e->dim) + (size_t)at.col],
+                   e->in->code + from, e->in->scale + row * scales_of(e->dim) + c / 128, len);
     else
-        memcpy(e->f32 + i * (size_t)e->dim + c, e->in->f32 + at, (size_t)len * sizeof(float));
+        memcpy(e->f32 + (size_t)at.row * dim + c, e->in->f32 + from, (size_t)len * sizeof(float));
 }
 
-/* Item: a group of a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed
+/* Item: a token, a group.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed
  * for w2. */
-static void expert_activate(const void *arg, int64_t item) {
+static void expert_activate(const void *arg, place at) {
     const expert_args *e = arg;
-    size_t n = n_groups_of(e->inter), i = (size_t)item / n, c = (size_t)item % n * PACK;
-    size_t at = i * (size_t)e->inter + c;
-    int len = min_int(PACK, e->inter - (int)c);
+    int c = at.col * PACK, len = min_int(PACK, e->inter - c);
+    float *g = e->g + at.row * e->inter + c;
     uint8_t code[PACK], scale[PACK / 128];
-    swiglu_one(e->g + at, e->g + at, e->u + at, len, e->limit);
-    for (int j = 0; j < len; j++) e->g[at + (size_t)j] *= e->weight[i];
+    swiglu_one(g, g, e->u + at.row * e->inter + c, len, e->limit);
+    for (int j = 0; j < len; j++) g[j] *= e->weight[at.row];
     if (!e->in->code) return;
-    e4m3_row(NULL, code, scale, e->g + at, len);
-    pack_group(e->a + item, code, scale, len);
+    e4m3_row(NULL, code, scale, g, len);
+    pack_group(&e->a[(size_t)at.row * n_groups_of(e->inter) + (size_t)at.col], code, scale, len);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
@@ -1460,17 +1416,19 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     e.out = e.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
     e.x = (x_group *)(void *)e.f32;
     e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
-    int64_t n_x = m * (int64_t)n_groups_of(dim), n_a = m * (int64_t)n_groups_of(inter);
-    exec_for(ex, n_x, 16, expert_gather, &e);
+    int n_a = (int)n_groups_of(inter);
+    exec_for(ex, m, (int)n_groups_of(dim), 16, expert_gather, &e);
     if (x->code) {
-        fp4_run((fp4_args){{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m}, 2, ex);
-        exec_for(ex, n_a, 16, expert_activate, &e);
-        fp4_run((fp4_args){{&w->w2}, {y}, rows, e.a, m}, 1, ex);
+        fp4_args up = {{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m};
+        fp4_args down = {{&w->w2}, {y}, rows, e.a, m};
+        exec_for(ex, 2, tiles_of(inter), 16, fp4_tile, &up);
+        exec_for(ex, m, n_a, 16, expert_activate, &e);
+        exec_for(ex, 1, tiles_of(dim), 16, fp4_tile, &down);
         return;
     }
     linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
     linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
-    exec_for(ex, n_a, 16, expert_activate, &e);
+    exec_for(ex, m, n_a, 16, expert_activate, &e);
     linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
         add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
@@ -1486,8 +1444,8 @@ enum {
 };
 
 /* Item: a megabyte. */
-static void measure_read(const void *arg, int64_t i) {
-    const u32x8 *v = (const u32x8 *)arg + ((size_t)i << 20) / sizeof *v;
+static void measure_read(const void *arg, place mb) {
+    const u32x8 *v = (const u32x8 *)arg + ((size_t)mb.row << 20) / sizeof *v;
     u32x8 sum[4] = {{0}};
     for (size_t at = 0; at < (1 << 20) / sizeof *v; at += 4)
         for (size_t j = 0; j < 4; j++) sum[j] += v[at + j];
@@ -1510,7 +1468,7 @@ int exec_measure(dsv4_exec *ex, uint64_t most, double seconds, exec_rates *out, 
         double stop = now_s() + seconds / 2, begin, end;
         do {
             begin = now_s();
-            if (i == 0) exec_for(ex, (int64_t)n_mb, 1, measure_read, base);
+            if (i == 0) exec_for(ex, (int64_t)n_mb, 1, 1, measure_read, base);
             else linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
             end = now_s();
             best[i] = fmin(best[i], end - begin);
