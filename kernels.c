@@ -41,6 +41,7 @@ typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x4 __attribute__((vector_size(16)));
 typedef uint64_t u64x4 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
@@ -86,15 +87,12 @@ static inline void store_upto8(float *p, f32x8 v, int n) {
 /* The sign bit cleared, of NaN and -0 too. */
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
 
-/* a < b ? a : b and a > b ? a : b, so that a NaN in b passes.  GCC makes one instruction of each. */
-static inline f32x8 min8(f32x8 a, f32x8 b) {
-    for (int i = 0; i < 8; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
-    return a;
-}
-static inline f32x8 max8(f32x8 a, f32x8 b) {
-    for (int i = 0; i < 8; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
-    return a;
-}
+/* m ? a : b, where lanes of m are all ones or zeros. */
+static inline i32x8 pick8(i32x8 m, i32x8 a, i32x8 b) { return (m & a) | (~m & b); }
+
+/* a < b ? a : b and a > b ? a : b, so that a NaN in b passes. */
+static inline f32x8 min8(f32x8 a, f32x8 b) { return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b); }
+static inline f32x8 max8(f32x8 a, f32x8 b) { return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b); }
 
 /* The largest lane; for a maximum the order does not matter. */
 static inline float max_lane8(f32x8 v) {
@@ -167,15 +165,11 @@ static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
     return code;
 }
 static inline u16x16 pair_dots(u8x32 u, u8x32 s) {
-    u16x16 v;
-    for (int i = 0; i < 16; i++)
-        v[i] = (uint16_t)(u[2 * i] * (int8_t)s[2 * i] + u[2 * i + 1] * (int8_t)s[2 * i + 1]);
-    return v;
+    u16x16 a = (u16x16)u, b = (u16x16)s;
+    return (a & 255) * (u16x16)((i16x16)(b << 8) >> 8) + (a >> 8) * (u16x16)((i16x16)b >> 8);
 }
 static inline i32x8 pair_sums(u16x16 v, int16_t k) {
-    i32x8 sum;
-    for (int i = 0; i < 8; i++) sum[i] = ((int16_t)v[2 * i] + (int16_t)v[2 * i + 1]) * k;
-    return sum;
+    return (((i32x8)((u32x8)v << 16) >> 16) + ((i32x8)v >> 16)) * k;
 }
 #endif
 
@@ -183,6 +177,12 @@ static inline i32x8 pair_sums(u16x16 v, int16_t k) {
  * are F32 numbers, subnormals too.  A NaN code counts as 480. */
 static inline f32x8 e4m3_load8(const uint8_t *p) {
     return (f32x8)((u32x8)i8_load8(p) << 20 & 0x87f00000);
+}
+
+/* The values of eight e8m0 codes; the first and the last mean 2^-127 and NaN. */
+static inline f32x8 e8m0_8(u32x8 code) {
+    u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22;
+    return (f32x8)(code << 23 | ends);
 }
 
 /* === 2. Thread pool ===========================================================================
@@ -452,41 +452,33 @@ static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, 
                         dsv4_exec *ex) {
     rows_run(ex, n, (row_args){RMSNORM, .y = y, .x = x, .w = w, .d = d, .eps = eps});
 }
-
 static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
     rows_run(ex, n, (row_args){ACT_QUANT, .y = y, .x = x, .d = d});
 }
-
 static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
                           dsv4_exec *ex) {
     rows_run(ex, n, (row_args){ACT_CODES, .code = code, .scale = scale, .x = x, .d = d});
 }
-
 static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
                            dsv4_exec *ex) {
     rows_run(ex, n, (row_args){ACT_VALUES, .y = y, .from = code, .from_scale = scale, .d = d});
 }
-
 static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
     rows_run(ex, n, (row_args){INDEX_ROUND, .code = rows, .y = x, .d = d, .packed = packed});
 }
-
 static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
     rows_run(ex, n, (row_args){SWIGLU, .y = a, .x = g, .w = u, .d = d, .limit = limit});
 }
-
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
     rows_run(ex, n, (row_args){ADD, .y = y, .x = x, .heads = copies, .d = d});
 }
-
 static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
                      int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
     rows_run(ex, n, (row_args){ROPE, .y = x, .w = inv_freq, .heads = n_heads, .d = head_dim,
                                .rope_dim = rope_dim, .pos0 = pos0, .step = step,
                                .inverse = inverse});
 }
-
 static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
     rows_run(ex, n, (row_args){ROUTE, .ids = ids, .y = weights, .route = in});
 }
@@ -566,9 +558,7 @@ INLINE void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, 
  * their scales in common, FP4 rows come decoded. */
 INLINE void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
                        size_t ldx, int len, int n_vecs) {
-    f32x8 acc[TILE_VECS][TILE_ROWS], scale = splat8(1);
-    for (int v = 0; v < n_vecs; v++)
-        for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
+    f32x8 acc[TILE_VECS][TILE_ROWS] = {{{0}}}, scale = splat8(1);
     for (int c = 0, stop; c < len; c = stop) {
         stop = t == DT_F32 ? len : min_int(c + 128, len);
         for (int r = 0; r < TILE_ROWS; r++)
@@ -809,8 +799,7 @@ static void key_decode(key_block *k, const uint8_t *rows, size_t row, int d, int
     }
     for (int i = 0; i < 4; i++) pairs[i] = load_halves(key[i] + 16 * b, key[4 + i] + 16 * b);
     fp4_unpack(k->u, pairs);
-    u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22; /* which mean 2^-127 and NaN */
-    k->scale = (f32x8)(code << 23 | ends);
+    k->scale = e8m0_8(code);
 }
 
 /* Block b of a head's row. */
@@ -889,11 +878,7 @@ static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_ex
 }
 
 typedef struct {
-    int32_t *idx, *count;
-    const float *scores;
-    size_t stride;
-    int64_t t0;
-    int k, ratio;
+    int32_t *idx, *count; const float *scores; size_t stride; int k, ratio; int64_t t0;
 } topk_args;
 
 /* Bits of scores e .. e+7, or to n, that sort as the numbers do; -0 becomes 0. */
@@ -954,7 +939,7 @@ static void topk_row(const void *arg, place at) {
 /* Differs: a radix select, three passes over the scores however large k is. */
 static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
                      int k, int ratio, int64_t t0, dsv4_exec *ex) {
-    exec_for(ex, n, 1, 1, topk_row, &(topk_args){idx, count, scores, stride, t0, k, ratio});
+    exec_for(ex, n, 1, 1, topk_row, &(topk_args){idx, count, scores, stride, k, ratio, t0});
 }
 
 /* === 10. attend ================================================================================
@@ -970,65 +955,56 @@ enum {
 
 typedef struct { float *o; const dsv4_attend *in; int group; } attend_args;
 
-/* One block: list items [n], padded to a multiple of TILE_ROWS by repeating the last, and each
- * head's scores, then probabilities. */
+/* One block: list items, padded to a multiple of TILE_ROWS by repeating the last, and each head's
+ * scores, then probabilities. */
 typedef struct {
-    int n, padded;
+    int padded;
     const void *item[ATTEND_BLOCK]; /* rows of F32: the caller's, or in x                       */
     alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
     float x[ATTEND_BLOCK * MAX_HEAD_DIM], spare[MAX_HEAD_DIM];
 } attend_block;
 
-/* kv_row_read for packed rows.  Left to it: odd sizes, NaN, and scales that times 256 overflow. */
+/* kv_row_read for packed rows.  Left to it: odd sizes and NaN. */
 static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) {
     const uint16_t *rope = (const uint16_t *)(const void *)row;
     int n_codes = head_dim - rope_dim, c = 0;
     const uint8_t *code = row + 2 * rope_dim, *scale = code + n_codes;
-    bool rare = n_codes % 8 || rope_dim % 8;
     f32x8 top = splat8(0);
 #pragma GCC unroll 4
-    for (int stop = rare ? 0 : n_codes; c < stop; c += 8) {
-        f32x8 v = e4m3_load8(code + c) * splat8(0x1p112f);
-        rare |= scale[c / 64] > 254 - 8;
+    for (; c + 8 <= n_codes; c += 8) {
+        f32x8 v = e4m3_load8(code + c) * splat8(0x1p120f);
         top = max8(abs8(v), top);
-        store8(x + c, v * (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23));
+        store8(x + c, v * e8m0_8((u32x8){0} + scale[c / 64]));
     }
-    if (rare || max_lane8(top) > 448 * 0x1p-8f) {
+    if (n_codes % 8 || rope_dim % 8 || max_lane8(top) > 448) {
         kv_row_read(x, row, head_dim, rope_dim, true);
         return;
     }
     for (; c < head_dim; c += 8) store8(x + c, bf16_load8(rope + c - n_codes));
 }
 
-/* Items j0 .. of the list of token t0 + row, which has n_items. */
-static void attend_gather(attend_block *b, const dsv4_attend *in, int row, int64_t j0,
-                          int64_t n_items) {
-    b->n = (int)min_i64(ATTEND_BLOCK, n_items - j0);
-    b->padded = tiles_of(b->n) * TILE_ROWS;
-    for (int i = 0; i < b->n; i++) {
-        b->item[i] = attend_row(in, row, j0 + i);
-        if (!in->packed) continue;
-        float *x = b->x + i * in->head_dim;
-        kv_decode(x, b->item[i], in->head_dim, in->rope_dim);
-        b->item[i] = x;
-    }
-    for (int i = b->n; i < b->padded; i++) b->item[i] = b->item[b->n - 1];
-}
-
-/* b->p = scores of n_heads heads q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
-static void attend_scores(attend_block *b, const float *q, int n_heads, int head_dim) {
-    float scale = (float)(1 / sqrt((double)head_dim));
+/* The items j0 .. of the list of token t0 + row, which has n_items, and b->p, their scores of heads
+ * q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
+static void attend_scores(attend_block *b, const dsv4_attend *in, int row, int64_t j0,
+                          int64_t n_items, const float *q, int n_heads) {
+    int n = (int)min_i64(ATTEND_BLOCK, n_items - j0), d = in->head_dim;
+    float scale = (float)(1 / sqrt((double)d));
+    b->padded = tiles_of(n) * TILE_ROWS;
     for (int h = 0; h < n_heads; h++)
-        for (int i = 0; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
-    for (int i = 0; i < b->n; i += TILE_ROWS) {
+        for (int i = n; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
+    for (int i = 0; i < n; i += TILE_ROWS) {
         tile_rows k = {.ahead = 0};
+        for (int r = i; r < i + TILE_ROWS; r++) {
+            b->item[r] = attend_row(in, row, j0 + min_int(r, n - 1));
+            if (in->packed) kv_decode(b->x + r * d, b->item[r], d, in->rope_dim);
+            if (in->packed) b->item[r] = b->x + r * d;
+        }
         memcpy(k.data, b->item + i, sizeof k.data);
         for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
             float dot[TILE_VECS][TILE_ROWS];
-            n_vecs = dot_f32(dot, &k, q + (size_t)h * (size_t)head_dim, (size_t)head_dim, head_dim,
-                             n_heads - h);
+            n_vecs = dot_f32(dot, &k, q + h * d, (size_t)d, d, n_heads - h);
             for (int v = 0; v < n_vecs; v++)
-                for (int r = 0; r < min_int(TILE_ROWS, b->n - i); r++)
+                for (int r = 0; r < min_int(TILE_ROWS, n - i); r++)
                     b->p[h + v][i + r] = dot[v][r] * scale;
         }
     }
@@ -1095,8 +1071,7 @@ static void attend_item(const void *arg, place where) {
     attend_block b;
     memset(b.spare, 0, sizeof b.spare);
     for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
-        attend_gather(&b, in, row, j, n_items);
-        attend_scores(&b, in->q + at, n_heads, d);
+        attend_scores(&b, in, row, j, n_items, in->q + at, n_heads);
         for (int h = 0; h < n_heads; h++) attend_softmax(b.p[h], &m[h], &l[h], o + h * d, d);
         attend_mix(o, &b, n_heads, d);
     }
@@ -1151,11 +1126,7 @@ static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const d
         for (int j = 0; j < hc; j++) sum += row[j] = exp_f32(row[j] - top);
         for (int j = 0; j < hc; j++) row[j] = row[j] / sum + s->hc_eps;
     }
-    sinkhorn_step(C, hc, false, s->hc_eps);
-    for (int it = 1; it < s->sinkhorn_iters; it++) {
-        sinkhorn_step(C, hc, true, s->hc_eps);
-        sinkhorn_step(C, hc, false, s->hc_eps);
-    }
+    for (int i = 1; i < 2 * s->sinkhorn_iters; i++) sinkhorn_step(C, hc, i % 2 == 0, s->hc_eps);
 }
 
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
@@ -1287,11 +1258,21 @@ INLINE void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
     fp4_unpack(out->u, v);
 }
 
-/* The sums of u * m over each block of a group, exact in int32.
- * pair_dots adds two products of at most 24 * 63, and in int16 the eight come to 24192.  pair_sums
- * then adds lanes in pairs and puts the limbs together: 24 * 229376 * 32 < 2^28 in all. */
-INLINE i32x8 group_sums(const w_group *w, const x_group *x) {
-    i32x8 sums = {0};
+typedef struct {                   /* one or two matrices times packed rows                     */
+    const dsv4_mat *w[2];          /* of one shape                                              */
+    float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
+    const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
+    const x_group *x;              /* [m][groups of cols]                                       */
+    int m;
+} fp4_args;
+
+/* Add a group to the lanes.  The sums of u * m over each block are exact: pair_dots adds two
+ * products of at most 24 * 63, and in int16 the eight come to 24192; pair_sums then adds lanes in
+ * pairs and puts the limbs together: 24 * 229376 * 32 < 2^28 in all.  Conversion to F32 rounds a
+ * block's sum, the power of two, clamped to those of normal numbers, is exact.  Blocks of padding
+ * add +0, which changes no lane. */
+INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
+    i32x8 sums = {0}, least = sums + 1, most = sums + 254, e = w->scale + x->exponent;
     u16x16 sum[3] = {{0}};
     for (int h = 0; h < 8; h++)
         for (int l = 0; l < 3; l++) {
@@ -1301,28 +1282,9 @@ INLINE i32x8 group_sums(const w_group *w, const x_group *x) {
 #endif
         }
     for (int l = 0; l < 3; l++) sums += pair_sums(sum[l], (int16_t)(1 << 6 * l));
-    return __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7);
-}
-
-/* 2^(e - 127), with e clamped to the exponents of normal numbers. */
-static inline f32x8 pow2_8(i32x8 e) {
-    for (int i = 0; i < 8; i++) e[i] = e[i] < 1 ? 1 : e[i] > 254 ? 254 : e[i];
-    return (f32x8)((u32x8)e << 23);
-}
-
-typedef struct {                   /* one or two matrices times packed rows                     */
-    const dsv4_mat *w[2];          /* of one shape                                              */
-    float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
-    const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
-    const x_group *x;              /* [m][groups of cols]                                       */
-    int m;
-} fp4_args;
-
-/* Add a group to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
- * Blocks of padding add +0, which changes no lane. */
-INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
-    i32x8 sums = group_sums(w, x) - x->offset;
-    return lanes + __builtin_convertvector(sums, f32x8) * pow2_8(w->scale + x->exponent);
+    sums = __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7) - x->offset;
+    e = pick8(e < least, least, pick8(e > most, most, e));
+    return lanes + __builtin_convertvector(sums, f32x8) * (f32x8)(e << 23);
 }
 
 /* Item: a matrix, a tile of its rows, times all tokens.  For one token a group is used in the
