@@ -51,67 +51,54 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* What needs no more than GCC's vectors:
+ *   load8, load_halves          anything of 32 bytes at any address; 16 bytes at lo and 16 at hi
+ *   load_upto8, store_upto8     the first n floats, the rest zeros; all eight if n is larger
+ *   abs8                        the sign bit cleared, of NaN and -0 too
+ *   pick8                       m ? a : b, where lanes of m are all ones or zeros
+ *   min8, max8                  a < b ? a : b and a > b ? a : b, so that a NaN in b passes
+ *   max_lane8                   the largest lane; for a maximum the order does not matter
+ *   sum8                        ((v0 + v4) + (v2 + v6)) + ((v1 + v5) + (v3 + v7)), this tree always
+ *   prefetch                    ask for the cache lines of `bytes` bytes at p, soon to be read */
 static inline f32x8 splat8(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
-
-/* Eight floats, or anything of 32 bytes, at any address. */
 static inline f32x8 load8(const void *p) {
     f32x8 v;
     memcpy(&v, p, sizeof v);
     return v;
 }
-
 static inline void store8(float *p, f32x8 v) { memcpy(p, &v, sizeof v); }
-
-/* 16 bytes at lo and 16 at hi. */
 static inline u32x8 load_halves(const uint8_t *lo, const uint8_t *hi) {
     u32x4 a, b;
     memcpy(&a, lo, sizeof a);
     memcpy(&b, hi, sizeof b);
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
 }
-
-/* The first n floats, and zeros up to eight; all eight if n is larger. */
 static inline f32x8 load_upto8(const float *p, int n) {
     f32x8 v = splat8(0);
     if (n >= 8) return load8(p);
     memcpy(&v, p, (size_t)n * sizeof *p);
     return v;
 }
-
-/* The first n lanes; all eight if n is larger. */
 static inline void store_upto8(float *p, f32x8 v, int n) {
     if (n >= 8) store8(p, v);
     else memcpy(p, &v, (size_t)n * sizeof *p);
 }
-
-/* The sign bit cleared, of NaN and -0 too. */
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
-
-/* m ? a : b, where lanes of m are all ones or zeros. */
 static inline i32x8 pick8(i32x8 m, i32x8 a, i32x8 b) { return (m & a) | (~m & b); }
-
-/* a < b ? a : b and a > b ? a : b, so that a NaN in b passes. */
 static inline f32x8 min8(f32x8 a, f32x8 b) { return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b); }
 static inline f32x8 max8(f32x8 a, f32x8 b) { return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b); }
-
-/* The largest lane; for a maximum the order does not matter. */
 static inline float max_lane8(f32x8 v) {
     float top = v[0];
     for (int i = 1; i < 8; i++) top = v[i] > top ? v[i] : top;
     return top;
 }
-
-/* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
-static inline void prefetch(const uint8_t *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-/* The sum of the lanes, always as this tree:
- * ((v0 + v4) + (v2 + v6)) + ((v1 + v5) + (v3 + v7)) */
 static inline float sum8(f32x8 v) {
     v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
     v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
     return v[0] + v[1];
+}
+static inline void prefetch(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 /* What GCC does not make of vectors by itself, first with AVX2, then in plain C:
@@ -209,8 +196,7 @@ struct dsv4_exec {
     pthread_t worker[MAX_THREADS];
     item_fn fn;                    /* the job; written while the gate is shut and nobody inside */
     const void *arg;
-    int64_t n_items, grain;
-    int n_cols;
+    int64_t n_items, n_cols, grain;
     _Atomic bool stop;             /* told once, by exec_close                                  */
     /* Each on a cache line of its own, for each is written while others are waited on. */
     alignas(64) _Atomic int64_t next;   /* first item that nobody has taken                     */
@@ -225,16 +211,14 @@ static void futex_wake(_Atomic uint32_t *word, int n) {
 
 /* Return once *word is (or was for a moment) not `old`. */
 static void wait_change(_Atomic uint32_t *word, uint32_t old) {
-    for (int i = 0; i < SPINS; i++) {
-        if (atomic_load(word) != old) return;
+    for (int64_t i = 0; atomic_load(word) == old; i++) {
+        if (i >= SPINS) (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
 #if defined __x86_64__
-        __builtin_ia32_pause();
+        else __builtin_ia32_pause();
 #elif defined __aarch64__
-        __asm__ volatile("isb");
+        else __asm__ volatile("isb");
 #endif
     }
-    while (atomic_load(word) == old)
-        (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
 }
 
 /* Work until every item is taken.  The counter may pass n_items by a grain a thread. */
@@ -292,15 +276,12 @@ int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err) {
     dsv4_exec *ex = aligned_alloc(64, sizeof *ex);
     if (!ex) return fail(err, "no memory for the thread pool");
     memset(ex, 0, sizeof *ex);
-    for (int i = 0; i < n_threads - 1; i++) {
-        int rc = pthread_create(&ex->worker[i], NULL, worker_main, ex);
-        if (rc) {
+    for (int i = 0, rc; i < n_threads - 1; i++, ex->n_workers++)
+        if ((rc = pthread_create(&ex->worker[i], NULL, worker_main, ex)) != 0) {
             exec_close(ex);                                  /* ends those already started */
             return fail(err, "start thread %d of %d: %s; use fewer threads", i + 2, n_threads,
                         strerror(rc));
         }
-        ex->n_workers++;
-    }
     *out = ex;
     return 0;
 }
@@ -661,10 +642,8 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
                             : dot_f32(out, &tile, xt, ldx, len, t1 - t);
             for (int v = 0; v < n_vecs; v++) {
                 float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
-                for (int r = 0; r < n_rows; r++) {
-                    float sum = out[v][r] * rest_of(type);
-                    y[r] = c0 ? y[r] + sum : sum;
-                }
+                for (int r = 0; r < n_rows; r++)             /* -0 changes no sum */
+                    y[r] = (c0 ? y[r] : -0.0f) + out[v][r] * rest_of(type);
             }
         }
     }
@@ -961,7 +940,7 @@ typedef struct {
     int padded;
     const void *item[ATTEND_BLOCK]; /* rows of F32: the caller's, or in x                       */
     alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
-    float x[ATTEND_BLOCK * MAX_HEAD_DIM], spare[MAX_HEAD_DIM];
+    float x[ATTEND_BLOCK * MAX_HEAD_DIM];
 } attend_block;
 
 /* kv_row_read for packed rows.  Left to it: odd sizes and NaN. */
@@ -994,12 +973,12 @@ static void attend_scores(attend_block *b, const dsv4_attend *in, int row, int64
         for (int i = n; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
     for (int i = 0; i < n; i += TILE_ROWS) {
         tile_rows k = {.ahead = 0};
-        for (int r = i; r < i + TILE_ROWS; r++) {
-            b->item[r] = attend_row(in, row, j0 + min_int(r, n - 1));
-            if (in->packed) kv_decode(b->x + r * d, b->item[r], d, in->rope_dim);
-            if (in->packed) b->item[r] = b->x + r * d;
+        for (int r = 0; r < TILE_ROWS; r++) {
+            float *x = b->x + (i + r) * d;
+            const void *stored = attend_row(in, row, j0 + min_int(i + r, n - 1));
+            if (in->packed) kv_decode(x, stored, d, in->rope_dim);
+            k.data[r] = b->item[i + r] = in->packed ? x : stored;
         }
-        memcpy(k.data, b->item + i, sizeof k.data);
         for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
             float dot[TILE_VECS][TILE_ROWS];
             n_vecs = dot_f32(dot, &k, q + h * d, (size_t)d, d, n_heads - h);
@@ -1042,12 +1021,12 @@ INLINE void attend_mix_dims(float *const o[2], const void *const *item, f32x8 (*
 }
 
 /* o [n_heads][d] += p times the block's items, ascending, two heads at a time; one that is alone
- * goes with a head that nobody reads */
+ * goes twice, and both times the same is stored. */
 static void attend_mix(float *o, attend_block *b, int n_heads, int d) {
     for (int i = 0; i < b->padded; i += TILE_ROWS)
         for (int h = 0, c = 0; h < n_heads; h += 2, c = 0) {
             int next = min_int(h + 1, n_heads - 1);
-            float *two[2] = {o + h * d, next > h ? o + next * d : b->spare};
+            float *two[2] = {o + h * d, o + next * d};
             f32x8 p[2][TILE_ROWS];
             for (int r = 0; r < TILE_ROWS; r++)
                 p[0][r] = splat8(b->p[h][i + r]), p[1][r] = splat8(b->p[next][i + r]);
@@ -1069,7 +1048,6 @@ static void attend_item(const void *arg, place where) {
     memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
     for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
     attend_block b;
-    memset(b.spare, 0, sizeof b.spare);
     for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
         attend_scores(&b, in, row, j, n_items, in->q + at, n_heads);
         for (int h = 0; h < n_heads; h++) attend_softmax(b.p[h], &m[h], &l[h], o + h * d, d);
@@ -1336,17 +1314,13 @@ size_t expert_scratch_bytes(int dim, int inter) {
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
 
-/* Item: a token, a group of its x row, packed or as F32. */
-static void expert_gather(const void *arg, place at) {
+/* Item: a token, a group of its x row. */
+static void expert_pack(const void *arg, place at) {
     const expert_args *e = arg;
-    size_t dim = (size_t)e->dim, c = (size_t)at.col * PACK, row = (size_t)e->rows[at.row];
-    size_t from = row * dim + c;
-    int len = min_int(PACK, e->dim - (int)c);
-    if (e->in->code)
-        pack_group(&e->x[(size_t)at.row * n_groups_of(e->dim) + (size_t)at.col],
-                   e->in->code + from, e->in->scale + row * scales_of(e->dim) + c / 128, len);
-    else
-        memcpy(e->f32 + (size_t)at.row * dim + c, e->in->f32 + from, (size_t)len * sizeof(float));
+    size_t c = (size_t)at.col * PACK, row = (size_t)e->rows[at.row];
+    pack_group(&e->x[(size_t)at.row * n_groups_of(e->dim) + (size_t)at.col],
+               e->in->code + row * (size_t)e->dim + c,
+               e->in->scale + row * scales_of(e->dim) + c / 128, min_int(PACK, e->dim - (int)c));
 }
 
 /* Item: a token, a group.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed
@@ -1379,15 +1353,17 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     e.x = (x_group *)(void *)e.f32;
     e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
     int n_a = (int)n_groups_of(inter);
-    exec_for(ex, m, (int)n_groups_of(dim), 16, expert_gather, &e);
     if (x->code) {
         fp4_args up = {{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m};
         fp4_args down = {{&w->w2}, {y}, rows, e.a, m};
+        exec_for(ex, m, (int)n_groups_of(dim), 16, expert_pack, &e);
         exec_for(ex, 2, tiles_of(inter), 16, fp4_tile, &up);
         exec_for(ex, m, n_a, 16, expert_activate, &e);
         exec_for(ex, 1, tiles_of(dim), 16, fp4_tile, &down);
         return;
     }
+    for (int i = 0; i < m; i++)
+        memcpy(e.f32 + i * dim, x->f32 + (size_t)rows[i] * (size_t)dim, (size_t)dim * sizeof(float));
     linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
     linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
     exec_for(ex, m, n_a, 16, expert_activate, &e);
@@ -1427,14 +1403,13 @@ int exec_measure(dsv4_exec *ex, uint64_t most, double seconds, exec_rates *out, 
     dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, base, base};
     double best[2] = {INFINITY, INFINITY};                   /* seconds: to read, to multiply */
     for (int i = 0; i < 2; i++) {
-        double stop = now_s() + seconds / 2, begin, end;
+        double stop = now_s() + seconds / 2, begin;
         do {
             begin = now_s();
             if (i == 0) exec_for(ex, (int64_t)n_mb, 1, 1, measure_read, base);
             else linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
-            end = now_s();
-            best[i] = fmin(best[i], end - begin);
-        } while (end < stop);
+            best[i] = fmin(best[i], now_s() - begin);
+        } while (now_s() < stop);
     }
     out->read_bytes_s = (double)(n_mb << 20) / best[0];
     out->macs_s = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM / best[1];
