@@ -55,8 +55,6 @@ static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
  *   load8, load_halves          anything of 32 bytes at any address; 16 bytes at lo and 16 at hi
  *   load_upto8, store_upto8     the first n floats, the rest zeros; all eight if n is larger
  *   abs8                        the sign bit cleared, of NaN and -0 too
- *   pick8                       m ? a : b, where lanes of m are all ones or zeros
- *   min8, max8                  a < b ? a : b and a > b ? a : b, so that a NaN in b passes
  *   max_lane8                   the largest lane; for a maximum the order does not matter
  *   sum8                        ((v0 + v4) + (v2 + v6)) + ((v1 + v5) + (v3 + v7)), this tree always
  *   prefetch                    ask for the cache lines of `bytes` bytes at p, soon to be read */
@@ -84,9 +82,6 @@ static inline void store_upto8(float *p, f32x8 v, int n) {
     else memcpy(p, &v, (size_t)n * sizeof *p);
 }
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
-static inline i32x8 pick8(i32x8 m, i32x8 a, i32x8 b) { return (m & a) | (~m & b); }
-static inline f32x8 min8(f32x8 a, f32x8 b) { return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b); }
-static inline f32x8 max8(f32x8 a, f32x8 b) { return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b); }
 static inline float max_lane8(f32x8 v) {
     float top = v[0];
     for (int i = 1; i < 8; i++) top = v[i] > top ? v[i] : top;
@@ -103,6 +98,8 @@ static inline void prefetch(const uint8_t *p, size_t bytes) {
 
 /* What GCC does not make of vectors by itself, first with AVX2, then in plain C:
  *   fma8                    a*b + c, rounded once
+ *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
+ *   clamp8                  x between lo and hi
  *   i8_load8                eight bytes, as -128..127
  *   bf16_load8, f16_load8   eight numbers, exactly
  *   look_up                 table[code] of each code below 16
@@ -110,6 +107,11 @@ static inline void prefetch(const uint8_t *p, size_t bytes) {
  *   pair_sums               of neighbours: (v0 + v1) * k */
 #ifdef __AVX2__
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline f32x8 min8(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
+static inline f32x8 max8(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
+static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
+    return (i32x8)_mm256_min_epi32(_mm256_max_epi32((__m256i)x, (__m256i)lo), (__m256i)hi);
+}
 static inline i32x8 i8_load8(const uint8_t *p) {
     return (i32x8)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
 }
@@ -134,6 +136,12 @@ static inline i32x8 pair_sums(u16x16 v, int16_t k) {
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
     for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
     return c;
+}
+static inline i32x8 pick8(i32x8 m, i32x8 a, i32x8 b) { return (m & a) | (~m & b); }
+static inline f32x8 min8(f32x8 a, f32x8 b) { return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b); }
+static inline f32x8 max8(f32x8 a, f32x8 b) { return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b); }
+static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
+    return pick8(x < lo, lo, pick8(x > hi, hi, x));
 }
 static inline i32x8 i8_load8(const uint8_t *p) {
     return ((i32x8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]} ^ 128) - 128;
@@ -164,12 +172,6 @@ static inline i32x8 pair_sums(u16x16 v, int16_t k) {
  * are F32 numbers, subnormals too.  A NaN code counts as 480. */
 static inline f32x8 e4m3_load8(const uint8_t *p) {
     return (f32x8)((u32x8)i8_load8(p) << 20 & 0x87f00000);
-}
-
-/* The values of eight e8m0 codes; the first and the last mean 2^-127 and NaN. */
-static inline f32x8 e8m0_8(u32x8 code) {
-    u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22;
-    return (f32x8)(code << 23 | ends);
 }
 
 /* === 2. Thread pool ===========================================================================
@@ -328,7 +330,7 @@ static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
 
 /* x [d] rounded through e4m3 in blocks of 128: values y (which may be x), or codes [d] and scales
  * [ceil(d/128)].  x / scale is x times its inverse exactly, both being powers of two. */
-static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d) {
+INLINE void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d) {
     for (int b = 0; b < d; b += 128) {
         int stop = min_int(b + 128, d);
         f32x8 top = splat8(1e-4f);                           /* NaNs do not count */
@@ -339,8 +341,8 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
             u32x8 c;
             f32x8 v = e4m3_round8(load_upto8(x + i, stop - i) * inverse, &c);
             u8x8 codes = __builtin_convertvector(c, u8x8);
-            if (y) store_upto8(y + i, v * factor, stop - i);
-            else memcpy(code + i, &codes, (size_t)min_int(8, stop - i));
+            if (code) memcpy(code + i, &codes, (size_t)min_int(8, stop - i));
+            else store_upto8(y + i, v * factor, stop - i);
         }
         if (scale) scale[b / 128] = s;
     }
@@ -778,7 +780,8 @@ static void key_decode(key_block *k, const uint8_t *rows, size_t row, int d, int
     }
     for (int i = 0; i < 4; i++) pairs[i] = load_halves(key[i] + 16 * b, key[4 + i] + 16 * b);
     fp4_unpack(k->u, pairs);
-    k->scale = e8m0_8(code);
+    u32x8 ends = (u32x8)((code == 0) | (code == 255)) & 1u << 22; /* which mean 2^-127 and NaN */
+    k->scale = (f32x8)(code << 23 | ends);
 }
 
 /* Block b of a head's row. */
@@ -901,10 +904,9 @@ static void topk_row(const void *arg, place at) {
     const topk_args *a = arg;
     int64_t t = at.row;
     const float *s = a->scores + (size_t)t * a->stride;
-    int32_t *idx = a->idx + t * a->k, visible, n = 0;
-    int n_equal = a->k;
     assert((a->t0 + t + 1) / a->ratio <= INT32_MAX - 8);
-    visible = (int32_t)((a->t0 + t + 1) / a->ratio);
+    int32_t *idx = a->idx + t * a->k, visible = (int32_t)((a->t0 + t + 1) / a->ratio), n = 0;
+    int n_equal = a->k;
     a->count[t] = min_int(visible, a->k);
     uint32_t least = visible > a->k ? kth_key(s, visible, a->k, &n_equal) : 0;
     for (int32_t e = 0; n < a->count[t]; e += 8) {
@@ -943,19 +945,21 @@ typedef struct {
     float x[ATTEND_BLOCK * MAX_HEAD_DIM];
 } attend_block;
 
-/* kv_row_read for packed rows.  Left to it: odd sizes and NaN. */
+/* kv_row_read for packed rows.  Left to it: odd sizes, NaN, and scales that times 256 overflow. */
 static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) {
     const uint16_t *rope = (const uint16_t *)(const void *)row;
     int n_codes = head_dim - rope_dim, c = 0;
     const uint8_t *code = row + 2 * rope_dim, *scale = code + n_codes;
+    bool rare = n_codes % 8 || rope_dim % 8;
     f32x8 top = splat8(0);
 #pragma GCC unroll 4
-    for (; c + 8 <= n_codes; c += 8) {
-        f32x8 v = e4m3_load8(code + c) * splat8(0x1p120f);
+    for (int stop = rare ? 0 : n_codes; c < stop; c += 8) {
+        f32x8 v = e4m3_load8(code + c) * splat8(0x1p112f);
+        rare |= scale[c / 64] > 254 - 8;
         top = max8(abs8(v), top);
-        store8(x + c, v * e8m0_8((u32x8){0} + scale[c / 64]));
+        store8(x + c, v * (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23));
     }
-    if (n_codes % 8 || rope_dim % 8 || max_lane8(top) > 448) {
+    if (rare || max_lane8(top) > 448 * 0x1p-8f) {
         kv_row_read(x, row, head_dim, rope_dim, true);
         return;
     }
@@ -1250,7 +1254,7 @@ typedef struct {                   /* one or two matrices times packed rows     
  * block's sum, the power of two, clamped to those of normal numbers, is exact.  Blocks of padding
  * add +0, which changes no lane. */
 INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
-    i32x8 sums = {0}, least = sums + 1, most = sums + 254, e = w->scale + x->exponent;
+    i32x8 sums = {0}, e = clamp8(w->scale + x->exponent, sums + 1, sums + 254);
     u16x16 sum[3] = {{0}};
     for (int h = 0; h < 8; h++)
         for (int l = 0; l < 3; l++) {
@@ -1261,7 +1265,6 @@ INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
         }
     for (int l = 0; l < 3; l++) sums += pair_sums(sum[l], (int16_t)(1 << 6 * l));
     sums = __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7) - x->offset;
-    e = pick8(e < least, least, pick8(e > most, most, e));
     return lanes + __builtin_convertvector(sums, f32x8) * (f32x8)(e << 23);
 }
 
@@ -1299,8 +1302,7 @@ static void fp4_tile(const void *arg, place at) {
 
 typedef struct {
     float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter]; */
-    x_group *x, *a;                /* with roundings on packed x and a;                         */
-    float *f32, *out;              /* off, in their place, gathered x and w2's result [dim]     */
+    x_group *x, *a;                /* with roundings on, packed x and a                         */
     const dsv4_acts *in;
     const int32_t *rows;
     const float *weight;
@@ -1348,9 +1350,9 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     expert_args e = {.in = x, .rows = rows, .weight = weight, .dim = dim, .inter = inter,
                      .limit = limit, .g = scratch};
     e.u = e.g + (size_t)EXPERT_ROWS * (size_t)inter;
-    e.f32 = e.u + (size_t)EXPERT_ROWS * (size_t)inter;
-    e.out = e.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
-    e.x = (x_group *)(void *)e.f32;
+    float *f32 = e.u + (size_t)EXPERT_ROWS * (size_t)inter;  /* off, x gathered, w2's result [dim] */
+    float *out = f32 + (size_t)EXPERT_ROWS * (size_t)dim;
+    e.x = (x_group *)(void *)f32;                            /* on, in their place */
     e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
     int n_a = (int)n_groups_of(inter);
     if (x->code) {
@@ -1363,23 +1365,21 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
         return;
     }
     for (int i = 0; i < m; i++)
-        memcpy(e.f32 + i * dim, x->f32 + (size_t)rows[i] * (size_t)dim, (size_t)dim * sizeof(float));
-    linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
-    linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
+        memcpy(f32 + i * dim, x->f32 + (size_t)rows[i] * (size_t)dim, (size_t)dim * sizeof(float));
+    linear_cpu(e.g, &w->w1, f32, m, 1, ex);
+    linear_cpu(e.u, &w->w3, f32, m, 1, ex);
     exec_for(ex, m, n_a, 16, expert_activate, &e);
-    linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
+    linear_cpu(out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
-        add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
+        add_cpu(y + (size_t)rows[i] * (size_t)dim, out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
 }
 
 /* === 13. Measuring ============================================================================
  * One buffer, larger than any cache, is read, and is matrix, scales, x and y of a linear; its bytes
- * are alike: in any format a number, and none of the sums overflows or is subnormal.            */
+ * are alike: in any format a number, and none of the sums overflows or is subnormal.  The linear
+ * alone takes 5 MB.                                                                             */
 
-enum {
-    MEASURE_MB = 512, MEASURE_LEAST_MB = 6, /* the linear alone takes 5                         */
-    MEASURE_TOKENS = 64, MEASURE_DIM = 2048,
-};
+enum { MEASURE_MB = 512, MEASURE_LEAST_MB = 6, MEASURE_TOKENS = 64, MEASURE_DIM = 2048 };
 
 /* Item: a megabyte. */
 static void measure_read(const void *arg, place mb) {
