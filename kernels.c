@@ -975,14 +975,14 @@ static void attend_scores(attend_block *b, const dsv4_attend *in, int row, int64
     b->padded = tiles_of(n) * TILE_ROWS;
     for (int h = 0; h < n_heads; h++)
         for (int i = n; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
+    for (int i = 0; i < b->padded; i++) {
+        const void *stored = attend_row(in, row, j0 + min_int(i, n - 1));
+        if (in->packed) kv_decode(b->x + i * d, stored, d, in->rope_dim);
+        b->item[i] = in->packed ? b->x + i * d : stored;
+    }
     for (int i = 0; i < n; i += TILE_ROWS) {
         tile_rows k = {.ahead = 0};
-        for (int r = 0; r < TILE_ROWS; r++) {
-            float *x = b->x + (i + r) * d;
-            const void *stored = attend_row(in, row, j0 + min_int(i + r, n - 1));
-            if (in->packed) kv_decode(x, stored, d, in->rope_dim);
-            k.data[r] = b->item[i + r] = in->packed ? x : stored;
-        }
+        memcpy(k.data, b->item + i, sizeof k.data);
         for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
             float dot[TILE_VECS][TILE_ROWS];
             n_vecs = dot_f32(dot, &k, q + h * d, (size_t)d, d, n_heads - h);
