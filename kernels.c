@@ -567,13 +567,6 @@ INLINE int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, c
     }
 }
 
-/* The same for rows of F32: one copy of what most products come to. */
-static __attribute__((noinline))
-int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t ldx, int len,
-            int n_vecs) {
-    return dot_tile(out, w, DT_F32, x, ldx, len, n_vecs);
-}
-
 /* === 6. linear ================================================================================
  * Differs: F32.  A work item is a tile of four rows for TOKEN_BLOCK tokens, TILE_COLS columns at a
  * time; an element adds its column blocks in ascending order.  For more tokens than dot_tile takes
@@ -641,7 +634,7 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
             float out[TILE_VECS][TILE_ROWS];
             const float *xt = x + (size_t)t * ldx;
             n_vecs = direct ? dot_tile(out, &tile, type, xt, ldx, len, t1 - t)
-                            : dot_f32(out, &tile, xt, ldx, len, t1 - t);
+                            : dot_tile(out, &tile, DT_F32, xt, ldx, len, t1 - t);
             for (int v = 0; v < n_vecs; v++) {
                 float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
                 for (int r = 0; r < n_rows; r++)             /* -0 changes no sum */
@@ -985,7 +978,7 @@ static void attend_scores(attend_block *b, const dsv4_attend *in, int row, int64
         memcpy(k.data, b->item + i, sizeof k.data);
         for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
             float dot[TILE_VECS][TILE_ROWS];
-            n_vecs = dot_f32(dot, &k, q + h * d, (size_t)d, d, n_heads - h);
+            n_vecs = dot_tile(dot, &k, DT_F32, q + h * d, (size_t)d, d, n_heads - h);
             for (int v = 0; v < n_vecs; v++)
                 for (int r = 0; r < min_int(TILE_ROWS, n - i); r++)
                     b->p[h + v][i + r] = dot[v][r] * scale;
