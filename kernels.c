@@ -227,8 +227,8 @@ static void wait_change(_Atomic uint32_t *word, uint32_t old) {
 static void take_blocks(dsv4_exec *ex) {
     for (;;) {
         int64_t begin = atomic_fetch_add(&ex->next, ex->grain);
-        if (begin >= ex->n_items) return;
         int64_t end = min_i64(begin + ex->grain, ex->n_items);
+        if (begin >= end) return;
         for (int64_t i = begin; i < end; i++)
             ex->fn(ex->arg, (place){i / ex->n_cols, (int)(i % ex->n_cols)});
     }
@@ -256,9 +256,8 @@ static void *worker_main(void *arg) {
  * time, never from inside one. */
 static void exec_for(dsv4_exec *ex, int64_t n_rows, int n_cols, int64_t most, item_fn fn,
                      const void *arg) {
-    int64_t n_items = n_rows * n_cols;
-    int64_t grain = n_items / (4 * (ex->n_workers + 1));     /* 4: a late thread costs little */
-    grain = grain < 1 ? 1 : min_i64(grain, most);
+    int64_t n_items = n_rows * n_cols, grain = n_items / (4 * (ex->n_workers + 1));
+    grain = grain < 1 ? 1 : min_i64(grain, most);            /* 4: a late thread costs little */
     int64_t n_more = min_i64(ex->n_workers, (n_items - 1) / grain);
     assert(atomic_load(&ex->gate) == 0);
     ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain, ex->n_cols = n_cols;
@@ -484,21 +483,17 @@ static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n,
 
 enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
-/* TILE_ROWS rows of a matrix from some column on, as stored. */
-typedef struct {
+typedef struct {                   /* TILE_ROWS rows of a matrix from some column on, as stored */
     const void *data[TILE_ROWS];
     const uint8_t *scale[TILE_ROWS]; /* of FP8 and FP4, else unused                             */
     size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
 } tile_rows;
 
-/* The last one may be ragged. */
+/* The last tile may be ragged; bytes are of n numbers. */
 static inline int tiles_of(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
-
-/* Of n numbers. */
 static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
 }
-
 static inline bool has_scale(dsv4_dtype t) { return t == DT_F8_E4M3 || t == DT_I8; }
 static inline float rest_of(dsv4_dtype t) {
     return t == DT_F8_E4M3 ? 0x1p56f : t == DT_I8 ? 0x1p62f : 1;
@@ -526,10 +521,7 @@ INLINE f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
 INLINE void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, int n,
                      f32x8 scale, const float *x, size_t ldx, int n_vecs) {
     f32x8 xs[TILE_VECS];
-    for (int v = 0; v < n_vecs; v++) {
-        xs[v] = load_upto8(x + (size_t)v * ldx + c, n);
-        if (has_scale(t)) xs[v] *= scale;
-    }
+    for (int v = 0; v < n_vecs; v++) xs[v] = load_upto8(x + (size_t)v * ldx + c, n) * scale;
 #pragma GCC unroll 4
     for (int r = 0; r < TILE_ROWS; r++) {
         f32x8 wr = load_cols(t, w->data[r], c, n);
@@ -596,15 +588,14 @@ typedef struct { float *y; const dsv4_mat *w; const float *x; int n, groups; } l
 
 /* n_rows rows r0.. of w from column c0 on; a ragged tile repeats its last row. */
 INLINE tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
-    tile_rows tile = {.ahead = 0};
+    bool more = r0 + 2 * TILE_ROWS <= w->rows; /* the hardware does not see four streams as one */
+    tile_rows tile = {.ahead = more ? bytes_of(t, TILE_ROWS * (size_t)w->cols) : 0};
     for (int i = 0; i < TILE_ROWS; i++) {
         size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), at = r * (size_t)w->cols + (size_t)c0;
         tile.data[i] = (const uint8_t *)w->data + bytes_of(t, at);
         tile.scale[i] = t == DT_F8_E4M3 ? w->scale + r / 128 * scales_of(w->cols) + c0 / 128
                       : t == DT_I8 ? w->scale + at / 32 : NULL;
     }
-    if (r0 + 2 * TILE_ROWS <= w->rows)                       /* the hardware does not see four  */
-        tile.ahead = bytes_of(t, TILE_ROWS * (size_t)w->cols); /* streams as one                */
     return tile;
 }
 
@@ -952,11 +943,8 @@ static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) 
         top = max8(abs8(v), top);
         store8(x + c, v * (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23));
     }
-    if (rare || max_lane8(top) > 448 * 0x1p-8f) {
-        kv_row_read(x, row, head_dim, rope_dim, true);
-        return;
-    }
-    for (; c < head_dim; c += 8) store8(x + c, bf16_load8(rope + c - n_codes));
+    if (rare || max_lane8(top) > 448 * 0x1p-8f) kv_row_read(x, row, head_dim, rope_dim, true);
+    else for (; c < head_dim; c += 8) store8(x + c, bf16_load8(rope + c - n_codes));
 }
 
 /* The items j0 .. of the list of token t0 + row, which has n_items, and b->p, their scores of heads
@@ -1192,7 +1180,7 @@ typedef struct {                   /* of x                                      
 
 typedef struct { u8x32 u[8]; i32x8 scale; } w_group; /* of a row of weights; codes              */
 
-static inline size_t n_groups_of(int cols) { return (size_t)(cols + PACK - 1) / PACK; }
+static inline int n_groups_of(int cols) { return (cols + PACK - 1) / PACK; }
 
 /* One group, or the cols that are left, of e4m3 codes and their scales, one for 128 columns. */
 static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
@@ -1268,7 +1256,7 @@ static void fp4_tile(const void *arg, place at) {
     const fp4_args *a = arg;
     const dsv4_mat *w = a->w[at.row];
     int r0 = at.col * TILE_ROWS, n_rows = min_int(TILE_ROWS, w->rows - r0);
-    int n_groups = (int)n_groups_of(w->cols);
+    int n_groups = n_groups_of(w->cols);
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
     w_group piece[TILE_ROWS][PIECE];
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
@@ -1304,7 +1292,7 @@ typedef struct {
 } expert_args;
 
 size_t expert_scratch_bytes(int dim, int inter) {
-    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group);
+    size_t on = (size_t)(n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group);
     size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
@@ -1313,8 +1301,7 @@ size_t expert_scratch_bytes(int dim, int inter) {
 static void expert_pack(const void *arg, place at) {
     const expert_args *e = arg;
     size_t c = (size_t)at.col * PACK, row = (size_t)e->rows[at.row];
-    pack_group(&e->x[(size_t)at.row * n_groups_of(e->dim) + (size_t)at.col],
-               e->in->code + row * (size_t)e->dim + c,
+    pack_group(&e->x[at.row * n_groups_of(e->dim) + at.col], e->in->code + row * (size_t)e->dim + c,
                e->in->scale + row * scales_of(e->dim) + c / 128, min_int(PACK, e->dim - (int)c));
 }
 
@@ -1329,7 +1316,7 @@ static void expert_activate(const void *arg, place at) {
     for (int j = 0; j < len; j++) g[j] *= e->weight[at.row];
     if (!e->in->code) return;
     e4m3_row(NULL, code, scale, g, len);
-    pack_group(&e->a[(size_t)at.row * n_groups_of(e->inter) + (size_t)at.col], code, scale, len);
+    pack_group(&e->a[at.row * n_groups_of(e->inter) + at.col], code, scale, len);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
@@ -1347,13 +1334,12 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     float *out = f32 + (size_t)EXPERT_ROWS * (size_t)dim;
     e.x = (x_group *)(void *)f32;                            /* on, in their place */
     e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
-    int n_a = (int)n_groups_of(inter);
     if (x->code) {
         fp4_args up = {{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m};
         fp4_args down = {{&w->w2}, {y}, rows, e.a, m};
-        exec_for(ex, m, (int)n_groups_of(dim), 16, expert_pack, &e);
+        exec_for(ex, m, n_groups_of(dim), 16, expert_pack, &e);
         exec_for(ex, 2, tiles_of(inter), 16, fp4_tile, &up);
-        exec_for(ex, m, n_a, 16, expert_activate, &e);
+        exec_for(ex, m, n_groups_of(inter), 16, expert_activate, &e);
         exec_for(ex, 1, tiles_of(dim), 16, fp4_tile, &down);
         return;
     }
@@ -1361,7 +1347,7 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
         memcpy(f32 + i * dim, x->f32 + (size_t)rows[i] * (size_t)dim, (size_t)dim * sizeof(float));
     linear_cpu(e.g, &w->w1, f32, m, 1, ex);
     linear_cpu(e.u, &w->w3, f32, m, 1, ex);
-    exec_for(ex, m, n_a, 16, expert_activate, &e);
+    exec_for(ex, m, n_groups_of(inter), 16, expert_activate, &e);
     linear_cpu(out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
         add_cpu(y + (size_t)rows[i] * (size_t)dim, out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
