@@ -50,6 +50,7 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
 
 /* What needs no more than GCC's vectors:
  *   load8, load_halves          anything of 32 bytes at any address; 16 bytes at lo and 16 at hi
@@ -308,8 +309,7 @@ static inline f32x8 exp8(f32x8 x) {
     f32x8 p = splat8(1.0f / 5040);
     static const float rest[7] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
     for (int i = 0; i < 7; i++) p = fma8(p, r, splat8(rest[i]));
-    i32x8 exponent = (i32x8)shifted - (i32x8)shift;
-    i32x8 half = exponent >> 1;
+    i32x8 exponent = (i32x8)shifted - (i32x8)shift, half = exponent >> 1;
     f32x8 a = (f32x8)((u32x8)(half + 127) << 23);
     f32x8 b = (f32x8)((u32x8)(exponent - half + 127) << 23);
     return p * a * b;
@@ -348,9 +348,9 @@ INLINE void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
 }
 
 /* === 4. Cheap operations: an item is a row ====================================================
- * NAME_cpu, the twin, says what it sets of the arguments; row_item does row t of any of them.
- * rmsnorm differs: F32, the sum of squares in eight lanes.  act_quant, act_codes and swiglu do not
- * differ, to the bit.  Where time does not matter a row is left to the reference; embed and kv_round
+ * NAME_cpu, the twin, names the arguments; row_item does a row of any of these operations.
+ * rmsnorm differs: F32, the sum of squares in eight lanes.  act_quant, act_codes and swiglu do
+ * not, to the bit.  Where time does not matter a row is left to the reference; embed and kv_round
  * are, as they stand in the table.                                                              */
 
 enum row_op { RMSNORM, ACT_QUANT, ACT_CODES, ACT_VALUES, INDEX_ROUND, SWIGLU, ADD, ROPE, ROUTE };
@@ -368,8 +368,6 @@ typedef struct {
     float eps, limit;
     bool packed, inverse;
 } row_args;
-
-static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
 
 /* The sum of squares of x [d]. */
 static inline float sum_squares(const float *x, int d) {
@@ -395,12 +393,6 @@ static void swiglu_one(float *a, const float *g, const float *u, int d, float li
     }
 }
 
-static void route_one(int32_t *ids, float *weights, dsv4_route in, int64_t t) {
-    in.logits += t * in.n_experts;
-    if (in.tokens) in.tokens += t;
-    ops_ref.route(ids + t * in.topk, weights + t * in.topk, &in, 1, NULL);
-}
-
 static void row_item(const void *arg, place at) {
     const row_args *a = arg;
     int d = a->d;
@@ -422,7 +414,12 @@ static void row_item(const void *arg, place at) {
         ops_ref.rope(a->y + i * a->heads, a->w, 1, a->heads, d, a->rope_dim, a->pos0 + t * a->step,
                      a->step, a->inverse, NULL);
         break;
-    case ROUTE: route_one(a->ids, a->y, *a->route, t); break;
+    case ROUTE: {
+        dsv4_route in = *a->route;
+        in.logits += t * in.n_experts;
+        if (in.tokens) in.tokens += t;
+        ops_ref.route(a->ids + t * in.topk, a->y + t * in.topk, &in, 1, NULL);
+    }
     }
 }
 
@@ -611,7 +608,6 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
     for (int c0 = 0; c0 < w->cols; c0 += TILE_COLS) {
         int len = min_int(TILE_COLS, w->cols - c0);
-        const float *x = a->x + (size_t)g * (size_t)w->cols + c0;
         tile_rows tile = tile_at(w, type, row0, n_rows, c0);
         bool direct = t1 - t0 <= TILE_VECS && type != DT_I8
                    && tile.scale[0] == tile.scale[TILE_ROWS - 1];
@@ -623,9 +619,9 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
         }
         for (int t = t0, n_vecs; t < t1; t += n_vecs) {
             float out[TILE_VECS][TILE_ROWS];
-            const float *xt = x + (size_t)t * ldx;
-            n_vecs = direct ? dot_tile(out, &tile, type, xt, ldx, len, t1 - t)
-                            : dot_tile(out, &tile, DT_F32, xt, ldx, len, t1 - t);
+            const float *x = a->x + (size_t)t * ldx + (size_t)g * (size_t)w->cols + c0;
+            n_vecs = direct ? dot_tile(out, &tile, type, x, ldx, len, t1 - t)
+                            : dot_tile(out, &tile, DT_F32, x, ldx, len, t1 - t);
             for (int v = 0; v < n_vecs; v++) {
                 float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
                 for (int r = 0; r < n_rows; r++)             /* -0 changes no sum */
@@ -1058,10 +1054,11 @@ enum {
 };
 
 typedef struct {
-    float *x, *post, *comb;        /* of the token block; post, comb NULL in hc_head            */
+    float *x, *post, *comb;        /* post, comb NULL in hc_head                                */
     const float *h, *mix;          /* streams; fn . h, not yet divided by the streams' rms      */
     const dsv4_hc *w;
     const dsv4_hc_shape *s;
+    int t0;                        /* the first token that mix is of                            */
 } hc_args;
 
 static inline float sigmoid(float x) { return 1 / (1 + exp_f32(-x)); }
@@ -1095,9 +1092,9 @@ static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const d
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
 static void hc_mix_row(const void *arg, place at) {
     const hc_args *a = arg;
-    int64_t t = at.row;
+    int64_t t = a->t0 + at.row;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
-    const float *h = a->h + t * len, *m = a->mix + t * n_mix;
+    const float *h = a->h + t * len, *m = a->mix + at.row * n_mix;
     float pre[MAX_HC], *x = a->x + t * dim;
     float r = 1 / sqrtf(sum_squares(h, len) / (float)len + a->s->rms_eps);
     for (int i = 0; i < hc; i++) {
@@ -1123,10 +1120,8 @@ static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const
     dsv4_mat fn = {DT_F32, post ? (2 + hc) * hc : hc, len, w->fn, NULL};
     for (int t = 0; t < n; t += TOKEN_BLOCK) {
         int n_now = min_int(TOKEN_BLOCK, n - t);
-        hc_args a = {x + (size_t)t * (size_t)s->dim, post ? post + t * hc : NULL,
-                     comb ? comb + t * hc * hc : NULL, h + (size_t)t * (size_t)len, mix, w, s};
-        linear_cpu(mix, &fn, a.h, n_now, 1, ex);
-        exec_for(ex, n_now, 1, 1, hc_mix_row, &a);
+        linear_cpu(mix, &fn, h + (size_t)t * (size_t)len, n_now, 1, ex);
+        exec_for(ex, n_now, 1, 1, hc_mix_row, &(hc_args){x, post, comb, h, mix, w, s, t});
     }
 }
 
@@ -1282,7 +1277,7 @@ static void fp4_tile(const void *arg, place at) {
 }
 
 typedef struct {
-    float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter]; */
+    float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter] */
     x_group *x, *a;                /* with roundings on, packed x and a                         */
     const dsv4_acts *in;
     const int32_t *rows;
@@ -1327,15 +1322,14 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     assert(m <= EXPERT_ROWS && dim % 32 == 0 && inter % 32 == 0);
     assert((x->code != NULL) != (x->f32 != NULL));
     assert((uintptr_t)scratch % 64 == 0);
-    expert_args e = {.in = x, .rows = rows, .weight = weight, .dim = dim, .inter = inter,
-                     .limit = limit, .g = scratch};
-    e.u = e.g + (size_t)EXPERT_ROWS * (size_t)inter;
-    float *f32 = e.u + (size_t)EXPERT_ROWS * (size_t)inter;  /* off, x gathered, w2's result [dim] */
-    float *out = f32 + (size_t)EXPERT_ROWS * (size_t)dim;
-    e.x = (x_group *)(void *)f32;                            /* on, in their place */
-    e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
+    float *g = scratch, *u = g + EXPERT_ROWS * (size_t)inter;
+    float *f32 = u + EXPERT_ROWS * (size_t)inter;            /* off, x gathered and w2's result */
+    float *out = f32 + EXPERT_ROWS * (size_t)dim;
+    x_group *packed = (x_group *)(void *)f32;                /* on, in their place, x and a */
+    expert_args e = {g, u, packed, packed + EXPERT_ROWS * n_groups_of(dim), x, rows, weight, dim,
+                     inter, limit};
     if (x->code) {
-        fp4_args up = {{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m};
+        fp4_args up = {{&w->w1, &w->w3}, {g, u}, NULL, e.x, m};
         fp4_args down = {{&w->w2}, {y}, rows, e.a, m};
         exec_for(ex, m, n_groups_of(dim), 16, expert_pack, &e);
         exec_for(ex, 2, tiles_of(inter), 16, fp4_tile, &up);
@@ -1345,10 +1339,10 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     }
     for (int i = 0; i < m; i++)
         memcpy(f32 + i * dim, x->f32 + (size_t)rows[i] * (size_t)dim, (size_t)dim * sizeof(float));
-    linear_cpu(e.g, &w->w1, f32, m, 1, ex);
-    linear_cpu(e.u, &w->w3, f32, m, 1, ex);
+    linear_cpu(g, &w->w1, f32, m, 1, ex);
+    linear_cpu(u, &w->w3, f32, m, 1, ex);
     exec_for(ex, m, n_groups_of(inter), 16, expert_activate, &e);
-    linear_cpu(out, &w->w2, e.g, m, 1, ex);
+    linear_cpu(out, &w->w2, g, m, 1, ex);
     for (int i = 0; i < m; i++)
         add_cpu(y + (size_t)rows[i] * (size_t)dim, out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
 }
