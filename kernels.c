@@ -608,6 +608,7 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
     for (int c0 = 0; c0 < w->cols; c0 += TILE_COLS) {
         int len = min_int(TILE_COLS, w->cols - c0);
+        const float *x = a->x + (size_t)g * (size_t)w->cols + c0;
         tile_rows tile = tile_at(w, type, row0, n_rows, c0);
         bool direct = t1 - t0 <= TILE_VECS && type != DT_I8
                    && tile.scale[0] == tile.scale[TILE_ROWS - 1];
@@ -619,9 +620,9 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
         }
         for (int t = t0, n_vecs; t < t1; t += n_vecs) {
             float out[TILE_VECS][TILE_ROWS];
-            const float *x = a->x + (size_t)t * ldx + (size_t)g * (size_t)w->cols + c0;
-            n_vecs = direct ? dot_tile(out, &tile, type, x, ldx, len, t1 - t)
-                            : dot_tile(out, &tile, DT_F32, x, ldx, len, t1 - t);
+            const float *xt = x + (size_t)t * ldx;
+            n_vecs = direct ? dot_tile(out, &tile, type, xt, ldx, len, t1 - t)
+                            : dot_tile(out, &tile, DT_F32, xt, ldx, len, t1 - t);
             for (int v = 0; v < n_vecs; v++) {
                 float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
                 for (int r = 0; r < n_rows; r++)             /* -0 changes no sum */
