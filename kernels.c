@@ -41,6 +41,7 @@ typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x4 __attribute__((vector_size(16)));
 typedef uint64_t u64x4 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x32 __attribute__((vector_size(32)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
@@ -49,61 +50,51 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
 
+/* What needs no more than GCC's vectors:
+ *   load8, load_halves          anything of 32 bytes at any address; 16 bytes at lo and 16 at hi
+ *   load_upto8, store_upto8     the first n floats, the rest zeros; all eight if n is larger
+ *   abs8                        the sign bit cleared, of NaN and -0 too
+ *   max_lane8                   the largest lane; for a maximum the order does not matter
+ *   sum8                        ((v0 + v4) + (v2 + v6)) + ((v1 + v5) + (v3 + v7)), this tree always
+ *   prefetch                    ask for the cache lines of `bytes` bytes at p, soon to be read */
 static inline f32x8 splat8(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
-
-/* Eight floats, or anything of 32 bytes, at any address. */
 static inline f32x8 load8(const void *p) {
     f32x8 v;
     memcpy(&v, p, sizeof v);
     return v;
 }
-
 static inline void store8(float *p, f32x8 v) { memcpy(p, &v, sizeof v); }
-
-/* 16 bytes at lo and 16 at hi. */
 static inline u32x8 load_halves(const uint8_t *lo, const uint8_t *hi) {
     u32x4 a, b;
     memcpy(&a, lo, sizeof a);
     memcpy(&b, hi, sizeof b);
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
 }
-
-/* The first n floats, and zeros up to eight; all eight if n is larger. */
 static inline f32x8 load_upto8(const float *p, int n) {
     f32x8 v = splat8(0);
     if (n >= 8) return load8(p);
     memcpy(&v, p, (size_t)n * sizeof *p);
     return v;
 }
-
-/* The first n lanes; all eight if n is larger. */
 static inline void store_upto8(float *p, f32x8 v, int n) {
     if (n >= 8) store8(p, v);
     else memcpy(p, &v, (size_t)n * sizeof *p);
 }
-
-/* The sign bit cleared, of NaN and -0 too. */
 static inline f32x8 abs8(f32x8 v) { return (f32x8)((u32x8)v & 0x7fffffff); }
-
-/* The largest lane; for a maximum the order does not matter. */
 static inline float max_lane8(f32x8 v) {
     float top = v[0];
     for (int i = 1; i < 8; i++) top = v[i] > top ? v[i] : top;
     return top;
 }
-
-/* Ask for the cache lines of `bytes` bytes at p, soon to be read. */
-static inline void prefetch(const uint8_t *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-/* The sum of the lanes, always as this tree:
- * ((v0 + v4) + (v2 + v6)) + ((v1 + v5) + (v3 + v7)) */
 static inline float sum8(f32x8 v) {
     v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
     v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
     return v[0] + v[1];
+}
+static inline void prefetch(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 /* What GCC does not make of vectors by itself, first with AVX2, then in plain C:
@@ -148,12 +139,8 @@ static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
     return c;
 }
 static inline i32x8 pick8(i32x8 m, i32x8 a, i32x8 b) { return (m & a) | (~m & b); }
-static inline f32x8 min8(f32x8 a, f32x8 b) {
-    return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b);
-}
-static inline f32x8 max8(f32x8 a, f32x8 b) {
-    return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b);
-}
+static inline f32x8 min8(f32x8 a, f32x8 b) { return (f32x8)pick8(a < b, (i32x8)a, (i32x8)b); }
+static inline f32x8 max8(f32x8 a, f32x8 b) { return (f32x8)pick8(a > b, (i32x8)a, (i32x8)b); }
 static inline i32x8 clamp8(i32x8 x, i32x8 lo, i32x8 hi) {
     return pick8(x < lo, lo, pick8(x > hi, hi, x));
 }
@@ -174,15 +161,11 @@ static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
     return code;
 }
 static inline u16x16 pair_dots(u8x32 u, u8x32 s) {
-    u16x16 v;
-    for (int i = 0; i < 16; i++)
-        v[i] = (uint16_t)(u[2 * i] * (int8_t)s[2 * i] + u[2 * i + 1] * (int8_t)s[2 * i + 1]);
-    return v;
+    u16x16 a = (u16x16)u, b = (u16x16)s;
+    return (a & 255) * (u16x16)((i16x16)(b << 8) >> 8) + (a >> 8) * (u16x16)((i16x16)b >> 8);
 }
 static inline i32x8 pair_sums(u16x16 v, int16_t k) {
-    i32x8 sum;
-    for (int i = 0; i < 8; i++) sum[i] = ((int16_t)v[2 * i] + (int16_t)v[2 * i + 1]) * k;
-    return sum;
+    return (((i32x8)((u32x8)v << 16) >> 16) + ((i32x8)v >> 16)) * k;
 }
 #endif
 
@@ -207,15 +190,16 @@ static inline f32x8 e4m3_load8(const uint8_t *p) {
 enum { SPINS = 60 };               /* pauses of 40 to 140 cycles each: a few microseconds       */
 #define OPEN 0x80000000u           /* in gate; the other bits count workers inside */
 
-/* Do one item.  Called by several threads at once with the same arg. */
-typedef void (*item_fn)(const void *arg, int64_t item);
+/* Do one item of a grid.  Called by several threads at once with the same arg. */
+typedef struct { int64_t row; int col; } place;
+typedef void (*item_fn)(const void *arg, place at);
 
 struct dsv4_exec {
     int n_workers;
     pthread_t worker[MAX_THREADS];
     item_fn fn;                    /* the job; written while the gate is shut and nobody inside */
     const void *arg;
-    int64_t n_items, grain;
+    int64_t n_items, n_cols, grain;
     _Atomic bool stop;             /* told once, by exec_close                                  */
     /* Each on a cache line of its own, for each is written while others are waited on. */
     alignas(64) _Atomic int64_t next;   /* first item that nobody has taken                     */
@@ -230,25 +214,24 @@ static void futex_wake(_Atomic uint32_t *word, int n) {
 
 /* Return once *word is (or was for a moment) not `old`. */
 static void wait_change(_Atomic uint32_t *word, uint32_t old) {
-    for (int i = 0; i < SPINS; i++) {
-        if (atomic_load(word) != old) return;
+    for (int64_t i = 0; atomic_load(word) == old; i++) {
+        if (i >= SPINS) (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
 #if defined __x86_64__
-        __builtin_ia32_pause();
+        else __builtin_ia32_pause();
 #elif defined __aarch64__
-        __asm__ volatile("isb");
+        else __asm__ volatile("isb");
 #endif
     }
-    while (atomic_load(word) == old)
-        (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
 }
 
 /* Work until every item is taken.  The counter may pass n_items by a grain a thread. */
 static void take_blocks(dsv4_exec *ex) {
     for (;;) {
         int64_t begin = atomic_fetch_add(&ex->next, ex->grain);
-        if (begin >= ex->n_items) return;
         int64_t end = min_i64(begin + ex->grain, ex->n_items);
-        for (int64_t i = begin; i < end; i++) ex->fn(ex->arg, i);
+        if (begin >= end) return;
+        for (int64_t i = begin; i < end; i++)
+            ex->fn(ex->arg, (place){i / ex->n_cols, (int)(i % ex->n_cols)});
     }
 }
 
@@ -269,23 +252,22 @@ static void *worker_main(void *arg) {
     }
 }
 
-/* fn(arg, i) for i < n_items, each once; the caller takes part, and alone does what is a single
- * block.  Blocks let each thread take several, and have at most `most` items.  One job at a time,
- * never from inside one. */
-static void exec_for(dsv4_exec *ex, int64_t n_items, int64_t most, item_fn fn, const void *arg) {
-    int64_t grain = n_items / (4 * (ex->n_workers + 1));     /* 4: a late thread costs little */
-    grain = grain < 1 ? 1 : min_i64(grain, most);
-    int64_t n_blocks = (n_items + grain - 1) / grain;
+/* fn at each place of a grid, once, row by row; the caller takes part, and alone does what is a
+ * single block.  Blocks let each thread take several, and have at most `most` items.  One job at a
+ * time, never from inside one. */
+static void exec_for(dsv4_exec *ex, int64_t n_rows, int n_cols, int64_t most, item_fn fn,
+                     const void *arg) {
+    int64_t n_items = n_rows * n_cols, grain = n_items / (4 * (ex->n_workers + 1));
+    grain = grain < 1 ? 1 : min_i64(grain, most);            /* 4: a late thread costs little */
+    int64_t n_more = min_i64(ex->n_workers, (n_items - 1) / grain);
     assert(atomic_load(&ex->gate) == 0);
-    if (n_blocks <= 1 || ex->n_workers == 0) {
-        for (int64_t i = 0; i < n_items; i++) fn(arg, i);
-        return;
-    }
-    ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain;
+    ex->fn = fn, ex->arg = arg, ex->n_items = n_items, ex->grain = grain, ex->n_cols = n_cols;
     atomic_store(&ex->next, 0);
-    atomic_store(&ex->gate, OPEN);
-    atomic_fetch_add(&ex->bell, 1);
-    futex_wake(&ex->bell, (int)min_i64(ex->n_workers, n_blocks - 1));
+    if (n_more > 0) {
+        atomic_store(&ex->gate, OPEN);
+        atomic_fetch_add(&ex->bell, 1);
+        futex_wake(&ex->bell, (int)n_more);
+    }
     take_blocks(ex);
     uint32_t inside = atomic_fetch_and(&ex->gate, ~OPEN) & ~OPEN;
     for (; inside; inside = atomic_load(&ex->gate)) wait_change(&ex->gate, inside);
@@ -296,15 +278,12 @@ int exec_open(dsv4_exec **out, int n_threads, dsv4_err *err) {
     dsv4_exec *ex = aligned_alloc(64, sizeof *ex);
     if (!ex) return fail(err, "no memory for the thread pool");
     memset(ex, 0, sizeof *ex);
-    for (int i = 0; i < n_threads - 1; i++) {
-        int rc = pthread_create(&ex->worker[i], NULL, worker_main, ex);
-        if (rc) {
+    for (int i = 0, rc; i < n_threads - 1; i++, ex->n_workers++)
+        if ((rc = pthread_create(&ex->worker[i], NULL, worker_main, ex)) != 0) {
             exec_close(ex);                                  /* ends those already started */
             return fail(err, "start thread %d of %d: %s; use fewer threads", i + 2, n_threads,
                         strerror(rc));
         }
-        ex->n_workers++;
-    }
     *out = ex;
     return 0;
 }
@@ -330,8 +309,7 @@ static inline f32x8 exp8(f32x8 x) {
     f32x8 p = splat8(1.0f / 5040);
     static const float rest[7] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
     for (int i = 0; i < 7; i++) p = fma8(p, r, splat8(rest[i]));
-    i32x8 exponent = (i32x8)shifted - (i32x8)shift;
-    i32x8 half = exponent >> 1;
+    i32x8 exponent = (i32x8)shifted - (i32x8)shift, half = exponent >> 1;
     f32x8 a = (f32x8)((u32x8)(half + 127) << 23);
     f32x8 b = (f32x8)((u32x8)(exponent - half + 127) << 23);
     return p * a * b;
@@ -351,7 +329,7 @@ static inline f32x8 e4m3_round8(f32x8 x, u32x8 *code) {
 
 /* x [d] rounded through e4m3 in blocks of 128: values y (which may be x), or codes [d] and scales
  * [ceil(d/128)].  x / scale is x times its inverse exactly, both being powers of two. */
-static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d) {
+INLINE void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, int d) {
     for (int b = 0; b < d; b += 128) {
         int stop = min_int(b + 128, d);
         f32x8 top = splat8(1e-4f);                           /* NaNs do not count */
@@ -362,23 +340,27 @@ static void e4m3_row(float *y, uint8_t *code, uint8_t *scale, const float *x, in
             u32x8 c;
             f32x8 v = e4m3_round8(load_upto8(x + i, stop - i) * inverse, &c);
             u8x8 codes = __builtin_convertvector(c, u8x8);
-            if (y) store_upto8(y + i, v * factor, stop - i);
-            else memcpy(code + i, &codes, (size_t)min_int(8, stop - i));
+            if (code) memcpy(code + i, &codes, (size_t)min_int(8, stop - i));
+            else store_upto8(y + i, v * factor, stop - i);
         }
         if (scale) scale[b / 128] = s;
     }
 }
 
 /* === 4. Cheap operations: an item is a row ====================================================
- * NAME_row does row t; NAME_cpu, the twin, hands the rows out.  Where time does not matter a row
- * is left to the reference; embed and kv_round are, as they stand in the table.                 */
+ * NAME_cpu, the twin, names the arguments; row_item does a row of any of these operations.
+ * rmsnorm differs: F32, the sum of squares in eight lanes.  act_quant, act_codes and swiglu do
+ * not, to the bit.  Where time does not matter a row is left to the reference; embed and kv_round
+ * are, as they stand in the table.                                                              */
 
-typedef struct {                   /* arguments of these operations; each sets what it uses     */
+enum row_op { RMSNORM, ACT_QUANT, ACT_CODES, ACT_VALUES, INDEX_ROUND, SWIGLU, ADD, ROPE, ROUTE };
+
+typedef struct {
+    enum row_op op;
     float *y;                      /* [n][heads][d]                                             */
     const float *x, *w;
-    uint8_t *code, *scale;         /* [n][d], [n][ceil(d/128)], written                         */
-    const uint8_t *from, *from_scale; /* the same, read                                         */
-    uint8_t *rows;                 /* [n] index rows                                            */
+    uint8_t *code, *scale;         /* [n][d] or index rows [n], [n][ceil(d/128)], written       */
+    const uint8_t *from, *from_scale; /* [n][d], [n][ceil(d/128)], read                         */
     int32_t *ids;
     const dsv4_route *route;
     int d, heads, rope_dim;
@@ -386,8 +368,6 @@ typedef struct {                   /* arguments of these operations; each sets w
     float eps, limit;
     bool packed, inverse;
 } row_args;
-
-static inline size_t scales_of(int d) { return (size_t)(d + 127) / 128; }
 
 /* The sum of squares of x [d]. */
 static inline float sum_squares(const float *x, int d) {
@@ -399,60 +379,9 @@ static inline float sum_squares(const float *x, int d) {
     return sum8(sum);
 }
 
-static void rmsnorm_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    const float *x = a->x + t * a->d;
-    float *y = a->y + t * a->d, r = 1 / sqrtf(sum_squares(x, a->d) / (float)a->d + a->eps);
-    for (int c = 0; c < a->d; c++) y[c] = a->w ? x[c] * r * a->w[c] : x[c] * r;
-}
-
-/* Differs: F32, the sum of squares in eight lanes. */
-static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
-                        dsv4_exec *ex) {
-    exec_for(ex, n, 16, rmsnorm_row, &(row_args){.y = y, .x = x, .w = w, .d = d, .eps = eps});
-}
-
-static void round_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    if (a->y) e4m3_row(a->y + t * a->d, NULL, NULL, a->x + t * a->d, a->d);
-    else e4m3_row(NULL, a->code + t * a->d, a->scale + (size_t)t * scales_of(a->d),
-                  a->x + t * a->d, a->d);
-}
-
-/* Differs: nothing, to the bit. */
-static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, round_row, &(row_args){.y = y, .x = x, .d = d});
-}
-
-/* Differs: nothing, to the bit. */
-static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
-                          dsv4_exec *ex) {
-    exec_for(ex, n, 16, round_row, &(row_args){.code = code, .scale = scale, .x = x, .d = d});
-}
-
-static void act_values_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.act_values(a->y + t * a->d, a->from + t * a->d,
-                       a->from_scale + (size_t)t * scales_of(a->d), 1, a->d, NULL);
-}
-
-/* Differs: the reference, row by row. */
-static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
-                           dsv4_exec *ex) {
-    row_args a = {.y = y, .from = code, .from_scale = scale, .d = d};
-    exec_for(ex, n, 16, act_values_row, &a);
-}
-
-static void index_round_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.index_round(a->rows + (size_t)t * index_row_bytes(a->d, a->packed), a->y + t * a->d, 1,
-                        a->d, a->packed, NULL);
-}
-
-/* Differs: the reference, row by row. */
-static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
-    row_args a = {.rows = rows, .y = x, .d = d, .packed = packed};
-    exec_for(ex, n, 16, index_round_row, &a);
+static void rmsnorm_one(float *y, const float *x, const float *w, int d, float eps) {
+    float r = 1 / sqrtf(sum_squares(x, d) / (float)d + eps);
+    for (int c = 0; c < d; c++) y[c] = w ? x[c] * r * w[c] : x[c] * r;
 }
 
 /* a [d] = swiglu(g, u); a may be g or u. */
@@ -464,53 +393,73 @@ static void swiglu_one(float *a, const float *g, const float *u, int d, float li
     }
 }
 
-static void swiglu_row(const void *arg, int64_t t) {
+static void row_item(const void *arg, place at) {
     const row_args *a = arg;
-    swiglu_one(a->y + t * a->d, a->x + t * a->d, a->w + t * a->d, a->d, a->limit);
+    int d = a->d;
+    int64_t t = at.row, i = t * d, scale = t * (int64_t)scales_of(d);
+    switch (a->op) {
+    case RMSNORM: rmsnorm_one(a->y + i, a->x + i, a->w, d, a->eps); break;
+    case ACT_QUANT: e4m3_row(a->y + i, NULL, NULL, a->x + i, d); break;
+    case ACT_CODES: e4m3_row(NULL, a->code + i, a->scale + scale, a->x + i, d); break;
+    case ACT_VALUES:
+        ops_ref.act_values(a->y + i, a->from + i, a->from_scale + scale, 1, d, NULL);
+        break;
+    case INDEX_ROUND:
+        ops_ref.index_round(a->code + (size_t)t * index_row_bytes(d, a->packed), a->y + i, 1, d,
+                            a->packed, NULL);
+        break;
+    case SWIGLU: swiglu_one(a->y + i, a->x + i, a->w + i, d, a->limit); break;
+    case ADD: ops_ref.add(a->y + i * a->heads, a->x + i, 1, a->heads, d, NULL); break;
+    case ROPE:
+        ops_ref.rope(a->y + i * a->heads, a->w, 1, a->heads, d, a->rope_dim, a->pos0 + t * a->step,
+                     a->step, a->inverse, NULL);
+        break;
+    case ROUTE: {
+        dsv4_route in = *a->route;
+        in.logits += t * in.n_experts;
+        if (in.tokens) in.tokens += t;
+        ops_ref.route(a->ids + t * in.topk, a->y + t * in.topk, &in, 1, NULL);
+    }
+    }
 }
 
-/* Differs: nothing, to the bit. */
+static void rows_run(dsv4_exec *ex, int n, row_args a) {
+    exec_for(ex, n, 1, a.op == ROPE || a.op == ROUTE ? 1 : 16, row_item, &a);
+}
+
+static void rmsnorm_cpu(float *y, const float *x, const float *w, int n, int d, float eps,
+                        dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){RMSNORM, .y = y, .x = x, .w = w, .d = d, .eps = eps});
+}
+static void act_quant_cpu(float *y, const float *x, int n, int d, dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ACT_QUANT, .y = y, .x = x, .d = d});
+}
+static void act_codes_cpu(uint8_t *code, uint8_t *scale, const float *x, int n, int d,
+                          dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ACT_CODES, .code = code, .scale = scale, .x = x, .d = d});
+}
+static void act_values_cpu(float *y, const uint8_t *code, const uint8_t *scale, int n, int d,
+                           dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){ACT_VALUES, .y = y, .from = code, .from_scale = scale, .d = d});
+}
+static void index_round_cpu(void *rows, float *x, int n, int d, bool packed, dsv4_exec *ex) {
+    rows_run(ex, n, (row_args){INDEX_ROUND, .code = rows, .y = x, .d = d, .packed = packed});
+}
 static void swiglu_cpu(float *a, const float *g, const float *u, int n, int d, float limit,
                        dsv4_exec *ex) {
-    row_args rows = {.y = a, .x = g, .w = u, .d = d, .limit = limit};
-    exec_for(ex, n, 16, swiglu_row, &rows);
+    rows_run(ex, n, (row_args){SWIGLU, .y = a, .x = g, .w = u, .d = d, .limit = limit});
 }
-
-static void add_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.add(a->y + t * a->heads * a->d, a->x + t * a->d, 1, a->heads, a->d, NULL);
-}
-
-/* Differs: the reference, row by row. */
 static void add_cpu(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex) {
-    exec_for(ex, n, 16, add_row, &(row_args){.y = y, .x = x, .heads = copies, .d = d});
+    rows_run(ex, n, (row_args){ADD, .y = y, .x = x, .heads = copies, .d = d});
 }
-
-static void rope_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    ops_ref.rope(a->y + t * a->heads * a->d, a->w, 1, a->heads, a->d, a->rope_dim,
-                 a->pos0 + t * a->step, a->step, a->inverse, NULL);
-}
-
-/* Differs: the reference, token by token. */
 static void rope_cpu(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
                      int rope_dim, int64_t pos0, int64_t step, bool inverse, dsv4_exec *ex) {
-    row_args a = {.y = x, .w = inv_freq, .heads = n_heads, .d = head_dim, .rope_dim = rope_dim,
-                  .pos0 = pos0, .step = step, .inverse = inverse};
-    exec_for(ex, n, 1, rope_row, &a);
+    rows_run(ex, n, (row_args){ROPE, .y = x, .w = inv_freq, .heads = n_heads, .d = head_dim,
+                               .rope_dim = rope_dim, .pos0 = pos0, .step = step,
+                               .inverse = inverse});
 }
-
-static void route_row(const void *arg, int64_t t) {
-    const row_args *a = arg;
-    dsv4_route in = *a->route;
-    in.logits += t * in.n_experts;
-    if (in.tokens) in.tokens += t;
-    ops_ref.route(a->ids + t * in.topk, a->y + t * in.topk, &in, 1, NULL);
-}
-
-/* Differs: the reference, token by token. */
 static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex) {
-    exec_for(ex, n, 1, route_row, &(row_args){.ids = ids, .y = weights, .route = in});
+    rows_run(ex, n, (row_args){ROUTE, .ids = ids, .y = weights, .route = in});
 }
 
 /* === 5. Dot products ==========================================================================
@@ -531,21 +480,17 @@ static void route_cpu(int32_t *ids, float *weights, const dsv4_route *in, int n,
 
 enum { TILE_ROWS = 4, TILE_VECS = 3 }; /* accumulators, and what they need, fill 16 registers */
 
-/* TILE_ROWS rows of a matrix from some column on, as stored. */
-typedef struct {
+typedef struct {                   /* TILE_ROWS rows of a matrix from some column on, as stored */
     const void *data[TILE_ROWS];
     const uint8_t *scale[TILE_ROWS]; /* of FP8 and FP4, else unused                             */
     size_t ahead;                  /* bytes from a row to the one wanted next; 0: do not ask    */
 } tile_rows;
 
-/* The last one may be ragged. */
+/* The last tile may be ragged; bytes are of n numbers. */
 static inline int tiles_of(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
-
-/* Of n numbers. */
 static inline size_t bytes_of(dsv4_dtype t, size_t n) {
     return t == DT_F32 ? 4 * n : t == DT_F8_E4M3 ? n : t == DT_I8 ? n / 2 : 2 * n;
 }
-
 static inline bool has_scale(dsv4_dtype t) { return t == DT_F8_E4M3 || t == DT_I8; }
 static inline float rest_of(dsv4_dtype t) {
     return t == DT_F8_E4M3 ? 0x1p56f : t == DT_I8 ? 0x1p62f : 1;
@@ -573,10 +518,7 @@ INLINE f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
 INLINE void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, int c, int n,
                      f32x8 scale, const float *x, size_t ldx, int n_vecs) {
     f32x8 xs[TILE_VECS];
-    for (int v = 0; v < n_vecs; v++) {
-        xs[v] = load_upto8(x + (size_t)v * ldx + c, n);
-        if (has_scale(t)) xs[v] *= scale;
-    }
+    for (int v = 0; v < n_vecs; v++) xs[v] = load_upto8(x + (size_t)v * ldx + c, n) * scale;
 #pragma GCC unroll 4
     for (int r = 0; r < TILE_ROWS; r++) {
         f32x8 wr = load_cols(t, w->data[r], c, n);
@@ -588,9 +530,7 @@ INLINE void dot_step(f32x8 (*acc)[TILE_ROWS], dsv4_dtype t, const tile_rows *w, 
  * their scales in common, FP4 rows come decoded. */
 INLINE void dot_tile_n(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, const float *x,
                        size_t ldx, int len, int n_vecs) {
-    f32x8 acc[TILE_VECS][TILE_ROWS], scale = splat8(1);
-    for (int v = 0; v < n_vecs; v++)
-        for (int r = 0; r < TILE_ROWS; r++) acc[v][r] = splat8(0);
+    f32x8 acc[TILE_VECS][TILE_ROWS] = {{{0}}}, scale = splat8(1);
     for (int c = 0, stop; c < len; c = stop) {
         stop = t == DT_F32 ? len : min_int(c + 128, len);
         for (int r = 0; r < TILE_ROWS; r++)
@@ -614,13 +554,6 @@ INLINE int dot_tile(float (*out)[TILE_ROWS], const tile_rows *w, dsv4_dtype t, c
     case 2: dot_tile_n(out, w, t, x, ldx, len, 2); return 2;
     default: dot_tile_n(out, w, t, x, ldx, len, TILE_VECS); return TILE_VECS;
     }
-}
-
-/* The same for rows of F32: one copy of what most products come to. */
-static __attribute__((noinline))
-int dot_f32(float (*out)[TILE_ROWS], const tile_rows *w, const float *x, size_t ldx, int len,
-            int n_vecs) {
-    return dot_tile(out, w, DT_F32, x, ldx, len, n_vecs);
 }
 
 /* === 6. linear ================================================================================
@@ -652,27 +585,25 @@ typedef struct { float *y; const dsv4_mat *w; const float *x; int n, groups; } l
 
 /* n_rows rows r0.. of w from column c0 on; a ragged tile repeats its last row. */
 INLINE tile_rows tile_at(const dsv4_mat *w, dsv4_dtype t, int r0, int n_rows, int c0) {
-    tile_rows tile = {.ahead = 0};
+    bool more = r0 + 2 * TILE_ROWS <= w->rows; /* the hardware does not see four streams as one */
+    tile_rows tile = {.ahead = more ? bytes_of(t, TILE_ROWS * (size_t)w->cols) : 0};
     for (int i = 0; i < TILE_ROWS; i++) {
         size_t r = (size_t)(r0 + min_int(i, n_rows - 1)), at = r * (size_t)w->cols + (size_t)c0;
         tile.data[i] = (const uint8_t *)w->data + bytes_of(t, at);
         tile.scale[i] = t == DT_F8_E4M3 ? w->scale + r / 128 * scales_of(w->cols) + c0 / 128
                       : t == DT_I8 ? w->scale + at / 32 : NULL;
     }
-    if (r0 + 2 * TILE_ROWS <= w->rows)                       /* the hardware does not see four  */
-        tile.ahead = bytes_of(t, TILE_ROWS * (size_t)w->cols); /* streams as one                */
     return tile;
 }
 
 /* A tile of rows of a block of tokens; the tiles of a block follow each other, so that its x is in
  * the cache.  y is set by the first columns and added to by the others. */
-INLINE void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
+INLINE void linear_tile(const linear_args *a, dsv4_dtype type, place at) {
     alignas(64) float wbuf[TILE_ROWS][TILE_COLS];
     const dsv4_mat *w = a->w;
-    int group_rows = w->rows / a->groups, group_tiles = tiles_of(group_rows);
-    int n_tiles = a->groups * group_tiles, i = (int)(item % n_tiles), g = i / group_tiles;
-    int t0 = (int)(item / n_tiles) * TOKEN_BLOCK, t1 = min_int(t0 + TOKEN_BLOCK, a->n);
-    int first = i % group_tiles * TILE_ROWS, row0 = g * group_rows + first;
+    int group_rows = w->rows / a->groups, g = at.col / tiles_of(group_rows);
+    int t0 = (int)at.row * TOKEN_BLOCK, t1 = min_int(t0 + TOKEN_BLOCK, a->n);
+    int first = at.col % tiles_of(group_rows) * TILE_ROWS, row0 = g * group_rows + first;
     int n_rows = min_int(TILE_ROWS, group_rows - first);
     size_t ldx = (size_t)a->groups * (size_t)w->cols;
     for (int c0 = 0; c0 < w->cols; c0 += TILE_COLS) {
@@ -691,26 +622,24 @@ INLINE void linear_tile(const linear_args *a, dsv4_dtype type, int64_t item) {
             float out[TILE_VECS][TILE_ROWS];
             const float *xt = x + (size_t)t * ldx;
             n_vecs = direct ? dot_tile(out, &tile, type, xt, ldx, len, t1 - t)
-                            : dot_f32(out, &tile, xt, ldx, len, t1 - t);
+                            : dot_tile(out, &tile, DT_F32, xt, ldx, len, t1 - t);
             for (int v = 0; v < n_vecs; v++) {
                 float *y = a->y + (size_t)(t + v) * (size_t)w->rows + row0;
-                for (int r = 0; r < n_rows; r++) {
-                    float sum = out[v][r] * rest_of(type);
-                    y[r] = c0 ? y[r] + sum : sum;
-                }
+                for (int r = 0; r < n_rows; r++)             /* -0 changes no sum */
+                    y[r] = (c0 ? y[r] : -0.0f) + out[v][r] * rest_of(type);
             }
         }
     }
 }
 
-static void linear_item(const void *arg, int64_t item) {
+static void linear_item(const void *arg, place at) {
     const linear_args *a = arg;
     switch (a->w->dtype) {
-    case DT_F32: linear_tile(a, DT_F32, item); break;
-    case DT_F16: linear_tile(a, DT_F16, item); break;
-    case DT_BF16: linear_tile(a, DT_BF16, item); break;
-    case DT_F8_E4M3: linear_tile(a, DT_F8_E4M3, item); break;
-    case DT_I8: linear_tile(a, DT_I8, item); break;
+    case DT_F32: linear_tile(a, DT_F32, at); break;
+    case DT_F16: linear_tile(a, DT_F16, at); break;
+    case DT_BF16: linear_tile(a, DT_BF16, at); break;
+    case DT_F8_E4M3: linear_tile(a, DT_F8_E4M3, at); break;
+    case DT_I8: linear_tile(a, DT_I8, at); break;
     default: assert(0);                                      /* no matrix has another dtype */
     }
 }
@@ -718,9 +647,8 @@ static void linear_item(const void *arg, int64_t item) {
 static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                        dsv4_exec *ex) {
     assert(groups > 0 && w->rows % groups == 0);
-    int64_t n_blocks = (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-    exec_for(ex, n_blocks * groups * tiles_of(w->rows / groups), 16, linear_item,
-             &(linear_args){y, w, x, n, groups});
+    exec_for(ex, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK, groups * tiles_of(w->rows / groups), 16,
+             linear_item, &(linear_args){y, w, x, n, groups});
 }
 
 /* === 7. compress ==============================================================================
@@ -728,18 +656,20 @@ static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int g
 
 typedef struct { float *entries; const dsv4_compress *in; int64_t g0; } compress_args;
 
-/* Dims c .. c+7 (or to d) of entry g.  Lanes past d are zeros throughout and harmless. */
-static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
-    int coff = in->ratio == 4 ? 2 : 1, len = in->d - c;
+/* Lanes past d are zeros throughout and harmless. */
+static void compress_item(const void *arg, place at) {
+    const compress_args *a = arg;
+    const dsv4_compress *in = a->in;
+    int coff = in->ratio == 4 ? 2 : 1, c = 8 * at.col, len = in->d - c;
     size_t width = (size_t)(coff * in->d);
-    int64_t own = g * in->ratio, first = own - (coff - 1) * in->ratio;
+    int64_t own = (a->g0 + at.row) * in->ratio, first = own - (coff - 1) * in->ratio;
     f32x8 top = splat8(-INFINITY), sum = splat8(0), mean = splat8(0);
     for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
         for (int64_t j = first < 0 ? 0 : first; j < own + in->ratio; j++) {
             size_t ch = (size_t)(c + (coff == 2 && j >= own ? in->d : 0));
             bool now = j >= in->t0;
-            size_t at = (size_t)(now ? j - in->t0 : j % (coff * in->ratio)) * width + ch;
-            f32x8 s = load_upto8((now ? in->score : in->ring_score) + at, len)
+            size_t from = (size_t)(now ? j - in->t0 : j % (coff * in->ratio)) * width + ch;
+            f32x8 s = load_upto8((now ? in->score : in->ring_score) + from, len)
                     + load_upto8(in->ape + (size_t)(j % in->ratio) * width + ch, len);
             if (pass == 0) {
                 top = max8(s, top);
@@ -747,23 +677,15 @@ static f32x8 compress_dims(const dsv4_compress *in, int64_t g, int c) {
             }
             f32x8 p = exp8(s - top);
             sum += p;
-            mean = fma8(p, load_upto8((now ? in->kv : in->ring_kv) + at, len), mean);
+            mean = fma8(p, load_upto8((now ? in->kv : in->ring_kv) + from, len), mean);
         }
-    return mean / sum;
-}
-
-static void compress_item(const void *arg, int64_t i) {
-    const compress_args *a = arg;
-    int d = a->in->d, n_parts = (d + 7) / 8, c = (int)(i % n_parts) * 8;
-    int64_t g = i / n_parts;
-    store_upto8(a->entries + g * d + c, compress_dims(a->in, a->g0 + g, c), d - c);
+    store_upto8(a->entries + at.row * in->d + c, mean / sum, len);
 }
 
 static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                          dsv4_exec *ex) {
     assert(in->ratio > 0 && g0 >= 0);
-    compress_args a = {entries, in, g0};
-    exec_for(ex, (int64_t)n_groups * ((in->d + 7) / 8), 8, compress_item, &a);
+    exec_for(ex, n_groups, (in->d + 7) / 8, 8, compress_item, &(compress_args){entries, in, g0});
 }
 
 /* === 8. Four bits =============================================================================
@@ -884,14 +806,13 @@ static void score_token(float *scores, const dsv4_index *in, const key_block *ke
     memcpy(scores, total, (size_t)n * sizeof *scores);
 }
 
-/* Item: block i / n_groups of the keys, group i % n_groups of the tokens. */
-static void score_item(const void *arg, int64_t i) {
+/* Item: a block of keys, a group of tokens. */
+static void score_item(const void *arg, place at) {
     const index_args *a = arg;
     const dsv4_index *in = a->in;
     key_block keys[SCORE_BLOCK / 8 * (MAX_HEAD_DIM / 32)];
-    int n_groups = (a->n + SCORE_TOKENS - 1) / SCORE_TOKENS, n_blocks = in->d / 32;
-    int t = (int)(i % n_groups) * SCORE_TOKENS, end = min_int(t + SCORE_TOKENS, a->n);
-    int64_t e0 = i / n_groups * SCORE_BLOCK, visible = (in->t0 + end) / in->ratio;
+    int n_blocks = in->d / 32, t = at.col * SCORE_TOKENS, end = min_int(t + SCORE_TOKENS, a->n);
+    int64_t e0 = at.row * SCORE_BLOCK, visible = (in->t0 + end) / in->ratio;
     const uint8_t *rows = (const uint8_t *)in->keys + (size_t)e0 * a->row;
     for (int k = 0, n = (int)min_i64(SCORE_BLOCK, visible - e0); in->packed && k < n; k += 8)
         for (int b = 0; b < n_blocks; b++)
@@ -912,18 +833,15 @@ static void score_item(const void *arg, int64_t i) {
 /* Differs: nothing, to the bit. */
 static void index_scores_cpu(float *scores, const dsv4_index *in, int n, dsv4_exec *ex) {
     index_args a = {scores, in, n, index_row_bytes(in->d, in->packed)};
-    int64_t most = (in->t0 + n) / in->ratio, n_blocks = (most + SCORE_BLOCK - 1) / SCORE_BLOCK;
+    int64_t most = (in->t0 + n) / in->ratio;
     assert((size_t)most <= in->stride || n == 1);
     assert(!in->packed || (in->d % 32 == 0 && in->d <= MAX_HEAD_DIM));
-    exec_for(ex, n_blocks * ((n + SCORE_TOKENS - 1) / SCORE_TOKENS), 1, score_item, &a);
+    exec_for(ex, (most + SCORE_BLOCK - 1) / SCORE_BLOCK, (n + SCORE_TOKENS - 1) / SCORE_TOKENS, 1,
+             score_item, &a);
 }
 
 typedef struct {
-    int32_t *idx, *count;
-    const float *scores;
-    size_t stride;
-    int k, ratio;
-    int64_t t0;
+    int32_t *idx, *count; const float *scores; size_t stride; int k, ratio; int64_t t0;
 } topk_args;
 
 /* Bits of scores e .. e+7, or to n, that sort as the numbers do; -0 becomes 0. */
@@ -963,13 +881,13 @@ static uint32_t kth_key(const float *s, int64_t n, int k, int *n_equal) {
 }
 
 /* Item: a token.  The last pass takes what is above the k-th key, and of its equals the first. */
-static void topk_row(const void *arg, int64_t t) {
+static void topk_row(const void *arg, place at) {
     const topk_args *a = arg;
+    int64_t t = at.row;
     const float *s = a->scores + (size_t)t * a->stride;
-    int32_t *idx = a->idx + t * a->k, visible, n = 0;
-    int n_equal = a->k;
     assert((a->t0 + t + 1) / a->ratio <= INT32_MAX - 8);
-    visible = (int32_t)((a->t0 + t + 1) / a->ratio);
+    int32_t *idx = a->idx + t * a->k, visible = (int32_t)((a->t0 + t + 1) / a->ratio), n = 0;
+    int n_equal = a->k;
     a->count[t] = min_int(visible, a->k);
     uint32_t least = visible > a->k ? kth_key(s, visible, a->k, &n_equal) : 0;
     for (int32_t e = 0; n < a->count[t]; e += 8) {
@@ -983,8 +901,7 @@ static void topk_row(const void *arg, int64_t t) {
 /* Differs: a radix select, three passes over the scores however large k is. */
 static void topk_cpu(int32_t *idx, int32_t *count, const float *scores, size_t stride, int n,
                      int k, int ratio, int64_t t0, dsv4_exec *ex) {
-    topk_args a = {idx, count, scores, stride, k, ratio, t0};
-    exec_for(ex, n, 1, topk_row, &a);
+    exec_for(ex, n, 1, 1, topk_row, &(topk_args){idx, count, scores, stride, k, ratio, t0});
 }
 
 /* === 10. attend ================================================================================
@@ -998,15 +915,15 @@ enum {
     ATTEND_BLOCK = 64,             /* items between two looks at the maximum                    */
 };
 
-typedef struct { float *o; const dsv4_attend *in; int group, n_groups; } attend_args;
+typedef struct { float *o; const dsv4_attend *in; int group; } attend_args;
 
-/* One block: list items [n], padded to a multiple of TILE_ROWS by repeating the last, and each
- * head's scores, then probabilities. */
+/* One block: list items, padded to a multiple of TILE_ROWS by repeating the last, and each head's
+ * scores, then probabilities. */
 typedef struct {
-    int n, padded;
+    int padded;
     const void *item[ATTEND_BLOCK]; /* rows of F32: the caller's, or in x                       */
     alignas(32) float p[HEAD_GROUP][ATTEND_BLOCK];
-    float x[ATTEND_BLOCK * MAX_HEAD_DIM], spare[MAX_HEAD_DIM];
+    float x[ATTEND_BLOCK * MAX_HEAD_DIM];
 } attend_block;
 
 /* kv_row_read for packed rows.  Left to it: odd sizes, NaN, and scales that times 256 overflow. */
@@ -1023,42 +940,32 @@ static void kv_decode(float *x, const uint8_t *row, int head_dim, int rope_dim) 
         top = max8(abs8(v), top);
         store8(x + c, v * (f32x8)(((u32x8){0} + scale[c / 64] + 8) << 23));
     }
-    if (rare || max_lane8(top) > 448 * 0x1p-8f) {
-        kv_row_read(x, row, head_dim, rope_dim, true);
-        return;
-    }
-    for (; c < head_dim; c += 8) store8(x + c, bf16_load8(rope + c - n_codes));
+    if (rare || max_lane8(top) > 448 * 0x1p-8f) kv_row_read(x, row, head_dim, rope_dim, true);
+    else for (; c < head_dim; c += 8) store8(x + c, bf16_load8(rope + c - n_codes));
 }
 
-/* Items j0 .. of the list of token t0 + row, which has n_items. */
-static void attend_gather(attend_block *b, const dsv4_attend *in, int row, int64_t j0,
-                          int64_t n_items) {
-    b->n = (int)min_i64(ATTEND_BLOCK, n_items - j0);
-    b->padded = tiles_of(b->n) * TILE_ROWS;
-    for (int i = 0; i < b->n; i++) {
-        b->item[i] = attend_row(in, row, j0 + i);
-        if (!in->packed) continue;
-        float *x = b->x + i * in->head_dim;
-        kv_decode(x, b->item[i], in->head_dim, in->rope_dim);
-        b->item[i] = x;
-    }
-    for (int i = b->n; i < b->padded; i++) b->item[i] = b->item[b->n - 1];
-}
-
-/* b->p = scores of n_heads heads q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
-static void attend_scores(attend_block *b, const float *q, int n_heads, int head_dim) {
-    float scale = (float)(1 / sqrt((double)head_dim));
+/* The items j0 .. of the list of token t0 + row, which has n_items, and b->p, their scores of heads
+ * q [n_heads][head_dim]; -inf up to ATTEND_BLOCK. */
+static void attend_scores(attend_block *b, const dsv4_attend *in, int row, int64_t j0,
+                          int64_t n_items, const float *q, int n_heads) {
+    int n = (int)min_i64(ATTEND_BLOCK, n_items - j0), d = in->head_dim;
+    float scale = (float)(1 / sqrt((double)d));
+    b->padded = tiles_of(n) * TILE_ROWS;
     for (int h = 0; h < n_heads; h++)
-        for (int i = 0; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
-    for (int i = 0; i < b->n; i += TILE_ROWS) {
+        for (int i = n; i < ATTEND_BLOCK; i++) b->p[h][i] = -INFINITY;
+    for (int i = 0; i < b->padded; i++) {
+        const void *stored = attend_row(in, row, j0 + min_int(i, n - 1));
+        if (in->packed) kv_decode(b->x + i * d, stored, d, in->rope_dim);
+        b->item[i] = in->packed ? b->x + i * d : stored;
+    }
+    for (int i = 0; i < n; i += TILE_ROWS) {
         tile_rows k = {.ahead = 0};
         memcpy(k.data, b->item + i, sizeof k.data);
         for (int h = 0, n_vecs; h < n_heads; h += n_vecs) {
             float dot[TILE_VECS][TILE_ROWS];
-            n_vecs = dot_f32(dot, &k, q + (size_t)h * (size_t)head_dim, (size_t)head_dim, head_dim,
-                             n_heads - h);
+            n_vecs = dot_tile(dot, &k, DT_F32, q + h * d, (size_t)d, d, n_heads - h);
             for (int v = 0; v < n_vecs; v++)
-                for (int r = 0; r < min_int(TILE_ROWS, b->n - i); r++)
+                for (int r = 0; r < min_int(TILE_ROWS, n - i); r++)
                     b->p[h + v][i + r] = dot[v][r] * scale;
         }
     }
@@ -1096,12 +1003,12 @@ INLINE void attend_mix_dims(float *const o[2], const void *const *item, f32x8 (*
 }
 
 /* o [n_heads][d] += p times the block's items, ascending, two heads at a time; one that is alone
- * goes with a head that nobody reads */
+ * goes twice, and both times the same is stored. */
 static void attend_mix(float *o, attend_block *b, int n_heads, int d) {
     for (int i = 0; i < b->padded; i += TILE_ROWS)
         for (int h = 0, c = 0; h < n_heads; h += 2, c = 0) {
             int next = min_int(h + 1, n_heads - 1);
-            float *two[2] = {o + h * d, next > h ? o + next * d : b->spare};
+            float *two[2] = {o + h * d, o + next * d};
             f32x8 p[2][TILE_ROWS];
             for (int r = 0; r < TILE_ROWS; r++)
                 p[0][r] = splat8(b->p[h][i + r]), p[1][r] = splat8(b->p[next][i + r]);
@@ -1110,11 +1017,11 @@ static void attend_mix(float *o, attend_block *b, int n_heads, int d) {
         }
 }
 
-/* Item: head group i % n_groups of token i / n_groups. */
-static void attend_item(const void *arg, int64_t item) {
+/* Item: a token, a group of heads. */
+static void attend_item(const void *arg, place where) {
     const attend_args *a = arg;
     const dsv4_attend *in = a->in;
-    int row = (int)(item / a->n_groups), h0 = (int)(item % a->n_groups) * a->group;
+    int row = (int)where.row, h0 = where.col * a->group;
     int d = in->head_dim, n_heads = min_int(a->group, in->n_heads - h0);
     int64_t t = in->t0 + row, n_items = min_i64(t + 1, in->window);
     if (in->ratio) n_items += in->count ? in->count[row] : (t + 1) / in->ratio;
@@ -1123,10 +1030,8 @@ static void attend_item(const void *arg, int64_t item) {
     memset(o, 0, (size_t)n_heads * (size_t)d * sizeof *o);
     for (int h = 0; h < n_heads; h++) m[h] = in->sink[h0 + h], l[h] = 1;
     attend_block b;
-    memset(b.spare, 0, sizeof b.spare);
     for (int64_t j = 0; j < n_items; j += ATTEND_BLOCK) {
-        attend_gather(&b, in, row, j, n_items);
-        attend_scores(&b, in->q + at, n_heads, d);
+        attend_scores(&b, in, row, j, n_items, in->q + at, n_heads);
         for (int h = 0; h < n_heads; h++) attend_softmax(b.p[h], &m[h], &l[h], o + h * d, d);
         attend_mix(o, &b, n_heads, d);
     }
@@ -1136,12 +1041,9 @@ static void attend_item(const void *arg, int64_t item) {
 
 static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
     assert(in->window > 0 && in->head_dim <= MAX_HEAD_DIM);
-    attend_args a = {o, in, HEAD_GROUP, (in->n_heads + HEAD_GROUP - 1) / HEAD_GROUP};
-    while (a.group > 2 && (int64_t)n * a.n_groups <= ex->n_workers) {
-        a.group /= 2;                                        /* something for every thread */
-        a.n_groups = (in->n_heads + a.group - 1) / a.group;
-    }
-    exec_for(ex, (int64_t)n * a.n_groups, 1, attend_item, &a);
+    int group = HEAD_GROUP, n_heads = in->n_heads;           /* something for every thread */
+    while (group > 2 && (int64_t)n * ((n_heads + group - 1) / group) <= ex->n_workers) group /= 2;
+    exec_for(ex, n, (n_heads + group - 1) / group, 1, attend_item, &(attend_args){o, in, group});
 }
 
 /* === 11. Hyper-connections ====================================================================
@@ -1153,10 +1055,11 @@ enum {
 };
 
 typedef struct {
-    float *x, *post, *comb;        /* of the token block; post, comb NULL in hc_head            */
+    float *x, *post, *comb;        /* post, comb NULL in hc_head                                */
     const float *h, *mix;          /* streams; fn . h, not yet divided by the streams' rms      */
     const dsv4_hc *w;
     const dsv4_hc_shape *s;
+    int t0;                        /* the first token that mix is of                            */
 } hc_args;
 
 static inline float sigmoid(float x) { return 1 / (1 + exp_f32(-x)); }
@@ -1184,18 +1087,15 @@ static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const d
         for (int j = 0; j < hc; j++) sum += row[j] = exp_f32(row[j] - top);
         for (int j = 0; j < hc; j++) row[j] = row[j] / sum + s->hc_eps;
     }
-    sinkhorn_step(C, hc, false, s->hc_eps);
-    for (int it = 1; it < s->sinkhorn_iters; it++) {
-        sinkhorn_step(C, hc, true, s->hc_eps);
-        sinkhorn_step(C, hc, false, s->hc_eps);
-    }
+    for (int i = 1; i < 2 * s->sinkhorn_iters; i++) sinkhorn_step(C, hc, i % 2 == 0, s->hc_eps);
 }
 
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
-static void hc_mix_row(const void *arg, int64_t t) {
+static void hc_mix_row(const void *arg, place at) {
     const hc_args *a = arg;
+    int64_t t = a->t0 + at.row;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
-    const float *h = a->h + t * len, *m = a->mix + t * n_mix;
+    const float *h = a->h + t * len, *m = a->mix + at.row * n_mix;
     float pre[MAX_HC], *x = a->x + t * dim;
     float r = 1 / sqrtf(sum_squares(h, len) / (float)len + a->s->rms_eps);
     for (int i = 0; i < hc; i++) {
@@ -1221,10 +1121,8 @@ static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const
     dsv4_mat fn = {DT_F32, post ? (2 + hc) * hc : hc, len, w->fn, NULL};
     for (int t = 0; t < n; t += TOKEN_BLOCK) {
         int n_now = min_int(TOKEN_BLOCK, n - t);
-        hc_args a = {x + (size_t)t * (size_t)s->dim, post ? post + t * hc : NULL,
-                     comb ? comb + t * hc * hc : NULL, h + (size_t)t * (size_t)len, mix, w, s};
-        linear_cpu(mix, &fn, a.h, n_now, 1, ex);
-        exec_for(ex, n_now, 1, hc_mix_row, &a);
+        linear_cpu(mix, &fn, h + (size_t)t * (size_t)len, n_now, 1, ex);
+        exec_for(ex, n_now, 1, 1, hc_mix_row, &(hc_args){x, post, comb, h, mix, w, s, t});
     }
 }
 
@@ -1233,14 +1131,13 @@ static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_h
     hc_pre_cpu(x, NULL, NULL, h, w, s, n, ex);
 }
 
-typedef struct { float *h; const float *y, *post, *comb; int hc, dim, n_chunks; } hc_post_args;
+typedef struct { float *h; const float *y, *post, *comb; int hc, dim; } hc_post_args;
 
-/* Item: chunk i % n_chunks of the dims of token i / n_chunks. */
-static void hc_post_item(const void *arg, int64_t item) {
+/* Item: a token, a chunk of the dims. */
+static void hc_post_item(const void *arg, place at) {
     const hc_post_args *a = arg;
-    int64_t t = item / a->n_chunks;
-    int hc = a->hc, dim = a->dim, c = (int)(item % a->n_chunks) * HC_POST_DIMS;
-    int stop = min_int(c + HC_POST_DIMS, dim);
+    int64_t t = at.row;
+    int hc = a->hc, dim = a->dim, c = at.col * HC_POST_DIMS, stop = min_int(c + HC_POST_DIMS, dim);
     float *h = a->h + t * hc * dim;
     const float *y = a->y + t * dim, *post = a->post + t * hc, *comb = a->comb + t * hc * hc;
     for (; c < stop; c += 8) {
@@ -1258,9 +1155,8 @@ static void hc_post_item(const void *arg, int64_t item) {
 static void hc_post_cpu(float *h, const float *y, const float *post, const float *comb,
                         const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     assert(s->hc > 0 && s->hc <= MAX_HC);
-    int n_chunks = (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS;
-    hc_post_args a = {h, y, post, comb, s->hc, s->dim, n_chunks};
-    exec_for(ex, (int64_t)n * n_chunks, 1, hc_post_item, &a);
+    exec_for(ex, n, (s->dim + HC_POST_DIMS - 1) / HC_POST_DIMS, 1, hc_post_item,
+             &(hc_post_args){h, y, post, comb, s->hc, s->dim});
 }
 
 /* === 12. Experts ==============================================================================
@@ -1280,7 +1176,7 @@ typedef struct {                   /* of x                                      
 
 typedef struct { u8x32 u[8]; i32x8 scale; } w_group; /* of a row of weights; codes              */
 
-static inline size_t n_groups_of(int cols) { return (size_t)(cols + PACK - 1) / PACK; }
+static inline int n_groups_of(int cols) { return (cols + PACK - 1) / PACK; }
 
 /* One group, or the cols that are left, of e4m3 codes and their scales, one for 128 columns. */
 static void pack_group(x_group *x, const uint8_t *code, const uint8_t *scale, int cols) {
@@ -1321,11 +1217,21 @@ INLINE void fp4_decode(w_group *out, const dsv4_mat *w, int r, int g) {
     fp4_unpack(out->u, v);
 }
 
-/* The sums of u * m over each block of a group, exact in int32.
- * pair_dots adds two products of at most 24 * 63, and in int16 the eight come to 24192.  pair_sums
- * then adds lanes in pairs and puts the limbs together: 24 * 229376 * 32 < 2^28 in all. */
-INLINE i32x8 group_sums(const w_group *w, const x_group *x) {
-    i32x8 sums = {0};
+typedef struct {                   /* one or two matrices times packed rows                     */
+    const dsv4_mat *w[2];          /* of one shape                                              */
+    float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
+    const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
+    const x_group *x;              /* [m][groups of cols]                                       */
+    int m;
+} fp4_args;
+
+/* Add a group to the lanes.  The sums of u * m over each block are exact: pair_dots adds two
+ * products of at most 24 * 63, and in int16 the eight come to 24192; pair_sums then adds lanes in
+ * pairs and puts the limbs together: 24 * 229376 * 32 < 2^28 in all.  Conversion to F32 rounds a
+ * block's sum, the power of two, clamped to those of normal numbers, is exact.  Blocks of padding
+ * add +0, which changes no lane. */
+INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
+    i32x8 sums = {0}, e = clamp8(w->scale + x->exponent, sums + 1, sums + 254);
     u16x16 sum[3] = {{0}};
     for (int h = 0; h < 8; h++)
         for (int l = 0; l < 3; l++) {
@@ -1335,36 +1241,20 @@ INLINE i32x8 group_sums(const w_group *w, const x_group *x) {
 #endif
         }
     for (int l = 0; l < 3; l++) sums += pair_sums(sum[l], (int16_t)(1 << 6 * l));
-    return __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7);
+    sums = __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7) - x->offset;
+    return lanes + __builtin_convertvector(sums, f32x8) * (f32x8)(e << 23);
 }
 
-/* 2^(e - 127), with e clamped to the exponents of normal numbers. */
-static inline f32x8 pow2_8(i32x8 e) {
-    return (f32x8)((u32x8)clamp8(e, (i32x8){0} + 1, (i32x8){0} + 254) << 23);
-}
-
-typedef struct {                   /* one or two matrices times packed rows                     */
-    const dsv4_mat *w[2];          /* of one shape                                              */
-    float *out[2];                 /* [m][rows], overwritten; or y, with rows                   */
-    const int32_t *rows;           /* if set, add to out's row rows[t] instead                  */
-    const x_group *x;              /* [m][groups of cols]                                       */
-    int m;
-} fp4_args;
-
-/* Add a group to the lanes.  Conversion to F32 rounds a block's sum, the power of two is exact.
- * Blocks of padding add +0, which changes no lane. */
-INLINE f32x8 fp4_dot(f32x8 lanes, const w_group *w, const x_group *x) {
-    i32x8 sums = group_sums(w, x) - x->offset;
-    return lanes + __builtin_convertvector(sums, f32x8) * pow2_8(w->scale + x->exponent);
-}
-
-/* w's rows r0 .. r0+n_rows-1 times all tokens.  For one token a group is used in the registers
- * where it was decoded; for more, each product's lanes wait on the stack between pieces of PIECE
- * groups, so that a piece is decoded once for all. */
-static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, int n_rows) {
+/* Item: a matrix, a tile of its rows, times all tokens.  For one token a group is used in the
+ * registers where it was decoded; for more, each product's lanes wait on the stack between pieces
+ * of PIECE groups, so that a piece is decoded once for all. */
+static void fp4_tile(const void *arg, place at) {
+    const fp4_args *a = arg;
+    const dsv4_mat *w = a->w[at.row];
+    int r0 = at.col * TILE_ROWS, n_rows = min_int(TILE_ROWS, w->rows - r0);
+    int n_groups = n_groups_of(w->cols);
     f32x8 lanes[EXPERT_ROWS][TILE_ROWS];
     w_group piece[TILE_ROWS][PIECE];
-    int n_groups = (int)n_groups_of(w->cols);
     memset(lanes, 0, (size_t)a->m * sizeof lanes[0]);
     for (int r = 0; a->m == 1 && r < n_rows; r++)
         for (int g = 0; g < n_groups; g++) {
@@ -1382,28 +1272,14 @@ static void fp4_tile(const fp4_args *a, const dsv4_mat *w, float *out, int r0, i
                     lanes[t][r] = fp4_dot(lanes[t][r], &piece[r][i], &a->x[t * n_groups + g + i]);
     }
     for (int t = 0; t < a->m; t++) {
-        float *y = out + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
+        float *y = a->out[at.row] + (size_t)(a->rows ? a->rows[t] : t) * (size_t)w->rows + r0;
         for (int r = 0; r < n_rows; r++) y[r] = sum8(lanes[t][r]) + (a->rows ? y[r] : 0);
     }
 }
 
-/* Item: a tile of rows of w[0], then those of w[1]. */
-static void fp4_item(const void *arg, int64_t i) {
-    const fp4_args *a = arg;
-    int n_tiles = tiles_of(a->w[0]->rows), which = i >= n_tiles;
-    int r0 = ((int)i - which * n_tiles) * TILE_ROWS, n_rows = a->w[which]->rows - r0;
-    fp4_tile(a, a->w[which], a->out[which], r0, min_int(TILE_ROWS, n_rows));
-}
-
-/* Every row of the n_mats matrices times every token. */
-static void fp4_run(fp4_args a, int n_mats, dsv4_exec *ex) {
-    exec_for(ex, (int64_t)tiles_of(a.w[0]->rows) * n_mats, 16, fp4_item, &a);
-}
-
 typedef struct {
-    float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter]; */
-    x_group *x, *a;                /* with roundings on packed x and a;                         */
-    float *f32, *out;              /* off, in their place, gathered x and w2's result [dim]     */
+    float *g, *u;                  /* in the caller's scratch, EXPERT_ROWS rows of each: [inter] */
+    x_group *x, *a;                /* with roundings on, packed x and a                         */
     const dsv4_acts *in;
     const int32_t *rows;
     const float *weight;
@@ -1412,37 +1288,31 @@ typedef struct {
 } expert_args;
 
 size_t expert_scratch_bytes(int dim, int inter) {
-    size_t on = (n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group);
+    size_t on = (size_t)(n_groups_of(dim) + n_groups_of(inter)) * sizeof(x_group);
     size_t off = 2 * sizeof(float) * (size_t)dim, both = 2 * sizeof(float) * (size_t)inter;
     return EXPERT_ROWS * (both + (on > off ? on : off));
 }
 
-/* Item: a group of an x row, packed or as F32. */
-static void expert_gather(const void *arg, int64_t item) {
+/* Item: a token, a group of its x row. */
+static void expert_pack(const void *arg, place at) {
     const expert_args *e = arg;
-    size_t n = n_groups_of(e->dim), i = (size_t)item / n, c = (size_t)item % n * PACK;
-    size_t row = (size_t)e->rows[i], at = row * (size_t)e->dim + c;
-    int len = min_int(PACK, e->dim - (int)c);
-    if (e->in->code)
-        pack_group(e->x + item, e->in->code + at,
-                   e->in->scale + row * scales_of(e->dim) + c / 128, len);
-    else
-        memcpy(e->f32 + i * (size_t)e->dim + c, e->in->f32 + at, (size_t)len * sizeof(float));
+    size_t c = (size_t)at.col * PACK, row = (size_t)e->rows[at.row];
+    pack_group(&e->x[at.row * n_groups_of(e->dim) + at.col], e->in->code + row * (size_t)e->dim + c,
+               e->in->scale + row * scales_of(e->dim) + c / 128, min_int(PACK, e->dim - (int)c));
 }
 
-/* Item: a group of a token.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed
+/* Item: a token, a group.  g becomes a = swiglu(g, u) * weight and, with the roundings, is packed
  * for w2. */
-static void expert_activate(const void *arg, int64_t item) {
+static void expert_activate(const void *arg, place at) {
     const expert_args *e = arg;
-    size_t n = n_groups_of(e->inter), i = (size_t)item / n, c = (size_t)item % n * PACK;
-    size_t at = i * (size_t)e->inter + c;
-    int len = min_int(PACK, e->inter - (int)c);
+    int c = at.col * PACK, len = min_int(PACK, e->inter - c);
+    float *g = e->g + at.row * e->inter + c;
     uint8_t code[PACK], scale[PACK / 128];
-    swiglu_one(e->g + at, e->g + at, e->u + at, len, e->limit);
-    for (int j = 0; j < len; j++) e->g[at + (size_t)j] *= e->weight[i];
+    swiglu_one(g, g, e->u + at.row * e->inter + c, len, e->limit);
+    for (int j = 0; j < len; j++) g[j] *= e->weight[at.row];
     if (!e->in->code) return;
-    e4m3_row(NULL, code, scale, e->g + at, len);
-    pack_group(e->a + item, code, scale, len);
+    e4m3_row(NULL, code, scale, g, len);
+    pack_group(&e->a[at.row * n_groups_of(e->inter) + at.col], code, scale, len);
 }
 
 /* Differs: nothing with roundings on; F32 sums in linear's order with roundings off. */
@@ -1453,41 +1323,41 @@ static void expert_ffn_cpu(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     assert(m <= EXPERT_ROWS && dim % 32 == 0 && inter % 32 == 0);
     assert((x->code != NULL) != (x->f32 != NULL));
     assert((uintptr_t)scratch % 64 == 0);
-    expert_args e = {.in = x, .rows = rows, .weight = weight, .dim = dim, .inter = inter,
-                     .limit = limit, .g = scratch};
-    e.u = e.g + (size_t)EXPERT_ROWS * (size_t)inter;
-    e.f32 = e.u + (size_t)EXPERT_ROWS * (size_t)inter;
-    e.out = e.f32 + (size_t)EXPERT_ROWS * (size_t)dim;
-    e.x = (x_group *)(void *)e.f32;
-    e.a = e.x + EXPERT_ROWS * n_groups_of(dim);
-    int64_t n_x = m * (int64_t)n_groups_of(dim), n_a = m * (int64_t)n_groups_of(inter);
-    exec_for(ex, n_x, 16, expert_gather, &e);
+    float *g = scratch, *u = g + EXPERT_ROWS * (size_t)inter;
+    float *f32 = u + EXPERT_ROWS * (size_t)inter;            /* off, x gathered and w2's result */
+    float *out = f32 + EXPERT_ROWS * (size_t)dim;
+    x_group *packed = (x_group *)(void *)f32;                /* on, in their place, x and a */
+    expert_args e = {g, u, packed, packed + EXPERT_ROWS * n_groups_of(dim), x, rows, weight, dim,
+                     inter, limit};
     if (x->code) {
-        fp4_run((fp4_args){{&w->w1, &w->w3}, {e.g, e.u}, NULL, e.x, m}, 2, ex);
-        exec_for(ex, n_a, 16, expert_activate, &e);
-        fp4_run((fp4_args){{&w->w2}, {y}, rows, e.a, m}, 1, ex);
+        fp4_args up = {{&w->w1, &w->w3}, {g, u}, NULL, e.x, m};
+        fp4_args down = {{&w->w2}, {y}, rows, e.a, m};
+        exec_for(ex, m, n_groups_of(dim), 16, expert_pack, &e);
+        exec_for(ex, 2, tiles_of(inter), 16, fp4_tile, &up);
+        exec_for(ex, m, n_groups_of(inter), 16, expert_activate, &e);
+        exec_for(ex, 1, tiles_of(dim), 16, fp4_tile, &down);
         return;
     }
-    linear_cpu(e.g, &w->w1, e.f32, m, 1, ex);
-    linear_cpu(e.u, &w->w3, e.f32, m, 1, ex);
-    exec_for(ex, n_a, 16, expert_activate, &e);
-    linear_cpu(e.out, &w->w2, e.g, m, 1, ex);
     for (int i = 0; i < m; i++)
-        add_cpu(y + (size_t)rows[i] * (size_t)dim, e.out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
+        memcpy(f32 + i * dim, x->f32 + (size_t)rows[i] * (size_t)dim, (size_t)dim * sizeof(float));
+    linear_cpu(g, &w->w1, f32, m, 1, ex);
+    linear_cpu(u, &w->w3, f32, m, 1, ex);
+    exec_for(ex, m, n_groups_of(inter), 16, expert_activate, &e);
+    linear_cpu(out, &w->w2, g, m, 1, ex);
+    for (int i = 0; i < m; i++)
+        add_cpu(y + (size_t)rows[i] * (size_t)dim, out + (size_t)i * (size_t)dim, 1, 1, dim, ex);
 }
 
 /* === 13. Measuring ============================================================================
  * One buffer, larger than any cache, is read, and is matrix, scales, x and y of a linear; its bytes
- * are alike: in any format a number, and none of the sums overflows or is subnormal.            */
+ * are alike: in any format a number, and none of the sums overflows or is subnormal.  The linear
+ * alone takes 5 MB.                                                                             */
 
-enum {
-    MEASURE_MB = 512, MEASURE_LEAST_MB = 6, /* the linear alone takes 5                         */
-    MEASURE_TOKENS = 64, MEASURE_DIM = 2048,
-};
+enum { MEASURE_MB = 512, MEASURE_LEAST_MB = 6, MEASURE_TOKENS = 64, MEASURE_DIM = 2048 };
 
 /* Item: a megabyte. */
-static void measure_read(const void *arg, int64_t i) {
-    const u32x8 *v = (const u32x8 *)arg + ((size_t)i << 20) / sizeof *v;
+static void measure_read(const void *arg, place mb) {
+    const u32x8 *v = (const u32x8 *)arg + ((size_t)mb.row << 20) / sizeof *v;
     u32x8 sum[4] = {{0}};
     for (size_t at = 0; at < (1 << 20) / sizeof *v; at += 4)
         for (size_t j = 0; j < 4; j++) sum[j] += v[at + j];
@@ -1507,14 +1377,13 @@ int exec_measure(dsv4_exec *ex, uint64_t most, double seconds, exec_rates *out, 
     dsv4_mat w = {DT_F8_E4M3, MEASURE_DIM, MEASURE_DIM, base, base};
     double best[2] = {INFINITY, INFINITY};                   /* seconds: to read, to multiply */
     for (int i = 0; i < 2; i++) {
-        double stop = now_s() + seconds / 2, begin, end;
+        double stop = now_s() + seconds / 2, begin;
         do {
             begin = now_s();
-            if (i == 0) exec_for(ex, (int64_t)n_mb, 1, measure_read, base);
+            if (i == 0) exec_for(ex, (int64_t)n_mb, 1, 1, measure_read, base);
             else linear_cpu(y, &w, x, MEASURE_TOKENS, 1, ex);
-            end = now_s();
-            best[i] = fmin(best[i], end - begin);
-        } while (end < stop);
+            best[i] = fmin(best[i], now_s() - begin);
+        } while (now_s() < stop);
     }
     out->read_bytes_s = (double)(n_mb << 20) / best[0];
     out->macs_s = (double)MEASURE_TOKENS * MEASURE_DIM * MEASURE_DIM / best[1];
