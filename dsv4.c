@@ -48,7 +48,6 @@ const char *const op_class_name[OPC_N] = {
 };
 
 /* === 1. Arenas and time ======================================================================= */
-
 void *arena_take(arena *a, uint64_t bytes) {
     uint64_t at = a->used;
     a->used += (bytes + 63) & ~(uint64_t)63;
@@ -89,7 +88,6 @@ double now_s(void) {
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* === 2. Weights by name (M1) ================================================================== */
-
 typedef struct {                   /* M3, compressor of width d                                 */
     dsv4_mat wkv, wgate;           /* [coff*d][dim]                                             */
     const float *ape, *norm;       /* [ratio][coff*d], [d]                                      */
@@ -499,7 +497,6 @@ static int weights_load(dsv4_weights *w, offload *o, arena *a, dense_mode mode,
 }
 
 /* === 3. Memory plan and engine ================================================================ */
-
 typedef struct {                   /* scratch of one chunk of attention or shared expert        */
     float *x, *xq;                 /* [chunk][dim] normalized input; the same after aq128       */
     float *qr, *qrq;               /* [chunk][q_lora]                                           */
@@ -895,7 +892,6 @@ group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
 }
 
 /* === 4. Session =============================================================================== */
-
 /* At position `pos`, with that many tokens' KV in. */
 static void session_at(dsv4_session *s, int64_t pos) {
     s->pos = pos;
@@ -946,7 +942,6 @@ static void tick(dsv4_session *s, op_class c) {
 }
 
 /* === 5. Attention (M3) ======================================================================== */
-
 /* Keep the last `len` tokens' rows in a ring: token t0+i at row (t0+i) % len. */
 static void ring_put(void *ring, int len, const void *rows, int n, size_t row, int64_t t0) {
     for (int i = n > len ? n - len : 0; i < n; i++)
@@ -1215,7 +1210,6 @@ static int head_linear(dsv4_session *s, float *logits, const float *x, int n, ds
 }
 
 /* === 7. Mixture of experts (M3) =============================================================== */
-
 /* Tokens i..i+n-1 of the span: the MoE input, rounded, and which experts take it. */
 static void moe_choose(dsv4_session *s, const layer_w *l, const float *h, const int32_t *tokens,
                        int i, int n) {
@@ -1360,7 +1354,6 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
 }
 
 /* === 8. Forward and MTP ======================================================================= */
-
 int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, int n, int64_t t0,
                   dsv4_err *err) {
     dsv4_engine *e = s->e;
@@ -1563,7 +1556,6 @@ int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *
 }
 
 /* === 9. Sampling ============================================================================== */
-
 struct sampler {
     sample_opts o;
     int n_vocab, n_popped;

@@ -44,7 +44,6 @@ extern "C" {
 #endif
 
 /* === 1. Errors and limits ===================================================================== */
-
 #define DSV4_VERSION "0.1.0"
 
 typedef struct { char msg[768]; } dsv4_err;
@@ -76,7 +75,6 @@ enum {
 };
 
 /* === 2. Number formats and matrices (M1, "Number formats") ==================================== */
-
 typedef enum {
     DT_F32, DT_F16, DT_BF16, DT_F8_E4M3, DT_F8_E8M0, DT_I8, DT_I64, DT_N
 } dsv4_dtype;
@@ -106,7 +104,6 @@ BOTH float exp_f32(float x);             /* our exp: fmaf only, one result on ev
                                             2 ulp; 0 below -104, infinity above 88.73             */
 
 /* === 3. Config (M1's table; names are config.json's keys) ===================================== */
-
 typedef struct {
     char name[MAX_NAME];           /* the directory's last component                            */
     int hidden_size, num_hidden_layers, num_attention_heads, head_dim, qk_rope_head_dim;
@@ -283,7 +280,6 @@ void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
                    double beta_fast, double beta_slow, double original);
 
 /* === 5. Offload: shards, reads, experts ======================================================= */
-
 typedef struct {
     const char *name;
     dsv4_dtype dtype;
@@ -571,7 +567,6 @@ int64_t kv_load(kv_cache *kv, const char *name, int32_t **tokens, int64_t *n, pa
                 dsv4_err *err);
 
 /* === 7. Text ================================================================================== */
-
 /* Bytes that grow as they are written to.  Once there is no memory nothing more goes in and
  * `failed` stays set, so that many writes need one look.  Zeroed at first; the owner frees s. */
 typedef struct { char *s; size_t n, cap; bool failed; } buffer;
@@ -676,7 +671,6 @@ int doc_cut(const tok *t, const char *text, size_t len, int64_t most, doc_parts 
             dsv4_err *err);
 
 /* === 8. Model ================================================================================= */
-
 typedef struct dsv4_weights dsv4_weights;
 /* Find every tensor the graph needs in the checkpoint and check its dtype and shape; reads
  * nothing.  The ckpt is borrowed and must outlive *out.  Names the first tensor that is wrong. */

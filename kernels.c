@@ -298,7 +298,6 @@ void exec_close(dsv4_exec *ex) {
 }
 
 /* === 3. exp and rounding ====================================================================== */
-
 /* exp_f32's twin, lane by lane: the same steps, so the same bits. */
 static inline f32x8 exp8(f32x8 x) {
     const f32x8 shift = splat8(0x1.8p23f);                   /* rounds to an integer when added */
@@ -1392,7 +1391,6 @@ int exec_measure(dsv4_exec *ex, uint64_t most, double seconds, exec_rates *out, 
 }
 
 /* === 14. The table ============================================================================ */
-
 const dsv4_ops ops_cpu = {
     "cpu",       embed_ref,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,
     linear_cpu,  rope_cpu,     kv_round_ref,    index_round_cpu, compress_cpu,   index_scores_cpu,

@@ -206,14 +206,17 @@ BOTH size_t index_row_bytes(int d, bool packed) {
     return ((dims + 1) / 2 + (dims + 31) / 32 + 3) / 4 * 4;
 }
 
-void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool packed) {
+BOTH static float kv_dim(const void *row, int c, int head_dim, int rope_dim, bool packed) {
     int n_codes = head_dim - rope_dim;
     const uint16_t *rope = (const uint16_t *)row;
-    const uint8_t *code = (const uint8_t *)(rope + rope_dim), *scale = code + n_codes;
-    for (int c = 0; c < head_dim; c++)
-        x[c] = !packed ? ((const float *)row)[c]
-             : c < n_codes ? e4m3_to_f32(code[c]) * e8m0_to_f32(scale[c / 64])
-                           : bf16_to_f32(rope[c - n_codes]);
+    const uint8_t *code = (const uint8_t *)(rope + rope_dim);
+    if (!packed) return ((const float *)row)[c];
+    if (c >= n_codes) return bf16_to_f32(rope[c - n_codes]);
+    return e4m3_to_f32(code[c]) * e8m0_to_f32(code[n_codes + c / 64]);
+}
+
+void kv_row_read(float *x, const void *row, int head_dim, int rope_dim, bool packed) {
+    for (int c = 0; c < head_dim; c++) x[c] = kv_dim(row, c, head_dim, rope_dim, packed);
 }
 
 /* === 4. embed: every stream starts as the token's row ============================ M3, first line
@@ -793,16 +796,6 @@ static void attend_ref(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
         }
 }
 #ifdef __CUDACC__
-/* Dim c of a row of KV, as kv_row_read() has it. */
-static __device__ float attend_dim(const dsv4_attend *in, const void *row, int c) {
-    int n_codes = in->head_dim - in->rope_dim;
-    const uint16_t *rope = (const uint16_t *)row;
-    const uint8_t *code = (const uint8_t *)(rope + in->rope_dim);
-    if (!in->packed) return ((const float *)row)[c];
-    if (c >= n_codes) return bf16_to_f32(rope[c - n_codes]);
-    return e4m3_to_f32(code[c]) * e8m0_to_f32(code[n_codes + c / 64]);
-}
-
 /* grid (n, ceil(n_heads/W)), block 32*W, a warp a head, W at will; all heads of a block share what
  * is read.  Differs: F32 sums and exp_f32, in one pass: when a larger score comes, what was summed
  * up shrinks. */
@@ -824,7 +817,8 @@ extern "C" __global__ void attend_cuda(float *o, dsv4_attend in) {
         __syncthreads();
         for (int j = 0; j < len; j++) {
             const void *r = attend_row(&in, row, j0 + j);
-            for (int c = threadIdx.x; c < d; c += blockDim.x) k[j][c] = attend_dim(&in, r, c);
+            for (int c = threadIdx.x; c < d; c += blockDim.x)
+                k[j][c] = kv_dim(r, c, d, in.rope_dim, in.packed);
         }
         __syncthreads();
         for (int j = 0; mine && j < len; j++) {

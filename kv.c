@@ -43,7 +43,6 @@ enum {
 };
 
 /* === 1. The plan ============================================================================== */
-
 enum { STAGE_INDEX, STAGE_ENTRIES, STAGES };
 
 typedef struct {                   /* the entries or keys of one layer                          */
@@ -198,7 +197,6 @@ int kv_plan_make(kv_plan *p, const dsv4_config *cfg, const kv_opts *o, dsv4_err 
 }
 
 /* === 2. Rows in RAM and in a file ============================================================= */
-
 int kv_open(kv_cache **out, offload *off, const dsv4_config *cfg, const kv_opts *o,
             dsv4_err *err) {
     *out = NULL;

@@ -935,8 +935,6 @@ struct offload {
 static void slot_piece_in(cache_slot *s);
 static void slot_feed(offload *o);
 
-static double seconds(void) { return now_s(); }
-
 /* === 6. Ring and threads ====================================================================== */
 
 /* One attempt at what is missing of a request, on its way to whoever reads. */
@@ -1805,9 +1803,9 @@ int disk_measure(const ckpt *c, uint64_t bytes, double limit, double *bytes_s, d
     const char *note;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
     int rc = offload_open(&o, c, &note, err) || stream_open(&s, o, bytes, err) ? -1 : 0;
-    double begin = seconds(), now = 0;
+    double begin = now_s(), now = 0;
     while (!rc) {
-        now = seconds() - begin;
+        now = now_s() - begin;
         double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
         if (asked < 2 * total && !stream_full(&s) &&
             (!s.asked || (double)(s.asked + 1 - s.taken) * (double)bytes < soon)) {

@@ -34,18 +34,15 @@
 #include <assert.h>
 #include <ctype.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <iconv.h>
 #include <jansson.h>
 #include <libxml/HTMLparser.h>
-#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef __GLIBC__
@@ -589,13 +586,17 @@ int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_e
     return 0;
 }
 
-int read_file(buffer *out, const char *path, size_t most, dsv4_err *err) {
+static void read_stream(buffer *out, FILE *f, size_t most) {
     char part[1 << 16];
     size_t got;
-    FILE *f = strcmp(path, "-") ? fopen(path, "rbe") : stdin;
-    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
     while (out->n <= most && !out->failed && (got = fread(part, 1, sizeof part, f)) > 0)
         put_bytes(out, part, got);
+}
+
+int read_file(buffer *out, const char *path, size_t most, dsv4_err *err) {
+    FILE *f = strcmp(path, "-") ? fopen(path, "rbe") : stdin;
+    if (!f) return fail(err, "open %s: %s", path, strerror(errno));
+    read_stream(out, f, most);
     int rc = ferror(f) ? fail(err, "read %s: %s", path, strerror(errno)) : 0;
     if (f != stdin) fclose(f);
     put_bytes(out, "", 1);
@@ -1619,43 +1620,20 @@ static int put_html(buffer *out, const buffer *html, dsv4_err *err) {
 
 /* --- PDF */
 
-/* Append what a program writes that reads fd; returns its exit code, or -1 with errno. */
-static int put_output(buffer *out, int fd, char *const argv[]) {
-    posix_spawn_file_actions_t acts;
-    int ends[2], status = 0;
-    char part[1 << 16];
-    pid_t pid;
-    if (pipe2(ends, O_CLOEXEC)) return -1;
-    posix_spawn_file_actions_init(&acts);
-    posix_spawn_file_actions_adddup2(&acts, fd, 0);
-    posix_spawn_file_actions_adddup2(&acts, ends[1], 1);
-    int rc = posix_spawnp(&pid, argv[0], &acts, NULL, argv, environ);
-    posix_spawn_file_actions_destroy(&acts);
-    close(ends[1]);
-    for (ssize_t n = 1; !rc && n > 0 && out->n <= DOC_BYTES;) {
-        do n = read(ends[0], part, sizeof part);
-        while (n < 0 && errno == EINTR);
-        if (n > 0) put_bytes(out, part, (size_t)n);
-    }
-    close(ends[0]);
-    while (!rc && waitpid(pid, &status, 0) < 0 && errno == EINTR) continue;
-    errno = rc ? rc : ECHILD;
-    return rc || !WIFEXITED(status) ? -1 : WEXITSTATUS(status);
-}
-
+/* The file is handed to pdftotext in memory: its name may be anything, or it was a pipe. */
 static int put_pdf(buffer *out, const buffer *pdf, dsv4_err *err) {
-    char *const argv[] = {"pdftotext", "-q", "-enc", "UTF-8", "-", "-", NULL};
-    int fd = memfd_create("dsv4-pdf", MFD_CLOEXEC), rc = -1;
-    size_t done = 0;
-    for (ssize_t n = 1; fd >= 0 && done < pdf->n && n > 0; done += n > 0 ? (size_t)n : 0)
-        n = write(fd, pdf->s + done, pdf->n - done);
-    if (fd >= 0 && done == pdf->n && !lseek(fd, 0, SEEK_SET)) rc = put_output(out, fd, argv);
-    int cause = errno;
-    if (fd >= 0) close(fd);
-    if (rc < 0 && cause == ENOENT)
+    char command[128];
+    int fd = memfd_create("dsv4-pdf", 0);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb"), *in = NULL;
+    snprintf(command, sizeof command, "pdftotext -q -enc UTF-8 /proc/self/fd/%d - 2>/dev/null", fd);
+    if (f && fwrite(pdf->s, 1, pdf->n, f) == pdf->n && !fflush(f)) in = popen(command, "re");
+    if (in) read_stream(out, in, DOC_BYTES);
+    int status = in ? pclose(in) : -1;
+    if (f) fclose(f);
+    if (!in) return fail(err, "run pdftotext: %s", strerror(errno));
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
         return fail(err, "it is a PDF: install pdftotext (Debian: poppler-utils)");
-    if (rc < 0) return fail(err, "pdftotext: %s", strerror(cause));
-    if (rc > 0) return fail(err, "pdftotext does not read it (exit code %d)", rc);
+    if (status) return fail(err, "pdftotext does not read it (status %d)", status);
     for (size_t i = 0; i < out->n; i++)
         if (out->s[i] == '\f') out->s[i] = '\n';           /* between pages */
     return 0;

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-# warps, registers, bytes of shared memory an SM (CUDA C++ Programming Guide, "Compute capabilities")
+# warps, registers, KiB of shared memory an SM (CUDA C++ Programming Guide, "Compute capabilities")
 SM = {"sm_80": (64, 65536, 164), "sm_86": (48, 65536, 100), "sm_89": (48, 65536, 100),
       "sm_90": (64, 65536, 228), "sm_120": (48, 65536, 100)}
 THREADS = {"act_quant_cuda": 32, "act_codes_cuda": 32, "act_values_cuda": 128, "linear_cuda": 128,
@@ -38,8 +38,9 @@ def report(sm):
     spilled = 0
     print(f"{sm:24} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>7} {'occupancy':>10}")
     for name, text in re.findall(r"entry function '(\w+)'(.*?)(?=Compile time|\Z)", p.stderr, re.S):
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill "
-                                                  r"stores, (\d+) bytes spill loads", text).groups())
+        figures = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                            r"(\d+) bytes spill loads", text)
+        stack, stores, loads = map(int, figures.groups())
         registers = int(re.search(r"Used (\d+) registers", text)[1])
         shared = re.search(r"(\d+) bytes smem", text)
         shared = int(shared[1]) if shared else 0

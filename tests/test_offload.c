@@ -741,9 +741,9 @@ static void test_ckpt_real_layout(void) {
     dsv4_err err = {""};
     ckpt *c;
     uint64_t before = bytes_read();
-    double begin = seconds();
+    double begin = now_s();
     int rc = ckpt_open(&c, dir, &err);
-    double took = seconds() - begin;
+    double took = now_s() - begin;
     uint64_t read = bytes_read() - before;
     CHECK(rc == 0, "%s", err.msg);
     if (rc) return;
@@ -2473,7 +2473,7 @@ static struct {
 
 /* Stops at a share.  Silence is the longest between two calls, but for the record's fsync. */
 static int watch(void *arg, double done) {
-    double now = seconds();
+    double now = now_s();
     (void)arg;
     seen.down |= done < seen.last || done > 1;
     if (seen.calls++ && seen.lines == told.lines && seen.silence < now - seen.then)
@@ -2791,7 +2791,7 @@ static void test_disk_measure(void) {
         hook.refuse_ring = way & 1;
         hook.refuse_direct = way & 2;
         hook.seen = 0;
-        double begin = seconds(), rate = measure(dir, 5, &read, &err), took = seconds() - begin;
+        double begin = now_s(), rate = measure(dir, 5, &read, &err), took = now_s() - begin;
         CHECK(rate > 1e6 && rate < 1e12, "way %d: %g %s", way, rate, err.msg);
         CHECK(hook.seen >= (int)(2 * size >> 20) && hook.seen < (int)(2 * size >> 20) + 60,
               "way %d: %d reads", way, hook.seen);
