@@ -1347,6 +1347,7 @@ static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
         rc = expert_run(s, layer, expert, slot, m->y, err);
         cache_unpin(e->experts, slot);
         double share = (double)m->start[expert + 1] / m->start[e->cfg->n_routed_experts];
+        tick(s, OPC_EXPERTS);
         if (rc == 0) rc = report(s, layer, 0.5 + 0.5 * share, err);
     }
     for (; done < asked; done++) cache_unpin(e->experts, slot_of[done % LOOKAHEAD]);
