@@ -1538,10 +1538,9 @@ static int put_decoded(buffer *out, const buffer *in, const char **note, dsv4_er
     }
     if (bad) {
         const char *name = looks_like_html(in) ? memmem(in->s, n, "charset=", 8) : NULL;
-        if (name && sscanf(name, "charset=%*[\"']%31[A-Za-z0-9_-]", charset) != 1 &&
-            sscanf(name, "charset=%31[A-Za-z0-9_-]", charset) != 1)
-            name = NULL;
-        if (name && strncasecmp(charset, "utf", 3))
+        if (name) name += name[8] == '"' || name[8] == '\'' ? 9 : 8;
+        if (name && sscanf(name, "%31[A-Za-z0-9_-]", charset) == 1 &&
+            strncasecmp(charset, "utf", 3))
             return put_converted(out, in->s, in->n, charset, 1, err);
         *note = good > bad ? "some bytes of it are no UTF-8 and became U+FFFD"
                            : "it is not UTF-8 and was read as Latin-1";
@@ -1641,7 +1640,7 @@ static int put_pdf(buffer *out, const buffer *pdf, dsv4_err *err) {
 
 /* --- files */
 
-/* Text with one end of lines and no end of paper. */
+/* Lines end by \n alone; what has NULs or no words is no text. */
 static int tidy(buffer *b, dsv4_err *err) {
     size_t n = 0, words = 0;
     for (size_t i = 0; i < b->n; i++) {
@@ -1674,7 +1673,7 @@ static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_er
         free(html.s);
         if (rc) return rc;
     }
-    return out->failed ? fail(err, "out of memory") : tidy(out, err);
+    return tidy(out, err);
 }
 
 int doc_read(buffer *out, const char *path, const char **note, dsv4_err *err) {
@@ -1691,6 +1690,7 @@ int doc_read(buffer *out, const char *path, const char **note, dsv4_err *err) {
     }
     if (!rc && read_file(&raw, path, DOC_BYTES, err)) return free(raw.s), -1;
     if (!rc) rc = doc_decode(&text, &raw, note, &why);
+    if (text.failed) rc = fail(&why, "out of memory");     /* a part of it is no document */
     if (!rc) put_bytes(out, text.s, text.n);
     free(raw.s);
     free(text.s);

@@ -9,43 +9,32 @@ left.  The worst of these ends against the true one is demanded to be within 20%
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
 
-DSV4, MKMODEL = map(os.path.abspath, sys.argv[1:3])
+from harness import DSV4, TMP, mkmodel, words, write
+
 FLASH = "build/flash4"
 LINE = re.compile(r"reading (\d+)%.* (\d+):(\d\d) left")
 
 
-def document(path, n_words):
-    rng = random.Random(1)
-    some = "glacier river stone light house winter bird song night day water ice".split()
-    with open(path, "w") as f:
-        f.write("\n\n".join(" ".join(rng.choice(some) for _ in range(48)) + "."
-                            for _ in range(n_words // 48)))
-
-
 def watch(model, n_words, *flags):
     """Worst error of the time left, predicted seconds, seconds, tokens."""
-    with tempfile.TemporaryDirectory() as tmp:
-        path, stats = os.path.join(tmp, "document.txt"), os.path.join(tmp, "stats.json")
-        document(path, n_words)
-        command = [DSV4, "summarize", "-m", model, path, "--no-cache", "-n", "2", "--stats", stats]
-        p = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                             text=True, bufsize=1)
-        seen, predicted = [], 0
-        for line in p.stderr:
-            now, found = time.monotonic(), LINE.match(line)
-            if line.startswith("document.txt") or f"{path[:32]} " in line:
-                predicted = float(line.split()[-1])
-            if found:
-                seen.append((now, int(found[1]), 60 * int(found[2]) + int(found[3])))
-        p.wait()
-        s = json.load(open(stats))
+    path, stats = write("document.txt", words(n_words)), os.path.join(TMP, "stats.json")
+    command = [DSV4, "summarize", "-m", model, path, "--no-cache", "-n", "2", "--stats", stats]
+    p = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                         text=True, bufsize=1)
+    seen, predicted = [], 0
+    for line in p.stderr:
+        now, found = time.monotonic(), LINE.match(line)
+        if line.startswith(f"{path[:32]} "):
+            predicted = float(line.split()[-1])
+        if found:
+            seen.append((now, int(found[1]), 60 * int(found[2]) + int(found[3])))
+    p.wait()
+    s = json.load(open(stats))
     began = seen[0][0] - 0.25                            # the first line comes then
     true = s["seconds"]["prefill"]
     ends = [now - began + left for now, share, left in seen if 10 <= share < 100]
@@ -55,19 +44,17 @@ def watch(model, n_words, *flags):
 
 def main():
     failed = 0
-    with tempfile.TemporaryDirectory(dir="build") as tmp:
-        models = [("narrow, 9 layers", os.path.join(tmp, "narrow"), 12000, "--ram", "1G")]
-        subprocess.run([MKMODEL, "1m", models[0][1], "--experts", "32", "--layers", "9"],
-                       check=True, capture_output=True)
-        if os.path.exists(os.path.join(FLASH, "config.json")):
-            models.append(("Flash's widths, 4 layers", FLASH, 900, "--ram", "8G"))
-        for name, model, n_words, *flags in models:
-            worst, predicted, true, n, lines = watch(model, n_words, *flags)
-            ok = abs(worst) <= 0.2
-            failed += not ok
-            print(f"{name:26} {n:7,} tokens {true:7.1f} s  plan {predicted:7.0f} s  time left "
-                  f"{100 * worst:+5.1f}% at worst in {lines} lines  {'ok' if ok else 'short'}",
-                  flush=True)
+    narrow = mkmodel("narrow", "1m", "--experts", 32, "--layers", 9)
+    models = [("narrow, 9 layers", narrow, 12000, "--ram", "1G")]
+    if os.path.exists(os.path.join(FLASH, "config.json")):
+        models.append(("Flash's widths, 4 layers", FLASH, 900, "--ram", "8G"))
+    for name, model, n_words, *flags in models:
+        worst, predicted, true, n, lines = watch(model, n_words, *flags)
+        ok = abs(worst) <= 0.2
+        failed += not ok
+        print(f"{name:26} {n:7,} tokens {true:7.1f} s  plan {predicted:7.0f} s  time left "
+              f"{100 * worst:+5.1f}% at worst in {lines} lines  {'ok' if ok else 'short'}",
+              flush=True)
     return failed > 0
 
 

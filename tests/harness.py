@@ -5,6 +5,7 @@ or "skip NAME: TEST: why" for what this machine does not let a test do.
 """
 
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,15 @@ def write(name, data):
     with open(path, "wb") as f:
         f.write(data if isinstance(data, bytes) else data.encode())
     return path
+
+
+def words(n, seed=1):
+    """About n words of text: sentences of twelve, paragraphs of four."""
+    rng = random.Random(seed)
+    some = "glacier river stone light house winter bird song night day water ice".split()
+    text = [" ".join(rng.choice(some) for _ in range(12)).capitalize() + "."
+            for _ in range(n // 12)]
+    return "\n\n".join(" ".join(text[i:i + 4]) for i in range(0, len(text), 4))
 
 
 def mkmodel(name, preset, *args):

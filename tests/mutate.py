@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 
+from cuda_report import NVCC
+
 B = sys.argv[1]
 MUTATIONS = (
     ("embed_cuda", "row[(size_t)i * w.cols + c] = x;", "row[(size_t)i * w.cols + (c ^ 1)] = x;"),
@@ -42,8 +44,8 @@ def passes(source, folder):
     path, fatbin = os.path.join(folder, "kernels.cu"), os.path.join(folder, "kernels.fatbin")
     with open(path, "w") as f:
         f.write(source)
-    subprocess.run(["nvcc", "-fatbin", "--no-compress", "-lineinfo", "-fmad=false", "-DNDEBUG",
-                    "-I.", "-arch=compute_80", "-code=compute_80", "-o", fatbin, path], check=True)
+    subprocess.run([*NVCC, "-fatbin", "--no-compress", "-lineinfo", "-arch=compute_80",
+                    "-code=compute_80", "-o", fatbin, path], check=True)
     tests = [name for name in ("test_cuda", "test_cuda_attend")
              if os.path.exists(os.path.join(B, name))]
     env = {**os.environ, "SOFTGPU": "cc=8.0,seed=5", "LD_LIBRARY_PATH": "build/softgpu"}

@@ -33,8 +33,8 @@ if [ -e "$build/kernels.fatbin" ]; then    # a GPU in software, and the CUDA twi
     for cc in 8.0 8.9; do
         echo "softgpu, capability $cc"
         for t in test_cuda test_cuda_attend; do
-            SOFTGPU=cc=$cc,seed=7 LD_LIBRARY_PATH=build/softgpu \
-                try "$build/$t" "$build/kernels.fatbin"
+            try env SOFTGPU=cc=$cc,seed=7 LD_LIBRARY_PATH=build/softgpu \
+                "$build/$t" "$build/kernels.fatbin"
         done
     done
     try $venv tests/mutate.py "$build"
