@@ -30,8 +30,8 @@ B        = build
 BIN      = dsv4
 endif
 
-OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o kv.o text.o)
-SRC      = dsv4.h dsv4.c kernels.cu kernels.c offload.c kv.c text.c main.c
+OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o cuda.o offload.o kv.o text.o)
+SRC      = dsv4.h dsv4.c kernels.cu kernels.c cuda.c offload.c kv.c text.c main.c
 C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_kv test_park test_text \
              test_chat test_doc test_model)
 FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_chat fuzz_answer \
@@ -49,6 +49,9 @@ $(BIN): $(B)/main.o $(OBJ)
 $(B)/%.o: %.c dsv4.h Makefile | $(B)
 	$(CC) $(ALL_C) -c -o $@ $<
 
+# with nvcc for a GPU, too; without, for the CPU alone
+$(B)/cuda.o: $(if $(CUDA),$(B)/kernels.fatbin)
+$(B)/cuda.o: ALL_C += $(if $(CUDA),-I$(CUDA)/include -DFATBIN='"$(B)/kernels.fatbin"')
 # loops as fast wherever the linker puts them
 $(B)/kernels.o: ALL_C += $(SIMD) -falign-loops=32
 $(B)/ref.o: kernels.cu dsv4.h Makefile | $(B)
@@ -75,7 +78,8 @@ $(B)/bench: tests/bench.c dsv4.h $(OBJ) Makefile | $(B)
 # as DSV4's number formats are defined, nothing is contracted and nothing flushed
 $(B)/kernels.fatbin: kernels.cu dsv4.h Makefile | $(B)
 	nvcc -fatbin --no-compress -lineinfo -fmad=false -DNDEBUG -o $@ $< \
-	  $(foreach cc,80 89,-gencode arch=compute_$(cc),code=compute_$(cc))
+	  $(foreach cc,80 89,-gencode arch=compute_$(cc),code=compute_$(cc)) \
+	  $(foreach cc,80 86 89 120,-gencode arch=compute_$(cc),code=sm_$(cc))
 $(B)/test_cuda $(B)/test_cuda_attend: $(B)/%: tests/%.c tests/gpu.h tests/check.h $(OBJ) | $(B)
 	$(CC) $(ALL_C) -std=gnu11 -I$(CUDA)/include -o $@ $< $(OBJ) $(LIBS)
 softgpu:
@@ -102,7 +106,7 @@ test:
 build/fuzz/%: tests/%.c $(SRC)
 	@mkdir -p build/fuzz
 	clang -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined $(SIMD) $(PKG_C) -o $@ $< \
-	  dsv4.c kernels.c offload.c kv.c text.c -x c kernels.cu -x none $(LIBS)
+	  dsv4.c kernels.c cuda.c offload.c kv.c text.c -x c kernels.cu -x none $(LIBS)
 
 fuzz:
 	@tests/deps.sh fuzz

@@ -38,6 +38,9 @@ enum {
     SPAN_MAX = 128 << 10,          /* tokens a span, DESIGN.md "The two loops"                  */
     LOAD_STEP_BYTES = 256 << 20,   /* of dense weights between two calls of progress             */
     EMBED_ROWS = 256,              /* of embed.weight read at once, where it is not resident    */
+    OUT_ROWS = 16,                 /* of logits on their way from a GPU                         */
+    GPU_CHUNK_MAX = 8192,          /* tokens; times n_heads, within what a launch can take      */
+    RESERVE_BYTES = 1 << 30,       /* of VRAM left alone, or an eighth                          */
     LOOKAHEAD = 16,                /* experts asked for ahead of the one being computed         */
     INDEX_SCORES_MAX = 4 << 20,    /* floats of index scores held at once, if one row fits      */
 };
@@ -64,18 +67,21 @@ static float *take_f32(arena *a, int64_t n) { return arena_take(a, (uint64_t)n *
 static int32_t *take_i32(arena *a, int64_t n) { return arena_take(a, (uint64_t)n * 4); }
 
 int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err) {
-    *a = (arena){.size = size ? size : 64};
+    *a = (arena){.size = size ? size : 64, .gpu = a->gpu, .vram = a->vram};
+    if (a->vram) return (a->base = cuda_alloc(a->gpu, a->size, what, err)) ? 0 : -1;
     void *p = mmap(NULL, a->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED)
         return fail(err, "no memory for %s: %.2f GB refused; lower --ram or --ctx", what,
                     (double)size / 1e9);
     a->base = p;
     madvise(p, a->size, MADV_HUGEPAGE);        /* advice: slower without, not wrong */
-    return 0;
+    return a->gpu ? cuda_pin(a->gpu, p, a->size, what, err) : 0;
 }
 
 void arena_close(arena *a) {
-    if (a->base) munmap(a->base, a->size);
+    if (a->base && a->vram) cuda_free(a->gpu, a->base);
+    if (a->base && a->gpu && !a->vram) cuda_unpin(a->gpu, a->base);
+    if (a->base && !a->vram) munmap(a->base, a->size);
     *a = (arena){0};
 }
 
@@ -433,14 +439,12 @@ static uint64_t need_bytes(const need *n) {
     return n->t->bytes * (n->t->dtype == DT_F32 ? 1 : 2);
 }
 
-/* Turn what was read into what the graph uses, in place.  F16 and BF16 vectors were read into the
- * upper half of it, so that widening front to back never overwrites what is still to read. */
-static int need_finish(const need *n, const dsv4_config *cfg, dsv4_err *err) {
+/* Turn what was read at `at` into what the graph uses, in place.  F16 and BF16 vectors were read
+ * into the upper half of it, so that widening front to back never overwrites what is to be read. */
+static int need_finish(const need *n, void *at, const dsv4_config *cfg, dsv4_err *err) {
     bool wider = n->kind == NEED_F32 && n->t->dtype != DT_F32;
-    float *f;
-    int32_t *ids;
-    memcpy(&f, n->dst.raw, sizeof f);
-    memcpy(&ids, n->dst.raw, sizeof ids);
+    float *f = at;
+    int32_t *ids = at;
     for (size_t i = 0; wider && i < n->t->bytes / 2; i++) {
         uint16_t bits;
         memcpy(&bits, (uint8_t *)f + n->t->bytes + 2 * i, 2);
@@ -471,31 +475,6 @@ static uint64_t weights_size(const dsv4_weights *w, dense_mode mode) {
     return a.used;
 }
 
-static int weights_load(dsv4_weights *w, offload *o, arena *a, dense_mode mode,
-                        progress_fn progress, void *arg, dsv4_err *err) {
-    load_item *items = calloc(w->n_needs + 1, sizeof *items);
-    if (!items) return fail(err, "out of memory for the list of dense weights");
-    size_t n = 0;
-    for (size_t i = 0; i < w->n_needs; i++) {
-        const need *d = &w->needs[i];
-        if (!is_kept(d, mode)) continue;
-        uint8_t *place = arena_take(a, need_bytes(d));
-        memcpy((void *)d->dst.raw, &place, sizeof place);      /* pointers are all alike */
-        items[n++] = (load_item){d->t, place + need_bytes(d) - d->t->bytes};
-    }
-    int rc = 0;
-    for (size_t i = 0, end; i < n && rc == 0; i = end) {
-        uint64_t bytes = 0;
-        for (end = i; end < n && bytes < LOAD_STEP_BYTES; end++) bytes += items[end].t->bytes;
-        if (progress && progress(arg, (double)i / (double)n)) rc = fail(err, "interrupted");
-        else rc = offload_load(o, items + i, end - i, err);
-    }
-    for (size_t i = 0; i < w->n_needs && rc == 0; i++)
-        if (is_kept(&w->needs[i], mode)) rc = need_finish(&w->needs[i], w->cfg, err);
-    free(items);
-    return rc;
-}
-
 /* === 3. Memory plan and engine ================================================================ */
 typedef struct {                   /* scratch of one chunk of attention or shared expert        */
     float *x, *xq;                 /* [chunk][dim] normalized input; the same after aq128       */
@@ -514,10 +493,12 @@ typedef struct {                   /* scratch of one chunk of attention or share
     float *g, *u;                  /* [chunk][moe_inter]                                        */
     float *logits;                 /* [chunk][n_experts]                                        */
     float *mtp_h, *mtp_norm;       /* [chunk][hc][dim], with an MTP block only                  */
+    float *out;                    /* [OUT_ROWS][vocab], with a GPU only: logits on their way   */
     int index_block;               /* tokens whose index scores fit at once                     */
 } chunk_work;
 
 typedef struct {                   /* what a span carries from gate to experts to shared expert */
+    int32_t *tokens;               /* [span] of this forward                                    */
     float *h;                      /* [span][hc][dim] the streams                               */
     float *y;                      /* [span][dim] MoE sum                                       */
     uint8_t *code, *scale;         /* [span][dim], [span][dim/128] MoE input, e4m3              */
@@ -540,28 +521,32 @@ typedef struct { int unit, slot; } pinned_unit;  /* unit -1: none               
 struct dsv4_engine {
     const dsv4_config *cfg;
     const dsv4_ops *op;
-    dsv4_exec *ex;
+    dsv4_exec *ex, *pool;          /* where operations run: threads of the pool, or the GPU     */
     dsv4_weights *w;
     offload *off;
     dsv4_opts opts;
     dsv4_plan plan;
     dsv4_stats stats;
-    arena dense;
-    cache *experts;
+    cuda *gpu;                     /* or NULL: then op is ops_cpu                               */
+    arena dense;                   /* on a GPU: VRAM for experts and work buffers, too          */
+    const uint8_t **expert_at;     /* [n_experts_total][EXPERT_PARTS] in VRAM, or NULL          */
+    cache *experts;                /* or NULL                                                   */
     cache *units;                  /* dense weights that do not fit: two slots; else NULL       */
     pinned_unit now, next;         /* in use; on its way                                        */
-    float freq_window[MAX_HEAD_DIM / 2], freq_compressed[MAX_HEAD_DIM / 2]; /* of rotation      */
+    float freq[2][MAX_HEAD_DIM / 2]; /* of rotation: in window-only layers, in the others       */
+    const float *freq_at[2];       /* where operations see them                                 */
     uint64_t layer_uses[MAX_LAYERS + 1]; /* experts computed                                    */
     int n_blocks;                  /* layers, and one more with the MTP block                   */
     dsv4_hc_shape hc;
     double dense_macs;             /* of a token in all layers                                  */
     kv_opts kv_opts;               /* of a session                                              */
     char note[sizeof(dsv4_err) + 64]; /* on context that is not parked, or empty                */
+    char runs_on[sizeof(dsv4_err) + 64]; /* and why not on a GPU                                */
 };
 
 struct dsv4_session {
     dsv4_engine *e;
-    arena work_mem;
+    arena work_mem, host_mem;      /* host_mem: with a GPU, what the host sees of it            */
     kv_cache *kv;
     chunk_work c;
     span_work s;
@@ -584,9 +569,10 @@ static kv_opts kv_opts_of(const dsv4_config *c, const dsv4_opts *o) {
                      .park = o->mtp ? NULL : o->park};
 }
 
-/* Hand out a session's work memory; with an arena that only counts, this is its size. */
-static void session_layout(dsv4_session *s, arena *a, const dsv4_config *c, const dsv4_opts *o,
-                           bool streamed, int64_t span, int64_t chunk) {
+/* Hand out a session's work memory; with arenas that only count, this is its size.  host is for
+ * what the host reads or writes itself: with a GPU it is another arena than a. */
+static void session_layout(dsv4_session *s, arena *a, arena *host, const dsv4_config *c,
+                           const dsv4_opts *o, bool streamed, int64_t span, int64_t chunk) {
     kv_opts kv = kv_opts_of(c, o);
     int64_t dim = c->hidden_size, hc = c->hc_mult, topk = c->num_experts_per_tok, n = chunk;
     int64_t heads = (int64_t)c->num_attention_heads * c->head_dim, inter = c->moe_intermediate_size;
@@ -605,52 +591,55 @@ static void session_layout(dsv4_session *s, arena *a, const dsv4_config *c, cons
     w->oa = take_f32(a, n * c->o_groups * c->o_lora_rank);
     w->kv = take_f32(a, n * d_max);
     w->kv_rows = arena_take(a, (uint64_t)n * row);
-    w->new_rows = arena_take(a, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, kv.packed));
+    w->new_rows = arena_take(host, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, kv.packed));
     w->ckv = take_f32(a, n * 2 * d_max);
     w->cscore = take_f32(a, n * 2 * d_max);
     w->iq = take_f32(a, n * c->index_n_heads * c->index_head_dim);
     w->iq_rows = arena_take(a, (uint64_t)(n * c->index_n_heads) * key);
     w->iw = take_f32(a, n * c->index_n_heads);
     w->scores = take_f32(a, w->index_block * entries);
-    w->idx = take_i32(a, n * c->index_topk);
-    w->count = take_i32(a, n);
+    w->idx = take_i32(host, n * c->index_topk);
+    w->count = take_i32(host, n);
     w->g = take_f32(a, n * inter);
     w->u = take_f32(a, n * inter);
     w->logits = take_f32(a, n * c->n_routed_experts);
     if (o->mtp) w->mtp_h = take_f32(a, n * dim * hc);
     if (o->mtp) w->mtp_norm = take_f32(a, n * dim * hc);
+    if (host != a) w->out = take_f32(host, OUT_ROWS * c->vocab_size);
 
     span_work *m = &s->s;
     n = span;
-    *m = (span_work){.h = take_f32(a, n * hc * dim)};
+    *m = (span_work){.h = take_f32(a, n * hc * dim), .tokens = take_i32(host, n)};
     m->y = take_f32(a, n * dim);
     if (kv.packed) m->code = arena_take(a, (uint64_t)(n * dim));
     if (kv.packed) m->scale = arena_take(a, (uint64_t)(n * ((dim + 127) / 128)));
     if (!kv.packed) m->x = take_f32(a, n * dim);
     m->post = take_f32(a, n * hc);
     m->comb = take_f32(a, n * hc * hc);
-    m->ids = take_i32(a, n * topk);
-    m->weights = take_f32(a, n * topk);
-    m->rows = take_i32(a, n * topk);
-    m->row_weight = take_f32(a, n * topk);
-    m->start = take_i32(a, c->n_routed_experts + 1);
-    m->used = take_i32(a, c->n_routed_experts);
+    m->ids = take_i32(host, n * topk);
+    m->weights = take_f32(host, n * topk);
+    m->rows = take_i32(host, n * topk);
+    m->row_weight = take_f32(host, n * topk);
+    m->start = take_i32(host, c->n_routed_experts + 1);
+    m->used = take_i32(host, c->n_routed_experts);
     m->expert_scratch = arena_take(a, expert_scratch_bytes((int)dim, (int)inter));
     m->expert_y = take_f32(a, topk * dim);
     if (kv.park)
-        m->marks = arena_take(a, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
+        m->marks = arena_take(host, (uint64_t)(n / SEGMENT_TOKENS + 1) * kv_mark_bytes(c, &kv));
     if (streamed)                              /* F32 is the widest that they may be */
         m->embed_rows = take_f32(a, min64(n, EMBED_ROWS) * dim);
     s->mtp_pending = take_f32(a, hc * dim);
-    s->tokens = kv.park ? take_i32(a, o->ctx) : NULL;
+    s->tokens = kv.park ? take_i32(host, o->ctx) : NULL;
 }
 
-/* Bytes of work memory for this span and chunk. */
+/* Bytes of work memory for this span and chunk; *of_host: those of the host where a GPU has the
+ * rest, or NULL. */
 static uint64_t work_bytes(const dsv4_config *c, const dsv4_opts *o, bool streamed, int span,
-                           int chunk) {
-    arena a = {0};
+                           int chunk, uint64_t *of_host) {
+    arena a = {0}, host = {0};
     dsv4_session s;
-    session_layout(&s, &a, c, o, streamed, span, chunk);
+    session_layout(&s, &a, of_host ? &host : &a, c, o, streamed, span, chunk);
+    if (of_host) *of_host = host.used;
     return a.used;
 }
 
@@ -710,28 +699,81 @@ void engine_work_s(const dsv4_engine *e, double seconds[WORK_N]) {
     for (int i = 0; i < OPC_N; i++) seconds[kind[i]] += e->stats.op_s[i];
 }
 
-/* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory
- * (chunk, then span), the remainder to expert slots.  KV: all of it in RAM if that takes a quarter
- * of the budget or somebody said so; else that quarter, and the rest to the file. */
-static int plan_make(dsv4_engine *e, dsv4_err *err) {
+/* KV: all of it in RAM if that takes a quarter of the budget or somebody said so; else that
+ * quarter, and the rest to the file. */
+static int plan_kv(dsv4_engine *e, dsv4_err *err) {
     const dsv4_config *c = e->cfg;
-    const dsv4_opts *o = &e->opts;
     dsv4_plan *p = &e->plan;
-    size_t n_experts = (size_t)e->n_blocks * (size_t)c->n_routed_experts;
-    *p = (dsv4_plan){.budget = o->ram_bytes, .chunk = 1, .span = 1};
     kv_opts *kv = &e->kv_opts;
-    *kv = kv_opts_of(c, o);
+    *kv = kv_opts_of(c, &e->opts);
+    kv->gpu = e->gpu;
     if (kv_plan_make(&p->kv_plan, c, kv, err)) return -1;
     if (!kv->ram && kv->dir && p->kv_plan.ram > p->budget / 4) {
         kv->ram = p->budget / 4 > p->kv_plan.least ? p->budget / 4 : p->kv_plan.least;
         if (kv_plan_make(&p->kv_plan, c, kv, err)) return -1;
     }
     p->kv = p->kv_plan.ram;
-    machine_rss(&p->base, NULL);
-    p->slot_bytes = cache_slot_bytes(e->w->expert_group, n_experts);
-    plan_token(e, p);
-    p->n_experts_total = (int)n_experts;
-    p->n_layers = e->n_blocks;
+    return 0;
+}
+
+/* The largest chunk, then span, whose work memory fits `room` (of the host: host_room). */
+static int plan_steps(dsv4_engine *e, uint64_t room, uint64_t host_room, dsv4_err *err) {
+    const dsv4_config *c = e->cfg;
+    const dsv4_opts *o = &e->opts;
+    dsv4_plan *p = &e->plan;
+    uint64_t *host = e->gpu ? &p->host_work : NULL;
+    int hint = (int)min64(o->span_hint > 0 ? o->span_hint : o->ctx, SPAN_MAX);
+    int want = (int)min64(o->chunk > 0 ? o->chunk : CHUNK_DEFAULT, hint);
+    if (e->gpu) want = (int)min64(want, GPU_CHUNK_MAX);
+    for (p->chunk = want; p->chunk > 1; p->chunk = (p->chunk + 1) / 2)
+        if (work_bytes(c, o, p->streamed, p->chunk, p->chunk, host) <= room &&
+            p->host_work <= host_room)
+            break;
+    if (o->chunk > 0 && p->chunk < want)
+        return fail(err, "--chunk %d does not fit --ram %.2fG: %d would", want,
+                    (double)p->budget / (1 << 30), p->chunk);
+    p->span = p->chunk;
+    for (int step = SPAN_MAX; step > 0; step /= 2)           /* the longest span that fits */
+        if (p->span + step <= hint &&
+            work_bytes(c, o, p->streamed, p->span + step, p->chunk, host) <= room &&
+            p->host_work <= host_room)
+            p->span += step;
+    p->work = work_bytes(c, o, p->streamed, p->span, p->chunk, host);
+    return 0;
+}
+
+/* All weights in VRAM, and what is left of it to work memory; KV, and what the host sees of a
+ * forward, in RAM. */
+static int plan_gpu(dsv4_engine *e, dsv4_err *err) {
+    const dsv4_config *c = e->cfg;
+    dsv4_plan *p = &e->plan;
+    const cuda_info *g = cuda_get_info(e->gpu);
+    uint64_t host, reserve = g->free / 8 < RESERVE_BYTES ? g->free / 8 : RESERVE_BYTES;
+    p->vram_budget = g->free - reserve;                      /* for the screen and others */
+    p->dense = weights_size(e->w, (dense_mode){e->opts.mtp, false}) + sizeof e->freq;
+    p->slots = (uint64_t)p->n_experts_total * p->slot_bytes;
+    p->n_slots = p->n_experts_total;
+    p->stage = LOAD_STEP_BYTES;
+    for (size_t i = 0; i < e->w->n_needs; i++)
+        if (need_bytes(&e->w->needs[i]) > p->stage) p->stage = need_bytes(&e->w->needs[i]);
+    uint64_t weights = p->dense + p->slots, fixed = p->base + p->kv + p->stage;
+    uint64_t least = weights + work_bytes(c, &e->opts, false, 1, 1, &host);
+    if (least > p->vram_budget)
+        return fail(err, "all weights must fit GPU %d so far: %.2f GB are needed and %.2f are free; "
+                    "use --backend cpu", g->index, (double)least / 1e9, (double)g->free / 1e9);
+    if (fixed + host > p->budget)
+        return fail(err, "--ram %.0fM is too small to load GPU %d: %.0fM are needed; raise it",
+                    (double)p->budget / (1 << 20), g->index,
+                    ceil((double)(fixed + host) / (1 << 20)));
+    return plan_steps(e, p->vram_budget - weights, p->budget - fixed, err);
+}
+
+/* Divide the budget: dense weights and KV first, up to a quarter of the rest to work memory
+ * (chunk, then span), the remainder to expert slots. */
+static int plan_cpu(dsv4_engine *e, dsv4_err *err) {
+    const dsv4_config *c = e->cfg;
+    const dsv4_opts *o = &e->opts;
+    dsv4_plan *p = &e->plan;
     const double mb = 1 << 20;
     uint64_t min_slot_bytes = 2 * (uint64_t)c->num_experts_per_tok * p->slot_bytes, fixed, least;
     for (int streamed = 0; streamed < 2; streamed++) {   /* resident if that fits */
@@ -739,7 +781,7 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
         p->dense = weights_size(e->w, (dense_mode){o->mtp, streamed});
         if (streamed) p->dense += 2 * cache_slot_bytes(e->w->unit, (size_t)e->w->n_units);
         fixed = p->base + p->dense + p->kv;
-        least = fixed + min_slot_bytes + work_bytes(c, o, streamed, 1, 1);
+        least = fixed + min_slot_bytes + work_bytes(c, o, streamed, 1, 1, NULL);
         if (least <= p->budget) break;
     }
     if (least > p->budget)
@@ -748,31 +790,43 @@ static int plan_make(dsv4_engine *e, dsv4_err *err) {
                     "raise --ram or lower --ctx", (double)p->budget / mb, ceil((double)least / mb),
                     (double)p->base / mb, (double)p->dense / mb, (double)p->kv / mb,
                     (double)(least - fixed) / mb);
-
-    uint64_t rest = p->budget - fixed - min_slot_bytes, room = rest / 4;
-    int hint = (int)min64(o->span_hint > 0 ? o->span_hint : o->ctx, SPAN_MAX);
-    int want = (int)min64(o->chunk > 0 ? o->chunk : CHUNK_DEFAULT, hint);
-    for (p->chunk = want; p->chunk > 1; p->chunk = (p->chunk + 1) / 2)
-        if (work_bytes(c, o, p->streamed, p->chunk, p->chunk) <= room) break;
-    if (o->chunk > 0 && p->chunk < want)
-        return fail(err, "--chunk %d does not fit --ram %.2fG: %d would", want,
-                    (double)p->budget / (1 << 30), p->chunk);
-    p->span = p->chunk;
-    for (int step = SPAN_MAX; step > 0; step /= 2)           /* the longest span that fits */
-        if (p->span + step <= hint &&
-            work_bytes(c, o, p->streamed, p->span + step, p->chunk) <= room)
-            p->span += step;
-    p->work = work_bytes(c, o, p->streamed, p->span, p->chunk);
+    if (plan_steps(e, (p->budget - fixed - min_slot_bytes) / 4, 0, err)) return -1;
     uint64_t slots = (p->budget - fixed - p->work) / p->slot_bytes;
-    p->n_slots = slots > n_experts ? (int)n_experts : (int)slots;
+    p->n_slots = slots > (uint64_t)p->n_experts_total ? p->n_experts_total : (int)slots;
     p->slots = (uint64_t)p->n_slots * p->slot_bytes;
     return 0;
+}
+
+static int plan_make(dsv4_engine *e, dsv4_err *err) {
+    dsv4_plan *p = &e->plan;
+    size_t n_experts = (size_t)e->n_blocks * (size_t)e->cfg->n_routed_experts;
+    *p = (dsv4_plan){.budget = e->opts.ram_bytes, .chunk = 1, .span = 1};
+    if (plan_kv(e, err)) return -1;
+    machine_rss(&p->base, NULL);
+    p->slot_bytes = cache_slot_bytes(e->w->expert_group, n_experts);
+    p->n_experts_total = (int)n_experts;
+    p->n_layers = e->n_blocks;
+    plan_token(e, p);
+    return e->gpu ? plan_gpu(e, err) : plan_cpu(e, err);
 }
 
 static int default_threads(void) {
     cpu_set_t set;
     int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
     return n > MAX_THREADS ? MAX_THREADS : n;
+}
+
+/* Not on the GPU, for what stands in err. */
+static int leave_gpu(dsv4_engine *e, dsv4_err *err) {
+    snprintf(e->runs_on, sizeof e->runs_on, "the CPU: %s", err->msg);
+    arena_close(&e->dense);
+    free(e->expert_at);
+    cuda_close(e->gpu);
+    e->expert_at = NULL;
+    e->gpu = NULL;
+    e->op = &ops_cpu;
+    e->ex = e->pool;
+    return plan_make(e, err);
 }
 
 static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
@@ -792,49 +846,147 @@ static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
         return fail(err, "%s has no MTP block to draft with", o->dir);
     e->n_blocks = cfg->num_hidden_layers + o->mtp;
     int threads = o->n_threads ? o->n_threads : default_threads();
-    if (exec_open(&e->ex, threads, err) || offload_open(&e->off, c, &note, err)) return -1;
-    rope_inv_freq(e->freq_window, cfg->qk_rope_head_dim, cfg->rope_theta, 1, 0, 0, 0);
-    rope_inv_freq(e->freq_compressed, cfg->qk_rope_head_dim, cfg->compress_rope_theta,
+    if (exec_open(&e->pool, threads, err) || offload_open(&e->off, c, &note, err)) return -1;
+    e->ex = e->pool;
+    rope_inv_freq(e->freq[0], cfg->qk_rope_head_dim, cfg->rope_theta, 1, 0, 0, 0);
+    rope_inv_freq(e->freq[1], cfg->qk_rope_head_dim, cfg->compress_rope_theta,
                   cfg->yarn_factor, cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
-    return plan_make(e, err);
+    snprintf(e->runs_on, sizeof e->runs_on, "the CPU");
+    if (o->backend == BACKEND_CPU) return plan_make(e, err);
+    if (cuda_open(&e->gpu, o->gpu, err) == 0) {
+        const cuda_info *g = cuda_get_info(e->gpu);
+        snprintf(e->runs_on, sizeof e->runs_on, "GPU %d, %s (%d.%d)", g->index, g->name, g->sm / 10,
+                 g->sm % 10);
+        e->op = &ops_cuda;
+        e->ex = cuda_exec(e->gpu);
+        if (plan_make(e, err) == 0) return 0;
+    }
+    return o->backend == BACKEND_AUTO ? leave_gpu(e, err) : -1;
 }
 
-/* What KV depends on: the small weights, all of them trained, and the numbers of the config that go
- * into it; the first says how this program computes, and changes when that does. */
+/* What KV depends on: the numbers of the config that go into it, and the small weights, all of them
+ * trained, which come while they are loaded; the first number says how this program computes, a GPU
+ * having other last bits, and changes when that does. */
 static park_key fingerprint(const dsv4_engine *e) {
     const dsv4_config *c = e->cfg;
-    double number[] = {1, e->opts.no_rounding, c->rope_theta, c->compress_rope_theta,
+    double number[] = {e->gpu ? 2 : 1, e->opts.no_rounding, c->rope_theta, c->compress_rope_theta,
                        c->yarn_factor, c->yarn_beta_fast, c->yarn_beta_slow, c->yarn_original,
                        (double)c->swiglu_limit, (double)c->routed_scaling_factor, (double)c->hc_eps,
                        (double)c->rms_norm_eps, c->index_topk, c->num_experts_per_tok,
                        c->sliding_window, c->hc_sinkhorn_iters};
     int32_t word[2 * sizeof number / sizeof *number];
     memcpy(word, number, sizeof number);
-    park_key key = park_next((park_key){{0}}, word, (int)(sizeof word / sizeof *word));
-    for (size_t i = 0; i < e->w->n_needs; i++) {
-        const need *n = &e->w->needs[i];
-        if (n->kind != NEED_F32 || n->mtp) continue;
-        key = park_next(key, (const int32_t *)(const void *)*n->dst.f32,
-                        (int)(need_bytes(n) / sizeof(float)));
-    }
-    return key;
+    return park_next((park_key){{0}}, word, (int)(sizeof word / sizeof *word));
 }
 
-int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
-    double t0 = now_s();
-    if (arena_open(&e->dense, e->plan.dense, "the dense weights", err)) return -1;
+typedef struct {                   /* one thing to be read                                      */
+    const ckpt_tensor *t;
+    const need *of;                /* NULL: a part of an expert                                 */
+    uint8_t *place;                /* where it goes,                                            */
+    uint64_t bytes;                /* and what it takes there                                   */
+} load_step;
+
+/* What is to be read now: the dense weights that are kept and, on a GPU, all experts.  Hands out
+ * their places and has everything point there; returns how many, or -1. */
+static int64_t load_list(dsv4_engine *e, load_step *step) {
+    const dsv4_weights *w = e->w;
     dense_mode mode = {e->opts.mtp, e->plan.streamed};
-    if (weights_load(e->w, e->off, &e->dense, mode, progress, arg, err)) return -1;
+    int64_t n = 0;
+    for (size_t i = 0; i < w->n_needs; i++) {
+        const need *d = &w->needs[i];
+        if (!is_kept(d, mode)) continue;
+        uint8_t *place = arena_take(&e->dense, need_bytes(d));
+        memcpy((void *)d->dst.raw, &place, sizeof place);      /* pointers are all alike */
+        step[n++] = (load_step){d->t, d, place, need_bytes(d)};
+    }
+    for (int64_t i = 0; e->gpu && i < (int64_t)e->plan.n_experts_total * EXPERT_PARTS; i++) {
+        const ckpt_tensor *t = w->expert_part[i];
+        step[n++] = (load_step){t, NULL, arena_take(&e->dense, t->bytes), t->bytes};
+        e->expert_at[i] = step[n - 1].place;
+    }
+    return n;
+}
+
+/* Read steps [n], which lie one behind the other: where they go, or by way of `stage` to a GPU. */
+static int load_some(dsv4_engine *e, const load_step *step, size_t n, load_item *item,
+                     uint8_t *stage, dsv4_err *err) {
+    uint8_t *first = step[0].place, *base = stage ? stage : first;
+    for (size_t i = 0; i < n; i++)
+        item[i] = (load_item){step[i].t, base + (step[i].place - first) + step[i].bytes -
+                                         step[i].t->bytes};
+    if (offload_load(e->off, item, n, err)) return -1;
+    for (size_t i = 0; i < n; i++) {
+        uint8_t *at = base + (step[i].place - first);
+        if (!step[i].of) continue;
+        if (need_finish(step[i].of, at, e->cfg, err)) return -1;
+        if (step[i].of->kind == NEED_F32 && !step[i].of->mtp)
+            e->kv_opts.model = park_next(e->kv_opts.model, (const int32_t *)(const void *)at,
+                                         (int)(step[i].bytes / sizeof(float)));
+    }
+    if (!stage) return 0;
+    e->op->copy(first, stage, (size_t)(step[n - 1].place + step[n - 1].bytes - first), e->ex);
+    return e->op->sync(e->ex, err);
+}
+
+/* Read all that stays, some at a time. */
+static int load_all(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
+    double t0 = now_s();
+    size_t most = e->w->n_needs + (e->gpu ? (size_t)e->plan.n_experts_total * EXPERT_PARTS : 0);
+    load_step *step = calloc(most + 1, sizeof *step);
+    load_item *item = calloc(most + 1, sizeof *item);
+    arena stage = {.gpu = e->gpu};
+    if (e->gpu) e->expert_at = calloc(most, sizeof *e->expert_at);
+    int rc = step && item && (!e->gpu || e->expert_at) ? 0 : fail(err, "out of memory for loading");
+    if (rc == 0 && e->gpu) rc = arena_open(&stage, e->plan.stage, "loading", err);
+    size_t n = rc ? 0 : (size_t)load_list(e, step);
+    for (size_t i = 0, end; i < n && rc == 0; i = end) {
+        for (end = i + 1; end < n; end++)
+            if ((uint64_t)(step[end].place - step[i].place) + step[end].bytes > LOAD_STEP_BYTES)
+                break;
+        if (progress && progress(arg, (double)i / (double)n)) rc = fail(err, "interrupted");
+        else rc = load_some(e, step + i, end - i, item, stage.base, err);
+    }
     e->stats.dense_bytes = offload_get_stats(e->off)->read_bytes;
     e->stats.load_s = now_s() - t0;
-    e->kv_opts.model = fingerprint(e);
-    size_t n_units = (size_t)e->w->n_units;
-    if (e->plan.streamed && cache_open(&e->units, e->off, e->w->unit, n_units, 2, err)) return -1;
-    if (cache_open(&e->experts, e->off, e->w->expert_group, (size_t)e->plan.n_experts_total,
-                   e->plan.n_slots, err))
+    arena_close(&stage);
+    free(step);
+    free(item);
+    return rc;
+}
+
+/* Memory on the GPU, and all weights in it. */
+static int load_gpu(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
+    const dsv4_plan *p = &e->plan;
+    e->dense = (arena){.gpu = e->gpu, .vram = true};
+    if (arena_open(&e->dense, p->dense + p->slots + p->work, "the weights", err)) return -1;
+    float *freq = arena_take(&e->dense, sizeof e->freq);
+    e->op->copy(freq, e->freq, sizeof e->freq, e->ex);
+    for (int i = 0; i < 2; i++) e->freq_at[i] = freq + i * MAX_HEAD_DIM / 2;
+    return load_all(e, progress, arg, err);
+}
+
+/* Memory in RAM, the dense weights in it if they fit, and the experts' cache. */
+static int load_cpu(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
+    size_t n_units = (size_t)e->w->n_units, n_experts = (size_t)e->plan.n_experts_total;
+    for (int i = 0; i < 2; i++) e->freq_at[i] = e->freq[i];
+    if (arena_open(&e->dense, e->plan.dense, "the dense weights", err) ||
+        load_all(e, progress, arg, err) ||
+        (e->plan.streamed && cache_open(&e->units, e->off, e->w->unit, n_units, 2, err)) ||
+        cache_open(&e->experts, e->off, e->w->expert_group, n_experts, e->plan.n_slots, err))
         return -1;
     if (e->opts.heat) cache_load_heat(e->experts, e->opts.heat);
     return 0;
+}
+
+int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
+    dsv4_err of_gpu;
+    e->kv_opts.model = fingerprint(e);
+    if (!e->gpu) return load_cpu(e, progress, arg, err);
+    if (load_gpu(e, progress, arg, err) == 0) return 0;
+    if (e->opts.backend != BACKEND_AUTO || e->op->sync(e->ex, &of_gpu) == 0) return -1;
+    if (leave_gpu(e, &of_gpu)) return fail(err, "%s", of_gpu.msg);
+    e->kv_opts.model = fingerprint(e);
+    return load_cpu(e, progress, arg, err);
 }
 
 int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
@@ -857,7 +1009,7 @@ int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const 
 int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *out,
                    dsv4_err *err) {
     uint64_t most = (e->plan.budget - e->plan.base) / 2;
-    if (exec_measure(e->ex, most, seconds / 2, &out->exec, err)) return -1;
+    if (exec_measure(e->pool, most, seconds / 2, &out->exec, err)) return -1;
     return disk_measure(c, e->plan.slot_bytes, seconds / 2, &out->disk_bytes_s, err);
 }
 
@@ -870,24 +1022,29 @@ void engine_close(dsv4_engine *e) {
     offload_close(e->off);
     arena_close(&e->dense);
     weights_close(e->w);
-    exec_close(e->ex);
+    cuda_close(e->gpu);
+    exec_close(e->pool);
+    free(e->expert_at);
     free(e);
 }
 
 const dsv4_plan *engine_plan(const dsv4_engine *e) { return &e->plan; }
 const dsv4_stats *engine_stats(const dsv4_engine *e) { return &e->stats; }
+const char *engine_runs_on(const dsv4_engine *e) { return e->runs_on; }
 const char *engine_note(const dsv4_engine *e) { return *e->note ? e->note : offload_note(e->off); }
 const offload_stats *engine_offload_stats(const dsv4_engine *e) {
     return offload_get_stats(e->off);
 }
 
-const cache_stats *engine_expert_stats(const dsv4_engine *e) { return cache_get_stats(e->experts); }
+const cache_stats *engine_expert_stats(const dsv4_engine *e) {
+    static const cache_stats none;
+    return e->experts ? cache_get_stats(e->experts) : &none;
+}
 
 group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
-    const group_uses *u = cache_uses(e->experts) + (size_t)layer *
-                          (size_t)e->cfg->n_routed_experts;
+    const int n = e->cfg->n_routed_experts;
     uint32_t misses = 0;           /* hits are the rest: some are asked for twice, see below */
-    for (int i = 0; i < e->cfg->n_routed_experts; i++) misses += u[i].misses;
+    for (int i = 0; e->experts && i < n; i++) misses += cache_uses(e->experts)[layer * n + i].misses;
     return (group_uses){(uint32_t)e->layer_uses[layer] - misses, misses};
 }
 
@@ -908,12 +1065,16 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
     dsv4_session *s = calloc(1, sizeof *s);
     if (!s) return fail(err, "out of memory for the session");
     *s = (dsv4_session){.e = e, .progress = progress, .progress_arg = arg};
+    arena *host = e->gpu ? &s->host_mem : &s->work_mem;
+    host->gpu = e->gpu;
     if (kv_open(&s->kv, e->off, c, &e->kv_opts, err) ||
-        arena_open(&s->work_mem, e->plan.work, "the work buffers", err)) {
+        arena_open(host, e->gpu ? e->plan.host_work : e->plan.work, "the work buffers", err)) {
         session_close(s);
         return -1;
     }
-    session_layout(s, &s->work_mem, c, &e->opts, e->plan.streamed, e->plan.span, e->plan.chunk);
+    arena vram = {e->dense.base + e->dense.size - e->plan.work, e->plan.work, 0, NULL, false};
+    session_layout(s, e->gpu ? &vram : host, host, c, &e->opts, e->plan.streamed, e->plan.span,
+                   e->plan.chunk);
     session_at(s, 0);
     *out = s;
     return 0;
@@ -923,6 +1084,7 @@ void session_close(dsv4_session *s) {
     if (!s) return;
     kv_close(s->kv);
     arena_close(&s->work_mem);
+    arena_close(&s->host_mem);
     free(s);
 }
 
@@ -943,15 +1105,19 @@ static void tick(dsv4_session *s, op_class c) {
 
 /* === 5. Attention (M3) ======================================================================== */
 /* Keep the last `len` tokens' rows in a ring: token t0+i at row (t0+i) % len. */
-static void ring_put(void *ring, int len, const void *rows, int n, size_t row, int64_t t0) {
-    for (int i = n > len ? n - len : 0; i < n; i++)
-        memcpy((uint8_t *)ring + (size_t)((t0 + i) % len) * row,
-               (const uint8_t *)rows + (size_t)i * row, row);
+static void ring_put(const dsv4_engine *e, void *ring, int len, const void *rows, int n, size_t row,
+                     int64_t t0) {
+    for (int i = n > len ? n - len : 0, m; i < n; i += m) {
+        int at = (int)((t0 + i) % len);
+        m = n - i < len - at ? n - i : len - at;
+        e->op->copy((uint8_t *)ring + (size_t)at * row, (const uint8_t *)rows + (size_t)i * row,
+                    (size_t)m * row, e->ex);
+    }
 }
 
 /* The rope frequencies of a layer (M3: plain where there is no compression). */
 static const float *layer_freq(const dsv4_engine *e, const layer_w *l) {
-    return l->ratio ? e->freq_compressed : e->freq_window;
+    return e->freq_at[l->ratio != 0];
 }
 
 /* y = W aq128(x): xq receives the rounded input and may be x. */
@@ -989,10 +1155,12 @@ static int compress_chunk(dsv4_session *s, const layer_w *l, int layer, kv_kind 
     e->op->rmsnorm(w->kv, w->kv, comp->norm, n_groups, d, c->rms_norm_eps, e->ex);
     e->op->rope(w->kv, layer_freq(e, l), n_groups, 1, d, rope, g0 * l->ratio, l->ratio, false,
                 e->ex);
-    ring_put(ring_kv, coff * l->ratio, w->ckv, n, row, t0);
-    ring_put(ring_score, coff * l->ratio, w->cscore, n, row, t0);
+    ring_put(e, ring_kv, coff * l->ratio, w->ckv, n, row, t0);
+    ring_put(e, ring_score, coff * l->ratio, w->cscore, n, row, t0);
     if (keys) e->op->index_round(w->new_rows, w->kv, n_groups, d, packed, e->ex);
     else e->op->kv_round(w->new_rows, w->kv, n_groups, d, rope, packed, e->ex);
+    if (n_groups == 0) return 0;
+    if (e->op->sync(e->ex, err)) return -1;
     return kv_append(s->kv, layer, kind, w->new_rows, n_groups, err);
 }
 
@@ -1078,13 +1246,14 @@ static int attention(dsv4_session *s, int layer, const kv_layer *rows, float *h,
                       .window = c->sliding_window, .ratio = l->ratio, .topk = c->index_topk,
                       .packed = packed, .t0 = t0};
     if (visible && !in.comp) {             /* one token, and the entries in the file */
+        if (e->op->sync(e->ex, err)) return -1;
         if (!choose) w->count[0] = (int32_t)visible;
         if (kv_gather(s->kv, layer, in.idx, w->count[0], &in.comp, err)) return -1;
         in.idx = NULL;
         in.count = w->count;
     }
     e->op->attend(w->o, &in, n, e->ex);
-    ring_put(ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
+    ring_put(e, ring, c->sliding_window, w->kv_rows, n, kv_row_bytes(hd, rope, packed), t0);
     tick(s, OPC_ATTEND);
     e->op->rope(w->o, layer_freq(e, l), n, heads, hd, rope, t0, 1, true, e->ex);
     e->op->linear(w->oa, &l->wo_a, w->o, n, c->o_groups, e->ex);
@@ -1111,11 +1280,13 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
         if (mark) m = (int)min64(m, SEGMENT_TOKENS - (t0 + i) % SEGMENT_TOKENS);
         if (s->tail > t0 + i) m = (int)min64(m, s->tail - t0 - i);
         if (attention(s, layer, &rows, h + (size_t)i * row, m, t0 + i, err)) return -1;
-        if (mark && (t0 + i + m) % SEGMENT_TOKENS == 0) {
+        bool whole = mark && (t0 + i + m) % SEGMENT_TOKENS == 0, tail = t0 + i + m == s->tail;
+        if ((whole || tail) && e->op->sync(e->ex, err)) return -1;
+        if (whole) {
             kv_mark(s->kv, layer, t0 + i + m, mark);
             mark += kv_mark_bytes(e->cfg, &e->kv_opts);
         }
-        if (t0 + i + m == s->tail) kv_mark(s->kv, layer, s->tail, NULL);
+        if (tail) kv_mark(s->kv, layer, s->tail, NULL);
         if (report(s, layer, 0.5 * i / n, err)) return -1;
     }
     return kv_end(s->kv, layer, err);
@@ -1228,7 +1399,7 @@ static void moe_choose(dsv4_session *s, const layer_w *l, const float *h, const 
                      c->routed_scaling_factor};
     e->op->route(m->ids + at * (size_t)topk, m->weights + at * (size_t)topk, &in, n, e->ex);
     if (e->opts.no_rounding)
-        memcpy(m->x + at * dim, w->x, (size_t)n * dim * sizeof(float));
+        e->op->copy(m->x + at * dim, w->x, (size_t)n * dim * sizeof(float), e->ex);
     else
         e->op->act_codes(m->code + at * dim, m->scale + at * ((dim + 127) / 128), w->x, n,
                          c->hidden_size, e->ex);
@@ -1255,17 +1426,19 @@ static size_t expert_id(const dsv4_engine *e, int layer, int expert) {
     return (size_t)layer * (size_t)e->cfg->n_routed_experts + (size_t)expert;
 }
 
-/* Wait for an expert's bytes; y += what it makes of its tokens. */
+/* Wait for an expert's bytes in its slot (on a GPU they are in); y += what it makes of its tokens. */
 static int expert_run(dsv4_session *s, int layer, int expert, int slot, float *y, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const span_work *m = &s->s;
     int dim = e->cfg->hidden_size, inter = e->cfg->moe_intermediate_size;
     int first = m->start[expert], end = m->start[expert + 1];
     double t = now_s();
-    if (cache_wait(e->experts, slot, err)) return -1;
+    if (!e->gpu && cache_wait(e->experts, slot, err)) return -1;
     e->stats.expert_wait_s += now_s() - t;
     const void *part[EXPERT_PARTS];
-    for (int p = 0; p < EXPERT_PARTS; p++) part[p] = cache_part(e->experts, slot, p);
+    for (int p = 0; p < EXPERT_PARTS; p++)
+        part[p] = e->gpu ? e->expert_at[expert_id(e, layer, expert) * EXPERT_PARTS + (size_t)p]
+                         : cache_part(e->experts, slot, p);
     dsv4_ffn w = {.w1 = {DT_I8, inter, dim, part[W1], part[S1]},
                   .w2 = {DT_I8, dim, inter, part[W2], part[S2]},
                   .w3 = {DT_I8, inter, dim, part[W3], part[S3]}};
@@ -1327,6 +1500,17 @@ static int moe_decode(dsv4_session *s, const layer_w *l, int layer, dsv4_err *er
     return rc;
 }
 
+/* On a GPU, where all experts are: y += every chosen one in ascending id. */
+static int moe_resident(dsv4_session *s, int layer, int n, dsv4_err *err) {
+    const dsv4_engine *e = s->e;
+    const span_work *m = &s->s;
+    if (e->opts.trace && n == 1)
+        e->opts.trace(e->opts.trace_arg, s->pos, layer, m->used, m->n_used);
+    for (int i = 0; i < m->n_used; i++)
+        if (expert_run(s, layer, m->used[i], -1, m->y, err)) return -1;
+    return report(s, layer, 0.9, err);
+}
+
 /* y += every chosen expert in ascending id, each asked for once, the next ones on their way.  A
  * prompt comes by all of them: what decode has learned to keep must stay. */
 static int moe_experts(dsv4_session *s, int layer, dsv4_err *err) {
@@ -1373,20 +1557,27 @@ int layer_forward(dsv4_session *s, int layer, float *h, const int32_t *tokens, i
     if (!last && kv_ahead(s->kv, layer + 1, n, err)) return -1;
     for (int i = 0; i < n; i += chunk)
         moe_choose(s, l, h, tokens, i, (int)min64(chunk, n - i));
+    if (e->op->sync(e->ex, err)) return -1;
     moe_sort(m, n, c->num_experts_per_tok, c->n_routed_experts);
-    memset(m->y, 0, (size_t)n * dim * sizeof(float));
-    int rc = n == 1 ? moe_decode(s, l, layer, err) : moe_experts(s, layer, err);
+    e->op->zero(m->y, (size_t)n * dim * sizeof(float), e->ex);
+    int rc = e->gpu ? moe_resident(s, layer, n, err)
+           : n == 1 ? moe_decode(s, l, layer, err) : moe_experts(s, layer, err);
     tick(s, OPC_EXPERTS);
     for (int i = 0; i < n && rc == 0; i += chunk) {
         size_t at = (size_t)i;
         int some = (int)min64(chunk, n - i);
-        if (n > 1) moe_shared(s, l, i, some);
+        if (n > 1 || e->gpu) moe_shared(s, l, i, some);
         e->op->add(m->y + at * dim, s->c.x, some, 1, c->hidden_size, e->ex);
         e->op->hc_post(h + at * hc * dim, m->y + at * dim, m->post + at * hc,
                        m->comb + at * hc * hc, &e->hc, some, e->ex);
         tick(s, OPC_HC);
     }
     return rc ? rc : report(s, layer, 1, err);
+}
+
+/* The tokens of a forward, where operations see them. */
+static const int32_t *tokens_in(dsv4_session *s, const int32_t *tokens, int n) {
+    return memcpy(s->s.tokens, tokens, (size_t)n * sizeof *tokens);
 }
 
 /* The MTP block at positions p0..p0+n-1 (n <= chunk), whose streams are h and whose next tokens
@@ -1398,6 +1589,7 @@ static int mtp_forward(dsv4_session *s, const float *h, const int32_t *next, int
     const mtp_w *m = &e->w->mtp;
     chunk_work *w = &s->c;
     int dim = c->hidden_size, hc = c->hc_mult;
+    next = tokens_in(s, next, n);
     if (embed_tokens(s, w->x, next, n, 1, err)) return -1;
     e->op->rmsnorm(w->x, w->x, m->enorm, n, dim, c->rms_norm_eps, e->ex);
     linear_rounded(s, w->xq, &m->e_proj, w->x, w->x, n);
@@ -1422,7 +1614,7 @@ static int mtp_follow(dsv4_session *s, const int32_t *tokens, int n, int64_t t0,
         int m = (int)min64(s->e->plan.chunk, n - 1 - i);
         if (mtp_forward(s, s->s.h + (size_t)i * row, tokens + i + 1, m, t0 + i, err)) return -1;
     }
-    memcpy(s->mtp_pending, s->s.h + (size_t)(n - 1) * row, row * sizeof(float));
+    s->e->op->copy(s->mtp_pending, s->s.h + (size_t)(n - 1) * row, row * sizeof(float), s->e->ex);
     s->mtp_drafted = -1;
     return 0;
 }
@@ -1504,12 +1696,14 @@ int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err
                         tokens[i], (long long)s->pos + i, c->vocab_size);
     s->broken = true;                      /* until all layers are through */
     s->tick = begin;
-    if (embed_tokens(s, s->s.h, tokens, n, c->hc_mult, err)) return -1;
-    if (n == 1) ask_hash_experts(e, tokens[0]);
+    const int32_t *seen = tokens_in(s, tokens, n);
+    if (embed_tokens(s, s->s.h, seen, n, c->hc_mult, err)) return -1;
+    if (n == 1 && !e->gpu) ask_hash_experts(e, tokens[0]);
     tick(s, OPC_EMBED);
     for (int l = 0; l < c->num_hidden_layers; l++)
-        if (layer_forward(s, l, s->s.h, tokens, n, s->pos, err)) return -1;
+        if (layer_forward(s, l, s->s.h, seen, n, s->pos, err)) return -1;
     if (e->opts.mtp && mtp_follow(s, tokens, n, s->pos, err)) return -1;
+    if (e->op->sync(e->ex, err)) return -1;
     s->broken = false;
     bool decode = n == 1 && s->pos > 0;
     session_keep(s, tokens, n);
@@ -1527,12 +1721,16 @@ static int head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
     s->tick = now_s();
-    for (int i = 0; i < n; i += e->plan.chunk) {
-        int m = (int)min64(e->plan.chunk, n - i);
+    int most = e->gpu ? (int)min64(OUT_ROWS, e->plan.chunk) : e->plan.chunk;
+    for (int i = 0; i < n; i += most) {
+        int m = (int)min64(most, n - i);
+        float *to = logits + (size_t)i * (size_t)c->vocab_size;
         e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &e->hc,
                        m, e->ex);
         e->op->rmsnorm(s->c.x, s->c.x, norm, m, c->hidden_size, c->rms_norm_eps, e->ex);
-        if (head_linear(s, logits + (size_t)i * (size_t)c->vocab_size, s->c.x, m, err)) return -1;
+        if (head_linear(s, e->gpu ? s->c.out : to, s->c.x, m, err) || e->op->sync(e->ex, err))
+            return -1;
+        if (e->gpu) memcpy(to, s->c.out, (size_t)m * (size_t)c->vocab_size * sizeof *to);
     }
     tick(s, OPC_HEAD);
     return 0;

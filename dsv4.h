@@ -8,8 +8,9 @@
  *        |
  *      dsv4_ops   about twenty operations; one table of function pointers per backend
  *        |    \
- *        |     kernels.cu   the book of ops: contract and plain-C reference (_ref)
+ *        |     kernels.cu   the book of ops: contract, plain-C reference (_ref), kernel (_cuda)
  *        |     kernels.c    the fast CPU twins (_cpu) and the thread pool
+ *        |     cuda.c       a GPU: its driver, memory and launches
  *        |
  *      kv.c       rows of KV in RAM and in a file; parked context
  *        |
@@ -54,8 +55,10 @@ int fail(dsv4_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3
 double now_s(void);
 
 /* One block of memory, handed out front to back; with base NULL it only counts, so that one layout
- * function serves the plan and the real thing. */
-typedef struct { uint8_t *base; uint64_t size, used; } arena;
+ * function serves the plan and the real thing.  With gpu set before arena_open() that GPU sees it,
+ * too, and with vram only it does. */
+typedef struct cuda cuda;
+typedef struct { uint8_t *base; uint64_t size, used; cuda *gpu; bool vram; } arena;
 int arena_open(arena *a, uint64_t size, const char *what, dsv4_err *err);
 void arena_close(arena *a);
 void *arena_take(arena *a, uint64_t bytes);        /* aligned to 64 bytes; NULL while counting */
@@ -141,7 +144,9 @@ int config_generation(generation *out, const char *dir, dsv4_err *err);
 
 /* === 4. Operations ============================================================================
  * The contract of each stands in kernels.cu above its reference; arguments are named alike here.
- * `ex` is where an operation runs (CPU: the thread pool); a reference ignores it.               */
+ * `ex` is where an operation runs (the thread pool, or cuda_exec()); a reference ignores it.
+ * On a GPU they are queued, and all that they point to is memory that the GPU sees: the host may
+ * read what they write, and write what they read, behind sync() only.                           */
 
 typedef struct dsv4_exec dsv4_exec;
 /* Start n_threads - 1 workers; the caller of an operation is the last one. */
@@ -264,12 +269,19 @@ typedef struct dsv4_ops {
     void (*expert_ffn)(float *y, const dsv4_ffn *w, const dsv4_acts *x, const int32_t *rows,
                        const float *weight, int m, float limit, void *scratch, dsv4_exec *ex);
     void (*add)(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex);
+    void (*copy)(void *dst, const void *src, size_t bytes, dsv4_exec *ex);
+    void (*zero)(void *dst, size_t bytes, dsv4_exec *ex);
+    int (*sync)(dsv4_exec *ex, dsv4_err *err); /* -1: something since the last one failed       */
 } dsv4_ops;
 
 extern const dsv4_ops ops_ref;     /* kernels.cu: plain C, wide sums, slow                      */
 extern const dsv4_ops ops_cpu;     /* kernels.c                                                 */
+extern const dsv4_ops ops_cuda;    /* cuda.c                                                    */
 /* References that are fast enough for ops_cpu. */
 void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc, dsv4_exec *ex);
+void copy_ref(void *dst, const void *src, size_t bytes, dsv4_exec *ex);
+void zero_ref(void *dst, size_t bytes, dsv4_exec *ex);
+int sync_ref(dsv4_exec *ex, dsv4_err *err);
 void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
                   dsv4_exec *ex);
 
@@ -278,6 +290,24 @@ size_t expert_scratch_bytes(int dim, int inter);
 /* Rotation frequencies [rope_dim/2] (M3, YaRN); factor 1 means none. */
 void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
                    double beta_fast, double beta_slow, double original);
+
+/* A GPU in use, by number.  -1 says why there is none: no driver or one too old, no such GPU, one
+ * before compute capability 8.0, or a build without CUDA. */
+int cuda_open(cuda **out, int index, dsv4_err *err);
+void cuda_close(cuda *g);          /* with all its memory given back */
+typedef struct {
+    char name[96];
+    int index, sm;                 /* 89: compute capability 8.9                                */
+    uint64_t total, free;          /* bytes of VRAM; free: when it was opened                   */
+} cuda_info;
+const cuda_info *cuda_get_info(const cuda *g);
+dsv4_exec *cuda_exec(cuda *g);     /* for ops_cuda */
+/* VRAM, aligned to 256 bytes; `what` it is for stands in messages.  NULL: see err. */
+void *cuda_alloc(cuda *g, uint64_t bytes, const char *what, dsv4_err *err);
+void cuda_free(cuda *g, void *p);
+/* Have the GPU see host memory, too, under the same address, until cuda_unpin(). */
+int cuda_pin(cuda *g, void *p, uint64_t bytes, const char *what, dsv4_err *err);
+void cuda_unpin(cuda *g, void *p);
 
 /* === 5. Offload: shards, reads, experts ======================================================= */
 typedef struct {
@@ -428,6 +458,7 @@ typedef struct {
     uint64_t ram;                  /* bytes that may be taken; 0: all that it needs             */
     const char *dir;               /* for what does not fit; NULL: all must fit                 */
     park *park;                    /* for kv_park() and the like, borrowed; or NULL             */
+    cuda *gpu;                     /* which is to see the rows, or NULL                         */
     park_key model;                /* fingerprint of weights and numerics                       */
 } kv_opts;
 
@@ -709,6 +740,8 @@ void machine_rss(uint64_t *now, uint64_t *peak);
 
 typedef struct {                   /* what will live where, in bytes; told before work          */
     uint64_t budget, base, dense, kv, work, slots, slot_bytes;
+    uint64_t vram_budget;          /* 0: no GPU.  Else it holds dense, slots and work,          */
+    uint64_t host_work, stage;     /* and RAM these; the stage while loading only               */
     kv_plan kv_plan;
     uint64_t token_dense, token_experts; /* read by one decode step                             */
     int n_slots, n_experts_total, n_layers, span, chunk;
@@ -720,6 +753,8 @@ typedef void (*trace_fn)(void *arg, int64_t pos, int layer, const int32_t *exper
 
 typedef struct {
     const char *dir;
+    enum { BACKEND_AUTO, BACKEND_CPU, BACKEND_CUDA } backend; /* auto: CUDA, else the CPU       */
+    int gpu;                       /* its number                                                */
     int n_threads;                 /* 0: every processor this process may use                   */
     uint64_t ram_bytes;            /* 0: machine_ram_budget()                                   */
     int64_t ctx;                   /* tokens of context to make room for                        */
@@ -757,6 +792,8 @@ group_uses engine_layer_uses(const dsv4_engine *e, int layer);     /* of its rou
 typedef struct { exec_rates exec; double disk_bytes_s; } engine_rates;
 int engine_measure(dsv4_engine *e, const ckpt *c, double seconds, engine_rates *out,
                    dsv4_err *err);
+/* "GPU 0, NAME (8.9)", or "the CPU", with the reason where a GPU was asked for. */
+const char *engine_runs_on(const dsv4_engine *e);
 const char *engine_note(const dsv4_engine *e); /* one line on a slower path taken, or NULL */
 
 typedef struct dsv4_session dsv4_session;

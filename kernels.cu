@@ -12,7 +12,7 @@
  *              2 an output may alias an input only where its contract says so
  *              3 an assert means a caller's bug; the numbers in weights never trip one
  * Contents     1 number formats   2 exp and rotation frequencies   3 rounding blocks, rows of KV
- *              4..23 the operations of dsv4_ops, in its order   24 the table
+ *              4..24 the operations of dsv4_ops, in its order   25 the table
  * Not here     SIMD and threads (kernels.c), the graph (dsv4.c)
  *
  * Built as C11 and, for a GPU, as C++17: the common subset of both.                             */
@@ -1255,11 +1255,17 @@ extern "C" __global__ void add_cuda(float *y, const float *x, int copies, int d)
 }
 #endif
 
-/* === 24. The table ============================================================================ */
+/* === 24. copy, zero, sync: for memory that only the backend may touch ===========================
+ * sync: what was called before has happened.                                                     */
+void copy_ref(void *dst, const void *src, size_t bytes, dsv4_exec *ex) { memcpy(dst, src, bytes); }
+void zero_ref(void *dst, size_t bytes, dsv4_exec *ex) { memset(dst, 0, bytes); }
+int sync_ref(dsv4_exec *ex, dsv4_err *err) { return 0; }
+
+/* === 25. The table ============================================================================ */
 
 const dsv4_ops ops_ref = {
     "ref",       embed_ref,    rmsnorm_ref,     act_quant_ref, act_codes_ref,    act_values_ref,
     linear_ref,  rope_ref,     kv_round_ref,    index_round_ref, compress_ref,   index_scores_ref,
     topk_ref,    attend_ref,   hc_pre_ref,      hc_post_ref,   hc_head_ref,      route_ref,
-    swiglu_ref,  expert_ffn_ref, add_ref,
+    swiglu_ref,  expert_ffn_ref, add_ref,       copy_ref,      zero_ref,         sync_ref,
 };

@@ -202,7 +202,8 @@ int kv_open(kv_cache **out, offload *off, const dsv4_config *cfg, const kv_opts 
     *out = NULL;
     kv_cache *kv = calloc(1, sizeof *kv);
     if (!kv) return fail(err, "out of memory for the KV cache");
-    *kv = (kv_cache){.cfg = cfg, .opts = *o, .off = off, .file = -1};
+    *kv = (kv_cache){.cfg = cfg, .opts = *o, .off = off, .file = -1,
+                      .mem.gpu = o->gpu};
     kv_plan p;
     if (kv_plan_make(&p, cfg, o, err) || arena_open(&kv->mem, p.ram, "the KV cache", err)) goto bad;
     lay_out(kv, &kv->mem, p.index_in_file, p.entries_in_file);

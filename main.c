@@ -51,11 +51,11 @@ typedef struct { const char *word[MAX_WORDS]; int n; } word_list;
 
 typedef struct {                   /* everything a command line can say                         */
     const char *model, *prompt, *file, *ids, *logits, *stats, *system, *effort, *gen;
-    const char *trace, *kv_dir, *focus, *length, *format, *out;
+    const char *trace, *kv_dir, *focus, *length, *format, *out, *backend;
     char **operand;                /* [n_operands] words that are no flags                      */
     int n_operands;
     word_list stop, ask;
-    int64_t n_answer, n_bench, ctx, decode_from, chunk, span, threads, top_k;
+    int64_t n_answer, n_bench, ctx, decode_from, chunk, span, threads, top_k, gpu;
     uint64_t ram, kv_ram, kv_disk, seed;
     double temp, top_p, min_p, penalty;                /* -1: as the model's makers say         */
     bool raw, print_ids, no_think, no_rounding, no_loop_guard, quiet, decode, as_ids, json, hash;
@@ -66,6 +66,7 @@ typedef struct {                   /* everything a command line can say         
 #define EFFORTS       "low, high or max"
 #define LENGTHS       "short, medium or long"
 #define FORMATS       "text, markdown or json"
+#define BACKENDS      "auto, cpu or cuda"
 #define GENERATIONS   "v4 or 0731"
 #define SESSION_VERBS "list, verify or rm"
 #define WHITE         " \t\r\n\v\f"
@@ -301,7 +302,23 @@ static size_text grouped(int64_t n) {
 /* What lives where. */
 static void print_plan(FILE *f, const dsv4_engine *e, int64_t ctx) {
     const dsv4_plan *p = engine_plan(e);
-    fprintf(f,
+    fprintf(f, "on %s\n", engine_runs_on(e));
+    if (p->vram_budget)
+        fprintf(f,
+                "plan: VRAM, %s of it, holds\n"
+                "  dense weights %9s\n"
+                "  experts       %9s  all %d\n"
+                "  buffers       %9s  for spans of %d tokens\n"
+                "and --ram %s\n"
+                "  program       %9s\n"
+                "  KV            %9s  %lld tokens of context, %.0f bytes each; and %s in a file\n"
+                "  buffers       %9s  and %s while loading\n",
+                size_of(p->vram_budget).text, size_of(p->dense).text, size_of(p->slots).text,
+                p->n_slots, size_of(p->work).text, p->span, size_of(p->budget).text,
+                size_of(p->base).text, size_of(p->kv).text, (long long)ctx,
+                p->kv_plan.token_bytes, size_of(p->kv_plan.file).text, size_of(p->host_work).text,
+                size_of(p->stage).text);
+    else fprintf(f,
             "plan: --ram %s holds\n"
             "  program       %9s\n"
             "  dense weights %9s  %s\n"
@@ -470,7 +487,8 @@ static const char *kv_place(model *m, const args *a) {
 static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, dsv4_err *err) {
     dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
                    .ctx = a->ctx ? a->ctx : ctx, .chunk = (int)a->chunk,
-                   .no_rounding = a->no_rounding, .kv_ram = a->kv_ram};
+                   .no_rounding = a->no_rounding, .kv_ram = a->kv_ram, .gpu = (int)a->gpu,
+                   .backend = (unsigned)choice(BACKENDS, a->backend)};
     int64_t limit = a->chunk ? a->chunk : a->span ? a->span : n_prompt;
     o.span_hint = (int)(limit < n_prompt ? limit : n_prompt);
     if (o.chunk > n_prompt) o.chunk = (int)n_prompt;
@@ -488,6 +506,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     if (a->stats && out_open(&m->stats, a->stats, err)) return -1;
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
     if (!a->quiet) print_plan(stderr, m->e, o.ctx);
+    bool on_gpu = engine_plan(m->e)->vram_budget > 0;
     m->note = engine_note(m->e);
     if (m->note && !a->quiet) fprintf(stderr, "note: %s\n", m->note);
     if (m->measure_s > 0 && engine_measure(m->e, m->ck, m->measure_s, &m->rates, err)) return -1;
@@ -495,6 +514,8 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     status_begin(&m->status, "loading", 0, 0);
     int rc = engine_load(m->e, on_progress, &m->status, err);
     status_clear(&m->status);
+    if (rc == 0 && on_gpu && !engine_plan(m->e)->vram_budget && !a->quiet)
+        fprintf(stderr, "note: on %s\n", engine_runs_on(m->e));
     return rc ? rc : session_open(&m->s, m->e, on_progress, &m->status, err);
 }
 
@@ -1327,7 +1348,8 @@ static int cmd_plan(model *m, const args *a, dsv4_err *err) {
     if (model_survey(m, a->model, err)) return -1;
     survey v = {.m = m, .ctx = context_of(a, &m->cfg)};
     const dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
-                         .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(m, a)};
+                         .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(m, a),
+                         .gpu = (int)a->gpu, .backend = (unsigned)choice(BACKENDS, a->backend)};
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
     if (engine_measure(m->e, m->ck, 3, &m->rates, err)) return -1;
     if (disk_describe(&v.disk, a->model, "/sys", err)) return -1;
@@ -1875,6 +1897,8 @@ static const flag flags[] = {
     {"--span", "N", EVAL, WHOLE(span, 1, 1e9), "tokens to put through a layer before the next"},
     {"--generation", "GEN", PROMPT, WORD(gen, GENERATIONS), GENERATIONS " (the model's, else v4)"},
     {"-t", "N", BUDGET, WHOLE(threads, 1, MAX_THREADS), "threads (all processors); also --threads"},
+    {"--backend", "NAME", BUDGET, WORD(backend, BACKENDS), BACKENDS " (a GPU where there is one)"},
+    {"--gpu", "N", BUDGET, WHOLE(gpu, 0, 1e3), "which GPU (0)"},
     {"--ram", "SIZE", BUDGET, ARG(SIZE, ram), "memory, as 512M or 16G (most of what is free)"},
     {"--ctx", "N", BUDGET, WHOLE(ctx, 1, 1e9), "tokens of context (as needed; chat, plan: 32768)"},
     {"--kv-ram", "SIZE", BUDGET, ARG(SIZE, kv_ram), "of --ram, for KV (a quarter of it)"},
@@ -2031,7 +2055,8 @@ static int args_check(const args *a, const command *c, dsv4_err *err) {
 static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err *err) {
     *a = (args){.n_answer = ANSWER_DEFAULT, .n_bench = BENCH_TOKENS, .temp = -1, .top_p = -1,
                 .min_p = -1, .penalty = -1, .top_k = -1, .decode_from = INT64_MAX,
-                .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & ANSWER), .operand = argv};
+                .kv_disk = (uint64_t)32 << 30, .no_cache = !(c->bit & ANSWER), .operand = argv,
+                .backend = "auto"};
     for (int i = 0; i < argc; i++) {
         bool word = argv[i][0] != '-' || (!argv[i][1] && c->bit == SUMMARIZE);
         if (word && a->n_operands < c->most) {
