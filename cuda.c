@@ -226,6 +226,7 @@ static void launch(dsv4_exec *ex, kernel k, unsigned gx, unsigned gy, unsigned b
          kernel_name[k]);
 }
 #define ARGS(...) (void *[]){__VA_ARGS__}
+enum { TILE = 8 };                 /* tokens of a block, as kernels.cu has it                   */
 
 static unsigned up(int64_t n, int by) { return (unsigned)((n + by - 1) / by); }
 
@@ -257,7 +258,7 @@ static void act_values_launch(float *y, const uint8_t *code, const uint8_t *scal
 static void linear_launch(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                           dsv4_exec *ex) {
     dsv4_mat m = *w;
-    launch(ex, K_linear, up(m.rows, 4), (unsigned)n, 128, ARGS(&y, &m, &x, &groups));
+    launch(ex, K_linear, up(m.rows, 4), up(n, TILE), 128, ARGS(&y, &m, &x, &n, &groups));
 }
 
 static void rope_launch(float *x, const float *inv_freq, int n, int n_heads, int head_dim,
@@ -335,7 +336,7 @@ static void swiglu_launch(float *a, const float *g, const float *u, int n, int d
 static void expert_ffn_launch(float *y, const dsv4_ffn *w, const dsv4_acts *x,
                               const int32_t *rows, const float *weight, int m, float limit,
                               void *scratch, dsv4_exec *ex) {
-    enum { TILE = 8, ROWS = 8 };   /* tokens and rows of a block, as kernels.cu has them        */
+    enum { ROWS = 8 };             /* of a block                                                */
     int dim = w->w1.cols, inter = w->w1.rows;
     dsv4_ffn f = *w;
     dsv4_acts in = *x, mid = {.f32 = scratch};

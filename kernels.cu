@@ -377,15 +377,37 @@ static void linear_ref(float *y, const dsv4_mat *w, const float *x, int n, int g
         }
 }
 #ifdef __CUDACC__
-/* grid (ceil(rows/4), n), block 128, a warp an element.  Differs: F32 sums, one of each lane. */
-extern "C" __global__ void linear_cuda(float *y, dsv4_mat w, const float *x, int groups) {
-    int r = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    float sum = 0;
+enum { TILE = 8 };                 /* tokens that share a read of the weights                    */
+
+/* By a warp: row r of w times tokens t0.. of x, TOKENS of them or as many as there are. */
+template <int TOKENS>
+static __device__ void linear_row(float *y, const dsv4_mat *w, const float *x, int n, int groups,
+                                  int r, int t0) {
+    int lane = threadIdx.x % 32, cols = w->cols;
+    size_t step = (size_t)groups * cols;
+    const float *at[TOKENS];
+    float sum[TOKENS];
+    for (int i = 0; i < TOKENS; i++) {                       /* beyond n: the last one once more  */
+        at[i] = x + min(t0 + i, n - 1) * step + (size_t)(r / (w->rows / groups)) * cols;
+        sum[i] = 0;
+    }
+    for (int c = lane; c < cols; c += 32) {
+        float a = mat_at(w, r, c);
+        for (int i = 0; i < TOKENS; i++) sum[i] = fmaf(a, at[i][c], sum[i]);
+    }
+    for (int i = 0; i < TOKENS; i++) {
+        for (int far = 16; far; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
+        if (lane == 0 && t0 + i < n) y[(size_t)(t0 + i) * w->rows + r] = sum[i];
+    }
+}
+
+/* grid (ceil(rows/4), ceil(n/TILE)), block 128, a warp a row.  Differs: F32 sums, one of each
+ * lane. */
+extern "C" __global__ void linear_cuda(float *y, dsv4_mat w, const float *x, int n, int groups) {
+    int r = blockIdx.x * 4 + threadIdx.x / 32, t0 = blockIdx.y * TILE;
     if (r >= w.rows) return;
-    x += ((size_t)blockIdx.y * groups + r / (w.rows / groups)) * w.cols;
-    for (int c = lane; c < w.cols; c += 32) sum = fmaf(mat_at(&w, r, c), x[c], sum);
-    for (int far = 16; far; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
-    if (lane == 0) y[(size_t)blockIdx.y * w.rows + r] = sum;
+    if (n == 1) linear_row<1>(y, &w, x, n, groups, r, t0);
+    else linear_row<TILE>(y, &w, x, n, groups, r, t0);
 }
 #endif
 
@@ -1177,34 +1199,44 @@ static void expert_ffn_ref(float *y, const dsv4_ffn *w, const dsv4_acts *x, cons
     }
 }
 #ifdef __CUDACC__
-enum { TILE = 8 };                 /* tokens that share a read of the weights                    */
-
-/* By a warp, for tokens t = t0 + i < m, i < TILE: w's row r times row rows[t], or t, of x; thread i
- * gets the i-th.  Thread 4*l + j works on quarter j of the blocks of the contract's lane l; with
- * plain x each sums up its own products. */
+/* For tokens t = t0 + i < m, i < TILE: w's row r, of each warp another, times row rows[t], or t, of
+ * x; thread i of the warp gets the i-th.  256 columns of the tokens at a time lie in v, as integers
+ * or as F32, for all warps.  Thread 4*l + j works on quarter j of the blocks of the contract's lane
+ * l, that is on 8 columns; with plain x each sums up its own products. */
 static __device__ float fp4_dots(const dsv4_mat *w, int r, const dsv4_acts *x,
                                  const int32_t *rows, int t0, int m) {
-    int thread = threadIdx.x % 32, n_blocks = w->cols / 32;
+    __shared__ int32_t v[TILE][8][32];
+    int thread = threadIdx.x % 32, cols = w->cols, n_blocks = cols / 32;
     float dot[TILE] = {0}, mine = 0;
     for (int b0 = 0; b0 < n_blocks; b0 += 8) {
-        int b = min(b0 + thread / 4, n_blocks - 1), col = 32 * b + thread % 4 * 8;
-        bool real = b == b0 + thread / 4;                    /* there is such a block */
-        size_t block = (size_t)r * n_blocks + b;
+        __syncthreads();
+        for (int k = threadIdx.x; k < TILE * 256; k += blockDim.x) {
+            int i = k / 256, c = 32 * b0 + k % 256;
+            bool real = t0 + i < m && c < cols;
+            size_t at = (size_t)(real && rows ? rows[t0 + i] : t0 + i) * cols + c;
+            v[i][k % 8][k % 256 / 8] = !real ? 0 : x->code ? e4m3_int(x->code[at])
+                                                           : (int32_t)f32_bits(x->f32[at]);
+        }
+        __syncthreads();
+        int b = b0 + thread / 4, a[8];
+        bool real = b < n_blocks;
+        size_t block = (size_t)r * n_blocks + (real ? b : 0);
         const uint8_t *pairs = (const uint8_t *)w->data + block * 16 + thread % 4 * 4;
+        #pragma unroll
+        for (int c = 0; c < 8; c++) a[c] = e2m1_int((uint8_t)(pairs[c / 2] >> (4 * (c & 1))));
+        float half = e8m0_to_f32(w->scale[block]) / 2;
         #pragma unroll
         for (int i = 0; i < TILE; i++) {
             if (t0 + i >= m) continue;
-            size_t t = rows ? rows[t0 + i] : t0 + i, at = t * w->cols + col;
-            if (x->code) {
-                int32_t sum = fp4_sum(pairs, x->code + at, 8);
-                sum += __shfl_xor_sync(~0u, sum, 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                uint8_t scale = x->scale[t * ((w->cols + 127) / 128) + b / 4];
-                if (real) dot[i] += fp4_term(sum, w->scale[block], scale);
-            }
+            int32_t sum = 0;
+            for (int c = 0; x->code && c < 8; c++) sum += a[c] * v[i][c][thread];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            size_t t = rows ? rows[t0 + i] : t0 + i;
+            if (real && x->code)
+                dot[i] += fp4_term(sum, w->scale[block], x->scale[t * ((cols + 127) / 128) + b / 4]);
             for (int c = 0; real && x->f32 && c < 8; c++)
-                dot[i] = fmaf(e2m1_to_f32((uint8_t)(pairs[c / 2] >> (4 * (c & 1))))
-                              * e8m0_to_f32(w->scale[block]), x->f32[at + c], dot[i]);
+                dot[i] = fmaf((float)a[c] * half, bits_f32((uint32_t)v[i][c][thread]), dot[i]);
         }
     }
     #pragma unroll
@@ -1216,22 +1248,20 @@ static __device__ float fp4_dots(const dsv4_mat *w, int r, const dsv4_acts *x,
     return mine;
 }
 
-/* grid (ceil(inter/8), ceil(m/TILE)), block 256, a warp a row: a [m][inter].  With roundings on,
+/* grid (inter/8, ceil(m/TILE)), block 256, a warp a row: a [m][inter].  With roundings on,
  * act_codes_cuda goes between this and expert_down_cuda.  Differs, roundings off: F32 sums. */
 extern "C" __global__ void expert_up_cuda(float *a, dsv4_ffn w, dsv4_acts x, const int32_t *rows,
                                           const float *weight, int m, float limit) {
     int r = blockIdx.x * 8 + threadIdx.x / 32, t0 = blockIdx.y * TILE, i = threadIdx.x % 32;
-    if (r >= w.w1.rows) return;
     float g = fp4_dots(&w.w1, r, &x, rows, t0, m), u = fp4_dots(&w.w3, r, &x, rows, t0, m);
     if (i < TILE && t0 + i < m)
         a[(size_t)(t0 + i) * w.w1.rows + r] = swiglu_one(g, u, limit) * weight[t0 + i];
 }
 
-/* grid (ceil(dim/8), ceil(m/TILE)), block 256; a [m][inter] as codes and scales, or F32. */
+/* grid (dim/8, ceil(m/TILE)), block 256; a [m][inter] as codes and scales, or F32. */
 extern "C" __global__ void expert_down_cuda(float *y, dsv4_mat w2, dsv4_acts a,
                                             const int32_t *rows, int m) {
     int r = blockIdx.x * 8 + threadIdx.x / 32, t0 = blockIdx.y * TILE, i = threadIdx.x % 32;
-    if (r >= w2.rows) return;
     float out = fp4_dots(&w2, r, &a, NULL, t0, m);
     if (i < TILE && t0 + i < m) y[(size_t)rows[t0 + i] * w2.rows + r] += out;
 }

@@ -158,7 +158,7 @@ static void test_cuda_linear_is_within_its_sums(void) {
     for (int round = 0; round < 15; round++) {
         dsv4_dtype kind = kinds[round % 5];
         int groups = 1 + (int)draw(3), rows = groups * (1 + (int)draw(120));
-        int cols = 1 + (int)draw(400), n = round < 5 ? 1 : 1 + (int)draw(4);
+        int cols = 1 + (int)draw(400), n = round < 5 ? 1 : 1 + (int)draw(20);
         if (kind == DT_I8) cols = (cols + 31) / 32 * 32;
         size_t cells = (size_t)rows * (size_t)cols, bytes = cells * nibbles[round % 5] / 2;
         size_t token = (size_t)groups * (size_t)cols, nx = (size_t)n * token;
@@ -174,8 +174,9 @@ static void test_cuda_linear_is_within_its_sums(void) {
         CUdeviceptr dy = room(ny * 4), d1 = room((size_t)rows * 4), dx1 = dx + last * token * 4;
         gpu_w.data = (void *)(uintptr_t)dw;
         gpu_w.scale = (void *)(uintptr_t)ds;
-        launch("linear_cuda", up(rows, 4), (unsigned)n, 128, ARGS(&dy, &gpu_w, &dx, &groups));
-        launch("linear_cuda", up(rows, 4), 1, 128, ARGS(&d1, &gpu_w, &dx1, &groups));
+        int one = 1;
+        launch("linear_cuda", up(rows, 4), up(n, 8), 128, ARGS(&dy, &gpu_w, &dx, &n, &groups));
+        launch("linear_cuda", up(rows, 4), 1, 128, ARGS(&d1, &gpu_w, &dx1, &one, &groups));
         from_gpu(got, dy, ny * 4);
         from_gpu(alone, d1, (size_t)rows * 4);
         DROP(dw, ds, dx);
