@@ -106,7 +106,7 @@ static bool good(cuda *g, CUresult rc, const char *what) {
         fail(&g->fault, "GPU %d has no memory left for %s; free some, or use --backend cpu",
              g->info.index, what);
     else
-        fail(&g->fault, "GPU %d stopped at %s: %s, %s; try again, or use --backend cpu",
+        fail(&g->fault, "GPU %d failed at %s: %s, %s; try again, or use --backend cpu",
              g->info.index, what, name, text);
     return false;
 }

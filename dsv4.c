@@ -978,15 +978,21 @@ static int load_cpu(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *e
     return 0;
 }
 
+/* The GPU failed, so that another has to do? */
+static bool gpu_is_lost(const dsv4_engine *e) {
+    dsv4_err err;
+    return e->gpu && e->opts.backend == BACKEND_AUTO && e->op->sync(e->ex, &err);
+}
+
 int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
-    dsv4_err of_gpu;
     e->kv_opts.model = fingerprint(e);
-    if (!e->gpu) return load_cpu(e, progress, arg, err);
-    if (load_gpu(e, progress, arg, err) == 0) return 0;
-    if (e->opts.backend != BACKEND_AUTO || e->op->sync(e->ex, &of_gpu) == 0) return -1;
-    if (leave_gpu(e, &of_gpu)) return fail(err, "%s", of_gpu.msg);
-    e->kv_opts.model = fingerprint(e);
-    return load_cpu(e, progress, arg, err);
+    if (e->gpu && !gpu_is_lost(e) && load_gpu(e, progress, arg, err) && !gpu_is_lost(e)) return -1;
+    if (gpu_is_lost(e)) {
+        e->op->sync(e->ex, err);
+        if (leave_gpu(e, err)) return -1;
+        e->kv_opts.model = fingerprint(e);
+    }
+    return e->gpu ? 0 : load_cpu(e, progress, arg, err);
 }
 
 int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
@@ -1058,6 +1064,12 @@ static void session_at(dsv4_session *s, int64_t pos) {
     s->broken = false;
 }
 
+/* Behind an error or an interruption something may still be under way; what, nobody asks. */
+static void settle(dsv4_session *s) {
+    dsv4_err ignored;
+    (void)s->e->op->sync(s->e->ex, &ignored);
+}
+
 int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void *arg,
                  dsv4_err *err) {
     *out = NULL;
@@ -1082,13 +1094,25 @@ int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void 
 
 void session_close(dsv4_session *s) {
     if (!s) return;
+    settle(s);
     kv_close(s->kv);
     arena_close(&s->work_mem);
     arena_close(&s->host_mem);
     free(s);
 }
 
+int session_recover(dsv4_session **s, dsv4_err *err) {
+    dsv4_engine *e = (*s)->e;
+    progress_fn progress = (*s)->progress;
+    void *arg = (*s)->progress_arg;
+    if (!gpu_is_lost(e)) return -1;
+    session_close(*s);
+    *s = NULL;
+    return engine_load(e, progress, arg, err) || session_open(s, e, progress, arg, err) ? -1 : 0;
+}
+
 void session_reset(dsv4_session *s) {
+    settle(s);
     kv_reset(s->kv);
     session_at(s, 0);
 }

@@ -801,6 +801,9 @@ typedef struct dsv4_session dsv4_session;
 int session_open(dsv4_session **out, dsv4_engine *e, progress_fn progress, void *arg,
                  dsv4_err *err);
 void session_close(dsv4_session *s);
+/* After -1 of another function: where the backend is auto and the GPU is what failed, go on with
+ * the CPU, from position 0.  -1: something else failed, and err is left alone, or this did. */
+int session_recover(dsv4_session **s, dsv4_err *err);
 void session_reset(dsv4_session *s);           /* to position 0 */
 int64_t session_pos(const dsv4_session *s);    /* tokens in so far */
 const kv_stats *session_kv_stats(const dsv4_session *s);

@@ -391,9 +391,14 @@ static __device__ void linear_row(float *y, const dsv4_mat *w, const float *x, i
         at[i] = x + min(t0 + i, n - 1) * step + (size_t)(r / (w->rows / groups)) * cols;
         sum[i] = 0;
     }
-    for (int c = lane; c < cols; c += 32) {
-        float a = mat_at(w, r, c);
-        for (int i = 0; i < TOKENS; i++) sum[i] = fmaf(a, at[i][c], sum[i]);
+    bool fp8 = w->dtype == DT_F8_E4M3;
+    const uint8_t *code = (const uint8_t *)w->data + (size_t)r * cols;
+    for (int b = 0; b < cols; b += 128) {
+        float s = fp8 ? e8m0_to_f32(w->scale[(r / 128) * ((cols + 127) / 128) + b / 128]) : 0;
+        for (int c = b + lane; c < min(b + 128, cols); c += 32) {
+            float a = fp8 ? (float)e4m3_int(code[c]) * (s * 0x1p-9f) : mat_at(w, r, c);
+            for (int i = 0; i < TOKENS; i++) sum[i] = fmaf(a, at[i][c], sum[i]);
+        }
     }
     for (int i = 0; i < TOKENS; i++) {
         for (int far = 16; far; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);

@@ -591,7 +591,7 @@ static int prompt_ids(model *m, const args *a, bool raw, dsv4_err *err) {
 /* After a failure: what the session holds is not known. */
 static int model_forget(model *m) {
     m->ids.n = 0;
-    session_reset(m->s);
+    if (m->s) session_reset(m->s);
     return -1;
 }
 
@@ -605,6 +605,13 @@ static int score_rows(model *m, size_t at, int n, dsv4_err *err) {
         for (const float *row = m->logits; row < m->logits + (size_t)rows * vocab; row += vocab)
             if (++at < m->ids.n) m->nll += token_nll(row, (int)vocab, m->ids.id[at]);
     }
+    return 0;
+}
+
+/* Go on with the CPU, where the GPU is what failed; the session is empty then. */
+static int model_recover(model *m, dsv4_err *err) {
+    if (session_recover(&m->s, err)) return -1;
+    fprintf(stderr, "note: on %s\n", engine_runs_on(m->e));
     return 0;
 }
 
@@ -632,6 +639,7 @@ static int feed(model *m, size_t from, size_t decode_from, bool score, dsv4_err 
         if (rc == 0 && score) rc = score_rows(m, i, (int)n, err);
     }
     status_clear(&m->status);
+    if (rc && !score && model_recover(m, err) == 0) rc = feed(m, 0, decode_from, false, err);
     return rc;
 }
 
@@ -691,6 +699,11 @@ static int speak(speaker *sp, const char *s, size_t n) {
     return rc;
 }
 
+/* What the context holds, once more, without the GPU. */
+static int regain(model *m, dsv4_err *err) {
+    return model_recover(m, err) || feed(m, 0, m->ids.n, false, err) ? -1 : 0;
+}
+
 /* Sample until something ends it. */
 static int generate(speaker *sp, sampler *draw) {
     model *m = sp->m;
@@ -698,7 +711,9 @@ static int generate(speaker *sp, sampler *draw) {
     size_t n_bytes = 0;
     sp->end = END_LENGTH;
     for (int64_t i = 0; i < sp->n; i++) {
-        if (session_logits(m->s, m->last, 1, m->logits, sp->err)) return -1;
+        if (session_logits(m->s, m->last, 1, m->logits, sp->err) &&
+            (regain(m, sp->err) || session_logits(m->s, m->last, 1, m->logits, sp->err)))
+            return -1;
         int32_t id = sampler_next(draw, m->logits);
         if (id == m->cfg.eos_token_id) sp->end = END_EOS;
         if (sp->end == END_EOS) return 0;
@@ -713,7 +728,8 @@ static int generate(speaker *sp, sampler *draw) {
         m->last = 0;
         m->status.n_done = i;
         m->status.n_now = 1;
-        if (session_forward(m->s, &id, 1, sp->err) || ids_push(&m->ids, id, sp->err)) return -1;
+        if (ids_push(&m->ids, id, sp->err)) return -1;
+        if (session_forward(m->s, &id, 1, sp->err) && regain(m, sp->err)) return -1;
     }
     return 0;
 }
@@ -1101,7 +1117,7 @@ static int chat_turn(chat *c, const buffer *line, dsv4_err *err) {
 static int chat_loop(chat *c, dsv4_err *err) {
     buffer line = {0};
     int rc = 0, failed = 0;
-    while (!terminated && rc <= 0 && !line.failed && chat_line(c, &line)) {
+    while (!terminated && rc <= 0 && !line.failed && c->m->s && chat_line(c, &line)) {
         if (line.n == 0) continue;
         rc = *line.s == '/' ? chat_command(c, line.s, err) : chat_turn(c, &line, err);
         if (rc >= 0) continue;

@@ -2,7 +2,11 @@
  *
  * Every row of goldens/README.md that concerns the whole network is a test here, held to that
  * table's tolerance; the units are in test_units.c.  argv[1] is the goldens' directory.
- * The model is tiny-a: 6 layers of all kinds, 8 experts, an MTP block.                         */
+ * The model is tiny-a: 6 layers of all kinds, 8 experts, an MTP block.
+ *
+ *   test_model GOLDENS              on the CPU
+ *   test_model GOLDENS cuda         the goldens on a GPU
+ *   test_model GOLDENS cuda brief   64 tokens and 16 more: for a GPU in software               */
 #define machine_rss test_rss       /* a plan that does not depend on this process's size        */
 #include "../dsv4.c"
 #undef machine_rss
@@ -15,9 +19,11 @@ void test_rss(uint64_t *now, uint64_t *peak) {
     if (peak) *peak = 1 << 20;
 }
 
+#define CLEAR_MARGIN 0.25f         /* of a row's rms, between its first and second logit       */
 enum { VOCAB = 512, DIM = 256, HC = 4, N = 300, ROW = HC * DIM };
 
 static const char *goldens = "tests/goldens";
+static unsigned backend = BACKEND_CPU;
 
 typedef struct { dsv4_config cfg; ckpt *ck; dsv4_engine *e; dsv4_session *s; } rig;
 
@@ -37,6 +43,7 @@ static void rig_open(rig *r, dsv4_opts o) {
     if (!o.span_hint) o.span_hint = 400;
     if (!o.ram_bytes) o.ram_bytes = (uint64_t)1 << 30;
     if (!o.n_threads) o.n_threads = 2;
+    o.backend = backend;
     if (config_load(&r->cfg, dir, &err) || ckpt_open(&r->ck, dir, &err) ||
         engine_open(&r->e, &r->cfg, r->ck, &o, &err) || engine_load(r->e, NULL, NULL, &err) ||
         session_open(&r->s, r->e, NULL, NULL, &err))
@@ -53,6 +60,16 @@ static void rig_close(rig *r) {
 static void forward(rig *r, const int32_t *tokens, int n) {
     dsv4_err err;
     if (session_forward(r->s, tokens, n, &err)) die(&err);
+}
+
+/* To memory that operations see, and back: n floats. */
+static void put(rig *r, float *to, const float *x, size_t n) {
+    r->e->op->copy(to, x, n * sizeof *x, r->e->ex);
+}
+static void get(rig *r, float *x, const float *from, size_t n) {
+    dsv4_err err;
+    r->e->op->copy(x, from, n * sizeof *x, r->e->ex);
+    if (r->e->op->sync(r->e->ex, &err)) die(&err);
 }
 
 static void logits_of(rig *r, int i0, int n, float *logits) {
@@ -123,10 +140,11 @@ static void check_layer(rig *r, const st_file *g, int l, const int32_t *position
     snprintf(name, sizeof name, "nq.layer%d.expert_ids", l);
     int32_t *ids = st_i32(g, name);
     snprintf(name, sizeof name, "nq.layer%d.expert_weights", l);
-    float *weights = st_f32(g, name);
+    float *weights = st_f32(g, name), h[ROW];
     for (int i = 0; i < n_pos; i++) {
         int p = positions[i];
-        double e = rel_rms(r->s->s.h + p * ROW, want + i * ROW, ROW);
+        get(r, h, r->s->s.h + p * ROW, ROW);
+        double e = rel_rms(h, want + i * ROW, ROW);
         if (!(e <= *worst)) *worst = e;
         CHECK(e <= 1e-4, "layer %d position %d streams off by %g", l, p, e);
         for (int j = 0; j < k; j++) {
@@ -156,7 +174,8 @@ static void nq_layers(const dsv4_ops *op) {
     rig r;
     rig_open(&r, (dsv4_opts){.no_rounding = true});
     r.e->op = op;
-    int32_t *tokens = st_i32(&g, "prompt.tokens"), *positions = st_i32(&g, "positions");
+    int32_t *ids = st_i32(&g, "prompt.tokens"), *positions = st_i32(&g, "positions");
+    const int32_t *tokens = tokens_in(r.s, ids, N);
     double worst = 0;
     dsv4_err err;
     op->embed(r.s->s.h, &r.e->w->embed, tokens, N, HC, r.e->ex);
@@ -179,12 +198,14 @@ static void nq_layers(const dsv4_ops *op) {
     check_rows(&g, "nq.logits", logits, &worst);
     NOTE("worst row %.1e", worst);
     free(logits);
-    free(tokens);
+    free(ids);
     free(positions);
     rig_close(&r);
     st_close(&g);
 }
-static void test_model_nq_every_layer_matches_golden(void) { nq_layers(&ops_cpu); }
+static void test_model_nq_every_layer_matches_golden(void) {
+    nq_layers(backend == BACKEND_CPU ? &ops_cpu : &ops_cuda);
+}
 static void test_model_nq_references_make_the_same_model(void) { nq_layers(&ops_ref); }
 
 /* Feed the golden's decode tokens behind its prompt: every row of logits within 1e-4, and each
@@ -290,9 +311,8 @@ static double block_share(const char *what, const float *got, const float *want,
 
 enum { L_TOKENS = 144, L_ROWS = 40 };
 
-static void gather(float *out, const float *h, const int32_t *positions) {
-    for (int i = 0; i < L_ROWS; i++)
-        memcpy(out + i * ROW, h + positions[i] * ROW, ROW * sizeof(float));
+static void gather(rig *r, float *out, const float *h, const int32_t *positions) {
+    for (int i = 0; i < L_ROWS; i++) get(r, out + i * ROW, h + positions[i] * ROW, ROW);
 }
 
 /* Goal: each block alone on given streams, fresh state: 95% of rows in six of seven blocks and
@@ -303,28 +323,29 @@ static void test_model_blocks_match_layer_file(void) {
     rig_open(&r, (dsv4_opts){.mtp = true});
     int32_t *tokens = st_i32(&g, "tokens"), *next = st_i32(&g, "mtp.next_tokens"),
             *positions = st_i32(&g, "positions");
-    float *input = st_f32(&g, "input_streams"), *h = malloc(L_TOKENS * ROW * sizeof *h),
+    float *input = st_f32(&g, "input_streams"), *h = r.s->s.h,
           *got = malloc(L_ROWS * ROW * sizeof *got);
     int full = 0, most = 0;
     dsv4_err err;
     for (int l = 0; l < 7; l++) {
         char name[64];
         snprintf(name, sizeof name, "out.layer%d.after_attn", l);
-        memcpy(h, input, L_TOKENS * ROW * sizeof *h);
+        put(&r, h, input, L_TOKENS * ROW);
         session_reset(r.s);
         if (l < 6 && json_object_get(g.header, name)) {
             float *after = st_f32(&g, name);
             if (attention_span(r.s, l, h, L_TOKENS, 0, &err)) die(&err);
             session_reset(r.s);
-            gather(got, h, positions);
+            gather(&r, got, h, positions);
             CHECK(block_share(name, got, after, L_ROWS, ROW) >= 0.8, "%s", name);
-            memcpy(h, input, L_TOKENS * ROW * sizeof *h);
+            put(&r, h, input, L_TOKENS * ROW);
             free(after);
         }
-        int rc = l < 6 ? layer_forward(r.s, l, h, tokens, L_TOKENS, 0, &err)
-                       : mtp_forward(r.s, input, next, L_TOKENS, 0, &err);
+        int rc = l < 6 ? layer_forward(r.s, l, h, tokens_in(r.s, tokens, L_TOKENS), L_TOKENS, 0,
+                                       &err)
+                       : mtp_forward(r.s, h, next, L_TOKENS, 0, &err);
         if (rc) die(&err);
-        gather(got, l < 6 ? h : r.s->c.mtp_h, positions);
+        gather(&r, got, l < 6 ? h : r.s->c.mtp_h, positions);
         snprintf(name, sizeof name, l < 6 ? "out.layer%d" : "out.mtp0", l);
         float *want = st_f32(&g, name);
         double share = block_share(name, got, want, L_ROWS, ROW);
@@ -339,7 +360,6 @@ static void test_model_blocks_match_layer_file(void) {
     free(next);
     free(positions);
     free(input);
-    free(h);
     free(got);
     rig_close(&r);
     st_close(&g);
@@ -356,12 +376,14 @@ static void test_model_heads_match_layer_file(void) {
     int good = 0;
     dsv4_err err;
     logits = malloc(L_TOKENS * VOCAB * sizeof *logits);
-    if (head_logits(r.s, input, &r.e->w->hc_head, r.e->w->norm, L_TOKENS, logits, &err)) die(&err);
+    float *h = r.s->s.h;
+    put(&r, h, input, L_TOKENS * ROW);
+    if (head_logits(r.s, h, &r.e->w->hc_head, r.e->w->norm, L_TOKENS, logits, &err)) die(&err);
     for (int i = 0; i < 10; i++) {
         double e = rel_rms(logits + positions[4 * i] * VOCAB, want + i * VOCAB, VOCAB);
         CHECK(e <= 2e-4, "head row %d off by %g", i, e);
     }
-    if (mtp_forward(r.s, input, next, L_TOKENS, 0, &err)) die(&err);
+    if (mtp_forward(r.s, h, next, L_TOKENS, 0, &err)) die(&err);
     if (head_logits(r.s, r.s->c.mtp_h, &r.e->w->mtp.hc_head, r.e->w->mtp.norm, L_TOKENS, logits,
                     &err))
         die(&err);
@@ -419,6 +441,80 @@ static void test_model_q_logits_within_bounds(void) {
     free(want_decode);
     free(got);
     rig_close(&r);
+    st_close(&g);
+}
+
+/* === On a GPU ================================================================================= */
+
+enum { BRIEF = 64, MORE = 16, ROUNDED = 40 };
+
+/* logits [n] of n tokens: n_prefill at once, then one at a time. */
+static void logits_from(rig *r, const int32_t *tokens, int n_prefill, int n, float *logits) {
+    session_reset(r->s);
+    forward(r, tokens, n_prefill);
+    logits_of(r, 0, n_prefill, logits);
+    for (int i = n_prefill; i < n; i++) {
+        forward(r, tokens + i, 1);
+        logits_of(r, 0, 1, logits + i * VOCAB);
+    }
+}
+
+/* Goal: 64 tokens of prefill and 16 of decode behind them are the golden's rows, roundings off. */
+static void test_model_brief_nq_matches_golden(void) {
+    st_file g = golden("tiny-a/golden.safetensors");
+    rig r;
+    rig_open(&r, (dsv4_opts){.no_rounding = true});
+    int32_t *tokens = st_i32(&g, "prompt.tokens");
+    float *want = st_f32(&g, "nq.logits"), *got = malloc((BRIEF + MORE) * VOCAB * sizeof *got);
+    logits_from(&r, tokens, BRIEF, BRIEF + MORE, got);
+    double e = worst_row(got, want, BRIEF + MORE, VOCAB);
+    CHECK(e <= 1e-4, "off by %g", e);
+    NOTE("worst row %.1e", e);
+    free(tokens);
+    free(want);
+    free(got);
+    rig_close(&r);
+    st_close(&g);
+}
+
+/* Goal: roundings on, prefill and decode write the same bits, and where the CPU's first token is
+ * ahead by more than the goldens' chaos the GPU's is the same. */
+static void test_model_brief_prefill_and_decode_are_one(void) {
+    st_file g = golden("tiny-a/golden-ropebf16.safetensors");
+    int32_t *tokens = st_i32(&g, "prompt.tokens");
+    float *one, *two, *cpu;
+    const size_t bytes = ROUNDED * VOCAB * sizeof *one;
+    one = malloc(bytes), two = malloc(bytes), cpu = malloc(bytes);
+    int clear = 0, n = ROUNDED;
+    rig r;
+    rig_open(&r, (dsv4_opts){0});
+    logits_from(&r, tokens, n, n, one);
+    logits_from(&r, tokens, n / 2, n * 2 / 3, two);
+    CHECK(!memcmp(one, two, (size_t)(n * 2 / 3) * VOCAB * sizeof *one), "decode changes bits");
+    rig_close(&r);
+    unsigned gpu = backend;
+    backend = BACKEND_CPU;
+    rig_open(&r, (dsv4_opts){0});
+    logits_from(&r, tokens, n, n, cpu);
+    rig_close(&r);
+    backend = gpu;
+    for (int i = 0; i < n; i++) {
+        const float *row = cpu + i * VOCAB;
+        int first = argmax(row, VOCAB), other = first;
+        float second = -INFINITY, square = 0;
+        for (int v = 0; v < VOCAB; v++) {
+            square += row[v] * row[v];
+            if (v != first) second = fmaxf(second, row[v]);
+        }
+        if (row[first] - second < CLEAR_MARGIN * sqrtf(square / VOCAB)) continue;
+        other = argmax(one + i * VOCAB, VOCAB);
+        CHECK(other == first, "position %d: %d and not %d", i, other, first);
+        clear++;
+    }
+    CHECK(clear >= n / 8, "only %d of %d positions are clear", clear, n);
+    NOTE("%d of %d positions are clear", clear, n);
+    free(tokens);
+    free(one), free(two), free(cpu);
     st_close(&g);
 }
 
@@ -570,7 +666,7 @@ static void same_for_slots(dsv4_opts base, const int32_t *tokens, const outcome 
     rig r;
     rig_open(&r, base);
     dsv4_plan p = r.e->plan;
-    uint64_t least_work = work_bytes(&r.cfg, &r.e->opts, false, 1, 1);
+    uint64_t least_work = work_bytes(&r.cfg, &r.e->opts, false, 1, 1, NULL);
     rig_close(&r);
     for (int i = 0; i < 4; i++) {
         dsv4_opts o = base;
@@ -595,7 +691,7 @@ static void same_for_streaming(dsv4_opts base, const int32_t *tokens, const outc
     for (int i = 0; i < 2; i++) {
         dsv4_opts o = base;
         o.chunk = o.span_hint = step[i];
-        o.ram_bytes = fixed + (1 << 20) + 4 * work_bytes(&r.cfg, &o, true, step[i], step[i]);
+        o.ram_bytes = fixed + (1 << 20) + 4 * work_bytes(&r.cfg, &o, true, step[i], step[i], NULL);
         rig q;
         rig_open(&q, o);
         CHECK(q.e->plan.streamed, "%d: the dense weights fit", step[i]);
@@ -661,7 +757,7 @@ static void test_model_plan_refuses_too_little(void) {
     for (int streamed = 1; streamed >= 0; streamed--) {
         uint64_t dense = streamed ? weights_size(r.e->w, (dense_mode){false, true}) + 2 *
                          cache_slot_bytes(r.e->w->unit, (size_t)r.e->w->n_units) : p.dense;
-        o.ram_bytes = p.base + dense + p.kv + work_bytes(&r.cfg, &o, streamed, 1, 1) +
+        o.ram_bytes = p.base + dense + p.kv + work_bytes(&r.cfg, &o, streamed, 1, 1, NULL) +
                       4 * p.slot_bytes;
         CHECK(!engine_open(&e, &r.cfg, r.ck, &o, &err) && !engine_load(e, NULL, NULL, &err),
               "%s", err.msg);
@@ -855,6 +951,21 @@ static void test_loop_guard_speaks_when_a_cycle_is_long(void) {
 
 int main(int argc, char **argv) {
     if (argc > 1) goldens = argv[1];
+    if (argc > 2 && !strcmp(argv[2], "cuda")) backend = BACKEND_CUDA;
+    if (backend == BACKEND_CUDA) {
+        RUN(test_model_brief_nq_matches_golden);
+        RUN(test_model_brief_prefill_and_decode_are_one);
+        if (argc > 3) return check_done();
+        RUN(test_model_nq_every_layer_matches_golden);
+        RUN(test_model_nq_decode_matches_golden);
+        RUN(test_model_nq_decode_over_hca_boundary);
+        RUN(test_model_nq_mtp_draft_matches_golden);
+        RUN(test_model_short_prompts_match_golden);
+        RUN(test_model_blocks_match_layer_file);
+        RUN(test_model_heads_match_layer_file);
+        RUN(test_model_q_logits_within_bounds);
+        return check_done();
+    }
     RUN(test_model_nq_every_layer_matches_golden);
     RUN(test_model_nq_references_make_the_same_model);
     RUN(test_model_nq_decode_matches_golden);

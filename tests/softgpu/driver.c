@@ -88,6 +88,7 @@ static CUevent events;
 static CUmodule modules;
 static pinned *pins;
 static uint64_t n_ops, staged_bytes, rng_state;
+static bool lost;                          /* the device is                                     */
 
 enum { NEED_NOTHING, NEED_INIT, NEED_CONTEXT };
 
@@ -96,6 +97,7 @@ static int enter(int need) {
     pthread_mutex_lock(&lock);
     holds = true;
     if (need >= NEED_INIT && !initialized) return CUDA_ERROR_NOT_INITIALIZED;
+    if (need >= NEED_CONTEXT && lost) return CUDA_ERROR_LAUNCH_FAILED;
     if (need >= NEED_CONTEXT && (!current || !primary.retained)) return CUDA_ERROR_INVALID_CONTEXT;
     return 0;
 }
@@ -336,10 +338,11 @@ static void run_event(const piece *p) {
 static void run_piece(piece *p) {
     CUstream s = &stream[p->work.stream];
     remove_flight(p);
-    if (p->kind == P_KERNEL) run_kernel(p);
+    if (p->kind == P_EVENT) run_event(p);
+    else if (lost) {}
+    else if (p->kind == P_KERNEL) run_kernel(p);
     else if (p->kind == P_COPY) run_copy(p);
     else if (p->kind == P_FILL) run_fill(p);
-    else if (p->kind == P_EVENT) run_event(p);
     else {
         in_callback = true;
         p->call(p->data);
@@ -996,6 +999,9 @@ static CUresult launch(CUfunction fn, unsigned gx, unsigned gy, unsigned gz, uns
     sg_dim grid = { gx, gy, gz }, block = { bx, by, bz };
     CUresult e = check_launch(fn, grid, block, shared);
     if (e) return e;
+    static uint64_t launched;
+    lost = launched++ == sg_get_config()->lost && sg_get_config()->lost;
+    if (lost) return CUDA_ERROR_LAUNCH_FAILED;
     uint8_t *param = arguments(fn->f, params, extra);
     DEMAND(param, INVALID_VALUE);
     char name[100];

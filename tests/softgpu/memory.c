@@ -65,6 +65,7 @@ static void set_option(sg_config *c, const char *key, const char *value) {
     else if (!strcmp(key, "sms") && n) c->device.n_sms = (int)n;
     else if (!strcmp(key, "seed")) c->seed = n;
     else if (!strcmp(key, "driver")) c->device.driver_version = (int)n;
+    else if (!strcmp(key, "lost")) c->lost = n;
     else if (!strcmp(key, "keep")) c->keep = n != 0;
     else sg_stop(NULL, NULL, NULL, "SOFTGPU: what is %s=%s?", key, value);
 }

@@ -354,8 +354,9 @@ uint64_t sg_violations(void);
 _Noreturn void sg_stop(const sg_block *b, const sg_warp *w, const sg_instr *i, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 
-/* SOFTGPU="cc=8.9,mem=1G,sms=4,seed=3,driver=13000,keep=1": read once. */
-typedef struct { sg_device device; uint64_t seed; bool keep; } sg_config;
+/* SOFTGPU="cc=8.9,mem=1G,sms=4,seed=3,driver=13000,keep=1,lost=100": read once.  lost: kernels that
+ * are launched before the device is lost, so that every call fails; 0: it never is. */
+typedef struct { sg_device device; uint64_t seed, lost; bool keep; } sg_config;
 const sg_config *sg_get_config(void);
 
 /* === 7. The driver's side of memory (memory.c) ================================================
