@@ -52,7 +52,7 @@ extern const unsigned char kernels_fatbin[];
 #define KERNELS(X)                                                                               \
     X(embed) X(rmsnorm) X(act_quant) X(act_codes) X(act_values) X(linear) X(rope) X(kv_round)    \
     X(index_round) X(compress) X(index_scores) X(topk) X(attend) X(hc_pre) X(hc_post) X(route)   \
-    X(swiglu) X(expert_up) X(expert_down) X(add)
+    X(swiglu) X(expert_up) X(expert_down) X(add) X(argmax)
 #define X(name) K_##name,
 typedef enum { KERNELS(X) N_KERNELS } kernel;
 #undef X
@@ -356,13 +356,17 @@ static void add_launch(float *y, const float *x, int n, int copies, int d, dsv4_
     launch(ex, K_add, up(d, 256), (unsigned)n, 256, ARGS(&y, &x, &copies, &d));
 }
 
+static void argmax_launch(int32_t *id, const float *x, int n, int d, dsv4_exec *ex) {
+    launch(ex, K_argmax, (unsigned)n, 1, 1024, ARGS(&id, &x, &d));
+}
+
 /* === 5. The table ============================================================================= */
 const dsv4_ops ops_cuda = {
     "cuda",        embed_launch, rmsnorm_launch,    act_quant_launch, act_codes_launch,
     act_values_launch, linear_launch, rope_launch,  kv_round_launch,  index_round_launch,
     compress_launch, index_scores_launch, topk_launch, attend_launch, hc_pre_launch,
     hc_post_launch, hc_head_launch, route_launch,   swiglu_launch,    expert_ffn_launch,
-    add_launch,    copy_cuda,    zero_cuda,         sync_cuda,
+    add_launch,    argmax_launch, copy_cuda,        zero_cuda,        sync_cuda,
 };
 
 #else

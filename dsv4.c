@@ -38,7 +38,7 @@ enum {
     SPAN_MAX = 128 << 10,          /* tokens a span, DESIGN.md "The two loops"                  */
     LOAD_STEP_BYTES = 256 << 20,   /* of dense weights between two calls of progress             */
     EMBED_ROWS = 256,              /* of embed.weight read at once, where it is not resident    */
-    OUT_ROWS = 16,                 /* of logits on their way from a GPU                         */
+    OUT_ROWS = 16,                 /* of logits on a GPU at once                                */
     GPU_CHUNK_MAX = 8192,          /* tokens; times n_heads, within what a launch can take      */
     RESERVE_BYTES = 1 << 30,       /* of VRAM left alone, or an eighth                          */
     LOOKAHEAD = 16,                /* experts asked for ahead of the one being computed         */
@@ -493,7 +493,7 @@ typedef struct {                   /* scratch of one chunk of attention or share
     float *g, *u;                  /* [chunk][moe_inter]                                        */
     float *logits;                 /* [chunk][n_experts]                                        */
     float *mtp_h, *mtp_norm;       /* [chunk][hc][dim], with an MTP block only                  */
-    float *out;                    /* [OUT_ROWS][vocab], with a GPU only: logits on their way   */
+    float *out;                    /* [OUT_ROWS][vocab], with a GPU only: logits                */
     int index_block;               /* tokens whose index scores fit at once                     */
 } chunk_work;
 
@@ -605,7 +605,7 @@ static void session_layout(dsv4_session *s, arena *a, arena *host, const dsv4_co
     w->logits = take_f32(a, n * c->n_routed_experts);
     if (o->mtp) w->mtp_h = take_f32(a, n * dim * hc);
     if (o->mtp) w->mtp_norm = take_f32(a, n * dim * hc);
-    if (host != a) w->out = take_f32(host, OUT_ROWS * c->vocab_size);
+    if (host != a) w->out = take_f32(a, OUT_ROWS * c->vocab_size);
 
     span_work *m = &s->s;
     n = span;
@@ -1739,32 +1739,51 @@ int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err
     return 0;
 }
 
-/* logits = head rmsnorm(hc_head(h)) for n rows of streams. */
+/* logits = head rmsnorm(hc_head(h)) for n rows of streams.  On a GPU they stay there, for at most
+ * OUT_ROWS, where logits is NULL. */
 static int head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const float *norm,
                        int n, float *logits, dsv4_err *err) {
     const dsv4_engine *e = s->e;
     const dsv4_config *c = e->cfg;
-    s->tick = now_s();
     int most = e->gpu ? (int)min64(OUT_ROWS, e->plan.chunk) : e->plan.chunk;
+    size_t vocab = (size_t)c->vocab_size;
+    s->tick = now_s();
     for (int i = 0; i < n; i += most) {
         int m = (int)min64(most, n - i);
-        float *to = logits + (size_t)i * (size_t)c->vocab_size;
+        float *to = e->gpu ? s->c.out : logits + (size_t)i * vocab;
         e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &e->hc,
                        m, e->ex);
         e->op->rmsnorm(s->c.x, s->c.x, norm, m, c->hidden_size, c->rms_norm_eps, e->ex);
-        if (head_linear(s, e->gpu ? s->c.out : to, s->c.x, m, err) || e->op->sync(e->ex, err))
-            return -1;
-        if (e->gpu) memcpy(to, s->c.out, (size_t)m * (size_t)c->vocab_size * sizeof *to);
+        if (head_linear(s, to, s->c.x, m, err)) return -1;
+        if (e->gpu && logits)
+            e->op->copy(logits + (size_t)i * vocab, to, (size_t)m * vocab * sizeof *to, e->ex);
+        if (e->op->sync(e->ex, err)) return -1;
     }
     tick(s, OPC_HEAD);
     return 0;
 }
 
+/* The streams of token i of the last forward. */
+static const float *streams_at(const dsv4_session *s, int i) {
+    return s->s.h + (size_t)i * (size_t)(s->e->cfg->hc_mult * s->e->cfg->hidden_size);
+}
+
 int session_logits(dsv4_session *s, int i0, int n, float *logits, dsv4_err *err) {
-    const dsv4_config *c = s->e->cfg;
+    const dsv4_weights *w = s->e->w;
     assert(i0 >= 0 && n >= 0 && i0 + n <= s->n_last && !s->broken);
-    return head_logits(s, s->s.h + (size_t)i0 * (size_t)(c->hc_mult * c->hidden_size),
-                       &s->e->w->hc_head, s->e->w->norm, n, logits, err);
+    return head_logits(s, streams_at(s, i0), &w->hc_head, w->norm, n, logits, err);
+}
+
+int session_argmax(dsv4_session *s, int i, float *logits, int32_t *id, dsv4_err *err) {
+    const dsv4_engine *e = s->e;
+    const dsv4_weights *w = e->w;
+    assert(i >= 0 && i < s->n_last && !s->broken);
+    if (e->gpu) logits = NULL;
+    if (head_logits(s, streams_at(s, i), &w->hc_head, w->norm, 1, logits, err)) return -1;
+    e->op->argmax(s->c.count, logits ? logits : s->c.out, 1, e->cfg->vocab_size, e->ex);
+    if (e->op->sync(e->ex, err)) return -1;
+    *id = s->c.count[0];
+    return 0;
 }
 
 int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *err) {
@@ -1815,13 +1834,6 @@ static double rng_next(uint64_t *state) {
     return (double)(z >> 11) * 0x1p-53;
 }
 
-static int32_t argmax(const float *x, int n) {
-    int32_t best = 0;
-    for (int32_t i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
-}
-
 /* Order by falling logit, ties by rising id: a total order, so every sort gives the same. */
 static bool before(const float *logits, int32_t a, int32_t b) {
     return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
@@ -1864,7 +1876,9 @@ int32_t sampler_next(sampler *s, const float *logits) {
         s->x[i] = s->seen[i] ? worse : logits[i];
         s->heap[i] = i;
     }
-    int32_t first = argmax(s->x, n), id = first;
+    int32_t first, id;
+    argmax_ref(&first, s->x, 1, n, NULL);
+    id = first;
     if (o->temperature > 0) {
         double scale = 1 / (double)o->temperature, total = 0, taken = 0, at = 0;
         double top = (double)s->x[first];
@@ -1903,7 +1917,9 @@ int loop_push(loop_guard *g, int32_t token) {
 }
 
 double token_nll(const float *logits, int n_vocab, int32_t token) {
-    double top = logits[argmax(logits, n_vocab)], sum = 0;
+    int32_t first;
+    argmax_ref(&first, logits, 1, n_vocab, NULL);
+    double top = (double)logits[first], sum = 0;
     for (int i = 0; i < n_vocab; i++) sum += exp((double)logits[i] - top);
     return log(sum) + top - (double)logits[token];
 }

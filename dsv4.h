@@ -269,6 +269,7 @@ typedef struct dsv4_ops {
     void (*expert_ffn)(float *y, const dsv4_ffn *w, const dsv4_acts *x, const int32_t *rows,
                        const float *weight, int m, float limit, void *scratch, dsv4_exec *ex);
     void (*add)(float *y, const float *x, int n, int copies, int d, dsv4_exec *ex);
+    void (*argmax)(int32_t *id, const float *x, int n, int d, dsv4_exec *ex);
     void (*copy)(void *dst, const void *src, size_t bytes, dsv4_exec *ex);
     void (*zero)(void *dst, size_t bytes, dsv4_exec *ex);
     int (*sync)(dsv4_exec *ex, dsv4_err *err); /* -1: something since the last one failed       */
@@ -279,6 +280,7 @@ extern const dsv4_ops ops_cpu;     /* kernels.c                                 
 extern const dsv4_ops ops_cuda;    /* cuda.c                                                    */
 /* References that are fast enough for ops_cpu. */
 void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc, dsv4_exec *ex);
+void argmax_ref(int32_t *id, const float *x, int n, int d, dsv4_exec *ex);
 void copy_ref(void *dst, const void *src, size_t bytes, dsv4_exec *ex);
 void zero_ref(void *dst, size_t bytes, dsv4_exec *ex);
 int sync_ref(dsv4_exec *ex, dsv4_err *err);
@@ -824,6 +826,9 @@ int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_
                      park_frame *extra, dsv4_err *err);
 /* logits [n][vocab_size] of tokens i0..i0+n-1 of the last session_forward. */
 int session_logits(dsv4_session *s, int i0, int n, float *logits, dsv4_err *err);
+/* The first of the largest logits of token i of the last session_forward; logits [vocab_size] may be
+ * written, and come from a GPU only where they have to. */
+int session_argmax(dsv4_session *s, int i, float *logits, int32_t *id, dsv4_err *err);
 /* MTP (M3): given the token that follows the last one, the logits of the one after it.
  * Needs opts.mtp; next_token must then be the first one of the next session_forward. */
 int session_draft(dsv4_session *s, int32_t next_token, float *logits, dsv4_err *err);

@@ -1395,5 +1395,6 @@ const dsv4_ops ops_cpu = {
     "cpu",       embed_ref,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,
     linear_cpu,  rope_cpu,     kv_round_ref,    index_round_cpu, compress_cpu,   index_scores_cpu,
     topk_cpu,    attend_cpu,   hc_pre_cpu,      hc_post_cpu,   hc_head_cpu,      route_cpu,
-    swiglu_cpu,  expert_ffn_cpu, add_cpu,       copy_ref,      zero_ref,         sync_ref,
+    swiglu_cpu,  expert_ffn_cpu, add_cpu,       argmax_ref,    copy_ref,         zero_ref,
+    sync_ref,
 };

@@ -12,7 +12,7 @@
  *              2 an output may alias an input only where its contract says so
  *              3 an assert means a caller's bug; the numbers in weights never trip one
  * Contents     1 number formats   2 exp and rotation frequencies   3 rounding blocks, rows of KV
- *              4..24 the operations of dsv4_ops, in its order   25 the table
+ *              4..25 the operations of dsv4_ops, in its order   26 the table
  * Not here     SIMD and threads (kernels.c), the graph (dsv4.c)
  *
  * Built as C11 and, for a GPU, as C++17: the common subset of both.                             */
@@ -1290,17 +1290,48 @@ extern "C" __global__ void add_cuda(float *y, const float *x, int copies, int d)
 }
 #endif
 
-/* === 24. copy, zero, sync: for memory that only the backend may touch ===========================
+/* === 24. argmax: the first of a row's largest ===================================================
+ * out  id [n]
+ * in   x [n][d], no NaN
+ *      BIT-DEFINED                                                                              */
+void argmax_ref(int32_t *id, const float *x, int n, int d, dsv4_exec *ex) {
+    for (int t = 0; t < n; t++, x += d) {
+        id[t] = 0;
+        for (int i = 1; i < d; i++)
+            if (x[i] > x[id[t]]) id[t] = i;
+    }
+}
+#ifdef __CUDACC__
+/* grid n, block a power of two, at most 1,024. */
+extern "C" __global__ void argmax_cuda(int32_t *id, const float *x, int d) {
+    __shared__ int best[1024];
+    int i = threadIdx.x, at = i < d ? i : 0;
+    x += (size_t)blockIdx.x * d;
+    for (int c = i; c < d; c += blockDim.x)
+        if (x[c] > x[at]) at = c;
+    best[i] = at;
+    for (int half = blockDim.x / 2; half; half /= 2) {
+        __syncthreads();
+        int other = best[min(i + half, (int)blockDim.x - 1)];
+        if (i < half && (x[other] > x[at] || (x[other] == x[at] && other < at)))
+            best[i] = at = other;
+    }
+    if (i == 0) id[blockIdx.x] = at;
+}
+#endif
+
+/* === 25. copy, zero, sync: for memory that only the backend may touch ===========================
  * sync: what was called before has happened.                                                     */
 void copy_ref(void *dst, const void *src, size_t bytes, dsv4_exec *ex) { memcpy(dst, src, bytes); }
 void zero_ref(void *dst, size_t bytes, dsv4_exec *ex) { memset(dst, 0, bytes); }
 int sync_ref(dsv4_exec *ex, dsv4_err *err) { return 0; }
 
-/* === 25. The table ============================================================================ */
+/* === 26. The table ============================================================================ */
 
 const dsv4_ops ops_ref = {
     "ref",       embed_ref,    rmsnorm_ref,     act_quant_ref, act_codes_ref,    act_values_ref,
     linear_ref,  rope_ref,     kv_round_ref,    index_round_ref, compress_ref,   index_scores_ref,
     topk_ref,    attend_ref,   hc_pre_ref,      hc_post_ref,   hc_head_ref,      route_ref,
-    swiglu_ref,  expert_ffn_ref, add_ref,       copy_ref,      zero_ref,         sync_ref,
+    swiglu_ref,  expert_ffn_ref, add_ref,       argmax_ref,    copy_ref,         zero_ref,
+    sync_ref,
 };

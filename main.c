@@ -704,17 +704,25 @@ static int regain(model *m, dsv4_err *err) {
     return model_recover(m, err) || feed(m, 0, m->ids.n, false, err) ? -1 : 0;
 }
 
-/* Sample until something ends it. */
+/* The next token: the likeliest (draw NULL), or one that is drawn. */
+static int next_token(model *m, sampler *draw, int32_t *id, dsv4_err *err) {
+    if (!draw) return session_argmax(m->s, m->last, m->logits, id, err);
+    if (session_logits(m->s, m->last, 1, m->logits, err)) return -1;
+    *id = sampler_next(draw, m->logits);
+    return 0;
+}
+
+/* Until something ends it. */
 static int generate(speaker *sp, sampler *draw) {
     model *m = sp->m;
     loop_guard guard = {0};
     size_t n_bytes = 0;
     sp->end = END_LENGTH;
     for (int64_t i = 0; i < sp->n; i++) {
-        if (session_logits(m->s, m->last, 1, m->logits, sp->err) &&
-            (regain(m, sp->err) || session_logits(m->s, m->last, 1, m->logits, sp->err)))
+        int32_t id;
+        if (next_token(m, draw, &id, sp->err) &&
+            (regain(m, sp->err) || next_token(m, draw, &id, sp->err)))
             return -1;
-        int32_t id = sampler_next(draw, m->logits);
         if (id == m->cfg.eos_token_id) sp->end = END_EOS;
         if (sp->end == END_EOS) return 0;
         const char *s = m->tok ? tok_bytes(m->tok, id, &n_bytes) : NULL;
@@ -771,7 +779,8 @@ static int speak_answer(speaker *sp) {
     if (rc == 0 && !a->raw && !a->ids)
         rc = answer_open(&sp->parser, sp->m->think, on_piece, sp, sp->err);
     for (size_t i = 0; i < sp->m->ids.n && rc == 0; i++) sampler_accept(draw, sp->m->ids.id[i]);
-    if (rc == 0) rc = generate(sp, draw);
+    bool likeliest = o.temperature <= 0 && o.repetition_penalty == 1;
+    if (rc == 0) rc = generate(sp, likeliest ? NULL : draw);
     if (rc == 0) rc = speak(sp, "", 0);
     if (sp->thinking) fputs(sp->dim ? "\033[0m\n" : "\n", stderr);
     if (rc == 0 && sp->to) fputc('\n', sp->to);

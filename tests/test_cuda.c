@@ -389,6 +389,23 @@ static void test_cuda_route_takes_the_best(void) {
     }
 }
 
+/* Few values, so that ties abound. */
+static void test_cuda_argmax_is_the_first_of_equals(void) {
+    for (int round = 0; round < 12; round++) {
+        int n = 1 + (int)draw(3), d = 1 + (int)draw(round % 2 ? 5000 : 100);
+        float *x = malloc((size_t)n * (size_t)d * 4);
+        int32_t want[3], got[3];
+        for (int i = 0; i < n * d; i++) x[i] = (float)draw(round < 6 ? 3 : 1 << 20) - 2;
+        argmax_ref(want, x, n, d, NULL);
+        CUdeviceptr dx = to_gpu(x, (size_t)n * (size_t)d * 4), di = room((size_t)n * 4);
+        launch("argmax_cuda", (unsigned)n, 1, 64u << draw(5), ARGS(&di, &dx, &d));
+        from_gpu(got, di, (size_t)n * 4);
+        DROP(dx);
+        for (int t = 0; t < n; t++) CHECK(got[t] == want[t], "%d, not %d", got[t], want[t]);
+        free(x);
+    }
+}
+
 int main(int argc, char **argv) {
     if (gpu_open(argc > 1 ? argv[1] : "build/kernels.fatbin")) {
         printf("skip test_cuda.c: no libcuda.so.1 here\n");
@@ -406,5 +423,6 @@ int main(int argc, char **argv) {
     RUN(test_cuda_compress_weighs_its_candidates);
     RUN(test_cuda_hc_pre_and_hc_head_are_within_their_sums);
     RUN(test_cuda_route_takes_the_best);
+    RUN(test_cuda_argmax_is_the_first_of_equals);
     return check_done();
 }

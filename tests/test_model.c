@@ -85,6 +85,12 @@ static st_file golden(const char *name) {
     return f;
 }
 
+static int32_t argmax(const float *x, int n) {
+    int32_t id;
+    argmax_ref(&id, x, 1, n, NULL);
+    return id;
+}
+
 /* |x - y| / |y|, 2-norms over n values; NaN where anything is NaN. */
 static double rel_rms(const float *x, const float *y, size_t n) {
     double d = 0, s = 0;
