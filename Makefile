@@ -80,7 +80,9 @@ $(B)/kernels.fatbin: kernels.cu dsv4.h Makefile | $(B)
 	nvcc -fatbin --no-compress -lineinfo -fmad=false -DNDEBUG -o $@ $< \
 	  $(foreach cc,80 89,-gencode arch=compute_$(cc),code=compute_$(cc)) \
 	  $(foreach cc,80 86 89 120,-gencode arch=compute_$(cc),code=sm_$(cc))
-$(B)/test_cuda $(B)/test_cuda_attend: $(B)/%: tests/%.c tests/gpu.h tests/check.h $(OBJ) | $(B)
+$(B)/gpu_peak.fatbin: tests/gpu_peak.cu | $(B)
+	nvcc -fatbin --no-compress -arch=compute_80 -code=compute_80 -o $@ $<
+$(B)/gpu_bench $(B)/test_cuda $(B)/test_cuda_attend: $(B)/%: tests/%.c tests/gpu.h tests/check.h $(OBJ) | $(B)
 	$(CC) $(ALL_C) -std=gnu11 -I$(CUDA)/include -o $@ $< $(OBJ) $(LIBS)
 softgpu:
 	@$(MAKE) --no-print-directory -C tests/softgpu B=../../build/softgpu

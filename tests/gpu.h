@@ -12,6 +12,8 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#pragma GCC diagnostic ignored "-Wunused-function"   /* nobody needs all of it */
+
 /* Entries of the driver, as of CUDA 12.0: later versions of some take other arguments. */
 enum { API_VERSION = 12000 };
 #define ENTRIES(X)                                                                               \
@@ -23,6 +25,7 @@ ENTRIES(X)
 #undef X
 
 static CUmodule gpu_module;
+static CUcontext gpu_context;
 static uint64_t gpu_rng = 1;
 
 #define OK(call)                                                                                 \
@@ -91,7 +94,6 @@ static unsigned up(int n, int by) { return (unsigned)((n + by - 1) / by); }
 static int gpu_open(const char *fatbin) {
     void *lib = dlopen("libcuda.so.1", RTLD_NOW);
     CUdevice device = 0;
-    CUcontext context = NULL;
     buffer image = {0};
     dsv4_err err;
     if (!lib) return 1;
@@ -105,8 +107,8 @@ static int gpu_open(const char *fatbin) {
     CHECK(read_file(&image, fatbin, 1 << 28, &err) == 0, "%s", err.msg);
     OK(p_cuInit(0));
     OK(p_cuDeviceGet(&device, 0));
-    OK(p_cuDevicePrimaryCtxRetain(&context, device));
-    OK(p_cuCtxSetCurrent(context));
+    OK(p_cuDevicePrimaryCtxRetain(&gpu_context, device));
+    OK(p_cuCtxSetCurrent(gpu_context));
     OK(p_cuModuleLoadData(&gpu_module, image.s));
     free(image.s);
     return 0;
