@@ -6,6 +6,7 @@
 # make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
 # make stress    200 writers killed, processes sharing a directory, 200,000 tokens (10 minutes)
 # make bench-long    long contexts: passes, bytes, times, curves (25 minutes, 20 GB in build/)
+# make test-gpu  all of CUDA on a GPU in software, of four capabilities (30 minutes)
 # make cuda-report  what each kernel takes of a GPU; fails on a spill
 # make bench-1m      a prompt of 1,048,576 tokens under --ram 1G (25 minutes)
 
@@ -39,7 +40,8 @@ FUZZERS  = $(addprefix build/fuzz/,fuzz_header fuzz_config fuzz_tokenizer fuzz_c
 VENV     = build/venv/bin/python3
 # the CUDA toolkit, or nothing
 CUDA     = $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v nvcc)))
-GPU_TESTS = $(if $(CUDA),softgpu $(B)/kernels.fatbin $(B)/test_cuda $(B)/test_cuda_attend)
+GPU_TESTS = $(if $(CUDA),softgpu $(addprefix $(B)/,kernels.fatbin gpu_peak.fatbin test_cuda \
+             test_cuda_attend gpu_bench))
 
 all: $(BIN)
 
@@ -82,7 +84,7 @@ $(B)/kernels.fatbin: kernels.cu dsv4.h Makefile | $(B)
 	  $(foreach cc,80 86 89 120,-gencode arch=compute_$(cc),code=sm_$(cc))
 $(B)/gpu_peak.fatbin: tests/gpu_peak.cu | $(B)
 	nvcc -fatbin --no-compress -arch=compute_80 -code=compute_80 -o $@ $<
-$(B)/gpu_bench $(B)/test_cuda $(B)/test_cuda_attend: $(B)/%: tests/%.c tests/gpu.h tests/check.h $(OBJ) | $(B)
+$(addprefix $(B)/,gpu_bench test_cuda test_cuda_attend): $(B)/%: tests/%.c tests/gpu.h $(OBJ) | $(B)
 	$(CC) $(ALL_C) -std=gnu11 -I$(CUDA)/include -o $@ $< $(OBJ) $(LIBS)
 softgpu:
 	@$(MAKE) --no-print-directory -C tests/softgpu B=../../build/softgpu
@@ -104,6 +106,11 @@ test:
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/tokenize $(C_TESTS) \
 	  $(GPU_TESTS)
 	@tests/run.sh $(B) ./$(BIN)
+
+test-gpu:
+	@tests/deps.sh test
+	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/test_model $(GPU_TESTS)
+	@tests/test_gpu.sh $(B) ./$(BIN)
 
 build/fuzz/%: tests/%.c $(SRC)
 	@mkdir -p build/fuzz
@@ -166,6 +173,6 @@ install: $(BIN)
 clean:
 	rm -rf build dsv4
 
-.PHONY: all deps softgpu cuda-report demo test fuzz goldens flash bench bench-long bench-1m stress \
-  install clean
+.PHONY: all deps softgpu cuda-report demo test test-gpu fuzz goldens flash bench bench-long \
+  bench-1m stress install clean
 .DELETE_ON_ERROR:

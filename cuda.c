@@ -130,7 +130,7 @@ static int gpu_open(cuda *g, int index, dsv4_err *err) {
     if (rc == CUDA_ERROR_NO_DEVICE || (rc == CUDA_SUCCESS && n == 0))
         return fail(err, "there is no NVIDIA GPU");
     if (!good(g, rc, "its start")) return told(g, err);
-    if (index >= n) return fail(err, "--gpu %d: there are only %d, from 0", index, n);
+    if (index >= n) return fail(err, "there is no GPU %d: %d found, numbered from 0", index, n);
     if (!good(g, p_cuDeviceGet(&g->device, index), "its start")) return told(g, err);
     p_cuDeviceGetName(g->info.name, sizeof g->info.name, g->device);
     g->info.sm = 10 * attribute(g, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +

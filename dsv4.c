@@ -591,7 +591,8 @@ static void session_layout(dsv4_session *s, arena *a, arena *host, const dsv4_co
     w->oa = take_f32(a, n * c->o_groups * c->o_lora_rank);
     w->kv = take_f32(a, n * d_max);
     w->kv_rows = arena_take(a, (uint64_t)n * row);
-    w->new_rows = arena_take(host, (uint64_t)n * kv_row_bytes(d_max, c->qk_rope_head_dim, kv.packed));
+    w->new_rows = arena_take(host, (uint64_t)n *
+                                       kv_row_bytes(d_max, c->qk_rope_head_dim, kv.packed));
     w->ckv = take_f32(a, n * 2 * d_max);
     w->cscore = take_f32(a, n * 2 * d_max);
     w->iq = take_f32(a, n * c->index_n_heads * c->index_head_dim);
@@ -759,8 +760,8 @@ static int plan_gpu(dsv4_engine *e, dsv4_err *err) {
     uint64_t weights = p->dense + p->slots, fixed = p->base + p->kv + p->stage;
     uint64_t least = weights + work_bytes(c, &e->opts, false, 1, 1, &host);
     if (least > p->vram_budget)
-        return fail(err, "all weights must fit GPU %d so far: %.2f GB are needed and %.2f are free; "
-                    "use --backend cpu", g->index, (double)least / 1e9, (double)g->free / 1e9);
+        return fail(err, "all weights must fit GPU %d so far: %.2f GB are needed and %.2f are "
+                    "free; use --backend cpu", g->index, (double)least / 1e9, (double)g->free / 1e9);
     if (fixed + host > p->budget)
         return fail(err, "--ram %.0fM is too small to load GPU %d: %.0fM are needed; raise it",
                     (double)p->budget / (1 << 20), g->index,
@@ -1048,9 +1049,9 @@ const cache_stats *engine_expert_stats(const dsv4_engine *e) {
 }
 
 group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
-    const int n = e->cfg->n_routed_experts;
+    int n = e->cfg->n_routed_experts, first = layer * n;
     uint32_t misses = 0;           /* hits are the rest: some are asked for twice, see below */
-    for (int i = 0; e->experts && i < n; i++) misses += cache_uses(e->experts)[layer * n + i].misses;
+    for (int i = first; e->experts && i < first + n; i++) misses += cache_uses(e->experts)[i].misses;
     return (group_uses){(uint32_t)e->layer_uses[layer] - misses, misses};
 }
 
@@ -1450,7 +1451,7 @@ static size_t expert_id(const dsv4_engine *e, int layer, int expert) {
     return (size_t)layer * (size_t)e->cfg->n_routed_experts + (size_t)expert;
 }
 
-/* Wait for an expert's bytes in its slot (on a GPU they are in); y += what it makes of its tokens. */
+/* Wait for an expert's bytes (on a GPU they are in); y += what it makes of its tokens. */
 static int expert_run(dsv4_session *s, int layer, int expert, int slot, float *y, dsv4_err *err) {
     dsv4_engine *e = s->e;
     const span_work *m = &s->s;

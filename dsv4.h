@@ -826,8 +826,8 @@ int64_t session_load(dsv4_session *s, const char *name, int32_t **tokens, int64_
                      park_frame *extra, dsv4_err *err);
 /* logits [n][vocab_size] of tokens i0..i0+n-1 of the last session_forward. */
 int session_logits(dsv4_session *s, int i0, int n, float *logits, dsv4_err *err);
-/* The first of the largest logits of token i of the last session_forward; logits [vocab_size] may be
- * written, and come from a GPU only where they have to. */
+/* The first of the largest logits of token i of the last session_forward.  They may come to logits
+ * [vocab_size], or stay on a GPU. */
 int session_argmax(dsv4_session *s, int i, float *logits, int32_t *id, dsv4_err *err);
 /* MTP (M3): given the token that follows the last one, the logits of the one after it.
  * Needs opts.mtp; next_token must then be the first one of the next session_forward. */

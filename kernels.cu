@@ -1239,7 +1239,8 @@ static __device__ float fp4_dots(const dsv4_mat *w, int r, const dsv4_acts *x,
             sum += __shfl_xor_sync(~0u, sum, 2);
             size_t t = rows ? rows[t0 + i] : t0 + i;
             if (real && x->code)
-                dot[i] += fp4_term(sum, w->scale[block], x->scale[t * ((cols + 127) / 128) + b / 4]);
+                dot[i] += fp4_term(sum, w->scale[block],
+                                   x->scale[t * ((cols + 127) / 128) + b / 4]);
             for (int c = 0; real && x->f32 && c < 8; c++)
                 dot[i] = fmaf((float)a[c] * half, bits_f32((uint32_t)v[i][c][thread]), dot[i]);
         }

@@ -343,13 +343,14 @@ static void print_tiers(const dsv4_engine *e) {
     machine_rss(NULL, &peak);
     fprintf(stderr,
             "\nper tier and phase\n"
-            "experts  %12.0f from RAM (%.1f%%)\n"
+            "experts  %12.0f from %s (%.1f%%)\n"
             "experts  %12.0f from disk   %10.3f GB %10.2f GB/s\n"
             "dense    %12s from disk   %10.3f GB, and %.3f GB at start with %.2f GB/s\n"
             "prefill  %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
             "decode   %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
             "waited %.2f s for the disk; peak memory %s of %s\n",
-            hits, 100 * rate(hits, (double)s->expert_uses), (double)x->misses, read_gb,
+            hits, engine_plan(e)->vram_budget ? "VRAM" : "RAM",
+            100 * rate(hits, (double)s->expert_uses), (double)x->misses, read_gb,
             rate(read_gb, busy), "", all_gb - read_gb - start_gb, start_gb,
             rate(start_gb, s->load_s), prefill, s->prefill_s, rate(prefill, s->prefill_s), decode,
             s->decode_s, rate(decode, s->decode_s), s->expert_wait_s + s->dense_wait_s,
@@ -389,7 +390,7 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
     const dsv4_plan *p = engine_plan(e);
     json_t *ops = json_object(), *layers = json_array();
     double op_total = 0, wait = s->expert_wait_s + s->dense_wait_s;
-    uint64_t peak;
+    uint64_t peak, vram = p->vram_budget ? p->dense + p->slots + p->work : 0;
     machine_rss(NULL, &peak);
     for (int i = 0; i < OPC_N; i++) {
         json_object_set_new(ops, op_class_name[i], json_real(s->op_s[i]));
@@ -406,7 +407,9 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
         N("bytes_read.dense_from_disk", s->dense_bytes), N("bytes_read.reads", o->reads),
         N("bytes_read.dense_streamed", o->read_bytes - s->dense_bytes - x->read_bytes),
         N("bytes_read.experts_from_disk", x->read_bytes), N("passes", s->passes),
-        N("experts.ram_hits", s->expert_uses - x->misses), N("experts.disk_reads", x->misses),
+        N("experts.vram_hits", p->vram_budget ? s->expert_uses : 0),
+        N("experts.ram_hits", p->vram_budget ? 0 : s->expert_uses - x->misses),
+        N("experts.disk_reads", x->misses),
         N("experts.evictions", x->evictions), N("experts.uses", s->expert_uses),
         {"experts.hit_rate_by_layer", layers}, R("macs.dense", s->work[WORK_DENSE]),
         R("macs.attend", s->work[WORK_ATTEND]), R("macs.index", s->work[WORK_INDEX]),
@@ -416,7 +419,8 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
         N("kv_blocks.read", kv->blocks_read), N("kv_blocks.found", kv->blocks_hit),
         N("plan.kv", p->kv), N("plan.kv_least", p->kv_plan.least),
         N("plan.kv_index", p->kv_plan.index), N("plan.kv_entries", p->kv_plan.entries),
-        N("plan.budget", p->budget), N("plan.dense", p->dense), N("plan.buffers", p->work),
+        N("plan.budget", p->budget), N("plan.vram", vram), N("plan.host_buffers", p->host_work),
+        N("plan.dense", p->dense), N("plan.buffers", p->work),
         N("plan.slots", p->n_slots), N("plan.slot_bytes", p->slot_bytes), N("plan.span", p->span),
         B("plan.dense_streamed", p->streamed), R("io.wait_seconds", wait),
         R("io.expert_wait_seconds", s->expert_wait_s), R("io.kv_wait_seconds", kv->wait_s),

@@ -1,6 +1,6 @@
 #!/bin/sh
-# gpu.sh [built] -- for a machine with an NVIDIA GPU: build; the CUDA twins and the goldens on it; an
-# answer of either backend; a table of how near each kernel comes to what this GPU can; and both
+# gpu.sh [built] -- for a machine with an NVIDIA GPU: build; the CUDA twins and the goldens on it;
+# an answer of either backend; a table of how near each kernel comes to what this GPU can; the
 # tests under compute-sanitizer, if there is one.  `built`: what lies in build/ is used as it is.
 set -u
 cd "$(dirname "$0")/.."

@@ -2,10 +2,10 @@
  *
  *   build/gpu_bench build/gpu_peak.fatbin [N]
  *
- * First the peaks: bytes a second of reading VRAM, F32 multiply-adds a second.  Then each operation
- * with V4-Flash's widths, for 1 and for N tokens (128): bytes that must move at least and operations
- * that must be done, the time of one call (median of 5 runs of as many calls as take 20 ms), and
- * the larger of the two shares of a peak.  A context of 64K tokens.                              */
+ * First the peaks: bytes a second of reading VRAM, F32 multiply-adds a second.  Then each
+ * operation with V4-Flash's widths, for 1 and for N tokens (128): bytes that must move at least
+ * and operations that must be done, the time of one call (median of 5 runs of as many calls as
+ * take 20 ms), and the larger of the two shares of a peak.  A context of 64K tokens.             */
 #include "gpu.h"
 
 enum { DIM = 4096, HC = 4, HEADS = 64, HD = 512, ROPE = 64, Q_LORA = 1024, GROUPS = 8, INTER = 2048,

@@ -18,6 +18,7 @@ FOLDER = tempfile.TemporaryDirectory(prefix="dsv4-test-")
 TMP = FOLDER.name
 TESTS = []
 os.environ["XDG_CACHE_HOME"] = os.path.join(TMP, "cache")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # these tests are of the CPU; test_gpu.py
 
 
 class Skip(Exception):

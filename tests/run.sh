@@ -36,10 +36,13 @@ if [ -e "$build/kernels.fatbin" ]; then    # a GPU in software, and the CUDA twi
             try env SOFTGPU=cc=$cc,seed=7 LD_LIBRARY_PATH=build/softgpu \
                 "$build/$t" "$build/kernels.fatbin"
         done
+        try env SOFTGPU=cc=$cc,seed=7 LD_LIBRARY_PATH=build/softgpu \
+            "$build/test_model" tests/goldens cuda brief
     done
     try $venv tests/mutate.py "$build"
+    try $venv tests/test_gpu.py "$dsv4" "$build/mkmodel"
 else
-    echo "skip CUDA twins: there is no nvcc" | tee -a "$log"
+    echo "skip CUDA: there is no nvcc" | tee -a "$log"
 fi
 try $venv tests/test_ref.py
 try $venv tests/test_tokenizer.py "$build/tokenize"

@@ -6,7 +6,7 @@ say() { # say NAME OUTPUT: a test passes when there is nothing to complain of
     if [ -z "$2" ]; then echo "ok   style: $1"
     else echo "FAIL style: $1"; echo "$2" | sed 's/^/     /'; bad=1; fi
 }
-src="dsv4.h dsv4.c kernels.cu kernels.c offload.c kv.c text.c main.c"
+src="dsv4.h dsv4.c kernels.cu kernels.c cuda.c offload.c kv.c text.c main.c"
 tests=$(ls tests/*.c tests/*.h)
 say "functions have at most 70 lines" "$(awk '
     FNR == 1 { s = 0 }

@@ -228,6 +228,13 @@ static void flights_take_off(void) {
             flight[i]->hash = hash_of(pinned_bytes(flight[i]->from), flight[i]->bytes);
 }
 
+/* What is queued never happens; the host's memory is as it was. */
+static void lose_device(void) {
+    flights_land();
+    n_flights = 0;
+    lost = true;
+}
+
 static void add_flight(piece *p) {
     if (!p->in_source && !p->in_target) return;
     if (n_flights == cap_flights) {
@@ -1000,7 +1007,7 @@ static CUresult launch(CUfunction fn, unsigned gx, unsigned gy, unsigned gz, uns
     CUresult e = check_launch(fn, grid, block, shared);
     if (e) return e;
     static uint64_t launched;
-    lost = launched++ == sg_get_config()->lost && sg_get_config()->lost;
+    if (sg_get_config()->lost && launched++ == sg_get_config()->lost) lose_device();
     if (lost) return CUDA_ERROR_LAUNCH_FAILED;
     uint8_t *param = arguments(fn->f, params, extra);
     DEMAND(param, INVALID_VALUE);

@@ -34,7 +34,7 @@ static const sg_work *current;             /* section 3: what runs              
 
 typedef struct { int cc, threads_sm, blocks_sm, shared_sm_kib; } model;
 static const model models[] = {
-    { 80, 2048, 32, 164 }, { 86, 1536, 16, 100 }, { 87, 1536, 16, 164 }, { 89, 1536, 24, 100 },
+    { 75, 1024, 16, 64 }, { 80, 2048, 32, 164 }, { 86, 1536, 16, 100 }, { 87, 1536, 16, 164 }, { 89, 1536, 24, 100 },
     { 90, 2048, 32, 228 }, { 100, 2048, 32, 228 }, { 120, 1536, 24, 100 },
 };
 
