@@ -216,7 +216,7 @@ static int sync_cuda(dsv4_exec *ex, dsv4_err *err) {
 }
 
 /* === 4. Launches ==============================================================================
- * Each as its kernel's comment wants it.  An argument's address goes to the driver, which copies. */
+ * Each as its kernel's comment wants it; the driver copies what the arguments' addresses hold.   */
 
 static void launch(dsv4_exec *ex, kernel k, unsigned gx, unsigned gy, unsigned block,
                    void **args) {
@@ -307,7 +307,7 @@ static void hc_pre_launch(float *x, float *post, float *comb, const float *h, co
                           const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     dsv4_hc hc = *w;
     dsv4_hc_shape shape = *s;
-    launch(ex, K_hc_pre, (unsigned)n, 1, 256, ARGS(&x, &post, &comb, &h, &hc, &shape));
+    launch(ex, K_hc_pre, (unsigned)n, 1, 1024, ARGS(&x, &post, &comb, &h, &hc, &shape));
 }
 
 static void hc_post_launch(float *h, const float *y, const float *post, const float *comb,

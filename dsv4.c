@@ -761,7 +761,8 @@ static int plan_gpu(dsv4_engine *e, dsv4_err *err) {
     uint64_t least = weights + work_bytes(c, &e->opts, false, 1, 1, &host);
     if (least > p->vram_budget)
         return fail(err, "all weights must fit GPU %d so far: %.2f GB are needed and %.2f are "
-                    "free; use --backend cpu", g->index, (double)least / 1e9, (double)g->free / 1e9);
+                    "free; use --backend cpu", g->index, (double)least / 1e9,
+                    (double)g->free / 1e9);
     if (fixed + host > p->budget)
         return fail(err, "--ram %.0fM is too small to load GPU %d: %.0fM are needed; raise it",
                     (double)p->budget / (1 << 20), g->index,
@@ -1051,7 +1052,8 @@ const cache_stats *engine_expert_stats(const dsv4_engine *e) {
 group_uses engine_layer_uses(const dsv4_engine *e, int layer) {
     int n = e->cfg->n_routed_experts, first = layer * n;
     uint32_t misses = 0;           /* hits are the rest: some are asked for twice, see below */
-    for (int i = first; e->experts && i < first + n; i++) misses += cache_uses(e->experts)[i].misses;
+    for (int i = first; e->experts && i < first + n; i++)
+        misses += cache_uses(e->experts)[i].misses;
     return (group_uses){(uint32_t)e->layer_uses[layer] - misses, misses};
 }
 
@@ -1121,8 +1123,10 @@ void session_reset(dsv4_session *s) {
 int64_t session_pos(const dsv4_session *s) { return s->pos; }
 const kv_stats *session_kv_stats(const dsv4_session *s) { return kv_get_stats(s->kv); }
 
-/* Charge the time since the last call to one class. */
+/* Charge the time since the last call to one class; a GPU is waited for, so that it is that class's
+ * and not of what comes behind it. */
 static void tick(dsv4_session *s, op_class c) {
+    settle(s);
     double t = now_s();
     s->e->stats.op_s[c] += t - s->tick;
     s->tick = t;
