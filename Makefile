@@ -31,7 +31,7 @@ B        = build
 BIN      = dsv4
 endif
 
-OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o cuda.o offload.o kv.o text.o)
+OBJ      = $(addprefix $(B)/,dsv4.o kernels.o ref.o offload.o kv.o text.o) $(if $(CUDA),$(B)/cuda.o)
 SRC      = dsv4.h dsv4.c kernels.cu kernels.c cuda.c offload.c kv.c text.c main.c
 C_TESTS  = $(addprefix $(B)/,test_units test_kernels test_offload test_kv test_park test_text \
              test_chat test_doc test_model)
@@ -52,8 +52,8 @@ $(B)/%.o: %.c dsv4.h Makefile | $(B)
 	$(CC) $(ALL_C) -c -o $@ $<
 
 # with nvcc for a GPU, too; without, for the CPU alone
-$(B)/cuda.o: $(if $(CUDA),$(B)/kernels.fatbin)
-$(B)/cuda.o: ALL_C += $(if $(CUDA),-I$(CUDA)/include -DFATBIN='"$(B)/kernels.fatbin"')
+$(B)/cuda.o: $(B)/kernels.fatbin
+$(B)/cuda.o: ALL_C += -I$(CUDA)/include -DFATBIN='"$(B)/kernels.fatbin"'
 # loops as fast wherever the linker puts them
 $(B)/kernels.o: ALL_C += $(SIMD) -falign-loops=32
 $(B)/ref.o: kernels.cu dsv4.h Makefile | $(B)
@@ -115,7 +115,7 @@ test-gpu:
 build/fuzz/%: tests/%.c $(SRC)
 	@mkdir -p build/fuzz
 	clang -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined $(SIMD) $(PKG_C) -o $@ $< \
-	  dsv4.c kernels.c cuda.c offload.c kv.c text.c -x c kernels.cu -x none $(LIBS)
+	  dsv4.c kernels.c offload.c kv.c text.c -x c kernels.cu -x none $(LIBS)
 
 fuzz:
 	@tests/deps.sh fuzz

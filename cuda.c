@@ -15,18 +15,14 @@
  * Contents    1 the driver   2 a GPU   3 memory   4 launches   5 the table
  * Not here    what a kernel computes (kernels.cu), what lies where (dsv4.c)
  *
- * Without the CUDA toolkit there is only section 6: a cuda_open() that says so.                 */
+ * Without the CUDA toolkit this file is not built, and nothing here is there.                    */
 #define _GNU_SOURCE
 #include "dsv4.h"
 
-#include <assert.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifdef FATBIN
 #include <cuda.h>
 #include <dlfcn.h>
+#include <stdlib.h>
+
 
 /* === 1. The driver ============================================================================ */
 
@@ -368,25 +364,3 @@ const dsv4_ops ops_cuda = {
     hc_post_launch, hc_head_launch, route_launch,   swiglu_launch,    expert_ffn_launch,
     add_launch,    argmax_launch, copy_cuda,        zero_cuda,        sync_cuda,
 };
-
-#else
-/* === 6. Without the toolkit: no cuda is ever open ============================================= */
-const dsv4_ops ops_cuda = {.name = "cuda"};
-int cuda_open(cuda **out, int index, dsv4_err *err) {
-    *out = NULL;
-    return fail(err, "this dsv4 was built without CUDA and leaves GPU %d alone", index);
-}
-void cuda_close(cuda *g) { assert(!g); }
-const cuda_info *cuda_get_info(const cuda *g) { return (const cuda_info *)(const void *)g; }
-dsv4_exec *cuda_exec(cuda *g) { return (dsv4_exec *)(void *)g; }
-void *cuda_alloc(cuda *g, uint64_t bytes, const char *what, dsv4_err *err) {
-    fail(err, "no GPU for %.0f bytes of %s", (double)bytes, what);
-    return g;
-}
-void cuda_free(cuda *g, void *p) { assert(!g && !p); }
-int cuda_pin(cuda *g, void *p, uint64_t bytes, const char *what, dsv4_err *err) {
-    assert(!g && !p);
-    return fail(err, "no GPU for %.0f bytes of %s", (double)bytes, what);
-}
-void cuda_unpin(cuda *g, void *p) { assert(!g && !p); }
-#endif

@@ -823,7 +823,7 @@ static int leave_gpu(dsv4_engine *e, dsv4_err *err) {
     snprintf(e->runs_on, sizeof e->runs_on, "the CPU: %s", err->msg);
     arena_close(&e->dense);
     free(e->expert_at);
-    cuda_close(e->gpu);
+    if (e->gpu) cuda_close(e->gpu);
     e->expert_at = NULL;
     e->gpu = NULL;
     e->op = &ops_cpu;
@@ -855,7 +855,9 @@ static int engine_start(dsv4_engine *e, const ckpt *c, dsv4_err *err) {
                   cfg->yarn_factor, cfg->yarn_beta_fast, cfg->yarn_beta_slow, cfg->yarn_original);
     snprintf(e->runs_on, sizeof e->runs_on, "the CPU");
     if (o->backend == BACKEND_CPU) return plan_make(e, err);
-    if (cuda_open(&e->gpu, o->gpu, err) == 0) {
+    if (!cuda_open) {
+        fail(err, "this dsv4 was built without CUDA");
+    } else if (cuda_open(&e->gpu, o->gpu, err) == 0) {
         const cuda_info *g = cuda_get_info(e->gpu);
         snprintf(e->runs_on, sizeof e->runs_on, "GPU %d, %s (%d.%d)", g->index, g->name, g->sm / 10,
                  g->sm % 10);
@@ -1030,7 +1032,7 @@ void engine_close(dsv4_engine *e) {
     offload_close(e->off);
     arena_close(&e->dense);
     weights_close(e->w);
-    cuda_close(e->gpu);
+    if (e->gpu) cuda_close(e->gpu);
     exec_close(e->pool);
     free(e->expert_at);
     free(e);

@@ -38,6 +38,7 @@
 extern "C" {
 #endif
 
+#define WEAK __attribute__((weak))
 #ifdef __CUDACC__                  /* small functions that kernels of a GPU call, too           */
 #define BOTH __host__ __device__
 #else
@@ -277,7 +278,7 @@ typedef struct dsv4_ops {
 
 extern const dsv4_ops ops_ref;     /* kernels.cu: plain C, wide sums, slow                      */
 extern const dsv4_ops ops_cpu;     /* kernels.c                                                 */
-extern const dsv4_ops ops_cuda;    /* cuda.c                                                    */
+extern const dsv4_ops ops_cuda WEAK; /* cuda.c, where that was built                            */
 /* References that are fast enough for ops_cpu. */
 void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc, dsv4_exec *ex);
 void argmax_ref(int32_t *id, const float *x, int n, int d, dsv4_exec *ex);
@@ -293,23 +294,23 @@ size_t expert_scratch_bytes(int dim, int inter);
 void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
                    double beta_fast, double beta_slow, double original);
 
-/* A GPU in use, by number.  -1 says why there is none: no driver or one too old, no such GPU, one
- * before compute capability 8.0, or a build without CUDA. */
-int cuda_open(cuda **out, int index, dsv4_err *err);
-void cuda_close(cuda *g);          /* with all its memory given back */
+/* A GPU in use, by number.  -1 says why there is none: no driver or one too old, no such GPU, or one
+ * before compute capability 8.0.  A build without CUDA has none of these functions: they are NULL. */
+int cuda_open(cuda **out, int index, dsv4_err *err) WEAK;
+void cuda_close(cuda *g) WEAK;     /* with all its memory given back */
 typedef struct {
     char name[96];
     int index, sm;                 /* 89: compute capability 8.9                                */
     uint64_t total, free;          /* bytes of VRAM; free: when it was opened                   */
 } cuda_info;
-const cuda_info *cuda_get_info(const cuda *g);
-dsv4_exec *cuda_exec(cuda *g);     /* for ops_cuda */
+const cuda_info *cuda_get_info(const cuda *g) WEAK;
+dsv4_exec *cuda_exec(cuda *g) WEAK; /* for ops_cuda */
 /* VRAM, aligned to 256 bytes; `what` it is for stands in messages.  NULL: see err. */
-void *cuda_alloc(cuda *g, uint64_t bytes, const char *what, dsv4_err *err);
-void cuda_free(cuda *g, void *p);
+void *cuda_alloc(cuda *g, uint64_t bytes, const char *what, dsv4_err *err) WEAK;
+void cuda_free(cuda *g, void *p) WEAK;
 /* Have the GPU see host memory, too, under the same address, until cuda_unpin(). */
-int cuda_pin(cuda *g, void *p, uint64_t bytes, const char *what, dsv4_err *err);
-void cuda_unpin(cuda *g, void *p);
+int cuda_pin(cuda *g, void *p, uint64_t bytes, const char *what, dsv4_err *err) WEAK;
+void cuda_unpin(cuda *g, void *p) WEAK;
 
 /* === 5. Offload: shards, reads, experts ======================================================= */
 typedef struct {
