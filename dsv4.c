@@ -39,7 +39,7 @@ enum {
     LOAD_STEP_BYTES = 256 << 20,   /* of dense weights between two calls of progress             */
     EMBED_ROWS = 256,              /* of embed.weight read at once, where it is not resident    */
     OUT_ROWS = 16,                 /* of logits on a GPU at once                                */
-    GPU_CHUNK_MAX = 8192,          /* tokens; times n_heads, within what a launch can take      */
+    GPU_CHUNK_MAX = 4096,          /* tokens; times MAX_HC within what a launch can take        */
     RESERVE_BYTES = 1 << 30,       /* of VRAM left alone, or an eighth                          */
     LOOKAHEAD = 16,                /* experts asked for ahead of the one being computed         */
     INDEX_SCORES_MAX = 4 << 20,    /* floats of index scores held at once, if one row fits      */
@@ -1320,6 +1320,7 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
         if (tail) kv_mark(s->kv, layer, s->tail, NULL);
         if (report(s, layer, 0.5 * i / n, err)) return -1;
     }
+    if (e->op->sync(e->ex, err)) return -1;            /* rows may move now */
     return kv_end(s->kv, layer, err);
 }
 

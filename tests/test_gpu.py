@@ -110,6 +110,22 @@ def a_lost_gpu_is_told_and_the_answer_goes_on():
 
 
 @test
+def kv_in_a_file_changes_no_logit():
+    """Rows come and go below a GPU that reads them."""
+    model = mkmodel("file", "1m", "--layers", 7, "--experts", 4, "--seed", 5)
+    seen = []
+    for kv_ram in ("290M", "100M"):
+        with gpu(cc=CAPABILITIES[0]):
+            logits, _ = eval_logits(model, range(1, 15), "--decode-from", 12, "--chunk", 8,
+                                    "--ctx", 1000000, "--kv-ram", kv_ram, "--stats",
+                                    os.path.join(TMP, "stats.json"))
+        with open(os.path.join(TMP, "stats.json")) as f:
+            seen.append((logits, json.load(f)["kv_bytes"]["file"]))
+    need(seen[0][1] == 0 and seen[1][1] > 1e8, f"{seen[0][1]} and {seen[1][1]} bytes in files")
+    need(np.array_equal(seen[0][0], seen[1][0]), "the file changes logits")
+
+
+@test
 def a_chat_on_a_gpu_is_saved_and_goes_on():
     """What was parked there is found again, and not taken for the CPU's."""
     model = mkmodel("chat", "tiny", "--layers", 3, "--experts", 4, "--seed", 5)
