@@ -16,8 +16,7 @@
  * Invariants  1 a tok is never written after tok_parse: any number of threads may encode
  *             2 every one of the 256 bytes has an id, so no text is ever lost
  *             3 a regex only ever sees valid UTF-8, and only the piece it cuts
- *             4 time is near linear in the text, whatever the text and the file: merging
- *               is O(n log n) a word, and a regex that is too slow ends in an error
+ *             4 time is near linear in the text, whatever the text: merging is O(n log n) a word
  *             5 the JSON tree is gone when tok_parse returns
  *             6 no text of people or tools ever becomes a special token of a prompt
  *             7 an answer's pieces do not depend on how its bytes were handed over
@@ -27,7 +26,7 @@
  *             8 writing JSON   9 the prompt   10 the answer   11 documents
  * Not here    HTTP, and running tools
  */
-#define _GNU_SOURCE                /* vasprintf, the thread's CPU clock                         */
+#define _GNU_SOURCE                /* vasprintf, memmem, memfd_create                           */
 
 #include "dsv4.h"
 
@@ -43,7 +42,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -56,13 +54,9 @@ enum {
     MAX_JSON_BYTES = 16 << 20,     /* V4's file has 6.4 MB; jansson may need 80 times as much   */
     MAX_IDS = 1 << 21,             /* V4 has 129,280                                            */
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
-    MAX_SPLITS = 16,
-    MAX_PATTERN_BYTES = 4096,
     MAX_TEXT_BYTES = 1 << 28,      /* so that 4 times a repaired text's places fit 32 bits      */
     MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                   */
-    SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try           */
-    CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
-    REGEX_HEAP_KIB = 256 << 10,    /* for a pattern that nests too deep for the JIT's stack     */
+    N_PATTERNS = 3,                /* that V4 cuts text by                                      */
 };
 
 #define NO_RANK UINT32_MAX
@@ -180,11 +174,11 @@ static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer
 
 typedef struct { uint32_t at, len; } piece; /* of tok.bytes, what an id stands for; or len 0 */
 
-typedef struct {                   /* a string to be looked up in a sorted table                */
+typedef struct {                   /* an added token                                            */
     const char *s;                 /* in tok.bytes                                              */
     uint32_t len;
     int32_t id;
-    int pass;                      /* added tokens only: see tok.added                          */
+    int pass;                      /* see tok.added                                             */
 } named;
 
 typedef struct { uint32_t left, right, rank; } merge_slot; /* rank NO_RANK: empty               */
@@ -193,7 +187,7 @@ struct tok {
     int n_ids;
     piece *pieces;                 /* [n_ids]                                                   */
     char *bytes;                   /* [n_bytes] of all pieces                                   */
-    size_t n_bytes, n_added, n_words;
+    size_t n_bytes, n_added;
     int32_t byte_id[256];          /* where every word starts: no byte is without one           */
     merge_slot *slots;             /* [slot_mask + 1] open addressing, at most half full        */
     uint32_t slot_mask;
@@ -202,16 +196,12 @@ struct tok {
                                       with "normalized" false in the whole text (pass 0), then
                                       for the others in what is left (pass 1)                   */
     bool starts[2][256];           /* an added token of this pass starts with this byte         */
-    named *words;                  /* [n_words] the vocabulary in order of bytes, only where
-                                      "ignore_merges" looks whole words up first                */
-    pcre2_code *split[MAX_SPLITS]; /* [n_splits] in order; compiled code is only read           */
-    int n_splits;
+    pcre2_code *split[N_PATTERNS]; /* in order, then NULL; compiled code is only read           */
 };
 
 void tok_close(tok *t) {
     if (!t) return;
-    for (int i = 0; i < t->n_splits; i++) pcre2_code_free(t->split[i]);
-    free(t->words);
+    for (int i = 0; i < N_PATTERNS; i++) pcre2_code_free(t->split[i]);
     free(t->added);
     free(t->merged);
     free(t->slots);
@@ -241,21 +231,18 @@ static int by_bytes(const void *a, const void *b) {
 }
 
 /* === 3. Patterns ==============================================================================
- * `tokenizers` runs its regexes with Oniguruma, we with PCRE2.  Only what both read alike passes,
- * by being listed in a regex of regexes; the rest is refused.  Two things are rewritten:
+ * V4 cuts text by three regexes, and any other is refused: `tokenizers` runs them with Oniguruma,
+ * we with PCRE2, and what they do alike is known of these.  Two things are rewritten:
  *   \s       PCRE2's also takes U+180E: Oniguruma's 25 characters are written out;
  *   \p{L}    has the letters of the library's Unicode version.  Distributions ship PCRE2 with
  *            Unicode 14; what 15 and 16 added (some 10,000 characters, among them the pink heart
- *            emoji) is added to the class.  For a later PCRE2 the addition says nothing new. */
+ *            emoji) is added to the class.  For a later PCRE2 the addition says nothing new.
+ * Each runs in linear time: where one has gone over a run of characters, it matches there.       */
 
-static const char read_alike[] =
-    "(?: [^\\\\ \\[ ( { ]"                                              /* a character         */
-    "| \\\\ (?: [rnt[:punct:]] | [sS] | [pP] \\{ [LMNPSZ] \\} )"        /* an escape           */
-    "| \\( (?: \\? (?: [:=!>] | <[=!] ) | (?![?*]) )"                   /* a group             */
-    "| \\{ [0-9]+ (?: , [0-9]* )? \\} (?![+?])"  /* what {2}+ and {2}? mean differs            */
-    "| \\[ \\^?+ (?!\\]) (?: [^\\\\ \\[ \\] &] | &(?!&) | \\\\ [rnt[:punct:]]"
-    "        | (?<!-) \\\\ (?: s | p \\{ [LMNPSZ] \\} ) (?!-[^\\]])"    /* "a-\s" is no range  */
-    "    )++ \\] )*+";                           /* and no [^...] can stand within brackets    */
+static const char *const patterns[N_PATTERNS] = {
+    "\\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
+    "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"};
 
 static const char classes[] =      /* a letter, and its ranges up to the next letter            */
     "s9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000 "
@@ -273,36 +260,21 @@ static const char classes[] =      /* a letter, and its ranges up to the next le
     "1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f 1faad-1faaf "
     "1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 1fbcb-1fbef Z";
 
-/* How much of a pattern, from its start, do both libraries read alike? */
-static size_t alike(const char *pattern) {
-    int code;
-    size_t at;
-    pcre2_code *re = pcre2_compile((PCRE2_SPTR)read_alike, PCRE2_ZERO_TERMINATED,
-                                   PCRE2_ANCHORED | PCRE2_EXTENDED_MORE, &code, &at, NULL);
-    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
-    int rc = pcre2_match(re, (PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, 0, match, NULL);
-    at = rc < 0 ? 0 : pcre2_get_ovector_pointer(match)[1];
-    pcre2_match_data_free(match);
-    pcre2_code_free(re);
-    return at;
-}
-
-/* A pattern, all of which is read alike, as PCRE2 is to have it. */
+/* A pattern as PCRE2 is to have it. */
 static void put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
     size_t len;
     for (const char *s = pattern; *s; s += len) {
         char escaped = *s == '\\' ? s[1] : 0;
-        bool property = escaped == 'p' || escaped == 'P';
-        len = property ? strlen("\\p{L}") : escaped ? 2 : 1;
-        if (!property && escaped != 's' && escaped != 'S') {
+        len = escaped == 'p' ? strlen("\\p{L}") : escaped ? 2 : 1;
+        if (!escaped || !strchr("psS", escaped)) {
             in_brackets = *s == '[' || (in_brackets && *s != ']');
             put_bytes(out, s, len);
             continue;
         }
-        put_text(out, in_brackets ? "" : escaped == 'S' || escaped == 'P' ? "[^" : "[");
-        if (property) put_format(out, "\\p{%c}", s[3]);
-        const char *range = strchr(classes, property ? s[3] : 's') + 1;
+        put_text(out, in_brackets ? "" : escaped == 'S' ? "[^" : "[");
+        put_bytes(out, s, escaped == 'p' ? len : 0);
+        const char *range = strchr(classes, escaped == 'p' ? s[3] : 's') + 1;
         for (int n; (n = (int)strspn(range, "0123456789abcdef")) > 0; range += n + 1)
             put_format(out, "\\x{%.*s}%s", n, range, range[n] == '-' ? "-" : "");
         put_text(out, in_brackets ? "" : "]");
@@ -347,7 +319,8 @@ static int expect(const char *what, const json_t *in, const char *key, const cha
 static int check_settings(const json_t *root, const json_t *model, dsv4_err *err) {
     const struct { const json_t *in; const char *name; } off[] = {
         {root, "truncation"}, {root, "padding"}, {model, "dropout"}, {model, "byte_fallback"},
-        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"}};
+        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"},
+        {model, "ignore_merges"}};
     const json_t *normalizer = json_object_get(root, "normalizer");
     const json_t *steps = json_object_get(normalizer, "normalizers");
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
@@ -395,14 +368,12 @@ static void place(tok *t, int32_t id, size_t n) {
  * merging bytes; they only stand for themselves.  There is room for any id and for all bytes of
  * the file: what is not written to costs no memory. */
 static int read_vocab(tok *t, const json_t *model, size_t file_len, dsv4_err *err) {
-    bool whole_words = !is_off(json_object_get(model, "ignore_merges"));
     json_t *vocab = json_object_get(model, "vocab"), *value;
     const char *key;
     if (!json_is_object(vocab)) return fail(err, "model.vocab is not an object");
     t->pieces = calloc(MAX_IDS, sizeof *t->pieces);
     t->bytes = malloc(file_len);
-    t->words = calloc(json_object_size(vocab) + 1, sizeof *t->words);
-    if (!t->pieces || !t->bytes || !t->words) return oom(err);
+    if (!t->pieces || !t->bytes) return oom(err);
     memset(t->byte_id, 0xff, sizeof t->byte_id); /* -1 */
     json_object_foreach(vocab, key, value) {
         int32_t id = id_of(value);
@@ -413,13 +384,11 @@ static int read_vocab(tok *t, const json_t *model, size_t file_len, dsv4_err *er
         if (t->pieces[id].len)
             return fail(err, "model.vocab \"%.60s\": id %d has another string too", key, id);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
-        if (n > 0 && whole_words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
         place(t, id, n);
     }
     for (int b = 0; b < 256; b++)
         if (t->byte_id[b] < 0) return fail(err, "model.vocab has no token for byte 0x%02x", b);
-    qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
     return 0;
 }
 
@@ -499,66 +468,45 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
     return 0;
 }
 
-/* Compile a pattern and append it to tok.split. */
-static int add_split(tok *t, const char *pattern, bool literal, dsv4_err *err) {
-    /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
-     * of the text: with cut_regex()'s windows that would be quadratic. */
-    uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
-    uint32_t may_be_empty = 1;
-    size_t at = literal ? strlen(pattern) : alike(pattern);
+/* Step i, which cuts by a regex. */
+static int read_split(tok *t, const json_t *step, size_t i, dsv4_err *err) {
+    const char *regex = text_at(json_object_get(step, "pattern"), "Regex");
     buffer text = {0};
-    int code = 0;
-    if (t->n_splits == MAX_SPLITS) return fail(err, "pre_tokenizer has over %d splits", MAX_SPLITS);
-    if (strlen(pattern) > MAX_PATTERN_BYTES)
-        return fail(err, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
-    if (pattern[at])
-        return fail(err, "pre_tokenizer: pattern not supported from \"%.60s\"", pattern + at);
-    /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
-    options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
-    put_text(&text, literal ? pattern : "(*LF)");
-    if (!literal) put_pattern(&text, pattern);
-    put_bytes(&text, "", 1);
-    pcre2_code *re = text.failed ? NULL : pcre2_compile((PCRE2_SPTR)text.s, PCRE2_ZERO_TERMINATED,
-                                                        options, &code, &at, NULL);
-    free(text.s);
-    if (text.failed) return oom(err);
-    if (!re) return fail(err, "pre_tokenizer: \"%.60s\": error %d of PCRE2", pattern, code);
-    t->split[t->n_splits++] = re;
-    pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
-    if (may_be_empty) return fail(err, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
-    pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
-    return 0;
-}
-
-/* One step that cuts by a regex or a literal. */
-static int read_split(tok *t, const json_t *step, dsv4_err *err) {
-    const json_t *pattern = json_object_get(step, "pattern");
-    const char *regex = text_at(pattern, "Regex"), *literal = text_at(pattern, "String");
+    int known = 0, code;
+    size_t at;
     if (expect("pre_tokenizer: step", step, "type", "Split", err)
         || expect("pre_tokenizer: Split's behavior", step, "behavior", "Isolated", err)
         || expect("pre_tokenizer: Split's invert", step, "invert", NULL, err)) return -1;
-    if (!regex && !literal) return fail(err, "pre_tokenizer: Split without a pattern");
-    return add_split(t, regex ? regex : literal, !regex, err);
+    while (regex && known < N_PATTERNS && strcmp(regex, patterns[known])) known++;
+    if (!regex || known == N_PATTERNS || i == N_PATTERNS)
+        return fail(err, "pre_tokenizer: Split %zu by \"%.60s\" is none of V4's", i,
+                    regex ? regex : "");
+    put_pattern(&text, regex);
+    if (!text.failed)
+        t->split[i] = pcre2_compile((PCRE2_SPTR)text.s, text.n, PCRE2_UTF, &code, &at, NULL);
+    free(text.s);
+    if (!t->split[i]) return oom(err);
+    pcre2_jit_compile(t->split[i], PCRE2_JIT_COMPLETE); /* where it fails, it is interpreted */
+    return 0;
 }
 
 /* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone.  What that does to text, bytes
- * to GPT-2's alphabet, is undone in the tables, so only its regex is left to do. */
+ * to GPT-2's alphabet, is undone in the tables. */
 static int read_pre_tokenizer(tok *t, const json_t *root, dsv4_err *err) {
-    /* The library's own pattern for "use_regex", which is true where it is absent. */
-    static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
-                               "|\\s+(?!\\S)|\\s+";
     const json_t *step = json_object_get(root, "pre_tokenizer");
     const json_t *steps = json_object_get(step, "pretokenizers");
     size_t n = strcmp(type_of(step), "Sequence") == 0 ? json_array_size(steps) : 0;
     for (size_t i = 0; i < n; i++) {
         step = json_array_get(steps, i);
-        if (i + 1 < n && read_split(t, step, err)) return -1;
+        if (i + 1 < n && read_split(t, step, i, err)) return -1;
     }
     if (strcmp(type_of(step), "ByteLevel") != 0)
         return fail(err, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
-    if (!json_is_false(json_object_get(step, "add_prefix_space")))
-        return fail(err, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
-    return json_is_false(json_object_get(step, "use_regex")) ? 0 : add_split(t, gpt2, false, err);
+    if (!json_is_false(json_object_get(step, "add_prefix_space")) ||
+        !json_is_false(json_object_get(step, "use_regex"))) /* both are true where absent */
+        return fail(err, "pre_tokenizer: ByteLevel with add_prefix_space or use_regex is not "
+                    "supported");
+    return 0;
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
@@ -646,8 +594,6 @@ typedef struct {                   /* one tok_encode                            
     size_t n_sym, n_heap;
     pcre2_match_data *match;
     pcre2_match_context *limits;
-    double deadline_s;             /* of this thread's CPU time                                 */
-    size_t unclocked;              /* bytes searched since the clock was looked at              */
     dsv4_err *err;
 } encoder;
 
@@ -679,13 +625,9 @@ static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
     if (s->rank != NO_RANK) heap_push(e, (uint64_t)s->rank << 32 | i);
 }
 
-/* The ids of one word: by the vocabulary as a whole where the file asks for that, else by merging,
- * in O(len log len), and 32 bytes of memory a byte of it. */
+/* The ids of one word, in O(len log len) and 32 bytes of memory a byte of it. */
 static int word(encoder *e, const char *s, size_t len) {
     uint32_t n = (uint32_t)len;
-    const named key = {.s = s, .len = n};
-    const named *whole = bsearch(&key, e->t->words, e->t->n_words, sizeof key, by_bytes);
-    if (whole) return ids_push(e->ids, whole->id, e->err);
     if (e->n_sym < len) {
         free(e->sym);
         free(e->heap);
@@ -720,51 +662,22 @@ static int word(encoder *e, const char *s, size_t len) {
  *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
  * The recursion is as deep as there are stages, whatever the text.                              */
 
-static double cpu_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
-
 /* Matches of split i, and what lies between them, go to split i + 1 ("Isolated").  Each piece is
- * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends.
- *
- * PCRE2's match limit bounds how often one attempt steps back, not how many places of the text it
- * is tried at, nor how far it looks ahead from each: a(?=a*b) on a line of n letters a takes n^2
- * steps within every limit.  So the search goes window by window, and every few thousand bytes
- * the clock is asked; it is this thread's CPU time, so that a busy machine changes nothing. */
+ * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends. */
 static int cut_regex(encoder *e, int i, const char *s, size_t len) {
-    if (i == e->t->n_splits) return word(e, s, len);
-    const pcre2_code *re = e->t->split[i];
-    size_t done = 0;
-    for (size_t at = 0, next; at < len; at = next) {
-        pcre2_set_offset_limit(e->limits, at + SEARCH_WINDOW);
-        int rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK, e->match, e->limits);
-        if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter may use more memory */
-            rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
-                             e->match, e->limits);
+    if (i == N_PATTERNS || !e->t->split[i]) return word(e, s, len);
+    for (size_t done = 0; done < len;) {
+        int rc = pcre2_match(e->t->split[i], (PCRE2_SPTR)s, len, done, PCRE2_NO_UTF_CHECK, e->match,
+                             e->limits);
         if (rc < 0 && rc != PCRE2_ERROR_NOMATCH)
-            return fail(e->err, "tokenizer: regex %d goes over the match limit or its memory on "
-                        "this text (error %d of PCRE2)", i, rc);
+            return fail(e->err, "tokenizer: error %d of PCRE2 in regex %d", rc, i);
         const size_t *span = pcre2_get_ovector_pointer(e->match);
-        size_t from = span[0], to = span[1];
-        next = rc < 0 ? at + SEARCH_WINDOW + 1 : to;
-        e->unclocked += next - at;
-        if (e->unclocked >= CLOCK_BYTES) {
-            e->unclocked = 0;
-            if (cpu_seconds() > e->deadline_s)
-                return fail(e->err, "tokenizer: regex %d is too slow on this text", i);
-        }
-        if (rc < 0) {              /* on from the start of a character                          */
-            while (next < len && ((unsigned char)s[next] & 0xc0) == 0x80) next++;
-            continue;
-        }
-        assert(to > from);         /* patterns that match nothing were refused                  */
+        size_t from = rc < 0 ? len : span[0], to = rc < 0 ? len : span[1];
         if (from > done && cut_regex(e, i + 1, s + done, from - done)) return -1;
-        if (cut_regex(e, i + 1, s + from, to - from)) return -1;
+        if (to > from && cut_regex(e, i + 1, s + from, to - from)) return -1;
         done = to;
     }
-    return done < len ? cut_regex(e, i + 1, s + done, len - done) : 0;
+    return 0;
 }
 
 /* The longest added token of this pass that the text starts with, or NULL.  In order of bytes it
@@ -843,14 +756,8 @@ static int encode(encoder *e, size_t len) {
     e->match = pcre2_match_data_create(1, NULL);
     e->limits = pcre2_match_context_create(NULL);
     int rc = e->match && e->limits && !repaired.failed ? 0 : oom(e->err);
-    if (!rc) {
-        /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s
-         * even without a JIT; these limits are far above both. */
-        pcre2_set_match_limit(e->limits, 100000 + 4 * (uint32_t)len);
-        pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
-        e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
-        rc = cut_added(e, 0, e->text, len);
-    }
+    if (!rc) pcre2_set_match_limit(e->limits, UINT32_MAX); /* a long run takes many steps */
+    if (!rc) rc = cut_added(e, 0, e->text, len);
     if (rc) e->ids->n = before;
     pcre2_match_context_free(e->limits);
     pcre2_match_data_free(e->match);
