@@ -171,17 +171,6 @@ static void consider(guess *g, const char *word) {
     g->distance = distance;
 }
 
-/* The place of a word among words like "low, high or max", or -1. */
-static int choice(const char *words, const char *word) {
-    for (int i = 0; *words; i++) {
-        size_t n = strcspn(words, ", ");
-        if (strlen(word) == n && !memcmp(word, words, n)) return i;
-        words += n + strspn(words + n, ", ");
-        if (!strncmp(words, "or ", 3)) words += 3;
-    }
-    return -1;
-}
-
 /* === 2. Progress, tables, JSON ================================================================ */
 
 static double rate(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }

@@ -167,6 +167,16 @@ int fail(dsv4_err *err, const char *fmt, ...) {
     return -1;
 }
 
+int choice(const char *words, const char *word) {
+    for (int i = 0; *words; i++) {
+        size_t n = strcspn(words, ", ");
+        if (strlen(word) == n && !memcmp(word, words, n)) return i;
+        words += n + strspn(words + n, ", ");
+        if (!strncmp(words, "or ", 3)) words += 3;
+    }
+    return -1;
+}
+
 static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
 
 /* === 2. The tables ============================================================================
@@ -295,41 +305,36 @@ static bool is_off(const json_t *v) {
     return !v || json_is_null(v) || json_is_false(v) || (s && !*s);
 }
 
+/* "" where there is no text. */
 static const char *text_at(const json_t *v, const char *key) {
-    return json_string_value(json_object_get(v, key));
+    const char *text = json_string_value(json_object_get(v, key));
+    return text ? text : "";
 }
 
-/* The "type" of an object, to compare or to print. */
-static const char *type_of(const json_t *v) {
-    const char *type = text_at(v, "type");
-    return type ? type : "(no type)";
-}
+static bool is_type(const json_t *v, const char *type) { return !strcmp(text_at(v, "type"), type); }
 
-/* A setting of which we know one value, or (NULL) no other than off. */
-static int expect(const char *what, const json_t *in, const char *key, const char *wanted,
-                  dsv4_err *err) {
-    const json_t *value = json_object_get(in, key);
-    const char *text = json_string_value(value);
-    if (wanted ? text && strcmp(text, wanted) == 0 : is_off(value)) return 0;
-    return fail(err, "%s %.60s is not supported", what, text ? text : value ? "as set" : "(none)");
+/* Say what of the file is not known here, as far as there is room for it. */
+static int refuse(const char *what, const json_t *v, dsv4_err *err) {
+    char text[200] = "";
+    json_dumpb(v, text, sizeof text - 1, JSON_ENCODE_ANY);
+    return fail(err, "%s %s is not supported", what, *text ? text : "(none)");
 }
 
 /* The settings around the tables.  post_processor is left alone: it adds tokens that the prompt
  * format (M4) places itself. */
 static int check_settings(const json_t *root, const json_t *model, dsv4_err *err) {
-    const struct { const json_t *in; const char *name; } off[] = {
-        {root, "truncation"}, {root, "padding"}, {model, "dropout"}, {model, "byte_fallback"},
-        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"},
-        {model, "ignore_merges"}};
-    const json_t *normalizer = json_object_get(root, "normalizer");
+    static const char *const off[] = {"truncation", "padding", "dropout", "byte_fallback",
+        "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"};
+    const json_t *normalizer = json_object_get(root, "normalizer"), *v;
     const json_t *steps = json_object_get(normalizer, "normalizers");
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
-        if (expect(off[i].name, off[i].in, off[i].name, NULL, err)) return -1;
+        if (!is_off(v = json_object_get(i < 2 ? root : model, off[i])))
+            return refuse(off[i], v, err);
     if (!is_off(normalizer) && (!json_is_array(steps) || json_array_size(steps) > 0))
-        return fail(err, "normalizer %.60s is not supported",
-                    type_of(steps ? json_array_get(steps, 0) : normalizer));
-    return expect("model.type", model, "type", "BPE", err)
-           || expect("decoder.type", json_object_get(root, "decoder"), "type", "ByteLevel", err);
+        return refuse("normalizer", normalizer, err);
+    if (!is_type(model, "BPE")) return refuse("model.type", json_object_get(model, "type"), err);
+    v = json_object_get(root, "decoder");
+    return is_type(v, "ByteLevel") ? 0 : refuse("decoder", v, err);
 }
 
 /* An id of the file as a number, or -1. */
@@ -474,13 +479,10 @@ static int read_split(tok *t, const json_t *step, size_t i, dsv4_err *err) {
     buffer text = {0};
     int known = 0, code;
     size_t at;
-    if (expect("pre_tokenizer: step", step, "type", "Split", err)
-        || expect("pre_tokenizer: Split's behavior", step, "behavior", "Isolated", err)
-        || expect("pre_tokenizer: Split's invert", step, "invert", NULL, err)) return -1;
-    while (regex && known < N_PATTERNS && strcmp(regex, patterns[known])) known++;
-    if (!regex || known == N_PATTERNS || i == N_PATTERNS)
-        return fail(err, "pre_tokenizer: Split %zu by \"%.60s\" is none of V4's", i,
-                    regex ? regex : "");
+    while (known < N_PATTERNS && strcmp(regex, patterns[known])) known++;
+    if (known == N_PATTERNS || i == N_PATTERNS || !is_type(step, "Split") ||
+        strcmp(text_at(step, "behavior"), "Isolated") || !is_off(json_object_get(step, "invert")))
+        return refuse("pre_tokenizer: another step than V4's:", step, err);
     put_pattern(&text, regex);
     if (!text.failed)
         t->split[i] = pcre2_compile((PCRE2_SPTR)text.s, text.n, PCRE2_UTF, &code, &at, NULL);
@@ -491,22 +493,18 @@ static int read_split(tok *t, const json_t *step, size_t i, dsv4_err *err) {
 }
 
 /* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone.  What that does to text, bytes
- * to GPT-2's alphabet, is undone in the tables. */
+ * to GPT-2's alphabet, is undone in the tables; its settings are true where they are absent. */
 static int read_pre_tokenizer(tok *t, const json_t *root, dsv4_err *err) {
     const json_t *step = json_object_get(root, "pre_tokenizer");
     const json_t *steps = json_object_get(step, "pretokenizers");
-    size_t n = strcmp(type_of(step), "Sequence") == 0 ? json_array_size(steps) : 0;
+    size_t n = is_type(step, "Sequence") ? json_array_size(steps) : 0;
     for (size_t i = 0; i < n; i++) {
         step = json_array_get(steps, i);
         if (i + 1 < n && read_split(t, step, i, err)) return -1;
     }
-    if (strcmp(type_of(step), "ByteLevel") != 0)
-        return fail(err, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
-    if (!json_is_false(json_object_get(step, "add_prefix_space")) ||
-        !json_is_false(json_object_get(step, "use_regex"))) /* both are true where absent */
-        return fail(err, "pre_tokenizer: ByteLevel with add_prefix_space or use_regex is not "
-                    "supported");
-    return 0;
+    if (is_type(step, "ByteLevel") && json_is_false(json_object_get(step, "use_regex")) &&
+        json_is_false(json_object_get(step, "add_prefix_space"))) return 0;
+    return refuse("pre_tokenizer: another end than V4's ByteLevel:", step, err);
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
@@ -973,7 +971,7 @@ static void put_content(writer *w, const json_t *message, const char *key) {
     else if (content && !json_is_null(content) && !json_is_array(content))
         wrong(w, "%s is not text", key);
     json_array_foreach(content, i, part) {
-        const char *field = strcmp(type_of(part), "text") == 0 ? "text" : "type";
+        const char *field = is_type(part, "text") ? "text" : "type";
         json_t *text = json_object_get(part, field);
         if (!json_is_string(text)) wrong(w, "%s[%zu].%s is not text", key, i, field);
         emit(w, i ? "\n\n" : "");
@@ -1021,7 +1019,7 @@ static void put_assistant(writer *w, const json_t *message, bool reasoning) {
     json_object_clear(w->order);   /* results belong to the calls just before them              */
     json_array_foreach(calls, i, call) {
         const char *id = text_at(call, "id");
-        if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
+        if (*id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
             w->rc = oom(w->err);
         emit(w, i ? "\n" : "\n\n" CALLS_OPEN "\n");
         put_call(w, call, i);
@@ -1045,10 +1043,10 @@ static void put_system(writer *w, const json_t *message, bool first) {
         }
     }
     emit(w, n_tools ? after_tools : "");
-    if (is_off(format) || strcmp(type_of(format), "text") == 0) return;
+    if (is_off(format) || is_type(format, "text")) return;
     emit(w, response_format);
-    if (strcmp(type_of(format), "json_object") == 0) emit(w, "{\"type\": \"object\"}");
-    else emit(w, "%j", schema && strcmp(type_of(format), "json_schema") == 0 ? schema : format);
+    if (is_type(format, "json_object")) emit(w, "{\"type\": \"object\"}");
+    else emit(w, "%j", schema && is_type(format, "json_schema") ? schema : format);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -1077,21 +1075,24 @@ static void put_turn(writer *w, size_t from, size_t to) {
     }
 }
 
+/* The place of the text that `in` has there among words, as choice() has it. */
+static int chosen(writer *w, const json_t *in, const char *key, const char *words) {
+    const char *word = text_at(in, key), *shown = *word && strlen(word) < 60 ? word : "...";
+    int which = choice(words, word);
+    if (which < 0) wrong(w, "%s \"%s\" is not one of %s", key, shown, words);
+    return which;
+}
+
 /* How hard to think; false for not at all. */
 static bool put_effort(writer *w, generation gen) {
-    static const char *const names[] = {"none", "minimal", "low", "medium", "high", "xhigh", "max"};
     const json_t *thinking = json_object_get(w->request, "thinking");
     const json_t *effort = json_object_get(w->request, "reasoning_effort");
-    const char *type = type_of(thinking), *name = json_string_value(effort);
-    int i = 0;
-    bool think = !json_is_false(thinking) && strcmp(type, "disabled") != 0;
-    if (think && !is_off(thinking) && !json_is_true(thinking) && strcmp(type, "enabled") != 0)
+    bool think = !json_is_false(thinking) && !is_type(thinking, "disabled");
+    if (think && !is_off(thinking) && !json_is_true(thinking) && !is_type(thinking, "enabled"))
         wrong(w, "thinking is neither a boolean nor of type enabled or disabled");
     if (!effort || json_is_null(effort)) return think;
-    while (name && i < 7 && strcmp(name, names[i]) != 0) i++;
-    if (!name || i == 7)
-        wrong(w, "reasoning_effort \"%s\" is not one of none, minimal, low, medium, high, xhigh, "
-              "max", name && strlen(name) < 60 ? name : "...");
+    int i = chosen(w, w->request, "reasoning_effort",
+                   "none, minimal, low, medium, high, xhigh, max");
     think &= i > 0;                /* "none"; up to "medium" there is nothing to say            */
     if (think && (i > 4 || (i == 4 && gen == GEN_0731)))
         emit(w, i > 4 && gen == GEN_0731 ? effort_0731 : effort_first);
@@ -1099,20 +1100,14 @@ static bool put_effort(writer *w, generation gen) {
 }
 
 static void put_prompt(writer *w, generation gen, prompt *out) {
-    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
-                                        "latest_reminder"};
     size_t n = json_array_size(w->messages), last_turn = 0;
     bool tools = json_array_size(json_object_get(w->request, "tools")) > 0;
     /* Whether reasoning is kept depends on messages behind it, so all are looked at first. */
     if (n == 0) wrong(w, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
         const json_t *m = message_at(w, i);
-        const char *name = text_at(m, "role");
-        for (size_t k = 0; name && k < sizeof names / sizeof *names; k++)
-            if (strcmp(name, names[k]) == 0) w->roles[i] = *name;
-        if (!w->roles[i])
-            wrong(w, "role \"%s\" is not one of system, user, assistant, tool, developer, "
-                  "latest_reminder", name && strlen(name) < 60 ? name : "...");
+        w->roles[i] = *text_at(m, "role");
+        chosen(w, m, "role", "system, user, assistant, tool, developer, latest_reminder");
         if (strspn(w->roles + i, "utd")) last_turn = i;
         tools |= w->roles[i] == 's' && json_array_size(json_object_get(m, "tools")) > 0;
     }
@@ -1397,8 +1392,6 @@ int answer_end(answer *a, dsv4_err *err) {
  * A file of any kind as UTF-8 text: PDF by the program pdftotext, HTML by libxml2's parser, else as
  * it is.  What a file is shows in its first bytes, not in its name.                              */
 
-enum { CHARSET_LOOK = 1024 };      /* bytes of HTML in which its charset is named               */
-
 /* Append n bytes of `charset`, whose characters have `unit` bytes at least, as UTF-8. */
 static int put_converted(buffer *out, const char *bytes, size_t n, const char *charset, size_t unit,
                          dsv4_err *err) {
@@ -1423,37 +1416,21 @@ static bool starts_with(const buffer *b, const char *s) {
     return b->n >= n && !strncasecmp(b->s, s, n);
 }
 
-static bool looks_like_html(const buffer *b) {
-    buffer rest = *b;
-    while (rest.n && isspace((unsigned char)*rest.s)) rest.s++, rest.n--;
-    return starts_with(&rest, "<!doctype html") || starts_with(&rest, "<html");
-}
-
 /* Append a file's bytes as UTF-8.  Those of no charset that we can know are Latin-1, as Windows
  * writes it, unless most of what is no ASCII is UTF-8 nevertheless: then the rest is broken. */
 static int put_decoded(buffer *out, const buffer *in, const char **note, dsv4_err *err) {
-    size_t good = 0, bad = 0, n = in->n < CHARSET_LOOK ? in->n : CHARSET_LOOK;
-    char charset[32];
+    size_t good = 0, bad = 0, bom = starts_with(in, "\xef\xbb\xbf") ? 3 : 0;
     if (starts_with(in, "\xff\xfe") || starts_with(in, "\xfe\xff"))
         return put_converted(out, in->s, in->n, "UTF-16", 2, err);
-    for (size_t i = 0; i < in->n;) {
+    for (size_t i = 0, len; i < in->n; i += len) {
         ch_state state;
-        size_t len = utf8_char((unsigned char *)in->s + i, in->n - i, &state);
+        len = utf8_char((unsigned char *)in->s + i, in->n - i, &state);
         good += state == CH_WHOLE && len > 1;
         bad += state != CH_WHOLE;
-        i += len;
     }
-    if (bad) {
-        const char *name = looks_like_html(in) ? memmem(in->s, n, "charset=", 8) : NULL;
-        if (name) name += name[8] == '"' || name[8] == '\'' ? 9 : 8;
-        if (name && sscanf(name, "%31[A-Za-z0-9_-]", charset) == 1 &&
-            strncasecmp(charset, "utf", 3))
-            return put_converted(out, in->s, in->n, charset, 1, err);
-        *note = good > bad ? "some bytes of it are no UTF-8 and became U+FFFD"
-                           : "it is not UTF-8 and was read as Latin-1";
-        if (good <= bad) return put_converted(out, in->s, in->n, "CP1252", 1, err);
-    }
-    size_t bom = starts_with(in, "\xef\xbb\xbf") ? 3 : 0;
+    if (bad) *note = good > bad ? "some bytes of it are no UTF-8 and became U+FFFD"
+                                : "it is not UTF-8 and was read as Latin-1";
+    if (bad && good <= bad) return put_converted(out, in->s, in->n, "CP1252", 1, err);
     put_repaired(out, in->s + bom, in->n - bom);
     return 0;
 }
@@ -1462,17 +1439,14 @@ static int put_decoded(buffer *out, const buffer *in, const char **note, dsv4_er
 
 typedef struct { buffer *out; int hidden, pre; } html_text;
 
-/* Is the name in a list of names with a space around each? */
-static bool one_of(const char *list, const xmlChar *name) {
-    char word[16];
-    int n = snprintf(word, sizeof word, " %s ", (const char *)name);
-    return n < (int)sizeof word && strstr(list, word);
+static bool one_of(const char *names, const xmlChar *name) {
+    return choice(names, (const char *)name) >= 0;
 }
 
-static const char html_hides[] = " script style noscript template svg ";
+static const char html_hides[] = "script style noscript template svg";
 static const char html_breaks[] =
-    " title body p div section article header footer main aside nav figure figcaption form h1 h2 "
-    "h3 h4 h5 h6 ul ol dl table blockquote pre hr address details summary ";
+    "title body p div section article header footer main aside nav figure figcaption form h1 h2 h3 "
+    "h4 h5 h6 ul ol dl table blockquote pre hr address details summary";
 
 /* End the line, and with n = 2 the paragraph. */
 static void html_gap(buffer *out, size_t n) {
@@ -1484,20 +1458,20 @@ static void html_gap(buffer *out, size_t n) {
 
 static void html_start(void *arg, const xmlChar *name, const xmlChar **attributes) {
     html_text *h = arg;
-    bool cell = one_of(" td th ", name);
     (void)attributes;
     h->hidden += one_of(html_hides, name);
-    h->pre += one_of(" pre ", name);
+    h->pre += one_of("pre", name);
     if (one_of(html_breaks, name)) html_gap(h->out, 2);
-    else if (one_of(" br li tr dt dd ", name)) html_gap(h->out, 1);
-    if (one_of(" li ", name)) put_text(h->out, "- ");
-    if (cell && h->out->n && h->out->s[h->out->n - 1] != '\n') put_text(h->out, " | ");
+    else if (one_of("br li tr dt dd", name)) html_gap(h->out, 1);
+    if (one_of("li", name)) put_text(h->out, "- ");
+    if (one_of("td th", name) && h->out->n && h->out->s[h->out->n - 1] != '\n')
+        put_text(h->out, " | ");
 }
 
 static void html_end(void *arg, const xmlChar *name) {
     html_text *h = arg;
     h->hidden -= one_of(html_hides, name) && h->hidden;
-    h->pre -= one_of(" pre ", name) && h->pre;
+    h->pre -= one_of("pre", name) && h->pre;
     if (one_of(html_breaks, name)) html_gap(h->out, 2);
 }
 
@@ -1573,7 +1547,9 @@ static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_er
                               : 0;
     }
     if (put_decoded(out, raw, note, err)) return -1;
-    if (looks_like_html(out)) {
+    html = *out;
+    while (html.n && isspace((unsigned char)*html.s)) html.s++, html.n--;
+    if (starts_with(&html, "<!doctype html") || starts_with(&html, "<html")) {
         html = *out;
         *out = (buffer){0};
         int rc = put_html(out, &html, err);

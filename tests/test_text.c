@@ -524,7 +524,7 @@ static void test_text_refuses_bad_settings_and_vocab_by_name(void) {
         {"{", "[", "line "},
         {"{'normalizer': null", "[], {'a': 1", "line "},
         {"'normalizer': null", "'a': '\xff'", "line "},
-        {"'normalizer': null", "'normalizer': {'type': 'NFC\\n\\u001b'}", "normalizer NFC??"},
+        {"'normalizer': null", "'normalizer': {'type': 'NFC\\n\\u001b'}", "NFC"},
         {"'normalizer': null", "'normalizer': {'type': 'Sequence', 'normalizers': [{'type': "
          "'Lowercase'}]}", "Lowercase"},
         {"'normalizer': null", "'normalizer': 7", "normalizer"},
@@ -588,16 +588,16 @@ static void test_text_refuses_bad_merges_tokens_and_splits_by_name(void) {
         {"'pretokenizers': [", "'pretokenizers': [], 'x': [", "ByteLevel"},
         {"'Split'", "'Punctuation'", "Punctuation"},
         {"'Isolated'", "'MergedWithPrevious'", "MergedWithPrevious"},
-        {"'behavior': 'Isolated',", "", "behavior"},
+        {"'behavior': 'Isolated',", "", "another step"},
         {"'invert': false", "'invert': true", "invert"},
         {"'add_prefix_space': false", "'add_prefix_space': true", "add_prefix_space"},
         {", " NO_SPLIT, "", "ByteLevel"},
         {NO_SPLIT, NO_SPLIT ", " NO_SPLIT, "ByteLevel"},
         {"'use_regex': false", "'use_regex': true", "use_regex"},
-        {"{'Regex': '" NUMBERS "'}", "'x'", "is none of"},
-        {"{'Regex': '" NUMBERS "'}", "{'String': 'a'}", "is none of"},
-        {NUMBERS, "\\\\p{N}{1,2}", "{N}{1,2}' is none of"},
-        {NUMBERS, "", "is none of"},
+        {"{'Regex': '" NUMBERS "'}", "'x'", "another step"},
+        {"{'Regex': '" NUMBERS "'}", "{'String': 'a'}", "another step"},
+        {NUMBERS, "\\\\p{N}{1,2}", "{N}{1,2}"},
+        {NUMBERS, "", "another step"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         check_refused(cases[i].old, cases[i].new, cases[i].fragment);
@@ -639,7 +639,7 @@ static void test_text_bounds_what_a_file_can_cost(void) {
     *big = 0;
     for (int i = 0; i < 3; i++) strcat(big, split);
     strcat(big, "{'type': 'Split'");
-    check_refused("{'type': 'Split'", big, "Split 3");
+    check_refused("{'type': 'Split'", big, "another step");
     free(big);
 }
 
