@@ -41,7 +41,6 @@ enum {
     PASTE_NAME = 64,               /* "[paste 1: 20 lines]" and more                            */
     PATH_BYTES = 4096,
     PLAIN_SECONDS = 10,            /* at most, between two progress lines without a terminal    */
-    TURN_TOKENS = 100,             /* of an ordinary chat turn                                  */
     MUCH_SECONDS = 10,             /* a turn that takes longer is announced                     */
     FILE_MAX = 1 << 30,            /* bytes of text or ids given by a person                    */
     MAX_WORDS = 64,                /* that one flag may give                                    */
@@ -80,6 +79,14 @@ static void on_signal(int sig) {
 }
 
 /* === 1. Files and output ====================================================================== */
+
+/* A file as a part of a prompt (M4's template for files). */
+static void put_file(buffer *out, const char *path, const buffer *text) {
+    const char *slash = strrchr(path, '/');
+    put_format(out, "[file name]: %s\n[file content begin]\n", slash ? slash + 1 : path);
+    put_bytes(out, text->s, text->n);
+    put_text(out, "\n[file content end]\n");
+}
 
 /* What a person gave.  The caller frees out->s. */
 static int read_text(buffer *out, const char *path, dsv4_err *err) {
@@ -267,7 +274,7 @@ static int on_progress(void *arg, double done) {
 }
 
 /* "512.0M" or "16.00G", in the units that --ram takes. */
-typedef struct { char text[16]; } size_text;
+typedef struct { char text[32]; } size_text;
 static size_text size_of(uint64_t bytes) {
     size_text s;
     bool giga = bytes >= (uint64_t)1 << 30;
@@ -288,9 +295,9 @@ static size_text grouped(int64_t n) {
 }
 
 /* What lives where. */
-static void print_plan(FILE *f, const dsv4_engine *e, int64_t ctx) {
+static void print_plan(const dsv4_engine *e, int64_t ctx) {
     const dsv4_plan *p = engine_plan(e);
-    fprintf(f,
+    fprintf(stderr,
             "plan: --ram %s holds\n"
             "  program       %9s\n"
             "  dense weights %9s  %s\n"
@@ -328,27 +335,37 @@ static void print_tiers(const dsv4_engine *e) {
             size_of(peak).text, size_of(engine_plan(e)->budget).text);
 }
 
-/* One fact for programs: its name, "experts.uses" being in an object of its own; its value. */
+/* One fact: its name, "experts.uses" being in an object of its own; its value. */
 typedef struct { const char *name; json_t *value; } fact;
 #define N(name, x) {name, json_integer((json_int_t)(x))}
 #define R(name, x) {name, json_real(x)}
 #define B(name, x) {name, json_boolean(x)}
 #define S(name, x) {name, json_string(x)}
 
-/* Facts, which are used up, as one JSON object; whoever closes f sees what was not written. */
-static int write_json(FILE *f, const fact *facts, size_t n, dsv4_err *err) {
+/* For people: a line. */
+static void print_fact(FILE *f, const char *name, const json_t *v) {
+    const char *word = json_is_true(v) ? "yes" : json_is_false(v) ? "no" : json_string_value(v);
+    double x = json_number_value(v);
+    if (!json_is_number(v)) fprintf(f, "%-28s %s\n", name, word ? word : "");
+    else if (x < 1000) fprintf(f, "%-28s %.4g\n", name, x);
+    else fprintf(f, "%-28s %s\n", name, grouped((int64_t)x).text);
+}
+
+/* Facts, which are used up, as one JSON object or a line each; whoever closes f sees what was not
+ * written. */
+static int put_facts(FILE *f, const fact *facts, size_t n, bool as_json, dsv4_err *err) {
     json_t *root = json_object();
     int rc = 0;
     for (size_t i = 0; i < n; i++) {
         const char *name = facts[i].name, *dot = strchr(name, '.');
         char group[32];
+        if (!as_json) print_fact(f, name, facts[i].value);
         snprintf(group, sizeof group, "%.*s", dot ? (int)(dot - name) : 0, name);
         json_t *in = dot ? json_object_get(root, group) : root;
         if (!in) rc |= json_object_set_new(root, group, in = json_object());
         rc |= json_object_set_new(in, dot ? dot + 1 : name, facts[i].value);
     }
-    if (rc == 0) json_dumpf(root, f, JSON_INDENT(2));
-    fputc('\n', f);
+    if (rc == 0 && as_json) json_dumpf(root, f, JSON_INDENT(2)), fputc('\n', f);
     json_decref(root);
     return rc ? fail(err, "out of memory for the JSON output") : 0;
 }
@@ -394,7 +411,7 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
         R("io.expert_wait_seconds", s->expert_wait_s), R("io.kv_wait_seconds", kv->wait_s),
         R("io.compute_seconds", op_total - wait),
     };
-    return write_json(f, facts, sizeof facts / sizeof *facts, err);
+    return put_facts(f, facts, sizeof facts / sizeof *facts, true, err);
 }
 
 /* === 3. The model behind a command ============================================================ */
@@ -476,7 +493,7 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
                     (long long)n_prompt, (long long)o.ctx);
     if (a->stats && out_open(&m->stats, a->stats, err)) return -1;
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
-    if (!a->quiet) print_plan(stderr, m->e, o.ctx);
+    if (!a->quiet) print_plan(m->e, o.ctx);
     m->note = engine_note(m->e);
     if (m->note && !a->quiet) fprintf(stderr, "note: %s\n", m->note);
     if (m->measure_s > 0 && engine_measure(m->e, m->ck, m->measure_s, &m->rates, err)) return -1;
@@ -916,21 +933,12 @@ static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
 };
 
 static int attach_file(chat *c, const char *path, dsv4_err *err) {
-    char full[PATH_BYTES];
     buffer t = {0};
     id_list ids = {0};
-    const char *home = getenv("HOME"), *name = strrchr(path, '/');
-    bool at_home = !strncmp(path, "~/", 2) && home;
-    if (!*path) return fail(err, "/file needs a path");
-    snprintf(full, sizeof full, "%s%s", at_home ? home : "", at_home ? path + 1 : path);
-    int rc = read_text(&t, full, err);
-    if (rc == 0) rc = tok_encode(c->m->tok, t.s, t.n, false, &ids, err);
+    int rc = read_text(&t, path, err) || tok_encode(c->m->tok, t.s, t.n, false, &ids, err) ? -1 : 0;
     if (rc == 0) {
-        put_format(&c->attached, "[file name]: %s\n[file content begin]\n",
-                   name ? name + 1 : path);
-        put_bytes(&c->attached, t.s, t.n);
-        put_text(&c->attached, "\n[file content end]\n");
-        fprintf(stderr, "%s: %zu tokens, goes with your next message\n", full, ids.n);
+        put_file(&c->attached, path, &t);
+        fprintf(stderr, "%s: %zu tokens, goes with your next message\n", path, ids.n);
     }
     free(ids.id);
     free(t.s);
@@ -1247,33 +1255,6 @@ static bound prefill_bound(const survey *v) {
     return bound_of(v, 0, n, experts + dense, experts + kv + (p->streamed ? dense : 0));
 }
 
-static void print_bound(const char *name, const bound *b) {
-    printf("  %-12s %9.2f tokens/s  %s binds (seconds: memory %.3g, processor %.3g, disk %.3g)\n",
-           name, b->tokens / b->s, b->binds, b->memory, b->compute, b->disk);
-}
-
-static void print_survey(const survey *v) {
-    const dsv4_config *c = &v->m->cfg;
-    const engine_rates *r = &v->m->rates;
-    double touched = share_touched(c, TURN_TOKENS);
-    double turn = touched * v->p->n_experts_total * (double)v->p->slot_bytes;
-    print_plan(stdout, v->m->e, v->ctx);
-    printf("  on disk       %9s  experts\n"
-           "measured now\n"
-           "  memory        %9.2f GB/s\n"
-           "  processor     %9.2f GMAC/s (FP8, 64 tokens at once)\n"
-           "  disk          %9.2f GB/s\n"
-           "predicted bounds, experts taken as chosen evenly\n",
-           size_of(weights_count(v->m->w).experts).text, r->exec.read_bytes_s / 1e9,
-           r->exec.macs_s / 1e9, r->disk_bytes_s / 1e9);
-    print_bound("decode", &v->decode);
-    print_bound("prefill", &v->prefill);
-    printf("a prompt of %s tokens, %s a span: %.1f GB of disk, %.0f s\n"
-           "a chat turn of %d tokens touches %.0f%% of the experts: %.1f GB, %.1f s of disk\n",
-           grouped(v->ctx).text, grouped(v->p->span).text, v->prefill.disk_bytes / 1e9,
-           v->prefill.s, TURN_TOKENS, 100 * touched, turn / 1e9, turn / r->disk_bytes_s);
-}
-
 static void warn_of_disk(const disk_info *d, double gb_s) {
     bool rotating = d->rotating && gb_s < 0.3; /* virtual disks say so too, but none is faster */
     const char *what = d->network     ? "a network file system"
@@ -1288,11 +1269,11 @@ static void warn_of_disk(const disk_info *d, double gb_s) {
 
 #define BOUND(name, b)                                                                             \
     R(name ".tokens_per_s", (b).tokens / (b).s), S(name ".binds", (b).binds),                      \
-    R(name ".tokens", (b).tokens), R(name ".memory_s", (b).memory),                                \
+    R(name ".tokens", (b).tokens), R(name ".seconds", (b).s), R(name ".memory_s", (b).memory),     \
     R(name ".processor_s", (b).compute), R(name ".disk_s", (b).disk),                              \
     R(name ".disk_bytes", (b).disk_bytes)
 
-static int write_survey(const survey *v, dsv4_err *err) {
+static int show_survey(const survey *v, bool as_json, dsv4_err *err) {
     const dsv4_plan *p = v->p;
     const disk_info *d = &v->disk;
     const engine_rates *r = &v->m->rates;
@@ -1309,7 +1290,7 @@ static int write_survey(const survey *v, dsv4_err *err) {
         R("measured.processor_macs_s", r->exec.macs_s), R("measured.disk_bytes_s", r->disk_bytes_s),
         BOUND("decode", v->decode), BOUND("prefill", v->prefill),
     };
-    return write_json(stdout, facts, sizeof facts / sizeof *facts, err);
+    return put_facts(stdout, facts, sizeof facts / sizeof *facts, as_json, err);
 }
 
 static int cmd_plan(model *m, const args *a, dsv4_err *err) {
@@ -1325,32 +1306,10 @@ static int cmd_plan(model *m, const args *a, dsv4_err *err) {
     v.prefill = prefill_bound(&v);
     warn_of_disk(&v.disk, m->rates.disk_bytes_s / 1e9);
     if (engine_note(m->e)) fprintf(stderr, "note: %s\n", engine_note(m->e));
-    if (a->json) return write_survey(&v, err);
-    print_survey(&v);
-    return 0;
+    return show_survey(&v, a->json, err);
 }
 
-static void print_check(const model *m) {
-    const dsv4_config *c = &m->cfg;
-    layer_kinds k = kinds_of(c);
-    weights_bytes b = weights_count(m->w);
-    printf("model        %s\n"
-           "layers       %d: %d window, %d CSA, %d HCA; %d route by token id\n"
-           "sizes        dim %d, %d heads of %d, vocabulary %d, context %lld\n"
-           "experts      %d a layer, %d a token, and a shared one\n"
-           "MTP block    %s\n"
-           "shards       %d, %zu tensors\n"
-           "bytes        dense %s, experts %s, MTP %s, not used %s\n"
-           "every tensor that the graph needs is there\n",
-           c->name, c->num_hidden_layers, k.window, k.csa, k.hca, c->num_hash_layers,
-           c->hidden_size, c->num_attention_heads, c->head_dim, c->vocab_size,
-           (long long)c->max_position_embeddings, c->n_routed_experts, c->num_experts_per_tok,
-           b.has_mtp ? "yes" : "none", ckpt_n_shards(m->ck), ckpt_n_tensors(m->ck),
-           size_of(b.dense).text, size_of(b.experts).text, size_of(b.mtp).text,
-           size_of(b.unused).text);
-}
-
-static int write_check(const model *m, dsv4_err *err) {
+static int show_check(const model *m, bool as_json, dsv4_err *err) {
     const dsv4_config *c = &m->cfg;
     layer_kinds k = kinds_of(c);
     weights_bytes b = weights_count(m->w);
@@ -1364,7 +1323,7 @@ static int write_check(const model *m, dsv4_err *err) {
         N("dense_bytes", b.dense), N("expert_bytes", b.experts), N("mtp_bytes", b.mtp),
         N("unused_bytes", b.unused), {"hashes", json_incref(m->hashes)},
     };
-    return write_json(stdout, facts, sizeof facts / sizeof *facts - !m->hashes, err);
+    return put_facts(stdout, facts, sizeof facts / sizeof *facts - !m->hashes, as_json, err);
 }
 
 static void on_hash_line(void *arg, const char *line) {
@@ -1391,9 +1350,12 @@ static int check_hash(model *m, const args *a, dsv4_err *err) {
 
 static int cmd_check(model *m, const args *a, dsv4_err *err) {
     if (model_survey(m, *a->operand, err)) return -1;
-    if (!a->json && !a->quiet) print_check(m);
+    if (!a->json && !a->quiet) {
+        (void)show_check(m, false, err);
+        printf("every tensor that the graph needs is there\n");
+    }
     if (a->hash && check_hash(m, a, err)) return -1;
-    return a->json ? write_check(m, err) : 0;
+    return a->json ? show_check(m, true, err) : 0;
 }
 
 /* === 10. summarize ============================================================================
@@ -1477,19 +1439,19 @@ static void put_after(buffer *b, const summary *s, int task, material on) {
     put_format(b, " %s\n", style[on == ON_PART ? FORM_TEXT : s->form]);
 }
 
-/* Append a document's text; of several files each between marks (M4's template for files). */
+/* Append a document's text, each of its files between marks. */
 static int put_document(summary *s, const document *d, buffer *out, bool say, dsv4_err *err) {
-    for (int i = 0; i < d->n_files; i++) {
-        const char *path = d->file[i], *slash = strrchr(path, '/'), *note = NULL;
+    int rc = 0;
+    for (int i = 0; i < d->n_files && rc == 0; i++) {
+        const char *path = d->file[i], *note = NULL;
         bool is_stdin = !strcmp(path, "-");
-        buffer *to = is_stdin ? &s->from_stdin : out;
-        put_format(out, "[file name]: %s\n[file content begin]\n",
-                   is_stdin ? "document" : slash ? slash + 1 : path);
-        if ((!is_stdin || !to->n) && doc_read(to, path, &note, err)) return -1;
-        if (is_stdin) put_bytes(out, to->s, to->n);
-        put_text(out, "\n[file content end]\n");
+        buffer own = {0}, *text = is_stdin ? &s->from_stdin : &own;
+        if (!text->n) rc = doc_read(text, path, &note, err);
+        if (rc == 0) put_file(out, is_stdin ? "document" : path, text);
+        free(own.s);
         if (note && say) fprintf(stderr, "note: %s: %s\n", path, note);
     }
+    if (rc) return rc;
     if (out->n > DOC_BYTES) return fail(err, "the files have too much text: use --each");
     return out->failed ? fail(err, "out of memory for documents") : 0;
 }
@@ -1520,9 +1482,8 @@ static int survey_documents(summary *s, dsv4_err *err) {
 
 /* A table of what it will take. */
 static void print_tasks(const summary *s) {
-    static const char row[] = "%-32.32s %11s %6d %6.0f %10.1f %10.0f\n";
     survey v = {.m = s->m, .p = engine_plan(s->m->e)};
-    double all_s = 0, all_gb = 0, n_words = s->n_tasks * 1.5 * s->words;
+    double n_words = s->n_tasks * 1.5 * s->words;
     fprintf(stderr, "\n%-32s %11s %6s %6s %10s %10s\n", "document", "tokens", "parts", "spans",
             "disk GB", "about s");
     for (const document *d = s->doc; d < s->doc + s->n_docs; d++) {
@@ -1533,12 +1494,9 @@ static void print_tasks(const summary *s) {
         double spans = d->n_parts * ceil((double)v.ctx / v.p->span);
         double gb = (d->n_parts * b.disk_bytes + n_answers * n_words * w.disk_bytes) / 1e9;
         double seconds = d->n_parts * b.s + n_answers * n_words * w.s;
-        fprintf(stderr, row, *d->file, grouped(d->n_tokens).text, d->n_parts, spans, gb, seconds);
-        all_gb += gb;
-        all_s += seconds;
+        fprintf(stderr, "%-32.32s %11s %6d %6.0f %10.1f %10.0f\n", *d->file,
+                grouped(d->n_tokens).text, d->n_parts, spans, gb, seconds);
     }
-    if (s->n_docs > 1) fprintf(stderr, "%-32s %11s %6s %6s %10.1f %10.0f\n", "all", "", "", "",
-                               all_gb, all_s);
     fprintf(stderr, "predicted from this machine's speed now, if nothing is parked yet\n\n");
 }
 
@@ -1727,7 +1685,7 @@ static int on_entry(void *arg, const park_entry *e) {
     listing *l = arg;
     time_t used = (time_t)e->used;
     struct tm tm;
-    char date[32], tokens[48];
+    char date[32], tokens[72];
     l->n_files++;
     l->n_bad += *e->fault != 0;
     l->bytes += e->bytes;
@@ -1755,16 +1713,11 @@ static int cmd_sessions(model *m, const args *a, dsv4_err *err) {
 
 /* === 12. bench ================================================================================ */
 
-static void print_ratio(const char *what, double got, const char *of, double most) {
-    printf("%-26s %9.2f   %-26s %9.2f %6.1f%%\n", what, got, of, most, 100 * rate(got, most));
-}
-
-/* Decode n tokens drawn evenly, one by one, and compare with what the machine reaches. */
+/* Decode n tokens drawn evenly, one by one, and compare with what the machine reaches: the disk
+ * alone, and the dense weights and the longer of experts and disk. */
 static int bench_decode(model *m, const args *a, dsv4_err *err) {
-    const dsv4_plan *p = engine_plan(m->e);
-    const dsv4_stats *s = engine_stats(m->e), before = *s;
+    const dsv4_stats *s = engine_stats(m->e), was = *s;
     const offload_stats *o = engine_offload_stats(m->e), read = *o;
-    double n = (double)a->n_bench, gb = n / 1e9;
     uint64_t draw = a->seed;
     for (int64_t i = 0; i < a->n_bench; i++) {
         draw = draw * 6364136223846793005u + 1442695040888963407u;
@@ -1772,20 +1725,17 @@ static int bench_decode(model *m, const args *a, dsv4_err *err) {
         if (session_forward(m->s, &id, 1, err) || session_logits(m->s, 0, 1, m->logits, err))
             return -1;
     }
-    double op[OPC_N], all = 0, wait = s->expert_wait_s - before.expert_wait_s;
-    double idle = s->dense_wait_s - before.dense_wait_s;
-    for (int i = 0; i < OPC_N; i++) all += op[i] = s->op_s[i] - before.op_s[i];
-    double experts = op[OPC_EXPERTS] - wait, matrices = op[OPC_PROJ] + op[OPC_COMPRESS] +
-                     op[OPC_GATE] + op[OPC_SHARED] + op[OPC_HEAD] - idle;
-    double ram = m->rates.exec.read_bytes_s / 1e9, disk = m->rates.disk_bytes_s / 1e9;
-    double got = (double)(o->read_bytes - read.read_bytes) / 1e9;
-    double reading = rate(got, disk), most = all - op[OPC_EXPERTS] - idle + fmax(experts, reading);
-    printf("%-26s %9s   %-26s %9s %7s\n", "what, in GB/s", "measured", "bound", "", "ratio");
-    print_ratio("experts, computed", gb * (double)p->token_experts / experts, "memory", ram);
-    print_ratio("dense weights, computed", gb * (double)p->token_dense / matrices, "memory", ram);
-    print_ratio("reads, over all of it", rate(got, all), "disk alone", disk);
-    print_ratio("decode, tokens/s", n / all, "dense + max(experts, disk)", n / most);
-    return 0;
+    double n = (double)a->n_bench, all = 0, disk = m->rates.disk_bytes_s;
+    double wait = s->expert_wait_s - was.expert_wait_s, idle = s->dense_wait_s - was.dense_wait_s;
+    double experts = s->op_s[OPC_EXPERTS] - was.op_s[OPC_EXPERTS];
+    double got = (double)(o->read_bytes - read.read_bytes);
+    for (int i = 0; i < OPC_N; i++) all += s->op_s[i] - was.op_s[i];
+    double most = all - experts - idle + fmax(experts - wait, got / disk);
+    const fact facts[] = {
+        R("reads.bytes_s", got / all), R("reads.bound", disk), R("reads.ratio", got / all / disk),
+        R("decode.tokens_s", n / all), R("decode.bound", n / most), R("decode.ratio", most / all),
+    };
+    return put_facts(stdout, facts, sizeof facts / sizeof *facts, false, err);
 }
 
 static int cmd_bench(model *m, const args *a, dsv4_err *err) {
