@@ -620,11 +620,6 @@ static int feed(model *m, size_t from, size_t decode_from, bool score, dsv4_err 
     return rc;
 }
 
-/* Which share of all experts n tokens read at once need, where each takes its own evenly. */
-static double share_touched(const dsv4_config *c, int64_t n) {
-    return 1 - pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts, (double)n);
-}
-
 /* === 4. The answer ============================================================================ */
 
 typedef enum { END_EOS, END_LENGTH, END_STOP, END_LOOP, END_INTERRUPTED } ending;
@@ -1023,12 +1018,13 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
 }
 
 /* Say what reading n tokens costs, where that is much: most experts are touched by a few dozen
- * tokens, and what is not in a slot comes from the disk. */
+ * tokens (each takes its own evenly), and what is not in a slot comes from the disk. */
 static void announce(const chat *c, int64_t n) {
     const dsv4_plan *p = engine_plan(c->m->e);
     const dsv4_stats *s = engine_stats(c->m->e);
     int64_t passes = (n + p->span - 1) / p->span;
-    double touched = share_touched(&c->m->cfg, n < p->span ? n : p->span);
+    double share = (double)c->m->cfg.num_experts_per_tok / c->m->cfg.n_routed_experts;
+    double touched = 1 - pow(1 - share, n < p->span ? (double)n : p->span);
     bool all = engine_expert_stats(c->m->e)->misses == 0;
     int cold = p->n_experts_total - (all ? 0 : p->n_slots);
     double bytes = (double)passes * touched * cold * (double)p->slot_bytes;
@@ -1179,20 +1175,19 @@ static int cmd_tokenize(model *m, const args *a, dsv4_err *err) {
 
 /* === 9. plan, check =========================================================================== */
 
-static void on_survey_line(void *first, const char *line) {
+static void on_survey_line(void *arg, const char *line) {
+    (void)arg;
     fprintf(stderr, "%s\n", line);
-    if (!*(char *)first) snprintf(first, MAX_NAME, "%s", line);
 }
 
 /* Open a directory to tell about it; of a download that is not done, how far each shard is. */
 static int model_survey(model *m, const char *dir, dsv4_err *err) {
     dsv4_err survey;
-    char first[MAX_NAME] = "";
     if (config_load(&m->cfg, dir, err)) return -1;
     if (ckpt_open(&m->ck, dir, err) == 0) return weights_bind(&m->w, m->ck, &m->cfg, err);
-    int n = ckpt_survey(dir, on_survey_line, first, &survey);
-    return n > 0 ? fail(err, "%s: %d shard%s missing or cut short, the first %s; resume the "
-                        "download", dir, n, n > 1 ? "s are" : " is", first) : -1;
+    int n = ckpt_survey(dir, on_survey_line, NULL, &survey);
+    return n > 0 ? fail(err, "%s: %d shard%s missing or cut short; resume the download", dir, n,
+                        n > 1 ? "s are" : " is") : -1;
 }
 
 typedef struct {                   /* what bounds a phase: seconds of each resource             */
@@ -1201,21 +1196,13 @@ typedef struct {                   /* what bounds a phase: seconds of each resou
     const char *binds;
 } bound;
 
-typedef struct {                   /* all that plan knows                                       */
-    const model *m;
-    const dsv4_plan *p;
-    int64_t ctx;
-    disk_info disk;
-    bound decode, prefill;
-} survey;
-
 /* Tokens [t0, t1), for which so many bytes come from memory and from the disk. */
-static bound bound_of(const survey *v, double t0, double t1, double memory, double disk) {
-    const engine_rates *r = &v->m->rates;
+static bound bound_of(const model *m, double t0, double t1, double memory, double disk) {
+    const engine_rates *r = &m->rates;
     bound b = {.memory = memory / r->exec.read_bytes_s, .disk = disk / r->disk_bytes_s,
                .tokens = t1 - t0, .disk_bytes = disk};
     double work[WORK_N];
-    engine_work(v->m->e, t0, t1, work);
+    engine_work(m->e, t0, t1, work);
     for (int i = 0; i < WORK_N; i++) b.compute += work[i] / r->exec.macs_s;
     b.s = fmax(fmax(b.memory, b.compute), b.disk);
     b.binds = b.s <= b.disk ? "the disk" : b.s <= b.compute ? "the processor" : "memory";
@@ -1223,36 +1210,33 @@ static bound bound_of(const survey *v, double t0, double t1, double memory, doub
 }
 
 /* Layers of a kind: compress_ratio 0 is window only, 4 is CSA, others are HCA. */
-typedef struct { int window, csa, hca; } layer_kinds;
-
-static layer_kinds kinds_of(const dsv4_config *c) {
-    layer_kinds k = {0};
-    for (const int *r = c->compress_ratios; r < c->compress_ratios + c->num_hidden_layers; r++)
-        ++*(*r == 0 ? &k.window : *r == 4 ? &k.csa : &k.hca);
-    return k;
+static int n_layers_of(const dsv4_config *c, int ratio) {
+    int n = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) n += c->compress_ratios[l] == ratio;
+    return n;
 }
 
-/* One token behind ctx others.  Experts chosen evenly: what a cache of n_slots does then, real text
+/* One token behind n others.  Experts chosen evenly: what a cache of n_slots does then, real text
  * does better.  Of KV in the file each chosen entry costs a block. */
-static bound decode_bound(const survey *v) {
-    const dsv4_plan *p = v->p;
-    double n = (double)v->ctx, memory = (double)(p->token_dense + p->token_experts);
+static bound decode_bound(const model *m, double n) {
+    const dsv4_plan *p = engine_plan(m->e);
+    double memory = (double)(p->token_dense + p->token_experts + p->kv_plan.index);
     double disk = (1 - (double)p->n_slots / p->n_experts_total) * (double)p->token_experts;
     if (p->streamed) disk += (double)p->token_dense;
     if (p->kv_plan.index_in_file) disk += (double)p->kv_plan.index;
     if (p->kv_plan.entries_in_file)
-        disk += 4096.0 * kinds_of(&v->m->cfg).csa * fmin(v->m->cfg.index_topk, n / 4);
-    return bound_of(v, n, n + 1, memory + (double)p->kv_plan.index, disk);
+        disk += 4096.0 * n_layers_of(&m->cfg, 4) * fmin(m->cfg.index_topk, n / 4);
+    return bound_of(m, n, n + 1, memory, disk);
 }
 
-/* A prompt of ctx tokens: every expert is read once a span; KV in the file is written once, and
- * read again by each span that comes after. */
-static bound prefill_bound(const survey *v) {
-    const dsv4_plan *p = v->p;
-    double n = (double)v->ctx, spans = ceil(n / p->span), dense = spans * (double)p->token_dense;
+/* A prompt of n tokens: every expert is read once a span; KV in the file is written once, and read
+ * again by each span that comes after. */
+static bound prefill_bound(const model *m, double n) {
+    const dsv4_plan *p = engine_plan(m->e);
+    double spans = ceil(n / p->span), dense = spans * (double)p->token_dense;
     double experts = spans * p->n_experts_total * (double)p->slot_bytes;
     double kv = (double)p->kv_plan.file * (1 + (spans - 1) / 2);
-    return bound_of(v, 0, n, experts + dense, experts + kv + (p->streamed ? dense : 0));
+    return bound_of(m, 0, n, experts + dense, experts + kv + (p->streamed ? dense : 0));
 }
 
 static void warn_of_disk(const disk_info *d, double gb_s) {
@@ -1273,49 +1257,43 @@ static void warn_of_disk(const disk_info *d, double gb_s) {
     R(name ".processor_s", (b).compute), R(name ".disk_s", (b).disk),                              \
     R(name ".disk_bytes", (b).disk_bytes)
 
-static int show_survey(const survey *v, bool as_json, dsv4_err *err) {
-    const dsv4_plan *p = v->p;
-    const disk_info *d = &v->disk;
-    const engine_rates *r = &v->m->rates;
-    const fact facts[] = {
-        S("model", v->m->cfg.name), N("ram", p->budget), N("ctx", v->ctx), N("program", p->base),
-        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes), N("kv_file", p->kv_plan.file),
-        N("dense", p->dense), N("buffers", p->work), N("slots", p->slots),
-        N("slot_bytes", p->slot_bytes), N("experts", weights_count(v->m->w).experts),
-        N("token_bytes", p->token_dense + p->token_experts), N("n_slots", p->n_slots),
-        N("n_experts", p->n_experts_total), N("span", p->span), S("disk.fs", d->fs),
-        S("disk.device", d->device), B("disk.rotating", d->rotating), B("disk.sata", d->sata),
-        B("disk.network", d->network), B("disk.fuse", d->fuse), B("disk.encrypted", d->encrypted),
-        R("measured.memory_bytes_s", r->exec.read_bytes_s),
-        R("measured.processor_macs_s", r->exec.macs_s), R("measured.disk_bytes_s", r->disk_bytes_s),
-        BOUND("decode", v->decode), BOUND("prefill", v->prefill),
-    };
-    return put_facts(stdout, facts, sizeof facts / sizeof *facts, as_json, err);
-}
-
 static int cmd_plan(model *m, const args *a, dsv4_err *err) {
+    const engine_rates *r = &m->rates;
+    disk_info d;
     if (model_survey(m, a->model, err)) return -1;
-    survey v = {.m = m, .ctx = context_of(a, &m->cfg)};
+    int64_t ctx = context_of(a, &m->cfg);
     const dsv4_opts o = {.dir = a->model, .n_threads = (int)a->threads, .ram_bytes = a->ram,
-                         .ctx = v.ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(m, a)};
+                         .ctx = ctx, .kv_ram = a->kv_ram, .kv_dir = kv_place(m, a)};
     if (engine_open(&m->e, &m->cfg, m->ck, &o, err)) return -1;
     if (engine_measure(m->e, m->ck, 3, &m->rates, err)) return -1;
-    if (disk_describe(&v.disk, a->model, "/sys", err)) return -1;
-    v.p = engine_plan(m->e);
-    v.decode = decode_bound(&v);
-    v.prefill = prefill_bound(&v);
-    warn_of_disk(&v.disk, m->rates.disk_bytes_s / 1e9);
+    if (disk_describe(&d, a->model, "/sys", err)) return -1;
+    const dsv4_plan *p = engine_plan(m->e);
+    bound decode = decode_bound(m, (double)ctx), prefill = prefill_bound(m, (double)ctx);
+    warn_of_disk(&d, r->disk_bytes_s / 1e9);
     if (engine_note(m->e)) fprintf(stderr, "note: %s\n", engine_note(m->e));
-    return show_survey(&v, a->json, err);
+    const fact facts[] = {
+        S("model", m->cfg.name), N("ram", p->budget), N("ctx", ctx), N("program", p->base),
+        N("kv", p->kv), R("kv_per_token", p->kv_plan.token_bytes), N("kv_file", p->kv_plan.file),
+        N("dense", p->dense), N("buffers", p->work), N("slots", p->slots),
+        N("slot_bytes", p->slot_bytes), N("experts", weights_count(m->w).experts),
+        N("token_bytes", p->token_dense + p->token_experts), N("n_slots", p->n_slots),
+        N("n_experts", p->n_experts_total), N("span", p->span), S("disk.fs", d.fs),
+        S("disk.device", d.device), B("disk.rotating", d.rotating), B("disk.sata", d.sata),
+        B("disk.network", d.network), B("disk.fuse", d.fuse), B("disk.encrypted", d.encrypted),
+        R("measured.memory_bytes_s", r->exec.read_bytes_s),
+        R("measured.processor_macs_s", r->exec.macs_s), R("measured.disk_bytes_s", r->disk_bytes_s),
+        BOUND("decode", decode), BOUND("prefill", prefill),
+    };
+    return put_facts(stdout, facts, sizeof facts / sizeof *facts, a->json, err);
 }
 
 static int show_check(const model *m, bool as_json, dsv4_err *err) {
     const dsv4_config *c = &m->cfg;
-    layer_kinds k = kinds_of(c);
+    int window = n_layers_of(c, 0), csa = n_layers_of(c, 4);
     weights_bytes b = weights_count(m->w);
     const fact facts[] = {
-        S("model", c->name), N("layers", c->num_hidden_layers), N("window", k.window),
-        N("csa", k.csa), N("hca", k.hca), N("hash_layers", c->num_hash_layers),
+        S("model", c->name), N("layers", c->num_hidden_layers), N("window", window),
+        N("csa", csa), N("hca", c->num_hidden_layers - window - csa), N("hash_layers", c->num_hash_layers),
         N("dim", c->hidden_size), N("heads", c->num_attention_heads), N("head_dim", c->head_dim),
         N("context", c->max_position_embeddings), N("experts_a_layer", c->n_routed_experts),
         N("experts_a_token", c->num_experts_per_tok), B("mtp", b.has_mtp),
@@ -1482,16 +1460,15 @@ static int survey_documents(summary *s, dsv4_err *err) {
 
 /* A table of what it will take. */
 static void print_tasks(const summary *s) {
-    survey v = {.m = s->m, .p = engine_plan(s->m->e)};
     double n_words = s->n_tasks * 1.5 * s->words;
     fprintf(stderr, "\n%-32s %11s %6s %6s %10s %10s\n", "document", "tokens", "parts", "spans",
             "disk GB", "about s");
     for (const document *d = s->doc; d < s->doc + s->n_docs; d++) {
         if (d->error) continue;
-        v.ctx = d->n_tokens / d->n_parts;
-        bound b = prefill_bound(&v), w = decode_bound(&v);
+        double n = (double)(d->n_tokens / d->n_parts);
+        bound b = prefill_bound(s->m, n), w = decode_bound(s->m, n);
         double n_answers = d->n_parts > 1 ? d->n_parts + 1 : 1;
-        double spans = d->n_parts * ceil((double)v.ctx / v.p->span);
+        double spans = d->n_parts * ceil(n / engine_plan(s->m->e)->span);
         double gb = (d->n_parts * b.disk_bytes + n_answers * n_words * w.disk_bytes) / 1e9;
         double seconds = d->n_parts * b.s + n_answers * n_words * w.s;
         fprintf(stderr, "%-32.32s %11s %6d %6.0f %10.1f %10.0f\n", *d->file,

@@ -41,7 +41,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -1538,7 +1537,7 @@ static int tidy(buffer *b, dsv4_err *err) {
 
 static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_err *err) {
     buffer html = {0};
-    if (raw->n > DOC_BYTES) return fail(err, "it has more than %d MB: split it", DOC_BYTES >> 20);
+    if (raw->n > DOC_BYTES) return fail(err, "over %d MB: split it", DOC_BYTES >> 20);
     if (!raw->n) return fail(err, "it is empty");
     if (starts_with(raw, "%PDF-")) {
         if (put_pdf(out, raw, err)) return -1;
@@ -1560,19 +1559,11 @@ static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_er
 }
 
 int doc_read(buffer *out, const char *path, const char **note, dsv4_err *err) {
-    struct stat st;
     buffer raw = {0}, text = {0};
     dsv4_err why;
     *note = NULL;
-    int rc = 0;
-    if (strcmp(path, "-") && !stat(path, &st)) {
-        if (S_ISDIR(st.st_mode)) rc = fail(&why, "it is a directory: name the files in it");
-        else if (st.st_size > DOC_BYTES)
-            rc = fail(&why, "it has %.2f GB, and %d MB are the most: split it",
-                      (double)st.st_size / 1e9, DOC_BYTES >> 20);
-    }
-    if (!rc && read_file(&raw, path, DOC_BYTES, err)) return free(raw.s), -1;
-    if (!rc) rc = doc_decode(&text, &raw, note, &why);
+    if (read_file(&raw, path, DOC_BYTES, err)) return free(raw.s), -1;
+    int rc = doc_decode(&text, &raw, note, &why);
     if (text.failed) rc = fail(&why, "out of memory");     /* a part of it is no document */
     if (!rc) put_bytes(out, text.s, text.n);
     free(raw.s);
