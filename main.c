@@ -125,8 +125,7 @@ static int out_open(out_file *o, const char *path, dsv4_err *err) {
 /* Finish (rc 0) or drop the file; gives rc, or -1 when finishing failed. */
 static int out_close(out_file *o, int rc, dsv4_err *err) {
     if (!o->f) return rc;
-    bool bad = ferror(o->f) != 0;
-    bad |= fclose(o->f) != 0;
+    bool bad = (ferror(o->f) != 0) | (fclose(o->f) != 0);
     o->f = NULL;
     if (rc == 0 && (bad || rename(o->part, o->path)))
         rc = fail(err, "write %s: %s", o->path, errno ? strerror(errno) : "failed");
@@ -680,8 +679,7 @@ static int generate(speaker *sp, sampler *draw) {
     for (int64_t i = 0; i < sp->n; i++) {
         if (session_logits(m->s, m->last, 1, m->logits, sp->err)) return -1;
         int32_t id = sampler_next(draw, m->logits);
-        if (id == m->cfg.eos_token_id) sp->end = END_EOS;
-        if (sp->end == END_EOS) return 0;
+        if (id == m->cfg.eos_token_id) return sp->end = END_EOS, 0;
         const char *s = m->tok ? tok_bytes(m->tok, id, &n_bytes) : NULL;
         if (sp->a->print_ids) printf("%s%d", i ? " " : "", id);
         else if (n_bytes && speak(sp, s, n_bytes)) return -1;
@@ -888,8 +886,7 @@ static int editor_open(chat *c, dsv4_err *err) {
     if (!c->el || !c->history) return fail(err, "the line editor does not start on this terminal");
     history(c->history, &ev, H_SETSIZE, HISTORY_LINES);
     history(c->history, &ev, H_SETUNIQUE, 1);
-    if (!user_path(c->past, "XDG_STATE_HOME", ".local/state", "chat_history"))
-        *c->past = 0;
+    (void)user_path(c->past, "XDG_STATE_HOME", ".local/state", "chat_history");
     history(c->history, &ev, H_LOAD, c->past);
     el_set(c->el, EL_CLIENTDATA, c);
     el_set(c->el, EL_PROMPT, on_prompt);
@@ -897,7 +894,6 @@ static int editor_open(chat *c, dsv4_err *err) {
     el_set(c->el, EL_HIST, history, c->history);
     el_set(c->el, EL_GETCFN, on_getc);
     el_set(c->el, EL_ADDFN, "dsv4-paste", "take a paste whole", on_paste);
-    el_source(c->el, NULL);
     el_set(c->el, EL_BIND, "\033[200~", "dsv4-paste", NULL);
     return 0;
 }
@@ -1022,12 +1018,10 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
 static void announce(const chat *c, int64_t n) {
     const dsv4_plan *p = engine_plan(c->m->e);
     const dsv4_stats *s = engine_stats(c->m->e);
-    int64_t passes = (n + p->span - 1) / p->span;
     double share = (double)c->m->cfg.num_experts_per_tok / c->m->cfg.n_routed_experts;
     double touched = 1 - pow(1 - share, n < p->span ? (double)n : p->span);
-    bool all = engine_expert_stats(c->m->e)->misses == 0;
-    int cold = p->n_experts_total - (all ? 0 : p->n_slots);
-    double bytes = (double)passes * touched * cold * (double)p->slot_bytes;
+    int cold = p->n_experts_total - (engine_expert_stats(c->m->e)->misses ? p->n_slots : 0);
+    double bytes = ceil((double)n / p->span) * touched * cold * (double)p->slot_bytes;
     double seconds = bytes / rate((double)s->dense_bytes, s->load_s);
     if (!c->a->quiet && seconds >= MUCH_SECONDS)
         fprintf(stderr, "note: %lld tokens touch about %.0f%% of the experts: %.1f GB from disk, "
@@ -1144,9 +1138,7 @@ static int cmd_prompt(model *m, const args *a, dsv4_err *err) {
     else if (a->model && config_generation(&m->gen, a->model, err)) return -1;
     if (read_text(&m->text, "-", err)) return -1;
     json_t *request = json_loadb(m->text.s, m->text.n, 0, &where);
-    if (!request)
-        return fail(err, "stdin is not JSON: line %d, column %d: %s", where.line, where.column,
-                    where.text);
+    if (!request) return fail(err, "stdin is not JSON: line %d: %s", where.line, where.text);
     int rc = prompt_build(&p, request, m->gen, err);
     json_decref(request);
     if (rc) return rc;
@@ -1287,23 +1279,6 @@ static int cmd_plan(model *m, const args *a, dsv4_err *err) {
     return put_facts(stdout, facts, sizeof facts / sizeof *facts, a->json, err);
 }
 
-static int show_check(const model *m, bool as_json, dsv4_err *err) {
-    const dsv4_config *c = &m->cfg;
-    int window = n_layers_of(c, 0), csa = n_layers_of(c, 4);
-    weights_bytes b = weights_count(m->w);
-    const fact facts[] = {
-        S("model", c->name), N("layers", c->num_hidden_layers), N("window", window),
-        N("csa", csa), N("hca", c->num_hidden_layers - window - csa), N("hash_layers", c->num_hash_layers),
-        N("dim", c->hidden_size), N("heads", c->num_attention_heads), N("head_dim", c->head_dim),
-        N("context", c->max_position_embeddings), N("experts_a_layer", c->n_routed_experts),
-        N("experts_a_token", c->num_experts_per_tok), B("mtp", b.has_mtp),
-        N("shards", ckpt_n_shards(m->ck)), N("tensors", ckpt_n_tensors(m->ck)),
-        N("dense_bytes", b.dense), N("expert_bytes", b.experts), N("mtp_bytes", b.mtp),
-        N("unused_bytes", b.unused), {"hashes", json_incref(m->hashes)},
-    };
-    return put_facts(stdout, facts, sizeof facts / sizeof *facts - !m->hashes, as_json, err);
-}
-
 static void on_hash_line(void *arg, const char *line) {
     model *m = arg;
     status_clear(&m->status);
@@ -1327,13 +1302,23 @@ static int check_hash(model *m, const args *a, dsv4_err *err) {
 }
 
 static int cmd_check(model *m, const args *a, dsv4_err *err) {
-    if (model_survey(m, *a->operand, err)) return -1;
-    if (!a->json && !a->quiet) {
-        (void)show_check(m, false, err);
-        printf("every tensor that the graph needs is there\n");
-    }
-    if (a->hash && check_hash(m, a, err)) return -1;
-    return a->json ? show_check(m, true, err) : 0;
+    const dsv4_config *c = &m->cfg;
+    if (model_survey(m, *a->operand, err) || (a->hash && check_hash(m, a, err))) return -1;
+    if (a->quiet && !a->json) return 0;
+    int window = n_layers_of(c, 0), csa = n_layers_of(c, 4), n_layers = c->num_hidden_layers;
+    weights_bytes b = weights_count(m->w);
+    const fact facts[] = {
+        S("model", c->name), N("layers", n_layers), N("window", window), N("csa", csa),
+        N("hca", n_layers - window - csa), N("hash_layers", c->num_hash_layers),
+        N("dim", c->hidden_size), N("heads", c->num_attention_heads), N("head_dim", c->head_dim),
+        N("context", c->max_position_embeddings), N("experts_a_layer", c->n_routed_experts),
+        N("experts_a_token", c->num_experts_per_tok), B("mtp", b.has_mtp),
+        N("shards", ckpt_n_shards(m->ck)), N("tensors", ckpt_n_tensors(m->ck)),
+        N("dense_bytes", b.dense), N("expert_bytes", b.experts), N("mtp_bytes", b.mtp),
+        N("unused_bytes", b.unused), S("graph", "every tensor that it needs is there"),
+        {"hashes", json_incref(m->hashes)},
+    };
+    return put_facts(stdout, facts, sizeof facts / sizeof *facts - !m->hashes, a->json, err);
 }
 
 /* === 10. summarize ============================================================================
@@ -1370,7 +1355,7 @@ typedef struct {                   /* one document                              
     char *const *file;             /* [n_files]                                                 */
     int n_files, n_parts;
     int64_t n_tokens, n_reused;
-    char *error;                   /* it cannot be read, and why; else NULL                     */
+    dsv4_err why;                  /* it cannot be read; else empty                             */
 } document;
 
 typedef struct {
@@ -1448,8 +1433,7 @@ static int survey_documents(summary *s, dsv4_err *err) {
         free(parts.end);
         free(text.s);
         if (rc && !s->a.each) return -1;
-        if (rc && !(d->error = strdup(err->msg))) return fail(err, "out of memory");
-        if (rc) fprintf(stderr, "dsv4: %s\n", err->msg);
+        if (rc) fprintf(stderr, "dsv4: %s\n", (d->why = *err).msg);
         if (rc == 0 && d->n_parts > 1)
             fprintf(stderr, "note: %s: %s tokens are more than a context of %s holds with the "
                     "answer: read in %d parts, then the notes on these\n", *d->file,
@@ -1464,7 +1448,7 @@ static void print_tasks(const summary *s) {
     fprintf(stderr, "\n%-32s %11s %6s %6s %10s %10s\n", "document", "tokens", "parts", "spans",
             "disk GB", "about s");
     for (const document *d = s->doc; d < s->doc + s->n_docs; d++) {
-        if (d->error) continue;
+        if (*d->why.msg) continue;
         double n = (double)(d->n_tokens / d->n_parts);
         bound b = prefill_bound(s->m, n), w = decode_bound(s->m, n);
         double n_answers = d->n_parts > 1 ? d->n_parts + 1 : 1;
@@ -1555,8 +1539,8 @@ static int write_document(const summary *s, const buffer *said, double seconds, 
     for (int t = 0; t < s->a.ask.n; t++)
         json_array_append_new(told, json_pack("{s:s, s:s%}", "question", s->a.ask.word[t], "answer",
                                               said[t].n ? said[t].s : "", said[t].n));
-    json_t *root = d->error
-        ? json_pack("{s:O*, s:o*}", "source", source, "error", json_string(d->error))
+    json_t *root = *d->why.msg
+        ? json_pack("{s:O*, s:s}", "source", source, "error", d->why.msg)
         : json_pack("{s:O*, s:I, s:i, s:O*, s:f, s:I}", "source", source, "tokens",
                     (json_int_t)d->n_tokens, "parts", d->n_parts, ask ? "answers" : "summary", told,
                     "seconds", seconds, "reused", (json_int_t)d->n_reused);
@@ -1579,7 +1563,7 @@ static int do_document(summary *s, dsv4_err *err) {
     if (s->n_docs > 1 && !s->as_json)
         fprintf(s->to, s->form == FORM_MARKDOWN ? "%s# %s\n\n" : "%s==> %s <==\n",
                 d == s->doc ? "" : "\n", *d->file);
-    if (!d->error) {
+    if (!*d->why.msg) {
         rc = put_document(s, d, &text, false, err);
         if (!rc) rc = work_through(s, &text, 0, s->n_tasks, ON_WHOLE, said, err);
         int64_t n = (int64_t)m->ids.n;
@@ -1587,8 +1571,8 @@ static int do_document(summary *s, dsv4_err *err) {
             fail(err, "interrupted; %s of %s tokens are parked, and the same command goes on from "
                  "there", grouped(session_parked(m->s, m->ids.id, n, m->tail)).text,
                  grouped(n).text);
-        else if (rc && !interrupted && s->a.each) d->error = strdup(err->msg);
-        if (d->error) fprintf(stderr, "dsv4: %s: %s\n", *d->file, err->msg), rc = 0;
+        else if (rc && !interrupted && s->a.each)
+            fprintf(stderr, "dsv4: %s: %s\n", *d->file, (d->why = *err).msg), rc = 0;
     }
     if (!rc && s->as_json) rc = write_document(s, said, now_s() - began, err);
     for (int t = 0; t < s->n_tasks; t++) free(said[t].s);
@@ -1626,7 +1610,7 @@ static int summarize(summary *s, dsv4_err *err) {
     if (s->longest && !s->a.quiet) print_tasks(s);
     for (s->at = s->doc; s->at < s->doc + s->n_docs; s->at++) {
         if (do_document(s, err)) return -1;
-        s->n_failed += s->at->error != NULL;
+        s->n_failed += *s->at->why.msg != 0;
     }
     return s->n_failed ? fail(err, "%d of %d documents failed", s->n_failed, s->n_docs) : 0;
 }
@@ -1648,7 +1632,6 @@ static int cmd_summarize(model *m, const args *a, dsv4_err *err) {
     if (rc == 0) rc = summarize(&s, err);
     if (s.n_failed || (interrupted && a->jsonl)) /* what is done, is kept */
         rc |= out_close(&m->out, 0, err);
-    for (int i = 0; s.doc && i < s.n_docs; i++) free(s.doc[i].error);
     free(s.doc);
     free(s.from_stdin.s);
     return rc;
@@ -1720,9 +1703,10 @@ static int cmd_bench(model *m, const args *a, dsv4_err *err) {
     for (int64_t i = 0; i < BENCH_PROMPT; i++)
         if (ids_push(&m->ids, (int32_t)(i * 7919 % m->cfg.vocab_size), err)) return -1;
     m->measure_s = 4;
-    if (a->trace && out_open(&m->out, a->trace, err)) return -1;
-    if (model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err)) return -1;
-    if (feed(m, 0, BENCH_PROMPT, false, err)) return -1;
+    if ((a->trace && out_open(&m->out, a->trace, err)) ||
+        model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err) ||
+        feed(m, 0, BENCH_PROMPT, false, err))
+        return -1;
     m->status.on = false;
     return bench_decode(m, a, err);
 }

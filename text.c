@@ -383,10 +383,9 @@ static int read_vocab(tok *t, const json_t *model, size_t file_len, dsv4_err *er
         int32_t id = id_of(value);
         char *s = t->bytes + t->n_bytes;
         size_t n = from_byte_level(s, key);
-        if (id < 0 || !*key)
-            return fail(err, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
-        if (t->pieces[id].len)
-            return fail(err, "model.vocab \"%.60s\": id %d has another string too", key, id);
+        if (id < 0 || !*key || t->pieces[id].len)
+            return fail(err, "model.vocab \"%.60s\": empty, or its id is not in 0..%d or has "
+                        "another string too", key, MAX_IDS - 1);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
         if (n == 0) memcpy(s, key, n = strlen(key));
         place(t, id, n);
@@ -413,21 +412,18 @@ static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
         const char *left = json_string_value(v), *right = left ? strchr(left, ' ') : NULL;
         if (right) n = (size_t)(right++ - left);
         else if (json_unpack(v, "[s%s!]", &left, &n, &right))
-            return fail(err, "model.merges[%zu] is no pair of strings", i);
+            return refuse("model.merges: no pair of strings:", v, err);
         memcpy(both, left, n);
         both[n] = 0;
-        int32_t l = id_of(json_object_get(vocab, both));
-        int32_t m = id_of(json_object_get(vocab, right));
-        if (l >= 0 && m >= 0) strcpy(both + n, right);
+        int32_t l = id_of(json_object_get(vocab, both)), r = id_of(json_object_get(vocab, right));
+        strcpy(both + n, right);
         t->merged[i] = id_of(json_object_get(vocab, both));
-        if (l < 0 || m < 0 || t->merged[i] < 0)
-            return fail(err, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
-                        l >= 0 && m < 0 ? right : both);
-        merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
-        if (!slot) return fail(err, "model.merges[%zu]: too many pairs collide", i);
-        if (slot->rank != NO_RANK)
-            return fail(err, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
-        *slot = (merge_slot){(uint32_t)l, (uint32_t)m, (uint32_t)i};
+        if (l < 0 || r < 0 || t->merged[i] < 0)
+            return refuse("model.merges: not in vocab, in parts or whole:", v, err);
+        merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)r);
+        if (!slot || slot->rank != NO_RANK)
+            return refuse("model.merges: a pair that comes twice, or collides with many:", v, err);
+        *slot = (merge_slot){(uint32_t)l, (uint32_t)r, (uint32_t)i};
     }
     return 0;
 }
@@ -436,7 +432,6 @@ static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
 static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err *err) {
     json_t *added = json_object_get(root, "added_tokens"), *v, *id_value;
     json_t *vocab = json_object_get(model, "vocab");
-    json_error_t why;
     size_t i, n;
     if (!is_off(added) && !json_is_array(added)) return fail(err, "added_tokens is not an array");
     t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
@@ -444,23 +439,20 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
     json_array_foreach(added, i, v) {
         const char *s;
         int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
-        if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n,
-                           "id", &id_value, "special", &special, "normalized", &normalized,
-                           "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
-            return fail(err, "added_tokens[%zu]: %s", i, why.text);
-        if (n == 0 || n > MAX_ADDED_BYTES)
-            return fail(err, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
-        if (lstrip || rstrip || single_word)
-            return fail(err, "added_tokens[%zu] sets lstrip, rstrip or single_word", i);
+        if (json_unpack(v, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n, "id",
+                        &id_value, "special", &special, "normalized", &normalized, "lstrip",
+                        &lstrip, "rstrip", &rstrip, "single_word", &single_word) ||
+            n == 0 || n > MAX_ADDED_BYTES || lstrip || rstrip || single_word)
+            return refuse("added_tokens: no content of 1 to 256 bytes, or one that takes what is "
+                          "around it:", v, err);
         int32_t id = id_of(id_value);
-        if (id < 0) return fail(err, "added_tokens[%zu]: id not in 0..%d", i, MAX_IDS - 1);
         /* It may stand in vocab too, but then as the same id for the same bytes. */
         const json_t *in_vocab = json_object_get(vocab, s);
-        const piece *known = &t->pieces[id];
-        if (known->len ? id_of(in_vocab) != id || known->len != n
-                             || memcmp(t->bytes + known->at, s, n) != 0
-                       : in_vocab != NULL)
-            return fail(err, "added_tokens[%zu]: id %d contradicts vocab or comes twice", i, id);
+        const piece known = id < 0 ? (piece){0, 0} : t->pieces[id];
+        bool same = id_of(in_vocab) == id && known.len == n && !memcmp(t->bytes + known.at, s, n);
+        if (id < 0 || !(known.len ? same : !in_vocab))
+            return refuse("added_tokens: an id that is none, contradicts vocab or comes twice:", v,
+                          err);
         if (json_object_set(vocab, s, v)) return oom(err); /* no id: refused if it comes again */
         int pass = normalized < 0 ? !special : normalized;
         s = memcpy(t->bytes + t->n_bytes, s, n);
