@@ -1461,61 +1461,56 @@ static void print_tasks(const summary *s) {
     fprintf(stderr, "predicted from this machine's speed now, if nothing is parked yet\n\n");
 }
 
-/* Ask one thing about what `head` ends with, whose ids are head_ids; the last word is said. */
-static int answer_task(summary *s, buffer *head, const id_list *head_ids, int task, material on,
-                       buffer *said, dsv4_err *err) {
+/* Ask one thing about what `head` ends with; the last word is said. */
+static int answer_task(summary *s, buffer *head, int task, material on, buffer *said,
+                       dsv4_err *err) {
     model *m = s->m;
-    size_t same = 0, before_task = head->n;
+    id_list before = {0};
+    size_t same = 0;
     bool show = on != ON_PART && !s->as_json;
     speaker sp = {.m = m, .a = &s->a, .n = s->n_answer, .to = show ? s->to : NULL, .err = err};
+    int rc = question_ids(m, &s->a, head, &before, err);
     put_after(head, s, task, on);
     m->ids.n = 0;
-    int rc = question_ids(m, &s->a, head, &m->ids, err);
-    head->n = before_task;
+    if (rc == 0) rc = question_ids(m, &s->a, head, &m->ids, err);
+    while (same < before.n && same < m->ids.n && before.id[same] == m->ids.id[same]) same++;
+    free(before.id);
     if (rc) return -1;
-    while (same < head_ids->n && same < m->ids.n && head_ids->id[same] == m->ids.id[same]) same++;
     m->tail = (int64_t)same;
     m->phase = s->phase;
     m->say_reused = task == 0;
     if (show && s->a.ask.n)
         fprintf(s->to, "%s%s%s\n\n", task ? "\n" : "", s->form == FORM_MARKDOWN ? "## " : "",
                 s->a.ask.word[task]);
-    uint64_t before = engine_stats(m->e)->reused_tokens;
+    uint64_t reused = engine_stats(m->e)->reused_tokens;
     if (feed(m, 0, m->ids.n, false, err)) return -1;
-    if (task == 0) s->at->n_reused += (int64_t)(engine_stats(m->e)->reused_tokens - before);
+    if (task == 0) s->at->n_reused += (int64_t)(engine_stats(m->e)->reused_tokens - reused);
     rc = speak_answer(&sp);
     put_bytes(said, sp.content.s, sp.content.n);
     free(sp.content.s);
     return rc || !said->failed ? rc : fail(err, "out of memory");
 }
 
-/* Do tasks [first, end) on a text of any length. */
-static int work_through(summary *s, const buffer *text, int first, int end, material on,
-                        buffer *said, dsv4_err *err) {
-    buffer notes[MAX_WORDS] = {0};
+/* Do a task on a text of any length. */
+static int work_through(summary *s, const buffer *text, int task, material on, buffer *said,
+                        dsv4_err *err) {
+    buffer notes = {0};
     doc_parts parts = {0};
     int rc = doc_cut(s->m->tok, text->s, text->n, s->room, &parts, err);
     bool cut = parts.n > 1;
     for (int p = 0; p < parts.n && rc == 0; p++) {
         buffer head = {0};
-        id_list head_ids = {0};
         size_t from = p ? parts.end[p - 1] : 0;
         put_before(&head, p, parts.n);
         put_bytes(&head, text->s + from, parts.end[p] - from);
         snprintf(s->phase, sizeof s->phase, cut ? "reading%s part %d of %d" : "reading%s",
                  on == ON_NOTES ? " notes" : "", p + 1, parts.n);
-        rc = question_ids(s->m, &s->a, &head, &head_ids, err);
-        for (int t = first; t < end && rc == 0; t++) {
-            if (cut) put_format(&notes[t], "%sPart %d of %d:\n", p ? "\n\n" : "", p + 1, parts.n);
-            rc = answer_task(s, &head, &head_ids, t, cut ? ON_PART : on, cut ? notes + t : said + t,
-                             err);
-        }
-        free(head_ids.id);
+        if (cut) put_format(&notes, "%sPart %d of %d:\n", p ? "\n\n" : "", p + 1, parts.n);
+        rc = answer_task(s, &head, task, cut ? ON_PART : on, cut ? &notes : said, err);
         free(head.s);
     }
-    for (int t = first; t < end && cut && rc == 0; t++)
-        rc = work_through(s, &notes[t], t, t + 1, ON_NOTES, said, err);
-    for (int t = first; t < end; t++) free(notes[t].s);
+    if (cut && rc == 0) rc = work_through(s, &notes, task, ON_NOTES, said, err);
+    free(notes.s);
     free(parts.end);
     return rc;
 }
@@ -1565,7 +1560,8 @@ static int do_document(summary *s, dsv4_err *err) {
                 d == s->doc ? "" : "\n", *d->file);
     if (!*d->why.msg) {
         rc = put_document(s, d, &text, false, err);
-        if (!rc) rc = work_through(s, &text, 0, s->n_tasks, ON_WHOLE, said, err);
+        for (int t = 0; t < s->n_tasks && !rc; t++)
+            rc = work_through(s, &text, t, ON_WHOLE, &said[t], err);
         int64_t n = (int64_t)m->ids.n;
         if (rc && interrupted && m->park)      /* how to go on */
             fail(err, "interrupted; %s of %s tokens are parked, and the same command goes on from "
@@ -1947,16 +1943,6 @@ static int parse_args(args *a, const command *c, int argc, char **argv, dsv4_err
     return args_check(a, c, err);
 }
 
-/* Does this processor have what kernels.c was built for? */
-static bool cpu_fits(void) {
-#ifdef __x86_64__
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-#else
-    return true;
-#endif
-}
-
 int main(int argc, char **argv) {
     dsv4_err err = {""};
     struct sigaction sa = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
@@ -1978,8 +1964,11 @@ int main(int argc, char **argv) {
     int rc = 0;
     if (c->bit == VERSION) printf("dsv4 %s\n", DSV4_VERSION);
     else if (c->bit == HELP) rc = cmd_help(&a, &err);
-    else if ((c->bit & BUDGET) && !cpu_fits())
+#ifdef __x86_64__                  /* what kernels.c is built for                               */
+    else if ((c->bit & BUDGET) && !(__builtin_cpu_supports("avx2") &&
+             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
         rc = fail(&err, "this processor lacks AVX2, FMA or F16C, which dsv4 needs on x86-64");
+#endif
     else rc = c->run(&m, &a, &err);
     if (rc == 0) rc = check_stdout(&err);
     rc = model_finish(&m, &a, rc, &err);
