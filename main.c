@@ -309,31 +309,6 @@ static void print_plan(const dsv4_engine *e, int64_t ctx) {
             size_of(p->slots).text, p->n_slots, p->n_experts_total);
 }
 
-/* Where the bytes came from, and how fast. */
-static void print_tiers(const dsv4_engine *e) {
-    const dsv4_stats *s = engine_stats(e);
-    const cache_stats *x = engine_expert_stats(e);
-    double hits = (double)(s->expert_uses - x->misses), busy = s->prefill_s + s->decode_s;
-    double read_gb = (double)x->read_bytes / 1e9, start_gb = (double)s->dense_bytes / 1e9;
-    double all_gb = (double)engine_offload_stats(e)->read_bytes / 1e9;
-    double prefill = (double)s->prefill_tokens, decode = (double)s->decode_tokens;
-    uint64_t peak;
-    machine_rss(NULL, &peak);
-    fprintf(stderr,
-            "\nper tier and phase\n"
-            "experts  %12.0f from RAM (%.1f%%)\n"
-            "experts  %12.0f from disk   %10.3f GB %10.2f GB/s\n"
-            "dense    %12s from disk   %10.3f GB, and %.3f GB at start with %.2f GB/s\n"
-            "prefill  %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
-            "decode   %12.0f tokens      %10.2f s  %10.2f tokens/s\n"
-            "waited %.2f s for the disk; peak memory %s of %s\n",
-            hits, 100 * rate(hits, (double)s->expert_uses), (double)x->misses, read_gb,
-            rate(read_gb, busy), "", all_gb - read_gb - start_gb, start_gb,
-            rate(start_gb, s->load_s), prefill, s->prefill_s, rate(prefill, s->prefill_s), decode,
-            s->decode_s, rate(decode, s->decode_s), s->expert_wait_s + s->dense_wait_s,
-            size_of(peak).text, size_of(engine_plan(e)->budget).text);
-}
-
 /* One fact: its name, "experts.uses" being in an object of its own; its value. */
 typedef struct { const char *name; json_t *value; } fact;
 #define N(name, x) {name, json_integer((json_int_t)(x))}
@@ -369,15 +344,18 @@ static int put_facts(FILE *f, const fact *facts, size_t n, bool as_json, dsv4_er
     return rc ? fail(err, "out of memory for the JSON output") : 0;
 }
 
-/* Every counter (DESIGN.md, "Numbers always at hand"). */
-static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_err *err) {
+/* Every counter (DESIGN.md, "Numbers always at hand"); for people the first ones: where the bytes
+ * came from, and how fast. */
+static int put_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, bool as_json,
+                     dsv4_err *err) {
+    enum { SHOWN = 18 };
     const dsv4_stats *s = engine_stats(e);
     const offload_stats *o = engine_offload_stats(e);
     const cache_stats *x = engine_expert_stats(e);
     const dsv4_plan *p = engine_plan(e);
     json_t *ops = json_object(), *layers = json_array();
-    double op_total = 0, wait = s->expert_wait_s + s->dense_wait_s;
-    uint64_t peak;
+    double op_total = 0, wait = s->expert_wait_s + s->dense_wait_s, uses = (double)s->expert_uses;
+    uint64_t peak, n_hits = s->expert_uses - x->misses;
     machine_rss(NULL, &peak);
     for (int i = 0; i < OPC_N; i++) {
         json_object_set_new(ops, op_class_name[i], json_real(s->op_s[i]));
@@ -388,29 +366,36 @@ static int write_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, dsv4_e
         json_array_append_new(layers, json_real(rate(u.hits, (double)u.hits + u.misses)));
     }
     const fact facts[] = {
-        N("tokens.prefill", s->prefill_tokens), N("tokens.decode", s->decode_tokens),
-        N("tokens.reused", s->reused_tokens), R("seconds.load", s->load_s),
-        R("seconds.prefill", s->prefill_s), R("seconds.decode", s->decode_s), {"op_seconds", ops},
-        N("bytes_read.dense_from_disk", s->dense_bytes), N("bytes_read.reads", o->reads),
+        N("experts.ram_hits", n_hits), R("experts.hit_rate", rate((double)n_hits, uses)),
+        N("experts.disk_reads", x->misses), N("bytes_read.experts_from_disk", x->read_bytes),
         N("bytes_read.dense_streamed", o->read_bytes - s->dense_bytes - x->read_bytes),
-        N("bytes_read.experts_from_disk", x->read_bytes), N("passes", s->passes),
-        N("experts.ram_hits", s->expert_uses - x->misses), N("experts.disk_reads", x->misses),
-        N("experts.evictions", x->evictions), N("experts.uses", s->expert_uses),
+        N("bytes_read.dense_from_disk", s->dense_bytes), R("seconds.load", s->load_s),
+        R("GB/s.load", rate((double)s->dense_bytes / 1e9, s->load_s)),
+        R("GB/s.experts", rate((double)x->read_bytes / 1e9, s->prefill_s + s->decode_s)),
+        N("tokens.prefill", s->prefill_tokens), R("seconds.prefill", s->prefill_s),
+        R("tokens/s.prefill", rate((double)s->prefill_tokens, s->prefill_s)),
+        N("tokens.decode", s->decode_tokens), R("seconds.decode", s->decode_s),
+        R("tokens/s.decode", rate((double)s->decode_tokens, s->decode_s)),
+        R("io.wait_seconds", wait), N("peak_rss", peak), N("plan.budget", p->budget),
+        N("tokens.reused", s->reused_tokens), {"op_seconds", ops}, N("bytes_read.reads", o->reads),
+        N("passes", s->passes), N("experts.evictions", x->evictions), N("experts.uses", uses),
         {"experts.hit_rate_by_layer", layers}, R("macs.dense", s->work[WORK_DENSE]),
         R("macs.attend", s->work[WORK_ATTEND]), R("macs.index", s->work[WORK_INDEX]),
-        R("macs.experts", s->work[WORK_EXPERTS]), N("peak_rss", peak), N("kv_bytes.ram", p->kv),
+        R("macs.experts", s->work[WORK_EXPERTS]), N("kv_bytes.ram", p->kv),
         N("kv_bytes.file", p->kv_plan.file), R("kv_bytes.per_token", p->kv_plan.token_bytes),
         N("kv_bytes.read", kv->read_bytes), N("kv_bytes.written", kv->written_bytes),
         N("kv_blocks.read", kv->blocks_read), N("kv_blocks.found", kv->blocks_hit),
         N("plan.kv", p->kv), N("plan.kv_least", p->kv_plan.least),
         N("plan.kv_index", p->kv_plan.index), N("plan.kv_entries", p->kv_plan.entries),
-        N("plan.budget", p->budget), N("plan.dense", p->dense), N("plan.buffers", p->work),
-        N("plan.slots", p->n_slots), N("plan.slot_bytes", p->slot_bytes), N("plan.span", p->span),
-        B("plan.dense_streamed", p->streamed), R("io.wait_seconds", wait),
-        R("io.expert_wait_seconds", s->expert_wait_s), R("io.kv_wait_seconds", kv->wait_s),
-        R("io.compute_seconds", op_total - wait),
+        N("plan.dense", p->dense), N("plan.buffers", p->work), N("plan.slots", p->n_slots),
+        N("plan.slot_bytes", p->slot_bytes), N("plan.span", p->span),
+        B("plan.dense_streamed", p->streamed), R("io.expert_wait_seconds", s->expert_wait_s),
+        R("io.kv_wait_seconds", kv->wait_s), R("io.compute_seconds", op_total - wait),
     };
-    return put_facts(f, facts, sizeof facts / sizeof *facts, true, err);
+    enum { N_FACTS = sizeof facts / sizeof *facts };
+    for (size_t i = as_json ? N_FACTS : SHOWN; i < N_FACTS; i++) json_decref(facts[i].value);
+    if (!as_json) fprintf(f, "\nper tier and phase\n");
+    return put_facts(f, facts, as_json ? N_FACTS : SHOWN, as_json, err);
 }
 
 /* === 3. The model behind a command ============================================================ */
@@ -507,10 +492,10 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
 static int model_finish(model *m, const args *a, int rc, dsv4_err *err) {
     status_clear(&m->status);
     rc = out_close(&m->out, rc, err);
-    if (rc == 0 && m->stats.f) rc = write_stats(m->stats.f, m->e, session_kv_stats(m->s), err);
+    if (rc == 0 && m->stats.f) rc = put_stats(m->stats.f, m->e, session_kv_stats(m->s), true, err);
     rc = out_close(&m->stats, rc, err);
     if (rc == 0 && m->s && !a->quiet) {
-        print_tiers(m->e);
+        rc = put_stats(stderr, m->e, session_kv_stats(m->s), false, err);
         if (engine_note(m->e) && engine_note(m->e) != m->note)
             fprintf(stderr, "note: %s\n", engine_note(m->e));     /* it came up during the work */
     }
@@ -996,10 +981,10 @@ static int chat_command(chat *c, char *line, dsv4_err *err) {
     case C_SAVE: return chat_save(c, words, err);
     case C_LOAD: return chat_load(c, words, err);
     case C_STATS:
-        print_tiers(c->m->e);
+        rc = put_stats(stderr, c->m->e, session_kv_stats(c->m->s), false, err);
         fprintf(stderr, "context: %lld of %lld tokens\n", (long long)session_pos(c->m->s),
                 (long long)context_of(c->a, &c->m->cfg));
-        return 0;
+        return rc;
     case C_HELP:
         for (int i = 0; i < C_N; i++)
             fprintf(stderr, "  %-8s %-14s %s\n", chat_commands[i].name, chat_commands[i].usage,
