@@ -470,8 +470,6 @@ static int model_start(model *m, const args *a, int64_t n_prompt, int64_t ctx, d
     if (o.kv_dir && !a->no_cache && park_open(&m->park, o.kv_dir, a->kv_disk, err))
         fprintf(stderr, "note: no context is reused or parked: %s\n", err->msg);
     o.park = m->park;
-    m->status.on = !a->quiet;
-    m->status.bar = on_terminal();
     if (n_prompt > o.ctx)
         return fail(err, "the text has %lld tokens and --ctx %lld is a smaller context; raise it",
                     (long long)n_prompt, (long long)o.ctx);
@@ -1089,11 +1087,10 @@ static int cmd_chat(model *m, const args *a, dsv4_err *err) {
 /* The header of a NumPy file, version 1.0: float32, C order, shape [n, vocab]. */
 static void npy_header(FILE *f, int64_t n, int vocab) {
     char dict[118];
-    int len = snprintf(dict, sizeof dict,
-                       "{'descr': '<f4', 'fortran_order': False, 'shape': (%lld, %d), }",
-                       (long long)n, vocab);
+    snprintf(dict, sizeof dict, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lld, %d), }",
+             (long long)n, vocab);
     fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, f);
-    fprintf(f, "%s%*s\n", dict, (int)sizeof dict - 1 - len, "");
+    fprintf(f, "%-117s\n", dict);
 }
 
 static int cmd_eval(model *m, const args *a, dsv4_err *err) {
@@ -1278,8 +1275,6 @@ static int check_hash(model *m, const args *a, dsv4_err *err) {
     if (!model_path(record, "hash", *a->operand))
         return fail(err, "nowhere to remember hashes: set HOME or XDG_CACHE_HOME");
     if (a->json) m->hashes = json_array();
-    m->status.on = !a->quiet;
-    m->status.bar = on_terminal();
     status_begin(&m->status, "hashing", 0, 0);
     if (ckpt_hash(m->ck, record, on_hash_line, on_progress, m, &n_changed, err)) return -1;
     if (n_changed == 0) return 0;
@@ -1654,12 +1649,20 @@ static int cmd_sessions(model *m, const args *a, dsv4_err *err) {
 
 /* === 12. bench ================================================================================ */
 
-/* Decode n tokens drawn evenly, one by one, and compare with what the machine reaches: the disk
+/* Decode tokens drawn evenly, one by one, and compare with what the machine reaches: the disk
  * alone, and the dense weights and the longer of experts and disk. */
-static int bench_decode(model *m, const args *a, dsv4_err *err) {
+static int cmd_bench(model *m, const args *a, dsv4_err *err) {
+    uint64_t draw = a->seed;
+    m->measure_s = 4;
+    if (model_open_files(m, a->model, false, err)) return -1;
+    for (int64_t i = 0; i < BENCH_PROMPT; i++)
+        if (ids_push(&m->ids, (int32_t)(i * 7919 % m->cfg.vocab_size), err)) return -1;
+    if ((a->trace && out_open(&m->out, a->trace, err)) ||
+        model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err) ||
+        feed(m, 0, BENCH_PROMPT, false, err)) return -1;
+    m->status.on = false;
     const dsv4_stats *s = engine_stats(m->e), was = *s;
     const offload_stats *o = engine_offload_stats(m->e), read = *o;
-    uint64_t draw = a->seed;
     for (int64_t i = 0; i < a->n_bench; i++) {
         draw = draw * 6364136223846793005u + 1442695040888963407u;
         int32_t id = (int32_t)((draw >> 33) % (uint64_t)m->cfg.vocab_size);
@@ -1677,19 +1680,6 @@ static int bench_decode(model *m, const args *a, dsv4_err *err) {
         R("decode.tokens_s", n / all), R("decode.bound", n / most), R("decode.ratio", most / all),
     };
     return put_facts(stdout, facts, sizeof facts / sizeof *facts, false, err);
-}
-
-static int cmd_bench(model *m, const args *a, dsv4_err *err) {
-    if (model_open_files(m, a->model, false, err)) return -1;
-    for (int64_t i = 0; i < BENCH_PROMPT; i++)
-        if (ids_push(&m->ids, (int32_t)(i * 7919 % m->cfg.vocab_size), err)) return -1;
-    m->measure_s = 4;
-    if ((a->trace && out_open(&m->out, a->trace, err)) ||
-        model_start(m, a, BENCH_PROMPT, BENCH_PROMPT + a->n_bench, err) ||
-        feed(m, 0, BENCH_PROMPT, false, err))
-        return -1;
-    m->status.on = false;
-    return bench_decode(m, a, err);
 }
 
 /* === 13. Flags, help, main ==================================================================== */
@@ -1947,6 +1937,8 @@ int main(int argc, char **argv) {
         return EXIT_USAGE;
     }
     int rc = 0;
+    m.status.on = !a.quiet;
+    m.status.bar = on_terminal();
     if (c->bit == VERSION) printf("dsv4 %s\n", DSV4_VERSION);
     else if (c->bit == HELP) rc = cmd_help(&a, &err);
 #ifdef __x86_64__                  /* what kernels.c is built for                               */

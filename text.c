@@ -205,6 +205,7 @@ struct tok {
                                       with "normalized" false in the whole text (pass 0), then
                                       for the others in what is left (pass 1)                   */
     bool starts[2][256];           /* an added token of this pass starts with this byte         */
+    bool lengths[MAX_ADDED_BYTES + 1]; /* an added token has so many bytes                      */
     pcre2_code *split[N_PATTERNS]; /* in order, then NULL; compiled code is only read           */
 };
 
@@ -458,7 +459,7 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
         s = memcpy(t->bytes + t->n_bytes, s, n);
         place(t, id, n);
         t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
-        t->starts[pass][(unsigned char)*s] = true;
+        t->starts[pass][(unsigned char)*s] = t->lengths[n] = true;
     }
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
     return 0;
@@ -669,24 +670,13 @@ static int cut_regex(encoder *e, int i, const char *s, size_t len) {
     return 0;
 }
 
-/* The longest added token of this pass that the text starts with, or NULL.  In order of bytes it
- * stands before the text, and what stands between them begins with it too: so where the nearest
- * one is not it, no more of the text matters than that one has in common with it. */
+/* The longest added token of this pass that the text starts with, or NULL. */
 static const named *longest_added(const tok *t, int pass, const char *s, size_t len) {
     named text = {.s = s, .len = len < MAX_ADDED_BYTES ? (uint32_t)len : MAX_ADDED_BYTES};
-    size_t hi = t->n_added;
-    while (text.len > 0) {
-        for (size_t lo = 0; lo < hi;) {
-            size_t mid = lo + (hi - lo) / 2;
-            if (by_bytes(&t->added[mid], &text) <= 0) lo = mid + 1;
-            else hi = mid;
-        }
-        if (hi == 0) break;
-        const named *nearest = &t->added[--hi];
-        uint32_t same = 0;
-        while (same < nearest->len && same < text.len && nearest->s[same] == s[same]) same++;
-        if (same == nearest->len && nearest->pass == pass) return nearest;
-        text.len = same == nearest->len ? same - 1 : same;
+    for (; text.len > 0; text.len--) {
+        const named *found = !t->lengths[text.len] ? NULL
+            : bsearch(&text, t->added, t->n_added, sizeof text, by_bytes);
+        if (found && found->pass == pass) return found;
     }
     return NULL;
 }
