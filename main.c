@@ -684,8 +684,8 @@ static int answer_room(const args *a, int64_t ctx, size_t n_prompt, int64_t *n, 
     int64_t room = ctx - (int64_t)n_prompt;
     *n = a->n_answer < room ? a->n_answer : room;
     if (room > 0) return 0;
-    return fail(err, "the prompt has %zu tokens and the context holds %lld with the answer; raise "
-                "--ctx, or shorten the prompt (/clear in a chat)", n_prompt, (long long)ctx);
+    return fail(err, "the prompt has %zu tokens and the context holds %lld: raise --ctx, or "
+                "shorten it (/clear in a chat)", n_prompt, (long long)ctx);
 }
 
 /* Flags over generation_config.json over plain sampling. */

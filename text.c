@@ -1485,13 +1485,14 @@ static int put_html(buffer *out, const buffer *html, dsv4_err *err) {
 static int put_pdf(buffer *out, const buffer *pdf, dsv4_err *err) {
     char command[128];
     int fd = memfd_create("dsv4-pdf", 0);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb"), *in = NULL;
+    bool written = fd >= 0 && write(fd, pdf->s, pdf->n) == (ssize_t)pdf->n;
     snprintf(command, sizeof command, "pdftotext -q -enc UTF-8 /proc/self/fd/%d - 2>/dev/null", fd);
-    if (f && fwrite(pdf->s, 1, pdf->n, f) == pdf->n && !fflush(f)) in = popen(command, "re");
+    FILE *in = written ? popen(command, "re") : NULL;
+    if (!in) fail(err, "run pdftotext: %s", strerror(errno));
     if (in) read_stream(out, in, DOC_BYTES);
     int status = in ? pclose(in) : -1;
-    if (f) fclose(f);
-    if (!in) return fail(err, "run pdftotext: %s", strerror(errno));
+    if (fd >= 0) close(fd);
+    if (!in) return -1;
     if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
         return fail(err, "it is a PDF: install pdftotext (Debian: poppler-utils)");
     if (status) return fail(err, "pdftotext does not read it (status %d)", status);
@@ -1523,7 +1524,6 @@ static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_er
     if (!raw->n) return fail(err, "it is empty");
     if (starts_with(raw, "%PDF-")) {
         if (put_pdf(out, raw, err)) return -1;
-        if (out->n > DOC_BYTES) return fail(err, "its text has more than %d MB", DOC_BYTES >> 20);
         return tidy(out, err) ? fail(err, "there is no text in this PDF: a scan needs OCR first")
                               : 0;
     }
