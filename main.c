@@ -293,7 +293,6 @@ static size_text grouped(int64_t n) {
     return s;
 }
 
-/* What lives where. */
 static void print_plan(const dsv4_engine *e, int64_t ctx) {
     const dsv4_plan *p = engine_plan(e);
     fprintf(stderr,
@@ -316,7 +315,6 @@ typedef struct { const char *name; json_t *value; } fact;
 #define B(name, x) {name, json_boolean(x)}
 #define S(name, x) {name, json_string(x)}
 
-/* For people: a line. */
 static void print_fact(FILE *f, const char *name, const json_t *v) {
     const char *word = json_is_true(v) ? "yes" : json_is_false(v) ? "no" : json_string_value(v);
     double x = json_number_value(v);
@@ -386,8 +384,7 @@ static int put_stats(FILE *f, const dsv4_engine *e, const kv_stats *kv, bool as_
         N("kv_bytes.read", kv->read_bytes), N("kv_bytes.written", kv->written_bytes),
         N("kv_blocks.read", kv->blocks_read), N("kv_blocks.found", kv->blocks_hit),
         N("plan.kv", p->kv), N("plan.kv_least", p->kv_plan.least),
-        N("plan.kv_index", p->kv_plan.index), N("plan.kv_entries", p->kv_plan.entries),
-        N("plan.dense", p->dense), N("plan.buffers", p->work), N("plan.slots", p->n_slots),
+        N("plan.kv_index", p->kv_plan.index), N("plan.slots", p->n_slots),
         N("plan.slot_bytes", p->slot_bytes), N("plan.span", p->span),
         B("plan.dense_streamed", p->streamed), R("io.expert_wait_seconds", s->expert_wait_s),
         R("io.kv_wait_seconds", kv->wait_s), R("io.compute_seconds", op_total - wait),
@@ -450,7 +447,6 @@ static void on_trace(void *arg, int64_t pos, int layer, const int32_t *experts, 
     fputc('\n', arg);
 }
 
-/* The directory for KV, or NULL. */
 static const char *kv_place(model *m, const args *a) {
     if (a->kv_dir) return a->kv_dir;
     return user_path(m->kv_dir, "XDG_CACHE_HOME", ".cache", "kv/") ? m->kv_dir : NULL;
@@ -526,7 +522,6 @@ static int request_add(json_t *request, const char *role, const buffer *text, ds
     return fail(err, "out of memory for the conversation");
 }
 
-/* Append its ids. */
 static int request_ids(model *m, const json_t *request, id_list *out, dsv4_err *err) {
     prompt p;
     if (prompt_build(&p, request, m->gen, err)) return -1;
@@ -536,7 +531,6 @@ static int request_ids(model *m, const json_t *request, id_list *out, dsv4_err *
     return rc;
 }
 
-/* Append the ids of one question. */
 static int question_ids(model *m, const args *a, const buffer *text, id_list *out, dsv4_err *err) {
     json_t *request = request_new(a);
     int rc = request_add(request, "user", text, err) || request_ids(m, request, out, err) ? -1 : 0;
@@ -620,7 +614,6 @@ typedef struct {                   /* one answer: from what the session holds to
     dsv4_err *err;
 } speaker;
 
-/* n 0: no more comes. */
 static void speak_content(speaker *sp, const char *s, size_t n) {
     size_t before = sp->content.n;
     stop_push(&sp->stop, s, n, &sp->content);
@@ -653,7 +646,6 @@ static int speak(speaker *sp, const char *s, size_t n) {
     return rc;
 }
 
-/* Sample until something ends it. */
 static int generate(speaker *sp, sampler *draw) {
     model *m = sp->m;
     loop_guard guard = {0};
@@ -1382,7 +1374,6 @@ static void put_after(buffer *b, const summary *s, int task, material on) {
     put_format(b, " %s\n", style[on == ON_PART ? FORM_TEXT : s->form]);
 }
 
-/* Append a document's text, each of its files between marks. */
 static int put_document(summary *s, const document *d, buffer *out, bool say, dsv4_err *err) {
     int rc = 0;
     for (int i = 0; i < d->n_files && rc == 0; i++) {
@@ -1422,7 +1413,6 @@ static int survey_documents(summary *s, dsv4_err *err) {
     return 0;
 }
 
-/* A table of what it will take. */
 static void print_tasks(const summary *s) {
     double n_words = s->n_tasks * 1.5 * s->words;
     fprintf(stderr, "\n%-32s %11s %6s %6s %10s %10s\n", "document", "tokens", "parts", "spans",
@@ -1504,7 +1494,6 @@ static json_t *summary_json(const buffer *said, bool object) {
     return object && json_is_string(v) ? json_pack("{s:o}", "summary", v) : v;
 }
 
-/* The document as one JSON object. */
 static int write_document(const summary *s, const buffer *said, double seconds, dsv4_err *err) {
     const document *d = s->at;
     bool ask = s->a.ask.n > 0;
@@ -1788,7 +1777,7 @@ static const command commands[] = {
     {"sessions", "list | verify | rm NAME [--kv-dir DIR]", "look after parked context", SESSIONS,
      cmd_sessions, 2, "list, verify, or rm and a name"},
     {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
-     "measure decode against memory, processor and disk", BENCH, cmd_bench, 0, NULL},
+     "measure decode against the disk, and against what must be computed", BENCH, cmd_bench, 0, NULL},
     {"version", "", "print the version", VERSION, NULL, 0, NULL},
     {"help", "[COMMAND]", "print this, or a command's flags", HELP, NULL, 1, NULL},
 };

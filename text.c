@@ -465,7 +465,6 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
     return 0;
 }
 
-/* Step i, which cuts by a regex. */
 static int read_split(tok *t, const json_t *step, size_t i, dsv4_err *err) {
     const char *regex = text_at(json_object_get(step, "pattern"), "Regex");
     buffer text = {0};
@@ -721,7 +720,6 @@ int ids_push(id_list *l, int32_t id, dsv4_err *err) {
     return 0;
 }
 
-/* Encode e->text, len bytes. */
 static int encode(encoder *e, size_t len) {
     buffer repaired = {0};
     size_t before = e->ids->n;
