@@ -1207,10 +1207,8 @@ static bound prefill_bound(const model *m, double n) {
 
 static void warn_of_disk(const disk_info *d, double gb_s) {
     bool rotating = d->rotating && gb_s < 0.3; /* virtual disks say so too, but none is faster */
-    const char *what = d->network     ? "a network file system"
-                       : d->fuse      ? "a FUSE file system"
-                       : rotating     ? "a rotating disk"
-                       : d->sata      ? "on SATA"
+    const char *what = d->network ? "a network file system" : d->fuse ? "a FUSE file system"
+                       : rotating ? "a rotating disk" : d->sata ? "on SATA"
                        : d->encrypted ? "encrypted" : NULL;
     if (what)
         fprintf(stderr, "warning: %s is %s, %.2f GB/s: a plain local NVMe drive may be faster\n",
@@ -1777,7 +1775,7 @@ static const command commands[] = {
     {"sessions", "list | verify | rm NAME [--kv-dir DIR]", "look after parked context", SESSIONS,
      cmd_sessions, 2, "list, verify, or rm and a name"},
     {"bench", "-m DIR [--ram SIZE] [--tokens N] [--trace FILE]",
-     "measure decode against the disk, and against what must be computed", BENCH, cmd_bench, 0, NULL},
+     "measure decode and reads against their bounds", BENCH, cmd_bench, 0, NULL},
     {"version", "", "print the version", VERSION, NULL, 0, NULL},
     {"help", "[COMMAND]", "print this, or a command's flags", HELP, NULL, 1, NULL},
 };

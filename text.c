@@ -54,7 +54,6 @@ enum {
     MAX_IDS = 1 << 21,             /* V4 has 129,280                                            */
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
     MAX_TEXT_BYTES = 1 << 28,      /* so that 4 times a repaired text's places fit 32 bits      */
-    MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                   */
     N_PATTERNS = 3,                /* that V4 cuts text by                                      */
 };
 
@@ -220,17 +219,14 @@ void tok_close(tok *t) {
     free(t);
 }
 
-/* The slot of a pair, or the empty one where it belongs; NULL after too many probes, which only a
- * file made to collide needs.  This is the innermost look-up of encoding: ids are small, so one
- * multiplication (by 2^64 over the golden ratio) spreads them well enough. */
+/* The slot of a pair, or the empty one where it belongs.  This is the innermost look-up of
+ * encoding: ids are small, so one multiplication (by 2^64 over the golden ratio) spreads them. */
 static merge_slot *merge_find(const tok *t, uint32_t left, uint32_t right) {
-    uint64_t key = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
-    uint32_t at = (uint32_t)(key >> 32);
-    for (int i = 0; i < MAX_PROBES; i++, at++) {
+    uint32_t at = (uint32_t)(((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u >> 32);
+    for (;; at++) {
         merge_slot *slot = &t->slots[at & t->slot_mask];
         if (slot->rank == NO_RANK || (slot->left == left && slot->right == right)) return slot;
     }
-    return NULL;
 }
 
 /* For qsort and bsearch: in order of bytes, a prefix before what it begins. */
@@ -422,8 +418,7 @@ static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
         if (l < 0 || r < 0 || t->merged[i] < 0)
             return refuse("model.merges: not in vocab, in parts or whole:", v, err);
         merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)r);
-        if (!slot || slot->rank != NO_RANK)
-            return refuse("model.merges: a pair that comes twice, or collides with many:", v, err);
+        if (slot->rank != NO_RANK) return refuse("model.merges: a pair that comes twice:", v, err);
         *slot = (merge_slot){(uint32_t)l, (uint32_t)r, (uint32_t)i};
     }
     return 0;
@@ -608,9 +603,8 @@ static uint64_t heap_pop(encoder *e) {
 /* Look up the pair of symbol i and the next one; if it has a rank, into the heap with it. */
 static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
     symbol *s = &e->sym[i];
-    const merge_slot *slot = NULL;
-    if (s->next != n) slot = merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id);
-    s->rank = slot ? slot->rank : NO_RANK;
+    s->rank = s->next == n ? NO_RANK
+              : merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id)->rank;
     if (s->rank != NO_RANK) heap_push(e, (uint64_t)s->rank << 32 | i);
 }
 
@@ -1506,8 +1500,7 @@ static int tidy(buffer *b, dsv4_err *err) {
     size_t n = 0, words = 0;
     for (size_t i = 0; i < b->n; i++) {
         char c = b->s[i];
-        if (!c) return fail(err, "byte %zu is a NUL: it is no text (UTF-16 needs its byte order "
-                            "mark)", i);
+        if (!c) return fail(err, "byte %zu is a NUL: no text, or UTF-16 without its mark", i);
         if (c == '\r' && i + 1 < b->n && b->s[i + 1] == '\n') continue;
         words += !isspace((unsigned char)c);
         b->s[n++] = c;
