@@ -860,7 +860,6 @@ static int editor_open(chat *c, dsv4_err *err) {
     c->history = history_init();
     if (!c->el || !c->history) return fail(err, "the line editor does not start on this terminal");
     history(c->history, &ev, H_SETSIZE, HISTORY_LINES);
-    history(c->history, &ev, H_SETUNIQUE, 1);
     (void)user_path(c->past, "XDG_STATE_HOME", ".local/state", "chat_history");
     history(c->history, &ev, H_LOAD, c->past);
     el_set(c->el, EL_CLIENTDATA, c);
@@ -1141,19 +1140,20 @@ static int cmd_tokenize(model *m, const args *a, dsv4_err *err) {
 
 /* === 9. plan, check =========================================================================== */
 
-static void on_survey_line(void *arg, const char *line) {
-    (void)arg;
+static void on_survey_line(void *first, const char *line) {
     fprintf(stderr, "%s\n", line);
+    if (!*(char *)first) snprintf(first, MAX_NAME, "%s", line);
 }
 
 /* Open a directory to tell about it; of a download that is not done, how far each shard is. */
 static int model_survey(model *m, const char *dir, dsv4_err *err) {
     dsv4_err survey;
+    char first[MAX_NAME] = "";
     if (config_load(&m->cfg, dir, err)) return -1;
     if (ckpt_open(&m->ck, dir, err) == 0) return weights_bind(&m->w, m->ck, &m->cfg, err);
-    int n = ckpt_survey(dir, on_survey_line, NULL, &survey);
-    return n > 0 ? fail(err, "%s: %d shard%s missing or cut short; resume the download", dir, n,
-                        n > 1 ? "s are" : " is") : -1;
+    int n = ckpt_survey(dir, on_survey_line, first, &survey);
+    return n > 0 ? fail(err, "%s: %d shard%s missing or cut short, the first %s; resume the "
+                        "download", dir, n, n > 1 ? "s are" : " is", first) : -1;
 }
 
 typedef struct {                   /* what bounds a phase: seconds of each resource             */
@@ -1242,9 +1242,7 @@ static int cmd_plan(model *m, const args *a, dsv4_err *err) {
         N("slot_bytes", p->slot_bytes), N("experts", weights_count(m->w).experts),
         N("token_bytes", p->token_dense + p->token_experts), N("n_slots", p->n_slots),
         N("n_experts", p->n_experts_total), N("span", p->span), S("disk.fs", d.fs),
-        S("disk.device", d.device), B("disk.rotating", d.rotating), B("disk.sata", d.sata),
-        B("disk.network", d.network), B("disk.fuse", d.fuse), B("disk.encrypted", d.encrypted),
-        R("measured.memory_bytes_s", r->exec.read_bytes_s),
+        S("disk.device", d.device), R("measured.memory_bytes_s", r->exec.read_bytes_s),
         R("measured.processor_macs_s", r->exec.macs_s), R("measured.disk_bytes_s", r->disk_bytes_s),
         BOUND("decode", decode), BOUND("prefill", prefill),
     };

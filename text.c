@@ -460,34 +460,31 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
     return 0;
 }
 
-static int read_split(tok *t, const json_t *step, size_t i, dsv4_err *err) {
-    const char *regex = text_at(json_object_get(step, "pattern"), "Regex");
-    buffer text = {0};
-    int known = 0, code;
-    size_t at;
-    while (known < N_PATTERNS && strcmp(regex, patterns[known])) known++;
-    if (known == N_PATTERNS || i == N_PATTERNS || !is_type(step, "Split") ||
-        strcmp(text_at(step, "behavior"), "Isolated") || !is_off(json_object_get(step, "invert")))
-        return refuse("pre_tokenizer: another step than V4's:", step, err);
-    put_pattern(&text, regex);
-    if (!text.failed)
-        t->split[i] = pcre2_compile((PCRE2_SPTR)text.s, text.n, PCRE2_UTF, &code, &at, NULL);
-    free(text.s);
-    if (!t->split[i]) return oom(err);
-    pcre2_jit_compile(t->split[i], PCRE2_JIT_COMPLETE); /* where it fails, it is interpreted */
-    return 0;
-}
-
-/* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone.  What that does to text, bytes
- * to GPT-2's alphabet, is undone in the tables; its settings are true where they are absent. */
+/* Splits by V4's patterns in a Sequence that ends in ByteLevel, or ByteLevel alone.  What that
+ * does to text, bytes to GPT-2's alphabet, is undone in the tables; its settings are true where
+ * they are absent. */
 static int read_pre_tokenizer(tok *t, const json_t *root, dsv4_err *err) {
     const json_t *step = json_object_get(root, "pre_tokenizer");
     const json_t *steps = json_object_get(step, "pretokenizers");
-    size_t n = is_type(step, "Sequence") ? json_array_size(steps) : 0;
-    for (size_t i = 0; i < n; i++) {
-        step = json_array_get(steps, i);
-        if (i + 1 < n && read_split(t, step, i, err)) return -1;
+    size_t n = is_type(step, "Sequence") ? json_array_size(steps) : 0, at;
+    for (size_t i = 0; i + 1 < n; i++) {
+        const char *regex = text_at(json_object_get(step = json_array_get(steps, i), "pattern"),
+                                    "Regex");
+        buffer text = {0};
+        int known = 0, code;
+        while (known < N_PATTERNS && strcmp(regex, patterns[known])) known++;
+        if (known == N_PATTERNS || i == N_PATTERNS || !is_type(step, "Split") ||
+            strcmp(text_at(step, "behavior"), "Isolated") ||
+            !is_off(json_object_get(step, "invert")))
+            return refuse("pre_tokenizer: another step than V4's:", step, err);
+        put_pattern(&text, regex);
+        if (!text.failed)
+            t->split[i] = pcre2_compile((PCRE2_SPTR)text.s, text.n, PCRE2_UTF, &code, &at, NULL);
+        free(text.s);
+        if (!t->split[i]) return oom(err);
+        pcre2_jit_compile(t->split[i], PCRE2_JIT_COMPLETE); /* where it fails, it is interpreted */
     }
+    if (n) step = json_array_get(steps, n - 1);
     if (is_type(step, "ByteLevel") && json_is_false(json_object_get(step, "use_regex")) &&
         json_is_false(json_object_get(step, "add_prefix_space"))) return 0;
     return refuse("pre_tokenizer: another end than V4's ByteLevel:", step, err);
