@@ -899,13 +899,9 @@ static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
 
 static int attach_file(chat *c, const char *path, dsv4_err *err) {
     buffer t = {0};
-    id_list ids = {0};
-    int rc = read_text(&t, path, err) || tok_encode(c->m->tok, t.s, t.n, false, &ids, err) ? -1 : 0;
-    if (rc == 0) {
-        put_file(&c->attached, path, &t);
-        fprintf(stderr, "%s: %zu tokens, goes with your next message\n", path, ids.n);
-    }
-    free(ids.id);
+    int rc = read_text(&t, path, err);
+    if (rc == 0) put_file(&c->attached, path, &t);
+    if (rc == 0) fprintf(stderr, "%s: %zu bytes, goes with your next message\n", path, t.n);
     free(t.s);
     return rc;
 }
