@@ -315,14 +315,6 @@ typedef struct { const char *name; json_t *value; } fact;
 #define B(name, x) {name, json_boolean(x)}
 #define S(name, x) {name, json_string(x)}
 
-static void print_fact(FILE *f, const char *name, const json_t *v) {
-    const char *word = json_is_true(v) ? "yes" : json_is_false(v) ? "no" : json_string_value(v);
-    double x = json_number_value(v);
-    if (!json_is_number(v)) fprintf(f, "%-28s %s\n", name, word ? word : "");
-    else if (x < 1000) fprintf(f, "%-28s %.4g\n", name, x);
-    else fprintf(f, "%-28s %s\n", name, grouped((int64_t)x).text);
-}
-
 /* Facts, which are used up, as one JSON object or a line each; whoever closes f sees what was not
  * written. */
 static int put_facts(FILE *f, const fact *facts, size_t n, bool as_json, dsv4_err *err) {
@@ -330,8 +322,13 @@ static int put_facts(FILE *f, const fact *facts, size_t n, bool as_json, dsv4_er
     int rc = 0;
     for (size_t i = 0; i < n; i++) {
         const char *name = facts[i].name, *dot = strchr(name, '.');
+        const json_t *v = facts[i].value;
+        const char *word = json_is_true(v) ? "yes" : json_is_false(v) ? "no" : json_string_value(v);
+        double x = json_number_value(v);
         char group[32];
-        if (!as_json) print_fact(f, name, facts[i].value);
+        if (!as_json && !json_is_number(v)) fprintf(f, "%-28s %s\n", name, word ? word : "");
+        else if (!as_json && x < 1000) fprintf(f, "%-28s %.4g\n", name, x);
+        else if (!as_json) fprintf(f, "%-28s %s\n", name, grouped((int64_t)x).text);
         snprintf(group, sizeof group, "%.*s", dot ? (int)(dot - name) : 0, name);
         json_t *in = dot ? json_object_get(root, group) : root;
         if (!in) rc |= json_object_set_new(root, group, in = json_object());
@@ -680,21 +677,9 @@ static int answer_room(const args *a, int64_t ctx, size_t n_prompt, int64_t *n, 
                 "shorten it (/clear in a chat)", n_prompt, (long long)ctx);
 }
 
-/* Flags over generation_config.json over plain sampling. */
-static int sampling_of(const args *a, sample_opts *o, dsv4_err *err) {
-    if (config_sampling(o, a->model, err)) return -1;
-    if (a->temp >= 0) o->temperature = (float)a->temp;
-    if (a->top_p >= 0) o->top_p = (float)a->top_p;
-    if (a->min_p >= 0) o->min_p = (float)a->min_p;
-    if (a->penalty >= 0) o->repetition_penalty = (float)a->penalty;
-    if (a->top_k >= 0) o->top_k = a->top_k > INT32_MAX ? INT32_MAX : (int)a->top_k;
-    o->seed = a->seed;
-    return 0;
-}
-
 static int speak_answer(speaker *sp) {
     const args *a = sp->a;
-    sample_opts o;
+    sample_opts o = {0};
     sampler *draw = NULL;
     bool shown = sp->m->status.on;
     int64_t pos = session_pos(sp->m->s);
@@ -703,7 +688,13 @@ static int speak_answer(speaker *sp) {
     sp->stop = (stop_filter){.words = a->stop.word, .n_words = a->stop.n};
     sp->show_thoughts = sp->to && !a->quiet && isatty(STDERR_FILENO);
     sp->dim = on_terminal() && !getenv("NO_COLOR");
-    int rc = sampling_of(a, &o, sp->err);
+    int rc = config_sampling(&o, a->model, sp->err);
+    if (a->temp >= 0) o.temperature = (float)a->temp;  /* flags win */
+    if (a->top_p >= 0) o.top_p = (float)a->top_p;
+    if (a->min_p >= 0) o.min_p = (float)a->min_p;
+    if (a->penalty >= 0) o.repetition_penalty = (float)a->penalty;
+    if (a->top_k >= 0) o.top_k = (int)a->top_k;
+    o.seed = a->seed;
     if (rc == 0) rc = sampler_open(&draw, &o, sp->m->cfg.vocab_size, sp->err);
     if (rc == 0 && !a->raw && !a->ids)
         rc = answer_open(&sp->parser, sp->m->think, on_piece, sp, sp->err);
@@ -1071,21 +1062,17 @@ static int cmd_chat(model *m, const args *a, dsv4_err *err) {
 
 /* === 7. eval ================================================================================== */
 
-/* The header of a NumPy file, version 1.0: float32, C order, shape [n, vocab]. */
-static void npy_header(FILE *f, int64_t n, int vocab) {
-    char dict[118];
-    snprintf(dict, sizeof dict, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lld, %d), }",
-             (long long)n, vocab);
-    fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, f);
-    fprintf(f, "%-117s\n", dict);
-}
-
 static int cmd_eval(model *m, const args *a, dsv4_err *err) {
     if (model_open_files(m, a->model, !a->ids, err) || prompt_ids(m, a, true, err)) return -1;
     int64_t n = (int64_t)m->ids.n, decode_from = a->decode_from < n ? a->decode_from : n;
     if (model_start(m, a, n, n, err) || (a->logits && out_open(&m->out, a->logits, err)))
         return -1;
-    if (m->out.f) npy_header(m->out.f, n, m->cfg.vocab_size);
+    if (m->out.f) {                /* a NumPy file, version 1.0: a header of 118 bytes          */
+        fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, m->out.f);
+        int used = fprintf(m->out.f, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lld, "
+                           "%d)}", (long long)n, m->cfg.vocab_size);
+        fprintf(m->out.f, "%*s\n", 117 - used, "");
+    }
     if (feed(m, 0, (size_t)decode_from, true, err)) return -1;
     double nll = n > 1 ? m->nll / (double)(n - 1) : 0;
     printf("tokens %zu  nll %.6f  perplexity %.4f\n", m->ids.n, nll, exp(nll));

@@ -339,21 +339,17 @@ static int32_t id_of(const json_t *v) {
     return id >= 0 && id < MAX_IDS ? (int32_t)id : -1;
 }
 
-/* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
- * other 68 in order (00 to 20, 7f to a0, ad).  -1 for a character that is not in it. */
-static int byte_of(int c) {
-    if (c < 0x100) return (c > ' ' && c < 0x7f) || (c > 0xa0 && c != 0xad) ? c : -1;
-    return c <= 0x120 ? c - 0x100 : c <= 0x142 ? c - 0x121 + 0x7f : c == 0x143 ? 0xad : -1;
-}
-
-/* Decodes s; returns its length, or 0 if a character is not in the alphabet. */
+/* Decode s from GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100
+ * up for the other 68 in order (00 to 20, 7f to a0, ad).  Its length; 0: there are others in it. */
 static size_t from_byte_level(char *out, const char *s) {
     size_t n = 0;
     for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
         int c = *p++;              /* jansson checked UTF-8; beyond 2 bytes all is foreign      */
         if (c >= 0x80) c = c < 0xe0 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : INT32_MAX;
-        if (byte_of(c) < 0) return 0;
-        out[n] = (char)byte_of(c);
+        if (c >= 0x100) c = c <= 0x120 ? c - 0x100 : c <= 0x142 ? c - 0xa2 : c == 0x143 ? 0xad : -1;
+        else if (c <= ' ' || (c >= 0x7f && c <= 0xa0) || c == 0xad) c = -1;
+        if (c < 0) return 0;
+        out[n] = (char)c;
     }
     return n;
 }
