@@ -339,8 +339,8 @@ static int32_t id_of(const json_t *v) {
     return id >= 0 && id < MAX_IDS ? (int32_t)id : -1;
 }
 
-/* Decode s from GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100
- * up for the other 68 in order (00 to 20, 7f to a0, ad).  Its length; 0: there are others in it. */
+/* Decode s from GPT-2's alphabet: printable Latin-1 characters stand for their own bytes, U+0100 up
+ * for the other 68 in order (00 to 20, 7f to a0, ad).  Its length; 0: there are others in it. */
 static size_t from_byte_level(char *out, const char *s) {
     size_t n = 0;
     for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
