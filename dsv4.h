@@ -608,6 +608,9 @@ void put_bytes(buffer *b, const char *s, size_t n);
 void put_text(buffer *b, const char *s);
 void put_format(buffer *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
+/* The place of a word among words like "low, high or max", or -1. */
+int choice(const char *words, const char *word);
+
 /* Append a file ("-": stdin), and behind it a 0 that out->n does not count.  Of one with more than
  * `most` bytes some more than that come. */
 int read_file(buffer *out, const char *path, size_t most, dsv4_err *err);

@@ -16,8 +16,7 @@
  * Invariants  1 a tok is never written after tok_parse: any number of threads may encode
  *             2 every one of the 256 bytes has an id, so no text is ever lost
  *             3 a regex only ever sees valid UTF-8, and only the piece it cuts
- *             4 time is near linear in the text, whatever the text and the file: merging
- *               is O(n log n) a word, and a regex that is too slow ends in an error
+ *             4 time is near linear in the text, whatever the text: merging is O(n log n) a word
  *             5 the JSON tree is gone when tok_parse returns
  *             6 no text of people or tools ever becomes a special token of a prompt
  *             7 an answer's pieces do not depend on how its bytes were handed over
@@ -27,7 +26,7 @@
  *             8 writing JSON   9 the prompt   10 the answer   11 documents
  * Not here    HTTP, and running tools
  */
-#define _GNU_SOURCE                /* vasprintf, the thread's CPU clock                         */
+#define _GNU_SOURCE                /* vasprintf, memmem, memfd_create                           */
 
 #include "dsv4.h"
 
@@ -42,8 +41,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -56,13 +53,8 @@ enum {
     MAX_JSON_BYTES = 16 << 20,     /* V4's file has 6.4 MB; jansson may need 80 times as much   */
     MAX_IDS = 1 << 21,             /* V4 has 129,280                                            */
     MAX_ADDED_BYTES = 256,         /* bounds a look-up at one place of a text                   */
-    MAX_SPLITS = 16,
-    MAX_PATTERN_BYTES = 4096,
     MAX_TEXT_BYTES = 1 << 28,      /* so that 4 times a repaired text's places fit 32 bits      */
-    MAX_PROBES = 256,              /* in the merge table; V4 needs 42 at most                   */
-    SEARCH_WINDOW = 256,           /* places in a text that one call of PCRE2 may try           */
-    CLOCK_BYTES = 4096,            /* of text between two looks at the clock                    */
-    REGEX_HEAP_KIB = 256 << 10,    /* for a pattern that nests too deep for the JIT's stack     */
+    N_PATTERNS = 3,                /* that V4 cuts text by                                      */
 };
 
 #define NO_RANK UINT32_MAX
@@ -173,6 +165,16 @@ int fail(dsv4_err *err, const char *fmt, ...) {
     return -1;
 }
 
+int choice(const char *words, const char *word) {
+    for (int i = 0; *words; i++) {
+        size_t n = strcspn(words, ", ");
+        if (strlen(word) == n && !memcmp(word, words, n)) return i;
+        words += n + strspn(words + n, ", ");
+        if (!strncmp(words, "or ", 3)) words += 3;
+    }
+    return -1;
+}
+
 static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer"); }
 
 /* === 2. The tables ============================================================================
@@ -180,11 +182,11 @@ static int oom(dsv4_err *err) { return fail(err, "out of memory in the tokenizer
 
 typedef struct { uint32_t at, len; } piece; /* of tok.bytes, what an id stands for; or len 0 */
 
-typedef struct {                   /* a string to be looked up in a sorted table                */
+typedef struct {                   /* an added token                                            */
     const char *s;                 /* in tok.bytes                                              */
     uint32_t len;
     int32_t id;
-    int pass;                      /* added tokens only: see tok.added                          */
+    int pass;                      /* see tok.added                                             */
 } named;
 
 typedef struct { uint32_t left, right, rank; } merge_slot; /* rank NO_RANK: empty               */
@@ -193,7 +195,7 @@ struct tok {
     int n_ids;
     piece *pieces;                 /* [n_ids]                                                   */
     char *bytes;                   /* [n_bytes] of all pieces                                   */
-    size_t n_bytes, n_added, n_words;
+    size_t n_bytes, n_added;
     int32_t byte_id[256];          /* where every word starts: no byte is without one           */
     merge_slot *slots;             /* [slot_mask + 1] open addressing, at most half full        */
     uint32_t slot_mask;
@@ -202,16 +204,13 @@ struct tok {
                                       with "normalized" false in the whole text (pass 0), then
                                       for the others in what is left (pass 1)                   */
     bool starts[2][256];           /* an added token of this pass starts with this byte         */
-    named *words;                  /* [n_words] the vocabulary in order of bytes, only where
-                                      "ignore_merges" looks whole words up first                */
-    pcre2_code *split[MAX_SPLITS]; /* [n_splits] in order; compiled code is only read           */
-    int n_splits;
+    bool lengths[MAX_ADDED_BYTES + 1]; /* an added token has so many bytes                      */
+    pcre2_code *split[N_PATTERNS]; /* in order, then NULL; compiled code is only read           */
 };
 
 void tok_close(tok *t) {
     if (!t) return;
-    for (int i = 0; i < t->n_splits; i++) pcre2_code_free(t->split[i]);
-    free(t->words);
+    for (int i = 0; i < N_PATTERNS; i++) pcre2_code_free(t->split[i]);
     free(t->added);
     free(t->merged);
     free(t->slots);
@@ -220,17 +219,14 @@ void tok_close(tok *t) {
     free(t);
 }
 
-/* The slot of a pair, or the empty one where it belongs; NULL after too many probes, which only a
- * file made to collide needs.  This is the innermost look-up of encoding: ids are small, so one
- * multiplication (by 2^64 over the golden ratio) spreads them well enough. */
+/* The slot of a pair, or the empty one where it belongs.  This is the innermost look-up of
+ * encoding: ids are small, so one multiplication (by 2^64 over the golden ratio) spreads them. */
 static merge_slot *merge_find(const tok *t, uint32_t left, uint32_t right) {
-    uint64_t key = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
-    uint32_t at = (uint32_t)(key >> 32);
-    for (int i = 0; i < MAX_PROBES; i++, at++) {
+    uint32_t at = (uint32_t)(((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u >> 32);
+    for (;; at++) {
         merge_slot *slot = &t->slots[at & t->slot_mask];
         if (slot->rank == NO_RANK || (slot->left == left && slot->right == right)) return slot;
     }
-    return NULL;
 }
 
 /* For qsort and bsearch: in order of bytes, a prefix before what it begins. */
@@ -241,21 +237,18 @@ static int by_bytes(const void *a, const void *b) {
 }
 
 /* === 3. Patterns ==============================================================================
- * `tokenizers` runs its regexes with Oniguruma, we with PCRE2.  Only what both read alike passes,
- * by being listed in a regex of regexes; the rest is refused.  Two things are rewritten:
+ * V4 cuts text by three regexes, and any other is refused: `tokenizers` runs them with Oniguruma,
+ * we with PCRE2, and what they do alike is known of these.  Two things are rewritten:
  *   \s       PCRE2's also takes U+180E: Oniguruma's 25 characters are written out;
  *   \p{L}    has the letters of the library's Unicode version.  Distributions ship PCRE2 with
  *            Unicode 14; what 15 and 16 added (some 10,000 characters, among them the pink heart
- *            emoji) is added to the class.  For a later PCRE2 the addition says nothing new. */
+ *            emoji) is added to the class.  For a later PCRE2 the addition says nothing new.
+ * Each runs in linear time: where one has gone over a run of characters, it matches there.       */
 
-static const char read_alike[] =
-    "(?: [^\\\\ \\[ ( { ]"                                              /* a character         */
-    "| \\\\ (?: [rnt[:punct:]] | [sS] | [pP] \\{ [LMNPSZ] \\} )"        /* an escape           */
-    "| \\( (?: \\? (?: [:=!>] | <[=!] ) | (?![?*]) )"                   /* a group             */
-    "| \\{ [0-9]+ (?: , [0-9]* )? \\} (?![+?])"  /* what {2}+ and {2}? mean differs            */
-    "| \\[ \\^?+ (?!\\]) (?: [^\\\\ \\[ \\] &] | &(?!&) | \\\\ [rnt[:punct:]]"
-    "        | (?<!-) \\\\ (?: s | p \\{ [LMNPSZ] \\} ) (?!-[^\\]])"    /* "a-\s" is no range  */
-    "    )++ \\] )*+";                           /* and no [^...] can stand within brackets    */
+static const char *const patterns[N_PATTERNS] = {
+    "\\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
+    "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"};
 
 static const char classes[] =      /* a letter, and its ranges up to the next letter            */
     "s9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000 "
@@ -273,36 +266,21 @@ static const char classes[] =      /* a letter, and its ranges up to the next le
     "1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f 1faad-1faaf "
     "1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 1fbcb-1fbef Z";
 
-/* How much of a pattern, from its start, do both libraries read alike? */
-static size_t alike(const char *pattern) {
-    int code;
-    size_t at;
-    pcre2_code *re = pcre2_compile((PCRE2_SPTR)read_alike, PCRE2_ZERO_TERMINATED,
-                                   PCRE2_ANCHORED | PCRE2_EXTENDED_MORE, &code, &at, NULL);
-    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
-    int rc = pcre2_match(re, (PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, 0, match, NULL);
-    at = rc < 0 ? 0 : pcre2_get_ovector_pointer(match)[1];
-    pcre2_match_data_free(match);
-    pcre2_code_free(re);
-    return at;
-}
-
-/* A pattern, all of which is read alike, as PCRE2 is to have it. */
+/* A pattern as PCRE2 is to have it. */
 static void put_pattern(buffer *out, const char *pattern) {
     bool in_brackets = false;
     size_t len;
     for (const char *s = pattern; *s; s += len) {
         char escaped = *s == '\\' ? s[1] : 0;
-        bool property = escaped == 'p' || escaped == 'P';
-        len = property ? strlen("\\p{L}") : escaped ? 2 : 1;
-        if (!property && escaped != 's' && escaped != 'S') {
+        len = escaped == 'p' ? strlen("\\p{L}") : escaped ? 2 : 1;
+        if (!escaped || !strchr("psS", escaped)) {
             in_brackets = *s == '[' || (in_brackets && *s != ']');
             put_bytes(out, s, len);
             continue;
         }
-        put_text(out, in_brackets ? "" : escaped == 'S' || escaped == 'P' ? "[^" : "[");
-        if (property) put_format(out, "\\p{%c}", s[3]);
-        const char *range = strchr(classes, property ? s[3] : 's') + 1;
+        put_text(out, in_brackets ? "" : escaped == 'S' ? "[^" : "[");
+        put_bytes(out, s, escaped == 'p' ? len : 0);
+        const char *range = strchr(classes, escaped == 'p' ? s[3] : 's') + 1;
         for (int n; (n = (int)strspn(range, "0123456789abcdef")) > 0; range += n + 1)
             put_format(out, "\\x{%.*s}%s", n, range, range[n] == '-' ? "-" : "");
         put_text(out, in_brackets ? "" : "]");
@@ -323,40 +301,36 @@ static bool is_off(const json_t *v) {
     return !v || json_is_null(v) || json_is_false(v) || (s && !*s);
 }
 
+/* "" where there is no text. */
 static const char *text_at(const json_t *v, const char *key) {
-    return json_string_value(json_object_get(v, key));
+    const char *text = json_string_value(json_object_get(v, key));
+    return text ? text : "";
 }
 
-/* The "type" of an object, to compare or to print. */
-static const char *type_of(const json_t *v) {
-    const char *type = text_at(v, "type");
-    return type ? type : "(no type)";
-}
+static bool is_type(const json_t *v, const char *type) { return !strcmp(text_at(v, "type"), type); }
 
-/* A setting of which we know one value, or (NULL) no other than off. */
-static int expect(const char *what, const json_t *in, const char *key, const char *wanted,
-                  dsv4_err *err) {
-    const json_t *value = json_object_get(in, key);
-    const char *text = json_string_value(value);
-    if (wanted ? text && strcmp(text, wanted) == 0 : is_off(value)) return 0;
-    return fail(err, "%s %.60s is not supported", what, text ? text : value ? "as set" : "(none)");
+/* Say what of the file is not known here, as far as there is room for it. */
+static int refuse(const char *what, const json_t *v, dsv4_err *err) {
+    char text[200] = "";
+    json_dumpb(v, text, sizeof text - 1, JSON_ENCODE_ANY);
+    return fail(err, "%s %s is not supported", what, *text ? text : "(none)");
 }
 
 /* The settings around the tables.  post_processor is left alone: it adds tokens that the prompt
  * format (M4) places itself. */
 static int check_settings(const json_t *root, const json_t *model, dsv4_err *err) {
-    const struct { const json_t *in; const char *name; } off[] = {
-        {root, "truncation"}, {root, "padding"}, {model, "dropout"}, {model, "byte_fallback"},
-        {model, "continuing_subword_prefix"}, {model, "end_of_word_suffix"}};
-    const json_t *normalizer = json_object_get(root, "normalizer");
+    static const char *const off[] = {"truncation", "padding", "dropout", "byte_fallback",
+        "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"};
+    const json_t *normalizer = json_object_get(root, "normalizer"), *v;
     const json_t *steps = json_object_get(normalizer, "normalizers");
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
-        if (expect(off[i].name, off[i].in, off[i].name, NULL, err)) return -1;
+        if (!is_off(v = json_object_get(i < 2 ? root : model, off[i])))
+            return refuse(off[i], v, err);
     if (!is_off(normalizer) && (!json_is_array(steps) || json_array_size(steps) > 0))
-        return fail(err, "normalizer %.60s is not supported",
-                    type_of(steps ? json_array_get(steps, 0) : normalizer));
-    return expect("model.type", model, "type", "BPE", err)
-           || expect("decoder.type", json_object_get(root, "decoder"), "type", "ByteLevel", err);
+        return refuse("normalizer", normalizer, err);
+    if (!is_type(model, "BPE")) return refuse("model.type", json_object_get(model, "type"), err);
+    v = json_object_get(root, "decoder");
+    return is_type(v, "ByteLevel") ? 0 : refuse("decoder", v, err);
 }
 
 /* An id of the file as a number, or -1. */
@@ -365,21 +339,17 @@ static int32_t id_of(const json_t *v) {
     return id >= 0 && id < MAX_IDS ? (int32_t)id : -1;
 }
 
-/* GPT-2's alphabet: the printable Latin-1 characters stand for their own bytes, U+0100 up for the
- * other 68 in order (00 to 20, 7f to a0, ad).  -1 for a character that is not in it. */
-static int byte_of(int c) {
-    if (c < 0x100) return (c > ' ' && c < 0x7f) || (c > 0xa0 && c != 0xad) ? c : -1;
-    return c <= 0x120 ? c - 0x100 : c <= 0x142 ? c - 0x121 + 0x7f : c == 0x143 ? 0xad : -1;
-}
-
-/* Decodes s; returns its length, or 0 if a character is not in the alphabet. */
+/* Decode s from GPT-2's alphabet: printable Latin-1 characters stand for their own bytes, U+0100 up
+ * for the other 68 in order (00 to 20, 7f to a0, ad).  Its length; 0: there are others in it. */
 static size_t from_byte_level(char *out, const char *s) {
     size_t n = 0;
     for (const unsigned char *p = (const unsigned char *)s; *p; n++) {
         int c = *p++;              /* jansson checked UTF-8; beyond 2 bytes all is foreign      */
         if (c >= 0x80) c = c < 0xe0 ? (c & 0x1f) << 6 | (*p++ & 0x3f) : INT32_MAX;
-        if (byte_of(c) < 0) return 0;
-        out[n] = (char)byte_of(c);
+        if (c >= 0x100) c = c <= 0x120 ? c - 0x100 : c <= 0x142 ? c - 0xa2 : c == 0x143 ? 0xad : -1;
+        else if (c <= ' ' || (c >= 0x7f && c <= 0xa0) || c == 0xad) c = -1;
+        if (c < 0) return 0;
+        out[n] = (char)c;
     }
     return n;
 }
@@ -395,31 +365,26 @@ static void place(tok *t, int32_t id, size_t n) {
  * merging bytes; they only stand for themselves.  There is room for any id and for all bytes of
  * the file: what is not written to costs no memory. */
 static int read_vocab(tok *t, const json_t *model, size_t file_len, dsv4_err *err) {
-    bool whole_words = !is_off(json_object_get(model, "ignore_merges"));
     json_t *vocab = json_object_get(model, "vocab"), *value;
     const char *key;
     if (!json_is_object(vocab)) return fail(err, "model.vocab is not an object");
     t->pieces = calloc(MAX_IDS, sizeof *t->pieces);
     t->bytes = malloc(file_len);
-    t->words = calloc(json_object_size(vocab) + 1, sizeof *t->words);
-    if (!t->pieces || !t->bytes || !t->words) return oom(err);
+    if (!t->pieces || !t->bytes) return oom(err);
     memset(t->byte_id, 0xff, sizeof t->byte_id); /* -1 */
     json_object_foreach(vocab, key, value) {
         int32_t id = id_of(value);
         char *s = t->bytes + t->n_bytes;
         size_t n = from_byte_level(s, key);
-        if (id < 0 || !*key)
-            return fail(err, "model.vocab \"%.60s\": empty, or id not in 0..%d", key, MAX_IDS - 1);
-        if (t->pieces[id].len)
-            return fail(err, "model.vocab \"%.60s\": id %d has another string too", key, id);
+        if (id < 0 || !*key || t->pieces[id].len)
+            return fail(err, "model.vocab \"%.60s\": empty, or its id is not in 0..%d or has "
+                        "another string too", key, MAX_IDS - 1);
         if (n == 1) t->byte_id[(unsigned char)*s] = id;
-        if (n > 0 && whole_words) t->words[t->n_words++] = (named){s, (uint32_t)n, id, 0};
         if (n == 0) memcpy(s, key, n = strlen(key));
         place(t, id, n);
     }
     for (int b = 0; b < 256; b++)
         if (t->byte_id[b] < 0) return fail(err, "model.vocab has no token for byte 0x%02x", b);
-    qsort(t->words, t->n_words, sizeof *t->words, by_bytes);
     return 0;
 }
 
@@ -440,21 +405,17 @@ static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
         const char *left = json_string_value(v), *right = left ? strchr(left, ' ') : NULL;
         if (right) n = (size_t)(right++ - left);
         else if (json_unpack(v, "[s%s!]", &left, &n, &right))
-            return fail(err, "model.merges[%zu] is no pair of strings", i);
+            return refuse("model.merges: no pair of strings:", v, err);
         memcpy(both, left, n);
         both[n] = 0;
-        int32_t l = id_of(json_object_get(vocab, both));
-        int32_t m = id_of(json_object_get(vocab, right));
-        if (l >= 0 && m >= 0) strcpy(both + n, right);
+        int32_t l = id_of(json_object_get(vocab, both)), r = id_of(json_object_get(vocab, right));
+        strcpy(both + n, right);
         t->merged[i] = id_of(json_object_get(vocab, both));
-        if (l < 0 || m < 0 || t->merged[i] < 0)
-            return fail(err, "model.merges[%zu]: \"%.60s\" is not in vocab", i,
-                        l >= 0 && m < 0 ? right : both);
-        merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)m);
-        if (!slot) return fail(err, "model.merges[%zu]: too many pairs collide", i);
-        if (slot->rank != NO_RANK)
-            return fail(err, "model.merges[%zu] is the same pair as [%u]", i, slot->rank);
-        *slot = (merge_slot){(uint32_t)l, (uint32_t)m, (uint32_t)i};
+        if (l < 0 || r < 0 || t->merged[i] < 0)
+            return refuse("model.merges: not in vocab, in parts or whole:", v, err);
+        merge_slot *slot = merge_find(t, (uint32_t)l, (uint32_t)r);
+        if (slot->rank != NO_RANK) return refuse("model.merges: a pair that comes twice:", v, err);
+        *slot = (merge_slot){(uint32_t)l, (uint32_t)r, (uint32_t)i};
     }
     return 0;
 }
@@ -463,7 +424,6 @@ static int read_merges(tok *t, const json_t *model, dsv4_err *err) {
 static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err *err) {
     json_t *added = json_object_get(root, "added_tokens"), *v, *id_value;
     json_t *vocab = json_object_get(model, "vocab");
-    json_error_t why;
     size_t i, n;
     if (!is_off(added) && !json_is_array(added)) return fail(err, "added_tokens is not an array");
     t->added = calloc(json_array_size(added) + 1, sizeof *t->added);
@@ -471,94 +431,59 @@ static int read_added(tok *t, const json_t *root, const json_t *model, dsv4_err 
     json_array_foreach(added, i, v) {
         const char *s;
         int lstrip = 0, rstrip = 0, single_word = 0, special = 0, normalized = -1;
-        if (json_unpack_ex(v, &why, 0, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n,
-                           "id", &id_value, "special", &special, "normalized", &normalized,
-                           "lstrip", &lstrip, "rstrip", &rstrip, "single_word", &single_word))
-            return fail(err, "added_tokens[%zu]: %s", i, why.text);
-        if (n == 0 || n > MAX_ADDED_BYTES)
-            return fail(err, "added_tokens[%zu]: %zu bytes, not 1 to %d", i, n, MAX_ADDED_BYTES);
-        if (lstrip || rstrip || single_word)
-            return fail(err, "added_tokens[%zu] sets lstrip, rstrip or single_word", i);
+        if (json_unpack(v, "{s:s%, s:o, s?b, s?b, s?b, s?b, s?b}", "content", &s, &n, "id",
+                        &id_value, "special", &special, "normalized", &normalized, "lstrip",
+                        &lstrip, "rstrip", &rstrip, "single_word", &single_word) ||
+            n == 0 || n > MAX_ADDED_BYTES || lstrip || rstrip || single_word)
+            return refuse("added_tokens: no content of 1 to 256 bytes, or one that takes what is "
+                          "around it:", v, err);
         int32_t id = id_of(id_value);
-        if (id < 0) return fail(err, "added_tokens[%zu]: id not in 0..%d", i, MAX_IDS - 1);
         /* It may stand in vocab too, but then as the same id for the same bytes. */
         const json_t *in_vocab = json_object_get(vocab, s);
-        const piece *known = &t->pieces[id];
-        if (known->len ? id_of(in_vocab) != id || known->len != n
-                             || memcmp(t->bytes + known->at, s, n) != 0
-                       : in_vocab != NULL)
-            return fail(err, "added_tokens[%zu]: id %d contradicts vocab or comes twice", i, id);
+        const piece known = id < 0 ? (piece){0, 0} : t->pieces[id];
+        bool same = id_of(in_vocab) == id && known.len == n && !memcmp(t->bytes + known.at, s, n);
+        if (id < 0 || !(known.len ? same : !in_vocab))
+            return refuse("added_tokens: an id that is none, contradicts vocab or comes twice:", v,
+                          err);
         if (json_object_set(vocab, s, v)) return oom(err); /* no id: refused if it comes again */
         int pass = normalized < 0 ? !special : normalized;
         s = memcpy(t->bytes + t->n_bytes, s, n);
         place(t, id, n);
         t->added[t->n_added++] = (named){s, (uint32_t)n, id, pass};
-        t->starts[pass][(unsigned char)*s] = true;
+        t->starts[pass][(unsigned char)*s] = t->lengths[n] = true;
     }
     qsort(t->added, t->n_added, sizeof *t->added, by_bytes);
     return 0;
 }
 
-/* Compile a pattern and append it to tok.split. */
-static int add_split(tok *t, const char *pattern, bool literal, dsv4_err *err) {
-    /* PCRE2's own start optimizations look for a first byte beyond the offset limit, to the end
-     * of the text: with cut_regex()'s windows that would be quadratic. */
-    uint32_t options = PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT | PCRE2_NO_START_OPTIMIZE;
-    uint32_t may_be_empty = 1;
-    size_t at = literal ? strlen(pattern) : alike(pattern);
-    buffer text = {0};
-    int code = 0;
-    if (t->n_splits == MAX_SPLITS) return fail(err, "pre_tokenizer has over %d splits", MAX_SPLITS);
-    if (strlen(pattern) > MAX_PATTERN_BYTES)
-        return fail(err, "a pattern of pre_tokenizer has over %d bytes", MAX_PATTERN_BYTES);
-    if (pattern[at])
-        return fail(err, "pre_tokenizer: pattern not supported from \"%.60s\"", pattern + at);
-    /* As Oniguruma has it: only \n ends a line, and ^ and $ match at every line end. */
-    options |= literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE;
-    put_text(&text, literal ? pattern : "(*LF)");
-    if (!literal) put_pattern(&text, pattern);
-    put_bytes(&text, "", 1);
-    pcre2_code *re = text.failed ? NULL : pcre2_compile((PCRE2_SPTR)text.s, PCRE2_ZERO_TERMINATED,
-                                                        options, &code, &at, NULL);
-    free(text.s);
-    if (text.failed) return oom(err);
-    if (!re) return fail(err, "pre_tokenizer: \"%.60s\": error %d of PCRE2", pattern, code);
-    t->split[t->n_splits++] = re;
-    pcre2_pattern_info(re, PCRE2_INFO_MATCHEMPTY, &may_be_empty);
-    if (may_be_empty) return fail(err, "pre_tokenizer: \"%.60s\" can match nothing", pattern);
-    pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* where it fails, the interpreter runs it */
-    return 0;
-}
-
-/* One step that cuts by a regex or a literal. */
-static int read_split(tok *t, const json_t *step, dsv4_err *err) {
-    const json_t *pattern = json_object_get(step, "pattern");
-    const char *regex = text_at(pattern, "Regex"), *literal = text_at(pattern, "String");
-    if (expect("pre_tokenizer: step", step, "type", "Split", err)
-        || expect("pre_tokenizer: Split's behavior", step, "behavior", "Isolated", err)
-        || expect("pre_tokenizer: Split's invert", step, "invert", NULL, err)) return -1;
-    if (!regex && !literal) return fail(err, "pre_tokenizer: Split without a pattern");
-    return add_split(t, regex ? regex : literal, !regex, err);
-}
-
-/* A Sequence of Splits that ends in ByteLevel, or ByteLevel alone.  What that does to text, bytes
- * to GPT-2's alphabet, is undone in the tables, so only its regex is left to do. */
+/* Splits by V4's patterns in a Sequence that ends in ByteLevel, or ByteLevel alone.  What that
+ * does to text, bytes to GPT-2's alphabet, is undone in the tables; its settings are true where
+ * they are absent. */
 static int read_pre_tokenizer(tok *t, const json_t *root, dsv4_err *err) {
-    /* The library's own pattern for "use_regex", which is true where it is absent. */
-    static const char gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"
-                               "|\\s+(?!\\S)|\\s+";
     const json_t *step = json_object_get(root, "pre_tokenizer");
     const json_t *steps = json_object_get(step, "pretokenizers");
-    size_t n = strcmp(type_of(step), "Sequence") == 0 ? json_array_size(steps) : 0;
-    for (size_t i = 0; i < n; i++) {
-        step = json_array_get(steps, i);
-        if (i + 1 < n && read_split(t, step, err)) return -1;
+    size_t n = is_type(step, "Sequence") ? json_array_size(steps) : 0, at;
+    for (size_t i = 0; i + 1 < n; i++) {
+        const char *regex = text_at(json_object_get(step = json_array_get(steps, i), "pattern"),
+                                    "Regex");
+        buffer text = {0};
+        int known = 0, code;
+        while (known < N_PATTERNS && strcmp(regex, patterns[known])) known++;
+        if (known == N_PATTERNS || i == N_PATTERNS || !is_type(step, "Split") ||
+            strcmp(text_at(step, "behavior"), "Isolated") ||
+            !is_off(json_object_get(step, "invert")))
+            return refuse("pre_tokenizer: another step than V4's:", step, err);
+        put_pattern(&text, regex);
+        if (!text.failed)
+            t->split[i] = pcre2_compile((PCRE2_SPTR)text.s, text.n, PCRE2_UTF, &code, &at, NULL);
+        free(text.s);
+        if (!t->split[i]) return oom(err);
+        pcre2_jit_compile(t->split[i], PCRE2_JIT_COMPLETE); /* where it fails, it is interpreted */
     }
-    if (strcmp(type_of(step), "ByteLevel") != 0)
-        return fail(err, "pre_tokenizer ends in %.60s, not in ByteLevel", type_of(step));
-    if (!json_is_false(json_object_get(step, "add_prefix_space")))
-        return fail(err, "pre_tokenizer: ByteLevel with add_prefix_space is not supported");
-    return json_is_false(json_object_get(step, "use_regex")) ? 0 : add_split(t, gpt2, false, err);
+    if (n) step = json_array_get(steps, n - 1);
+    if (is_type(step, "ByteLevel") && json_is_false(json_object_get(step, "use_regex")) &&
+        json_is_false(json_object_get(step, "add_prefix_space"))) return 0;
+    return refuse("pre_tokenizer: another end than V4's ByteLevel:", step, err);
 }
 
 int tok_parse(tok **out, const char *json, size_t len, const char *where, dsv4_err *err) {
@@ -646,8 +571,6 @@ typedef struct {                   /* one tok_encode                            
     size_t n_sym, n_heap;
     pcre2_match_data *match;
     pcre2_match_context *limits;
-    double deadline_s;             /* of this thread's CPU time                                 */
-    size_t unclocked;              /* bytes searched since the clock was looked at              */
     dsv4_err *err;
 } encoder;
 
@@ -673,19 +596,14 @@ static uint64_t heap_pop(encoder *e) {
 /* Look up the pair of symbol i and the next one; if it has a rank, into the heap with it. */
 static void offer_pair(encoder *e, uint32_t i, uint32_t n) {
     symbol *s = &e->sym[i];
-    const merge_slot *slot = NULL;
-    if (s->next != n) slot = merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id);
-    s->rank = slot ? slot->rank : NO_RANK;
+    s->rank = s->next == n ? NO_RANK
+              : merge_find(e->t, (uint32_t)s->id, (uint32_t)e->sym[s->next].id)->rank;
     if (s->rank != NO_RANK) heap_push(e, (uint64_t)s->rank << 32 | i);
 }
 
-/* The ids of one word: by the vocabulary as a whole where the file asks for that, else by merging,
- * in O(len log len), and 32 bytes of memory a byte of it. */
+/* The ids of one word, in O(len log len) and 32 bytes of memory a byte of it. */
 static int word(encoder *e, const char *s, size_t len) {
     uint32_t n = (uint32_t)len;
-    const named key = {.s = s, .len = n};
-    const named *whole = bsearch(&key, e->t->words, e->t->n_words, sizeof key, by_bytes);
-    if (whole) return ids_push(e->ids, whole->id, e->err);
     if (e->n_sym < len) {
         free(e->sym);
         free(e->heap);
@@ -720,71 +638,31 @@ static int word(encoder *e, const char *s, size_t len) {
  *   cut_added(pass 0) -> cut_added(pass 1) -> cut_regex(0) -> ... -> word()
  * The recursion is as deep as there are stages, whatever the text.                              */
 
-static double cpu_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
-
 /* Matches of split i, and what lies between them, go to split i + 1 ("Isolated").  Each piece is
- * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends.
- *
- * PCRE2's match limit bounds how often one attempt steps back, not how many places of the text it
- * is tried at, nor how far it looks ahead from each: a(?=a*b) on a line of n letters a takes n^2
- * steps within every limit.  So the search goes window by window, and every few thousand bytes
- * the clock is asked; it is this thread's CPU time, so that a busy machine changes nothing. */
+ * a text of its own: a look-ahead such as \s+(?!\S) sees an end where the piece ends. */
 static int cut_regex(encoder *e, int i, const char *s, size_t len) {
-    if (i == e->t->n_splits) return word(e, s, len);
-    const pcre2_code *re = e->t->split[i];
-    size_t done = 0;
-    for (size_t at = 0, next; at < len; at = next) {
-        pcre2_set_offset_limit(e->limits, at + SEARCH_WINDOW);
-        int rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK, e->match, e->limits);
-        if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter may use more memory */
-            rc = pcre2_match(re, (PCRE2_SPTR)s, len, at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
-                             e->match, e->limits);
+    if (i == N_PATTERNS || !e->t->split[i]) return word(e, s, len);
+    for (size_t done = 0; done < len;) {
+        int rc = pcre2_match(e->t->split[i], (PCRE2_SPTR)s, len, done, PCRE2_NO_UTF_CHECK, e->match,
+                             e->limits);
         if (rc < 0 && rc != PCRE2_ERROR_NOMATCH)
-            return fail(e->err, "tokenizer: regex %d goes over the match limit or its memory on "
-                        "this text (error %d of PCRE2)", i, rc);
+            return fail(e->err, "tokenizer: error %d of PCRE2 in regex %d", rc, i);
         const size_t *span = pcre2_get_ovector_pointer(e->match);
-        size_t from = span[0], to = span[1];
-        next = rc < 0 ? at + SEARCH_WINDOW + 1 : to;
-        e->unclocked += next - at;
-        if (e->unclocked >= CLOCK_BYTES) {
-            e->unclocked = 0;
-            if (cpu_seconds() > e->deadline_s)
-                return fail(e->err, "tokenizer: regex %d is too slow on this text", i);
-        }
-        if (rc < 0) {              /* on from the start of a character                          */
-            while (next < len && ((unsigned char)s[next] & 0xc0) == 0x80) next++;
-            continue;
-        }
-        assert(to > from);         /* patterns that match nothing were refused                  */
+        size_t from = rc < 0 ? len : span[0], to = rc < 0 ? len : span[1];
         if (from > done && cut_regex(e, i + 1, s + done, from - done)) return -1;
-        if (cut_regex(e, i + 1, s + from, to - from)) return -1;
+        if (to > from && cut_regex(e, i + 1, s + from, to - from)) return -1;
         done = to;
     }
-    return done < len ? cut_regex(e, i + 1, s + done, len - done) : 0;
+    return 0;
 }
 
-/* The longest added token of this pass that the text starts with, or NULL.  In order of bytes it
- * stands before the text, and what stands between them begins with it too: so where the nearest
- * one is not it, no more of the text matters than that one has in common with it. */
+/* The longest added token of this pass that the text starts with, or NULL. */
 static const named *longest_added(const tok *t, int pass, const char *s, size_t len) {
     named text = {.s = s, .len = len < MAX_ADDED_BYTES ? (uint32_t)len : MAX_ADDED_BYTES};
-    size_t hi = t->n_added;
-    while (text.len > 0) {
-        for (size_t lo = 0; lo < hi;) {
-            size_t mid = lo + (hi - lo) / 2;
-            if (by_bytes(&t->added[mid], &text) <= 0) lo = mid + 1;
-            else hi = mid;
-        }
-        if (hi == 0) break;
-        const named *nearest = &t->added[--hi];
-        uint32_t same = 0;
-        while (same < nearest->len && same < text.len && nearest->s[same] == s[same]) same++;
-        if (same == nearest->len && nearest->pass == pass) return nearest;
-        text.len = same == nearest->len ? same - 1 : same;
+    for (; text.len > 0; text.len--) {
+        const named *found = !t->lengths[text.len] ? NULL
+            : bsearch(&text, t->added, t->n_added, sizeof text, by_bytes);
+        if (found && found->pass == pass) return found;
     }
     return NULL;
 }
@@ -829,7 +707,6 @@ int ids_push(id_list *l, int32_t id, dsv4_err *err) {
     return 0;
 }
 
-/* Encode e->text, len bytes. */
 static int encode(encoder *e, size_t len) {
     buffer repaired = {0};
     size_t before = e->ids->n;
@@ -843,14 +720,8 @@ static int encode(encoder *e, size_t len) {
     e->match = pcre2_match_data_create(1, NULL);
     e->limits = pcre2_match_context_create(NULL);
     int rc = e->match && e->limits && !repaired.failed ? 0 : oom(e->err);
-    if (!rc) {
-        /* Honest patterns step back over a run of spaces once or twice, and run at over 1 MB/s
-         * even without a JIT; these limits are far above both. */
-        pcre2_set_match_limit(e->limits, 100000 + 4 * (uint32_t)len);
-        pcre2_set_heap_limit(e->limits, REGEX_HEAP_KIB);
-        e->deadline_s = cpu_seconds() + 0.5 + 1e-5 * (double)len;
-        rc = cut_added(e, 0, e->text, len);
-    }
+    if (!rc) pcre2_set_match_limit(e->limits, UINT32_MAX); /* a long run takes many steps */
+    if (!rc) rc = cut_added(e, 0, e->text, len);
     if (rc) e->ids->n = before;
     pcre2_match_context_free(e->limits);
     pcre2_match_data_free(e->match);
@@ -1066,7 +937,7 @@ static void put_content(writer *w, const json_t *message, const char *key) {
     else if (content && !json_is_null(content) && !json_is_array(content))
         wrong(w, "%s is not text", key);
     json_array_foreach(content, i, part) {
-        const char *field = strcmp(type_of(part), "text") == 0 ? "text" : "type";
+        const char *field = is_type(part, "text") ? "text" : "type";
         json_t *text = json_object_get(part, field);
         if (!json_is_string(text)) wrong(w, "%s[%zu].%s is not text", key, i, field);
         emit(w, i ? "\n\n" : "");
@@ -1114,7 +985,7 @@ static void put_assistant(writer *w, const json_t *message, bool reasoning) {
     json_object_clear(w->order);   /* results belong to the calls just before them              */
     json_array_foreach(calls, i, call) {
         const char *id = text_at(call, "id");
-        if (id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
+        if (*id && json_object_set_new(w->order, id, json_integer((json_int_t)i)))
             w->rc = oom(w->err);
         emit(w, i ? "\n" : "\n\n" CALLS_OPEN "\n");
         put_call(w, call, i);
@@ -1138,10 +1009,10 @@ static void put_system(writer *w, const json_t *message, bool first) {
         }
     }
     emit(w, n_tools ? after_tools : "");
-    if (is_off(format) || strcmp(type_of(format), "text") == 0) return;
+    if (is_off(format) || is_type(format, "text")) return;
     emit(w, response_format);
-    if (strcmp(type_of(format), "json_object") == 0) emit(w, "{\"type\": \"object\"}");
-    else emit(w, "%j", schema && strcmp(type_of(format), "json_schema") == 0 ? schema : format);
+    if (is_type(format, "json_object")) emit(w, "{\"type\": \"object\"}");
+    else emit(w, "%j", schema && is_type(format, "json_schema") ? schema : format);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -1170,21 +1041,24 @@ static void put_turn(writer *w, size_t from, size_t to) {
     }
 }
 
+/* The place of the text that `in` has there among words, as choice() has it. */
+static int chosen(writer *w, const json_t *in, const char *key, const char *words) {
+    const char *word = text_at(in, key), *shown = *word && strlen(word) < 60 ? word : "...";
+    int which = choice(words, word);
+    if (which < 0) wrong(w, "%s \"%s\" is not one of %s", key, shown, words);
+    return which;
+}
+
 /* How hard to think; false for not at all. */
 static bool put_effort(writer *w, generation gen) {
-    static const char *const names[] = {"none", "minimal", "low", "medium", "high", "xhigh", "max"};
     const json_t *thinking = json_object_get(w->request, "thinking");
     const json_t *effort = json_object_get(w->request, "reasoning_effort");
-    const char *type = type_of(thinking), *name = json_string_value(effort);
-    int i = 0;
-    bool think = !json_is_false(thinking) && strcmp(type, "disabled") != 0;
-    if (think && !is_off(thinking) && !json_is_true(thinking) && strcmp(type, "enabled") != 0)
+    bool think = !json_is_false(thinking) && !is_type(thinking, "disabled");
+    if (think && !is_off(thinking) && !json_is_true(thinking) && !is_type(thinking, "enabled"))
         wrong(w, "thinking is neither a boolean nor of type enabled or disabled");
     if (!effort || json_is_null(effort)) return think;
-    while (name && i < 7 && strcmp(name, names[i]) != 0) i++;
-    if (!name || i == 7)
-        wrong(w, "reasoning_effort \"%s\" is not one of none, minimal, low, medium, high, xhigh, "
-              "max", name && strlen(name) < 60 ? name : "...");
+    int i = chosen(w, w->request, "reasoning_effort",
+                   "none, minimal, low, medium, high, xhigh, max");
     think &= i > 0;                /* "none"; up to "medium" there is nothing to say            */
     if (think && (i > 4 || (i == 4 && gen == GEN_0731)))
         emit(w, i > 4 && gen == GEN_0731 ? effort_0731 : effort_first);
@@ -1192,20 +1066,14 @@ static bool put_effort(writer *w, generation gen) {
 }
 
 static void put_prompt(writer *w, generation gen, prompt *out) {
-    static const char *const names[] = {"system", "user", "assistant", "tool", "developer",
-                                        "latest_reminder"};
     size_t n = json_array_size(w->messages), last_turn = 0;
     bool tools = json_array_size(json_object_get(w->request, "tools")) > 0;
     /* Whether reasoning is kept depends on messages behind it, so all are looked at first. */
     if (n == 0) wrong(w, "messages is not an array with messages in it");
     for (size_t i = 0; i < n; i++) {
         const json_t *m = message_at(w, i);
-        const char *name = text_at(m, "role");
-        for (size_t k = 0; name && k < sizeof names / sizeof *names; k++)
-            if (strcmp(name, names[k]) == 0) w->roles[i] = *name;
-        if (!w->roles[i])
-            wrong(w, "role \"%s\" is not one of system, user, assistant, tool, developer, "
-                  "latest_reminder", name && strlen(name) < 60 ? name : "...");
+        w->roles[i] = *text_at(m, "role");
+        chosen(w, m, "role", "system, user, assistant, tool, developer, latest_reminder");
         if (strspn(w->roles + i, "utd")) last_turn = i;
         tools |= w->roles[i] == 's' && json_array_size(json_object_get(m, "tools")) > 0;
     }
@@ -1490,8 +1358,6 @@ int answer_end(answer *a, dsv4_err *err) {
  * A file of any kind as UTF-8 text: PDF by the program pdftotext, HTML by libxml2's parser, else as
  * it is.  What a file is shows in its first bytes, not in its name.                              */
 
-enum { CHARSET_LOOK = 1024 };      /* bytes of HTML in which its charset is named               */
-
 /* Append n bytes of `charset`, whose characters have `unit` bytes at least, as UTF-8. */
 static int put_converted(buffer *out, const char *bytes, size_t n, const char *charset, size_t unit,
                          dsv4_err *err) {
@@ -1516,37 +1382,21 @@ static bool starts_with(const buffer *b, const char *s) {
     return b->n >= n && !strncasecmp(b->s, s, n);
 }
 
-static bool looks_like_html(const buffer *b) {
-    buffer rest = *b;
-    while (rest.n && isspace((unsigned char)*rest.s)) rest.s++, rest.n--;
-    return starts_with(&rest, "<!doctype html") || starts_with(&rest, "<html");
-}
-
 /* Append a file's bytes as UTF-8.  Those of no charset that we can know are Latin-1, as Windows
  * writes it, unless most of what is no ASCII is UTF-8 nevertheless: then the rest is broken. */
 static int put_decoded(buffer *out, const buffer *in, const char **note, dsv4_err *err) {
-    size_t good = 0, bad = 0, n = in->n < CHARSET_LOOK ? in->n : CHARSET_LOOK;
-    char charset[32];
+    size_t good = 0, bad = 0, bom = starts_with(in, "\xef\xbb\xbf") ? 3 : 0;
     if (starts_with(in, "\xff\xfe") || starts_with(in, "\xfe\xff"))
         return put_converted(out, in->s, in->n, "UTF-16", 2, err);
-    for (size_t i = 0; i < in->n;) {
+    for (size_t i = 0, len; i < in->n; i += len) {
         ch_state state;
-        size_t len = utf8_char((unsigned char *)in->s + i, in->n - i, &state);
+        len = utf8_char((unsigned char *)in->s + i, in->n - i, &state);
         good += state == CH_WHOLE && len > 1;
         bad += state != CH_WHOLE;
-        i += len;
     }
-    if (bad) {
-        const char *name = looks_like_html(in) ? memmem(in->s, n, "charset=", 8) : NULL;
-        if (name) name += name[8] == '"' || name[8] == '\'' ? 9 : 8;
-        if (name && sscanf(name, "%31[A-Za-z0-9_-]", charset) == 1 &&
-            strncasecmp(charset, "utf", 3))
-            return put_converted(out, in->s, in->n, charset, 1, err);
-        *note = good > bad ? "some bytes of it are no UTF-8 and became U+FFFD"
-                           : "it is not UTF-8 and was read as Latin-1";
-        if (good <= bad) return put_converted(out, in->s, in->n, "CP1252", 1, err);
-    }
-    size_t bom = starts_with(in, "\xef\xbb\xbf") ? 3 : 0;
+    if (bad) *note = good > bad ? "some bytes of it are no UTF-8 and became U+FFFD"
+                                : "it is not UTF-8 and was read as Latin-1";
+    if (bad && good <= bad) return put_converted(out, in->s, in->n, "CP1252", 1, err);
     put_repaired(out, in->s + bom, in->n - bom);
     return 0;
 }
@@ -1555,17 +1405,14 @@ static int put_decoded(buffer *out, const buffer *in, const char **note, dsv4_er
 
 typedef struct { buffer *out; int hidden, pre; } html_text;
 
-/* Is the name in a list of names with a space around each? */
-static bool one_of(const char *list, const xmlChar *name) {
-    char word[16];
-    int n = snprintf(word, sizeof word, " %s ", (const char *)name);
-    return n < (int)sizeof word && strstr(list, word);
+static bool one_of(const char *names, const xmlChar *name) {
+    return choice(names, (const char *)name) >= 0;
 }
 
-static const char html_hides[] = " script style noscript template svg ";
+static const char html_hides[] = "script style noscript template svg";
 static const char html_breaks[] =
-    " title body p div section article header footer main aside nav figure figcaption form h1 h2 "
-    "h3 h4 h5 h6 ul ol dl table blockquote pre hr address details summary ";
+    "title body p div section article header footer main aside nav figure figcaption form h1 h2 h3 "
+    "h4 h5 h6 ul ol dl table blockquote pre hr address details summary";
 
 /* End the line, and with n = 2 the paragraph. */
 static void html_gap(buffer *out, size_t n) {
@@ -1577,20 +1424,20 @@ static void html_gap(buffer *out, size_t n) {
 
 static void html_start(void *arg, const xmlChar *name, const xmlChar **attributes) {
     html_text *h = arg;
-    bool cell = one_of(" td th ", name);
     (void)attributes;
     h->hidden += one_of(html_hides, name);
-    h->pre += one_of(" pre ", name);
+    h->pre += one_of("pre", name);
     if (one_of(html_breaks, name)) html_gap(h->out, 2);
-    else if (one_of(" br li tr dt dd ", name)) html_gap(h->out, 1);
-    if (one_of(" li ", name)) put_text(h->out, "- ");
-    if (cell && h->out->n && h->out->s[h->out->n - 1] != '\n') put_text(h->out, " | ");
+    else if (one_of("br li tr dt dd", name)) html_gap(h->out, 1);
+    if (one_of("li", name)) put_text(h->out, "- ");
+    if (one_of("td th", name) && h->out->n && h->out->s[h->out->n - 1] != '\n')
+        put_text(h->out, " | ");
 }
 
 static void html_end(void *arg, const xmlChar *name) {
     html_text *h = arg;
     h->hidden -= one_of(html_hides, name) && h->hidden;
-    h->pre -= one_of(" pre ", name) && h->pre;
+    h->pre -= one_of("pre", name) && h->pre;
     if (one_of(html_breaks, name)) html_gap(h->out, 2);
 }
 
@@ -1623,13 +1470,14 @@ static int put_html(buffer *out, const buffer *html, dsv4_err *err) {
 static int put_pdf(buffer *out, const buffer *pdf, dsv4_err *err) {
     char command[128];
     int fd = memfd_create("dsv4-pdf", 0);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb"), *in = NULL;
+    bool written = fd >= 0 && write(fd, pdf->s, pdf->n) == (ssize_t)pdf->n;
     snprintf(command, sizeof command, "pdftotext -q -enc UTF-8 /proc/self/fd/%d - 2>/dev/null", fd);
-    if (f && fwrite(pdf->s, 1, pdf->n, f) == pdf->n && !fflush(f)) in = popen(command, "re");
+    FILE *in = written ? popen(command, "re") : NULL;
+    if (!in) fail(err, "run pdftotext: %s", strerror(errno));
     if (in) read_stream(out, in, DOC_BYTES);
     int status = in ? pclose(in) : -1;
-    if (f) fclose(f);
-    if (!in) return fail(err, "run pdftotext: %s", strerror(errno));
+    if (fd >= 0) close(fd);
+    if (!in) return -1;
     if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
         return fail(err, "it is a PDF: install pdftotext (Debian: poppler-utils)");
     if (status) return fail(err, "pdftotext does not read it (status %d)", status);
@@ -1645,8 +1493,7 @@ static int tidy(buffer *b, dsv4_err *err) {
     size_t n = 0, words = 0;
     for (size_t i = 0; i < b->n; i++) {
         char c = b->s[i];
-        if (!c) return fail(err, "byte %zu is a NUL: it is no text (UTF-16 needs its byte order "
-                            "mark)", i);
+        if (!c) return fail(err, "byte %zu is a NUL: no text, or UTF-16 without its mark", i);
         if (c == '\r' && i + 1 < b->n && b->s[i + 1] == '\n') continue;
         words += !isspace((unsigned char)c);
         b->s[n++] = c;
@@ -1657,16 +1504,17 @@ static int tidy(buffer *b, dsv4_err *err) {
 
 static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_err *err) {
     buffer html = {0};
-    if (raw->n > DOC_BYTES) return fail(err, "it has more than %d MB: split it", DOC_BYTES >> 20);
+    if (raw->n > DOC_BYTES) return fail(err, "over %d MB: split it", DOC_BYTES >> 20);
     if (!raw->n) return fail(err, "it is empty");
     if (starts_with(raw, "%PDF-")) {
         if (put_pdf(out, raw, err)) return -1;
-        if (out->n > DOC_BYTES) return fail(err, "its text has more than %d MB", DOC_BYTES >> 20);
         return tidy(out, err) ? fail(err, "there is no text in this PDF: a scan needs OCR first")
                               : 0;
     }
     if (put_decoded(out, raw, note, err)) return -1;
-    if (looks_like_html(out)) {
+    html = *out;
+    while (html.n && isspace((unsigned char)*html.s)) html.s++, html.n--;
+    if (starts_with(&html, "<!doctype html") || starts_with(&html, "<html")) {
         html = *out;
         *out = (buffer){0};
         int rc = put_html(out, &html, err);
@@ -1677,19 +1525,11 @@ static int doc_decode(buffer *out, const buffer *raw, const char **note, dsv4_er
 }
 
 int doc_read(buffer *out, const char *path, const char **note, dsv4_err *err) {
-    struct stat st;
     buffer raw = {0}, text = {0};
     dsv4_err why;
     *note = NULL;
-    int rc = 0;
-    if (strcmp(path, "-") && !stat(path, &st)) {
-        if (S_ISDIR(st.st_mode)) rc = fail(&why, "it is a directory: name the files in it");
-        else if (st.st_size > DOC_BYTES)
-            rc = fail(&why, "it has %.2f GB, and %d MB are the most: split it",
-                      (double)st.st_size / 1e9, DOC_BYTES >> 20);
-    }
-    if (!rc && read_file(&raw, path, DOC_BYTES, err)) return free(raw.s), -1;
-    if (!rc) rc = doc_decode(&text, &raw, note, &why);
+    if (read_file(&raw, path, DOC_BYTES, err)) return free(raw.s), -1;
+    int rc = doc_decode(&text, &raw, note, &why);
     if (text.failed) rc = fail(&why, "out of memory");     /* a part of it is no document */
     if (!rc) put_bytes(out, text.s, text.n);
     free(raw.s);

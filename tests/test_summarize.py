@@ -175,7 +175,7 @@ def bad_files_are_named_and_the_others_done():
     huge = os.path.join(TMP, "huge.txt")
     with open(huge, "wb") as f:
         f.truncate(1 << 30)
-    bad = {huge: "64 MB are the most", write("empty.txt", ""): "it is empty", TMP: "a directory",
+    bad = {huge: "over 64 MB", write("empty.txt", ""): "it is empty", TMP: "a directory",
            write("nul.txt", b"a\0b"): "byte 1 is a NUL", os.path.join(TMP, "none"): "No such file",
            write("white.txt", " \n \n"): "no text", write("bad.pdf", b"%PDF-1.4 none"): "pdftotext"}
     began = time.monotonic()

@@ -19,6 +19,12 @@
 #define SPLIT(pattern)                                                                           \
     "{'type': 'Sequence', 'pretokenizers': [{'type': 'Split', 'pattern': {'Regex': '" \
     pattern "'}, 'behavior': 'Isolated', 'invert': false}, " NO_SPLIT "]}"
+/* Two of V4's patterns, quotes escaped. */
+#define NUMBERS "\\\\p{N}{1,3}"
+#define WORDS                                                                                    \
+    "[!\\u0022#$%&\\u0027()*+,\\\\-./:;<=>?@\\\\[\\\\\\\\\\\\]^_`{|}~][A-Za-z]+" \
+    "|[^\\r\\n\\\\p{L}\\\\p{P}\\\\p{S}]?[\\\\p{L}\\\\p{M}]+| ?[\\\\p{P}\\\\p{S}]+[\\r\\n]*" \
+    "|\\\\s*[\\r\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
 
 /* Characters that stand for the bytes 0..255, as GPT-2's bytes_to_unicode() lists them. */
 static void byte_char(int byte, char out[3]) {
@@ -199,15 +205,6 @@ static void test_text_merges_like_the_naive_rule(void) {
     }
 }
 
-static void test_text_looks_whole_words_up_where_the_file_says_so(void) {
-    tok *t = make_tok(LETTERS, "'b c'", "", SPLIT(" ?[a-z]+"), ", 'ignore_merges': true");
-    check_ids(t, "abc a abcb aaaa", 15, true, "258 261 32 97 257 98 32 97 97 97 97");
-    tok_close(t);
-    t = make_tok(LETTERS, "'b c'", "", SPLIT(" ?[a-z]+"), ", 'ignore_merges': false");
-    check_ids(t, "abc a", 5, true, "97 257 32 97");
-    tok_close(t);
-}
-
 /* === Added tokens and pieces ================================================================== */
 
 #define ADDED(id, content, normalized, special)                                                  \
@@ -258,65 +255,39 @@ static void test_text_knows_the_bytes_of_every_id(void) {
 
 static void test_text_cuts_by_each_regex_in_turn(void) {
     static const char pre[] = "{'type': 'Sequence', 'pretokenizers': [{'type': 'Split', "
-        "'pattern': {'Regex': '\\\\p{N}{1,3}'}, 'behavior': 'Isolated', 'invert': false}, "
-        "{'type': 'Split', 'pattern': {'String': 'a.'}, 'behavior': 'Isolated'}, " NO_SPLIT "]}";
+        "'pattern': {'Regex': '" NUMBERS "'}, 'behavior': 'Isolated', 'invert': false}, "
+        "{'type': 'Split', 'pattern': {'Regex': '" WORDS "'}, 'behavior': 'Isolated'}, "
+        NO_SPLIT "]}";
     tok *t = make_tok(", 'aa': 256, '11': 257, '1111': 258, '.a': 259, 'a.': 260, '1a': 261, "
-                      "'a1': 262", "'1 1', '11 11', '. a', 'a .', '1 a', 'a 1', 'a a'", "",
+                      "'a1': 262, 'ĠĠ': 263, 'Ġa': 264",
+                      "'1 1', '11 11', '. a', 'a .', '1 a', 'a 1', 'a a', 'Ġ Ġ', 'Ġ a'", "",
                       pre, "");
     check_ids(t, "1111", 4, true, "257 49 49");
-    check_ids(t, "1aa.a", 5, true, "49 97 260 97");
-    check_ids(t, "aab", 3, true, "256 98");
-    check_ids(t, "a1a", 3, true, "97 49 97");
-    tok_close(t);
-    t = make_tok(LETTERS, "'a a', 'a b'", "", SPLIT("^a|b$"), "");
-    check_ids(t, "aa\naa", 5, true, "97 97 10 97 97"); /* ^ and $ are those of lines */
-    check_ids(t, "ab\naab", 6, true, "97 98 10 97 97 98");
-    tok_close(t);
-}
-
-/* A place where a search window ends inside a run or a character must not show. */
-static void test_text_cuts_the_same_at_any_place_of_a_long_text(void) {
-    tok *t = make_tok(", 'xy': 256, 'Ã©': 257, 'yx': 258", "'y x', 'x y', 'Ã ©'", "",
-                      SPLIT("xy|[^\\\\p{L}.]"), "");
-    enum { N_LETTERS = 700, PADS = 1100 };
-    char text[PADS + 2 * N_LETTERS + 5];
-    for (size_t pad = 0; t && pad < PADS; pad++) { /* letters of two bytes, dots, xyxxy */
-        size_t len = pad + 2 * N_LETTERS;
-        id_list ids = {0};
-        dsv4_err err = {""};
-        for (size_t i = 0; i < N_LETTERS; i++) memcpy(text + 2 * i, "é", 2);
-        memset(text + 2 * N_LETTERS, '.', pad);
-        memcpy(text + len, "xyxxy", 5);
-        int rc = tok_encode(t, text, len + 5, true, &ids, &err);
-        CHECK(rc == 0, "%s", err.msg);
-        if (rc) break;
-        CHECK(ids.n == pad + N_LETTERS + 3, "pad %zu: %zu ids", pad, ids.n);
-        CHECK(ids.id[0] == 257 && ids.id[ids.n - 3] == 256 && ids.id[ids.n - 1] == 256,
-              "pad %zu", pad);
-        free(ids.id);
-    }
+    check_ids(t, "1aa.a", 5, true, "49 256 259");
+    check_ids(t, "a.1a", 4, true, "97 46 49 97");
+    check_ids(t, "   a  ", 6, true, "263 264 263");    /* the look-ahead leaves one space */
     tok_close(t);
 }
 
 /* Words of a text are remembered while it is encoded: that must not show either. */
 static void test_text_encodes_a_word_alike_wherever_it_stands(void) {
-    tok *t = make_tok(LETTERS, "'a b', 'b c', 'a a'", "", SPLIT("[a-c]+"), "");
-    enum { WORDS = 3000 };
-    char text[8 * WORDS];
+    tok *t = make_tok(LETTERS, "'a b', 'b c', 'a a'", "", SPLIT(WORDS), "");
+    enum { N_WORDS = 3000 };
+    char text[8 * N_WORDS];
     size_t len = 0, at = 0;
     id_list ids = {0};
     dsv4_err err = {""};
-    for (int i = 0; i < WORDS; i++) {
+    for (int i = 0; i < N_WORDS; i++) {
         for (uint32_t k = 2 + rnd(5); k > 0; k--) text[len++] = "abc"[rnd(3)];
-        text[len++] = ' ';
+        text[len++] = '\n';
     }
     if (!t || tok_encode(t, text, len, true, &ids, &err)) {
         CHECK(false, "%s", err.msg);
         tok_close(t);
         return;
     }
-    for (size_t i = 0, end; i < len; i = end) { /* each word, and the space behind it, alone */
-        end = (size_t)((char *)memchr(text + i, ' ', len - i) - text) + 1;
+    for (size_t i = 0, end; i < len; i = end) { /* each word, and the line's end, alone */
+        end = (size_t)((char *)memchr(text + i, '\n', len - i) - text) + 1;
         id_list word = {0};
         int rc = tok_encode(t, text + i, end - i, true, &word, &err);
         CHECK(rc == 0 && at + word.n <= ids.n
@@ -397,7 +368,7 @@ static void test_text_repairs_broken_utf8_before_encoding(void) {
         {"\xed\xa0\x80", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
         {"\xc0\xaf", "\xef\xbf\xbd\xef\xbf\xbd"},
         {"<a\xff>", "<a\xef\xbf\xbd>"}, {"\xffx<", "\xef\xbf\xbdx<"}};
-    tok *t = make_tok("", "", ADDED(300, "x<", true, false), SPLIT("\\\\p{S}+"), "");
+    tok *t = make_tok("", "", ADDED(300, "x<", true, false), SPLIT(WORDS), "");
     for (size_t i = 0; t && i < sizeof cases / sizeof *cases; i++) {
         char want[256] = "";
         id_list ids = {0};
@@ -496,12 +467,9 @@ static double seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
 /* V4's third regex, and merges that double. */
 static void test_text_long_line_of_one_character(void) {
-    static const char pre[] = SPLIT(
-        "[!-/:-@\\\\[-`{-~][A-Za-z]+|[^\\r\\n\\\\p{L}\\\\p{P}\\\\p{S}]?[\\\\p{L}\\\\p{M}]+| ?"
-        "[\\\\p{P}\\\\p{S}]+[\\r\\n]*|\\\\s*[\\r\\n]+|\\\\s+(?!\\\\S)|\\\\s+");
     enum { LEN = 10000000 };
     tok *t = make_tok(", 'aa': 256, 'aaaa': 257, 'ĠĠ': 258, 'ĠĠĠĠ': 259",
-                      "'a a', 'aa aa', 'Ġ Ġ', 'ĠĠ ĠĠ'", "", pre, "");
+                      "'a a', 'aa aa', 'Ġ Ġ', 'ĠĠ ĠĠ'", "", SPLIT(WORDS), "");
     static const struct { char c, last; size_t n_ids; } cases[] = {
         {'a', 'a', LEN / 4}, {' ', ' ', LEN / 4}, {' ', 'a', LEN / 4 + 2}, {'=', '=', LEN},
         {'7', '7', LEN}};
@@ -525,44 +493,10 @@ static void test_text_long_line_of_one_character(void) {
     tok_close(t);
 }
 
-static void test_text_slow_regexes_end_in_an_error(void) {
-    static const struct { const char *pre, *unit; size_t n; const char *fragment; } cases[] = {
-        {SPLIT("(?:a+)+[bc]"), "a", 60, "match limit"},
-        {SPLIT("(?:a|a)+[bc]"), "a", 200, "match limit"},
-        {SPLIT("a(?=a*[bc])"), "a", 200000, "too slow"},
-        {SPLIT("(?:\\\\p{L}\\\\p{N})+"), "a1", 300000, NULL}, /* over the JIT's stack */
-        {SPLIT("(?:\\\\p{L}\\\\p{N})+"), "a1", 4000000, "limit"}};
-    char note[128] = "";
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        tok *t = make_tok("", "", "", cases[i].pre, "");
-        size_t unit = strlen(cases[i].unit);
-        char *text = malloc(unit * cases[i].n);
-        for (size_t k = 0; text && k < cases[i].n; k++)
-            memcpy(text + k * unit, cases[i].unit, unit);
-        id_list ids = {0};
-        dsv4_err err = {""};
-        double start = seconds();
-        int rc = t && text ? tok_encode(t, text, unit * cases[i].n, true, &ids, &err) : 1;
-        double took = seconds() - start;
-        sprintf(note + strlen(note), "%s%.2f", i ? ", " : "", took);
-        if (cases[i].fragment) {
-            CHECK(rc == -1 && strstr(err.msg, cases[i].fragment), "case %zu: %s", i, err.msg);
-            CHECK(!ids.n, "case %zu left ids", i);
-        } else {
-            CHECK(rc == 0 && ids.n == unit * cases[i].n, "case %zu: %s", i, err.msg);
-        }
-        CHECK(took < 60, "case %zu took %.1f s", i, took);
-        free(ids.id);
-        free(text);
-        tok_close(t);
-    }
-    NOTE("CPU seconds: %s", note);
-}
-
 /* Swap the first `old` in a sound file for `new`, and expect a message with this fragment. */
 static void check_refused(const char *old_text, const char *new_text, const char *fragment_text) {
     char *json = make_json(LETTERS, "'a b', 'b c'", ADDED(300, "<x>", false, true),
-                           SPLIT("[a-z]+"), "");
+                           SPLIT(NUMBERS), "");
     char *old = quoted(old_text), *new = quoted(new_text), *fragment = quoted(fragment_text);
     char *changed = NULL;
     size_t len = 0;
@@ -590,7 +524,7 @@ static void test_text_refuses_bad_settings_and_vocab_by_name(void) {
         {"{", "[", "line "},
         {"{'normalizer': null", "[], {'a': 1", "line "},
         {"'normalizer': null", "'a': '\xff'", "line "},
-        {"'normalizer': null", "'normalizer': {'type': 'NFC\\n\\u001b'}", "normalizer NFC??"},
+        {"'normalizer': null", "'normalizer': {'type': 'NFC\\n\\u001b'}", "NFC"},
         {"'normalizer': null", "'normalizer': {'type': 'Sequence', 'normalizers': [{'type': "
          "'Lowercase'}]}", "Lowercase"},
         {"'normalizer': null", "'normalizer': 7", "normalizer"},
@@ -601,11 +535,12 @@ static void test_text_refuses_bad_settings_and_vocab_by_name(void) {
         {"'BPE'", "'Unigram'", "Unigram"},
         {"'BPE'", "'BPE', 'dropout': 0.1", "dropout"},
         {"'BPE'", "'BPE', 'byte_fallback': true", "byte_fallback"},
+        {"'BPE'", "'BPE', 'ignore_merges': true", "ignore_merges"},
         {"'BPE'", "'BPE', 'end_of_word_suffix': '</w>'", "end_of_word_suffix"},
         {"'model': {", "'model': {'type': 1}, 'x': {", "model.type"},
         {"'vocab': {", "'vocab': 5, 'x': {", "model.vocab"},
         {"'vocab': {", "'vocab': {'a': 97, ", "line "},
-        {"'vocab': {", "'vocab': {'zz': 97, ", "'a': id 97"},
+        {"'vocab': {", "'vocab': {'zz': 97, ", "has another string"},
         {"'vocab': {", "'vocab': {'zz': -1, ", "'zz'"},
         {"'vocab': {", "'vocab': {'zz': 16777216, ", "'zz'"},
         {"'vocab': {", "'vocab': {'zz': 99999999999999999999, ", "line "},
@@ -623,86 +558,56 @@ static void test_text_refuses_bad_settings_and_vocab_by_name(void) {
 static void test_text_refuses_bad_merges_tokens_and_splits_by_name(void) {
     static const struct { const char *old, *new, *fragment; } cases[] = {
         {"'merges': [", "'merges': 5, 'x': [", "model.merges"},
-        {"'a b'", "'a  b'", "merges[0]"},
-        {"'a b'", "'ab'", "merges[0]"},
-        {"'a b'", "5", "merges[0]"},
-        {"'a b'", "['a']", "merges[0]"},
-        {"'a b'", "['a', 'b', 'c']", "merges[0]"},
-        {"'a b'", "['a', 5]", "merges[0]"},
-        {"'b c'", "'b zz'", "merges[1]: 'zz'"},
-        {"'b c'", "'zz c'", "merges[1]: 'zz'"},
-        {"'b c'", "'b a'", "merges[1]: 'ba'"},
-        {"'b c'", "'a b'", "merges[1] is the same pair as [0]"},
+        {"'a b'", "'a  b'", "model.merges: "},
+        {"'a b'", "'ab'", "model.merges: "},
+        {"'a b'", "5", "model.merges: "},
+        {"'a b'", "['a']", "model.merges: "},
+        {"'a b'", "['a', 'b', 'c']", "model.merges: "},
+        {"'a b'", "['a', 5]", "model.merges: "},
+        {"'b c'", "'b zz'", "vocab, in parts or whole: 'b zz'"},
+        {"'b c'", "'zz c'", "vocab, in parts or whole: 'zz c'"},
+        {"'b c'", "'b a'", "vocab, in parts or whole: 'b a'"},
+        {"'b c'", "'a b'", "comes twice: 'a b'"},
         {"'added_tokens': [", "'added_tokens': {}, 'x': [", "added_tokens"},
-        {"'added_tokens': [", "'added_tokens': [5, ", "added_tokens[0]"},
-        {"'id': 300", "'id': '300'", "id not in"},
-        {"'id': 300", "'id': 16777216", "id not in"},
-        {"'id': 300", "'id': 97", "id 97 contradicts"},
-        {"'<x>'", "'ab'", "id 300 contradicts"},
-        {"'id': 300, 'content': '<x>'", "'id': 233, 'content': 'é'", "id 233 contradicts"},
-        {"'<x>'", "''", "added_tokens[0]"},
-        {"'<x>'", "17", "added_tokens[0]"},
+        {"'added_tokens': [", "'added_tokens': [5, ", "added_tokens: no content"},
+        {"'id': 300", "'id': '300'", "an id that is none"},
+        {"'id': 300", "'id': 16777216", "an id that is none"},
+        {"'id': 300", "'id': 97", "contradicts"},
+        {"'<x>'", "'ab'", "contradicts"},
+        {"'id': 300, 'content': '<x>'", "'id': 233, 'content': 'é'", "contradicts"},
+        {"'<x>'", "''", "added_tokens: no content"},
+        {"'<x>'", "17", "added_tokens: no content"},
         {"'lstrip': false", "'lstrip': true", "lstrip"},
         {"'rstrip': false", "'rstrip': true", "rstrip"},
         {"'single_word': false", "'single_word': true", "single_word"},
         {"'added_tokens': [", "'added_tokens': [{'id': 900, 'content': '<x>', 'normalized': "
          "true}, ", "twice"},
-        {"'added_tokens': [", "'added_tokens': [{'id': 300, 'content': '<y>'}, ", "id 300"},
+        {"'added_tokens': [", "'added_tokens': [{'id': 300, 'content': '<y>'}, ", "comes twice"},
         {"'pre_tokenizer'", "'x'", "ByteLevel"},
         {"'Sequence'", "'Digits'", "Digits"},
         {"'pretokenizers': [", "'pretokenizers': [], 'x': [", "ByteLevel"},
         {"'Split'", "'Punctuation'", "Punctuation"},
         {"'Isolated'", "'MergedWithPrevious'", "MergedWithPrevious"},
-        {"'behavior': 'Isolated',", "", "behavior"},
+        {"'behavior': 'Isolated',", "", "another step"},
         {"'invert': false", "'invert': true", "invert"},
         {"'add_prefix_space': false", "'add_prefix_space': true", "add_prefix_space"},
         {", " NO_SPLIT, "", "ByteLevel"},
         {NO_SPLIT, NO_SPLIT ", " NO_SPLIT, "ByteLevel"},
-        {"{'Regex': '[a-z]+'}", "'x'", "without a pattern"},
-        {"{'Regex': '[a-z]+'}", "{'String': ''}", "can match nothing"},
+        {"'use_regex': false", "'use_regex': true", "use_regex"},
+        {"{'Regex': '" NUMBERS "'}", "'x'", "another step"},
+        {"{'Regex': '" NUMBERS "'}", "{'String': 'a'}", "another step"},
+        {NUMBERS, "\\\\p{N}{1,2}", "{N}{1,2}"},
+        {NUMBERS, "", "another step"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         check_refused(cases[i].old, cases[i].new, cases[i].fragment);
 }
 
-/* Patterns that PCRE2 rejects, would read in another way than Oniguruma, or could run wild. */
-static void test_text_refuses_patterns_it_does_not_know(void) {
-    static const char *const patterns[] = {
-        "[a-z", "(a", "a)", "a**", "a{2}+", "a{2,3}?", "a{,3}", "a{x}", "[]a]", "[^]a]", "[a[b]]",
-        "[a&&b]", "[[:alpha:]]", "\\\\w+", "\\\\b", "\\\\d", "\\\\h", "\\\\R", "\\\\X", "\\\\x41",
-        "\\\\1", "\\\\pL", "\\\\p{Lu}", "\\\\p{^L}", "\\\\p{Han}", "\\\\p{C}", "[\\\\S]",
-        "[\\\\P{L}]", "[a-\\\\s]", "[\\\\p{L}-z]", "(?i:a)", "(?m)a", "(?<n>a)", "(?R)a",
-        "(?1)", "(?C1)a", "(?#a)b", "(?(1)a)", "(*UTF)a", "(*ACCEPT)a", "a\\\\", "a*",
-        "(?=a)", "x|", "(?:)", "\\\\K", "a\\\\Kb", "((((a{60}){60}){60}){60}", "(?<=a+)b", "\\n*"};
-    for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++)
-        check_refused("[a-z]+", patterns[i], "pre_tokenizer");
-}
-
-/* Merges whose pairs all belong into one slot of the table would make every look-up slow. */
-static void test_text_refuses_merges_made_to_collide(void) {
-    enum { N = 300, SLOTS = 1024 };
-    char *vocab = calloc(N, 64), *merges = calloc(N, 16), *v = vocab, *m = merges;
-    uint64_t id = 1000;
-    for (int i = 0; v && m && i < N; i++, id++) {
-        while (((((uint64_t)'a' << 32 | id) * 0x9e3779b97f4a7c15u) >> 32) % SLOTS != 7) id++;
-        v += sprintf(v, ", 'b%d': %d, 'ab%d': %d", i, (int)id, i, 2000000 + i);
-        m += sprintf(m, "%s'a b%d'", i ? ", " : "", i);
-    }
-    char *json = make_json(vocab, merges, "", NO_SPLIT, "");
-    dsv4_err err = {""};
-    tok *t;
-    CHECK(tok_parse(&t, json, strlen(json), "x", &err) == -1 && strstr(err.msg, "collide"), "%s",
-          err.msg);
-    free(json);
-    free(merges);
-    free(vocab);
-}
-
 /* Files that cost much: deep nesting, many splits, long patterns and tokens. */
 static void test_text_bounds_what_a_file_can_cost(void) {
     enum { DEEP = 100000 };
-    static const char split[] = "{'type': 'Split', 'pattern': {'String': 'a'}, 'behavior': "
-                                "'Isolated'}, ";
+    static const char split[] = "{'type': 'Split', 'pattern': {'Regex': '" NUMBERS "'}, "
+                                "'behavior': 'Isolated'}, ";
     char *big = calloc(1, DEEP + 64);
     if (!big) return;
     memset(big, '[', DEEP);
@@ -710,14 +615,11 @@ static void test_text_bounds_what_a_file_can_cost(void) {
     memset(big, '"', 1);
     memset(big + 1, 'a', 300);
     strcpy(big + 301, "'");
-    check_refused("'<x>'", big, "not 1 to 256");
-    memset(big, 'a', 5000);
-    big[5000] = 0;
-    check_refused("[a-z]+", big, "4096 bytes");
+    check_refused("'<x>'", big, "1 to 256 bytes");
     *big = 0;
-    for (int i = 0; i < 16; i++) strcat(big, split);
+    for (int i = 0; i < 3; i++) strcat(big, split);
     strcat(big, "{'type': 'Split'");
-    check_refused("{'type': 'Split'", big, "16 splits");
+    check_refused("{'type': 'Split'", big, "another step");
     free(big);
 }
 
@@ -759,22 +661,17 @@ static void test_text_opens_a_directory(void) {
 int main(void) {
     RUN(test_text_merges_by_rank_then_from_the_left);
     RUN(test_text_merges_like_the_naive_rule);
-    RUN(test_text_looks_whole_words_up_where_the_file_says_so);
     RUN(test_text_finds_added_tokens_leftmost_and_longest_first);
     RUN(test_text_knows_the_bytes_of_every_id);
     RUN(test_text_cuts_by_each_regex_in_turn);
-    RUN(test_text_cuts_the_same_at_any_place_of_a_long_text);
     RUN(test_text_encodes_a_word_alike_wherever_it_stands);
     RUN(test_text_utf8_push_equals_replacing_the_whole);
     RUN(test_text_repairs_broken_utf8_before_encoding);
     RUN(test_text_prompt_of_a_user_turn);
     RUN(test_text_finds_added_tokens_outside_of_cuts);
     RUN(test_text_long_line_of_one_character);
-    RUN(test_text_slow_regexes_end_in_an_error);
     RUN(test_text_refuses_bad_settings_and_vocab_by_name);
     RUN(test_text_refuses_bad_merges_tokens_and_splits_by_name);
-    RUN(test_text_refuses_patterns_it_does_not_know);
-    RUN(test_text_refuses_merges_made_to_collide);
     RUN(test_text_bounds_what_a_file_can_cost);
     RUN(test_text_refuses_too_large_a_text);
     RUN(test_text_opens_a_directory);

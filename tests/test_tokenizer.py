@@ -245,18 +245,9 @@ def variants(spec):
     def with_(**kw):
         return dict(spec, **kw)
 
-    def splits(*patterns, **byte_level):
-        steps = [{"type": "Split", "pattern": p if isinstance(p, dict) else {"Regex": p},
-                  "behavior": "Isolated", "invert": False} for p in patterns]
-        last = dict({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                     "use_regex": False}, **byte_level)
-        return with_(pre_tokenizer={"type": "Sequence", "pretokenizers": steps + [last]})
-
     model = spec["model"]
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    few = dict(model, merges=model["merges"][:20000])
     yield "merges as pairs", with_(model=dict(model, merges=pairs), normalizer=None)
-    yield "ignore_merges", with_(model=dict(few, ignore_merges=True))
     overlapping = ["｜a", "｜ab>", "ab>｜", "x｜", "b>x｜", "｜ab", ">x｜a", "x｜ab> "]
     yield "added tokens that overlap", with_(added_tokens=spec["added_tokens"] + [
         {"id": 129280 + i, "content": content, "single_word": False, "lstrip": False,
@@ -264,15 +255,6 @@ def variants(spec):
         for i, content in enumerate(overlapping)])
     yield "no split", with_(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False,
                                            "trim_offsets": True, "use_regex": False})
-    yield "GPT-2's regex", splits(use_regex=True)
-    yield "a literal", splits({"String": "a."}, {"String": "  "})
-    yield "another model's regex", splits(
-        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    yield "possessive and lazy", splits(
-        r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{2}|(?>a|ab)c| ?[^\s\p{L}]+?\S")
-    yield "anchors and dot", splits(r"^.|.$|(?<=[a-f])\p{L}(?=\p{L})|(?<!\s)\P{L}{3,}")
-    yield "classes", splits(r"[\s\p{P}]+", r"[^\s\p{M}\p{S}\p{Z}]{2,7}", r"(?:\S\s)+",
-                            r"[\]\-\^a-c]")
 
 
 def main():
