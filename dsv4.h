@@ -304,8 +304,8 @@ size_t ckpt_n_tensors(const ckpt *c);
 const ckpt_tensor *ckpt_at(const ckpt *c, size_t i);           /* in order of name */
 const char *ckpt_shard_path(const ckpt *c, int shard);
 
-/* One call with one line for each shard of DIR that is missing or shorter than its header says
- * ("model-00002-of-00048.safetensors: 1.2 of 3.5 GB"); their number, or -1: DIR is no model. */
+/* One call with one line for each shard of DIR that is missing, cut short or damaged
+ * ("model-00002-of-00048.safetensors: missing"); their number, or -1: DIR is no model. */
 typedef void (*line_fn)(void *arg, const char *line);
 int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err);
 
@@ -313,9 +313,9 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err);
  * "interrupted". */
 typedef int (*progress_fn)(void *arg, double done);
 
-/* XXH3-128 of every shard, read whole.  `record` is a file (its directory is made) that keeps what
- * was found; each() gets one line a shard: name, hash, and what the record had said ("new",
- * "as on 2026-11-23", "CHANGED since 2026-11-23").  On 0 *n_changed counts the changed ones. */
+/* XXH3-128 of every shard, read whole.  `record` is a file that keeps what was found; each() gets
+ * one line a shard: name, hash, and what the record had said ("new", "as on 2026-11-23", "CHANGED
+ * since 2026-11-23").  On 0 *n_changed counts the changed ones. */
 int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
               int *n_changed, dsv4_err *err);
 

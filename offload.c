@@ -71,6 +71,7 @@ enum {
     EXPERT_BYTES = 12 << 20,       /* one of ckpt_hash(): an expert of V4-Flash               */
     STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
     STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
+    HASH_CHARS = 32,               /* XXH3-128 in hexadecimal                                   */
     DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
 };
 
@@ -164,11 +165,6 @@ static int write_json(const json_t *root, const char *file, dsv4_err *err) {
     char path[PATH_MAX];
     int n = snprintf(path, sizeof path, "%s.%ld", file, (long)getpid());
     if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", file);
-    for (char *p = path; (p = strchr(p + 1, '/')); *p = '/') {
-        *p = 0;
-        if (mkdir(path, 0777) && errno != EEXIST)
-            return fail(err, "make directory %s: %s", path, strerror(errno));
-    }
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
     int rc = good && !rename(path, file) ? 0 : fail(err, "write %s: %s", file, strerror(errno));
@@ -403,7 +399,6 @@ typedef struct {
     const char *path;              /* DIR/FILE, ours                                            */
     const char *file;              /* FILE, in path                                             */
     uint64_t size;                 /* of the file when its header was read                      */
-    uint64_t need;                 /* what its header describes; UINT64_MAX: not all of it came */
 } ckpt_shard;
 
 struct ckpt {
@@ -513,7 +508,6 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     }
     json_decref(root);
     if (rc) return -1;
-    s->need = need;
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
@@ -534,7 +528,6 @@ static int shard_read(ckpt *c, int which, dsv4_err *err) {
         rc = fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
                   "safetensors file, or it is damaged", s->path, len, MAX_HEADER_BYTES);
     } else if (!rc && (s->size < 8 || len > s->size - 8)) {
-        s->need = UINT64_MAX;
         rc = fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the "
                   "file is cut short, download it again", s->path, s->size, len + 8);
     }
@@ -734,62 +727,22 @@ int config_generation(generation *out, const char *dir, dsv4_err *err) {
     return rc;
 }
 
-#define PARTIAL_DIR ".cache/huggingface/download"
-
-/* Bytes of a file that Hugging Face's client has not finished: it lies elsewhere until it is whole,
- * as NAME.ETAG.incomplete. */
-static uint64_t partial_bytes(const char *dir, const char *file) {
-    char pattern[PATH_MAX];
-    struct stat st;
-    uint64_t most = 0;
-    glob_t found = {.gl_pathc = 0};
-    snprintf(pattern, sizeof pattern, "%s/" PARTIAL_DIR "/%s*.incomplete", dir, file);
-    (void)glob(pattern, GLOB_NOSORT, NULL, &found);
-    for (size_t i = 0; i < found.gl_pathc; i++)
-        if (!stat(found.gl_pathv[i], &st) && most < (uint64_t)st.st_size)
-            most = (uint64_t)st.st_size;
-    globfree(&found);
-    return most;
-}
-
-/* One shard of a survey; 1 and a line where it is not whole.  Of two amounts the first is rounded
- * down and the second up, so that they differ as the bytes do. */
-static int survey_shard(ckpt *c, int which, const char *dir, line_fn each, void *arg) {
-    ckpt_shard *s = &c->shards[which];
-    char line[sizeof(dsv4_err) + MAX_NAME];
-    dsv4_err why;
-    bool missing = access(s->path, F_OK) && errno == ENOENT;
-    if (!missing && !shard_read(c, which, &why)) return 0;
-    uint64_t have = missing ? partial_bytes(dir, s->file) : s->size;
-    uint64_t all = missing ? have : s->need, k = 1000, m = k * k, g = k * m;
-    uint64_t tenth = (all >= g ? g : all >= m ? m : k) / 10;
-    const char *unit = all >= g ? "GB" : all >= m ? "MB" : "kB";
-    double had = (double)(have / tenth) / 10;
-    if (missing && have) fail(&why, "missing, %.1f %s of it in " PARTIAL_DIR, had, unit);
-    else if (missing) fail(&why, "missing");
-    else if (s->need == UINT64_MAX) fail(&why, "its header is cut off");
-    else if (s->need > s->size)
-        fail(&why, "%.1f of %.1f %s", had, (double)((all + tenth - 1) / tenth) / 10, unit);
-    size_t path = strlen(s->path); /* most reasons begin with it: not twice                     */
-    snprintf(line, sizeof line, "%s: %s", s->file,
-             strncmp(why.msg, s->path, path) ? why.msg : why.msg + path + 2);
-    each(arg, line);
-    return 1;
-}
-
 int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
-    struct stat st;
-    int n = 0, rc = stat(dir, &st) ? errno : 0;
-    if (rc) return fail(err, "%s: %s", dir, rc == ENOENT ? "no such directory" : strerror(rc));
-    if (!S_ISDIR(st.st_mode)) return fail(err, "%s is not a directory", dir);
+    char line[sizeof(dsv4_err) + MAX_NAME];
+    int n = 0;
     ckpt *c = list_shards(dir, err);
-    if (!c) return -1;
-    if (!c->n_shards)
-        n = fail(err, "%s holds no model: no model.safetensors.index.json and no *.safetensors",
-                 dir);
-    for (int i = 0; i < c->n_shards; i++) n += survey_shard(c, i, dir, each, arg);
+    for (int i = 0; c && i < c->n_shards; i++) {
+        const ckpt_shard *s = &c->shards[i];
+        dsv4_err why = {"missing"};
+        if ((!access(s->path, F_OK) || errno != ENOENT) && !shard_read(c, i, &why)) continue;
+        size_t path = strlen(s->path); /* most reasons begin with it: not twice                 */
+        snprintf(line, sizeof line, "%s: %s", s->file,
+                 strncmp(why.msg, s->path, path) ? why.msg : why.msg + path + 2);
+        each(arg, line);
+        n++;
+    }
     ckpt_close(c);
-    return n;
+    return c ? n : -1;
 }
 
 /* === 5. Requests ==============================================================================
@@ -1676,58 +1629,48 @@ int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
     return rc;
 }
 
-/* What an earlier ckpt_hash() found: {"shards": {NAME: {"hash", "bytes", "date"}}}. */
+/* What an earlier ckpt_hash() found: {NAME: "HASH DATE"}, the first date on which it was so. */
 static json_t *record_read(const char *record, line_fn each, void *arg) {
-    char line[sizeof(dsv4_err) + 64];
-    dsv4_err err = {"it is no record of hashes"};
+    dsv4_err ignored;
     const char *name;
-    json_t *value, *root = NULL;
-    if (!access(record, F_OK) || errno != ENOENT) {
-        root = parse_file(record, MAX_CONFIG_BYTES, &err);
-        json_t *shards = json_object_get(root, "shards");
-        bool good = json_is_object(shards);
-        json_object_foreach(shards, name, value)
-            good &= !json_unpack_ex(value, NULL, JSON_VALIDATE_ONLY, "{s:s,s:I,s:s}", "hash",
-                                    "bytes", "date");
-        if (good) return root;
-        snprintf(line, sizeof line, "the record is damaged and counts for nothing: %s", err.msg);
-        each(arg, line);
-    }
+    json_t *value, *root = parse_file(record, MAX_CONFIG_BYTES, &ignored);
+    bool good = root != NULL;
+    json_object_foreach(root, name, value) good &= json_string_length(value) > HASH_CHARS;
+    if (good) return root;
+    if (!access(record, F_OK)) each(arg, "the record is damaged and counts for nothing");
     json_decref(root);
-    return json_pack("{s:{}}", "shards");
+    return json_object();
 }
 
-/* Tell one shard's hash, and put it into the record's shards; without one it is gone.  The date is
- * the first on which this hash was found.  1 where the record said something else. */
-static int record_shard(json_t *shards, const char *file, const char *hash, uint64_t bytes,
-                        int width, line_fn each, void *arg) {
-    char today[16], line[2 * MAX_NAME + 64];
-    time_t now = time(NULL);
+/* Tell one shard's hash, and put it into the record; without one it is gone.  1 where the record
+ * said something else. */
+static int record_shard(json_t *record, const char *file, const char *hash, int width,
+                        line_fn each, void *arg) {
+    char now[HASH_CHARS + 16], line[2 * MAX_NAME + 64];
+    time_t t = time(NULL);
     struct tm tm;
-    const json_t *old = json_object_get(shards, file);
-    const char *date = json_string_value(json_object_get(old, "date"));
-    bool same = hash && old && !strcmp(json_string_value(json_object_get(old, "hash")), hash);
-    snprintf(line, sizeof line, "%-*.255s  %s%s%s%.32s", width, file, hash ? hash : "",
-             hash ? "  " : "", !old ? "new" : !hash ? "gone since "
-             : same ? "as on " : "CHANGED since ", old ? date : "");
+    const char *old = json_string_value(json_object_get(record, file));
+    bool same = old && !strncmp(old, hash, HASH_CHARS);
+    snprintf(line, sizeof line, "%-*.255s  %s  %s%.32s", width, file, hash, !old ? "new"
+             : same ? "as on " : *hash ? "CHANGED since " : "gone since ",
+             old ? old + HASH_CHARS + 1 : "");
     each(arg, line);
-    strftime(today, sizeof today, "%Y-%m-%d", localtime_r(&now, &tm));
-    if (!hash) json_object_del(shards, file);
-    else if (!same)
-        json_object_set_new(shards, file, json_pack("{s:s,s:I,s:s}", "hash", hash, "bytes",
-                                                    (json_int_t)bytes, "date", today));
+    size_t n = (size_t)snprintf(now, sizeof now, "%s ", hash);
+    strftime(now + n, sizeof now - n, "%Y-%m-%d", localtime_r(&t, &tm));
+    if (!*hash) json_object_del(record, file);
+    else if (!same) json_object_set_new(record, file, json_string(now));
     return old && !same;
 }
 
 /* Shards of the record that the model no longer has leave it; their number. */
-static int record_gone(json_t *shards, const ckpt *c, int width, line_fn each, void *arg) {
+static int record_gone(json_t *record, const ckpt *c, int width, line_fn each, void *arg) {
     const char *name;
     void *next;
     json_t *value;
     int n = 0, i;
-    json_object_foreach_safe(shards, next, name, value) {
+    json_object_foreach_safe(record, next, name, value) {
         for (i = 0; i < c->n_shards && strcmp(c->shards[i].file, name); i++) continue;
-        if (i == c->n_shards) n += record_shard(shards, name, NULL, 0, width, each, arg);
+        if (i == c->n_shards) n += record_shard(record, name, "", width, each, arg);
     }
     return n;
 }
@@ -1743,14 +1686,14 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
     const char *note;              /* a slower way of reading was told when the model opened    */
     const uint8_t *data;
     XXH3_state_t *hash = XXH3_createState();
-    json_t *root = record_read(record, each, arg), *shards = json_object_get(root, "shards");
+    json_t *root = record_read(record, each, arg);
     int rc = !hash || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err) ||
              stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
     for (int i = 0; i < c->n_shards; i++) {
         total += c->shards[i].size;
         if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
     }
-    *n_changed = rc ? 0 : record_gone(shards, c, width, each, arg);
+    *n_changed = rc ? 0 : record_gone(root, c, width, each, arg);
     while (!rc && done < total) {
         if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
         if (!rc && next < c->n_shards && !stream_full(&s)) {
@@ -1765,10 +1708,10 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
         XXH3_128bits_update(hash, data, t->bytes);
         done += t->bytes;
         if (t->offset + t->bytes == shard->size) {
-            char hex[33];
+            char hex[HASH_CHARS + 1];
             XXH128_hash_t h = XXH3_128bits_digest(hash);
             snprintf(hex, sizeof hex, "%016" PRIx64 "%016" PRIx64, h.high64, h.low64);
-            *n_changed += record_shard(shards, shard->file, hex, shard->size, width, each, arg);
+            *n_changed += record_shard(root, shard->file, hex, width, each, arg);
             rc = write_json(root, record, err);
         }
         stream_give(&s);
