@@ -6,8 +6,8 @@
  *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
  *        +-- slot of an arena, in place     cache_*()       one group a slot: a routed expert, or
  *                                                           the matrices of one layer
- *                                           stream_*()      any range a slot, in order asked
- *                               --copy-->   offload_load()  dense weights, once, at start
+ *                               --copy-->   stream()        all of a list, in order: dense
+ *                                                           weights, once, at start
  *   raw files of ours <---- the same way ---- batch_*()       whole blocks, read and written
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
@@ -67,10 +67,8 @@ enum {
     IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
     RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
-    LOAD_BYTES = 4 << 20,          /* one range of offload_load()                               */
-    EXPERT_BYTES = 12 << 20,       /* one of ckpt_hash(): an expert of V4-Flash               */
-    STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
-    STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
+    STREAM_BYTES = 4 << 20,        /* one range of a stream                                     */
+    STREAM_SLOTS = 8,              /* ranges in flight                                          */
     HASH_CHARS = 32,               /* XXH3-128 in hexadecimal                                   */
     DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
 };
@@ -749,7 +747,7 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
  * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
  * open; the ring and the threads know nothing else, and io_on_answer() decides for both.
  *
- *   slot_feed, batch_add --> io_begin --> ring or threads --> io_reap
+ *   slot_feed, transfer ---> io_begin --> ring or threads --> io_reap
  *           ^                   ^                                |
  *           |                   +---- IO_AGAIN ---- io_complete <+
  *     free requests <--- slot_piece_in <--- IO_DONE, IO_FAILED --+
@@ -871,7 +869,6 @@ struct offload {
     const char *note;
     io_req *free_reqs;
     int in_flight, n_background;   /* the second are of the first                               */
-    uint64_t landed;               /* bytes of payloads that are in                             */
     slot_list demand, background;  /* slots with pieces to ask for, in order of get and of ask  */
     int n_caches;
     bool batch_waits;              /* for a request: the background does not get it             */
@@ -896,7 +893,7 @@ static void io_start(offload *o, io_req *r) {
     uint64_t at = r->off + r->done;
     int fd = o->files[r->file].fd;
     offload_stats *s = &o->stats;
-    *(!r->batch ? &s->read_bytes : r->write ? &s->raw_written : &s->raw_read) += n;
+    *(r->file < o->c->n_shards ? &s->read_bytes : r->write ? &s->raw_written : &s->raw_read) += n;
     s->reads += !r->write;
     if (r->slot) r->slot->c->stats.read_bytes += n;
     if (o->has_ring) {
@@ -911,14 +908,18 @@ static void io_start(offload *o, io_req *r) {
     assert(sent == sizeof r);      /* there is room for all requests, so it never waits         */
 }
 
-/* With the first of the free requests, which there must be. */
-static void io_begin(offload *o, io_req what) {
+/* One piece of the `left` bytes from what.off on, with the first of the free requests, which there
+ * must be; returns the piece's bytes, whole blocks. */
+static uint32_t io_begin(offload *o, io_req what, uint64_t left) {
     io_req *r = o->free_reqs;
     o->free_reqs = r->next;
     *r = what;
+    r->want = left < IO_PIECE ? (uint32_t)left : IO_PIECE;
+    r->len = (r->want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
     o->in_flight++;
     o->n_background += r->background;
     io_start(o, r);
+    return r->len;
 }
 
 static void give_req(offload *o, io_req *r) {
@@ -936,7 +937,6 @@ static void io_complete(offload *o, io_req *r, int res) {
     }
     o->in_flight--;
     o->n_background -= r->background;
-    if (next == IO_DONE) o->landed += r->want;
     const io_file *f = &o->files[r->file];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
@@ -1049,16 +1049,6 @@ static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
                 "being downloaded?", s->path, f->size, s->size);
 }
 
-/* The ring, or false where it is refused or too old to read (Linux before 5.6). */
-static bool ring_open(offload *o) {
-    if (io_uring_queue_init(IO_DEPTH, &o->ring, 0)) return false;
-    if (!(o->ring.features & IORING_FEAT_RW_CUR_POS)) {
-        io_uring_queue_exit(&o->ring);
-        return false;
-    }
-    return true;
-}
-
 int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err) {
     static const char *const notes[2][2] = { /* [ring][direct] */
         {"io_uring and O_DIRECT are both refused here: reading with threads through the page "
@@ -1080,7 +1070,11 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
         rc = file_open(&o->files[i], &c->shards[i], err);
         direct &= o->files[i].direct;
     }
-    if (!rc) o->has_ring = ring_open(o);
+    if (!rc) o->has_ring = !io_uring_queue_init(IO_DEPTH, &o->ring, 0);
+    if (o->has_ring && !(o->ring.features & IORING_FEAT_RW_CUR_POS)) { /* Linux before 5.6      */
+        io_uring_queue_exit(&o->ring);
+        o->has_ring = false;
+    }
     if (!rc && !o->has_ring) rc = threads_open(o, err);
     if (!rc) o->note = *note = notes[o->has_ring][direct];
     if (!rc) return 0;
@@ -1171,25 +1165,31 @@ void offload_raw_close(offload *o, int file) {
     *f = (io_file){.path = NULL};
 }
 
-/* Demand like a slot's: what waits for a request already has it first, the background last. */
-int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
-              dsv4_err *err) {
-    assert(file >= o->c->n_shards && o->files[file].path);
-    assert(off % IO_ALIGN == 0 && bytes % IO_ALIGN == 0 && (uintptr_t)buf % IO_ALIGN == 0);
-    assert(off <= o->files[file].size && bytes <= o->files[file].size - off);
-    for (size_t at = 0; at < bytes; at += IO_PIECE) {
+/* Begin `bytes` from r.off on, for r.batch.  Demand like a slot's: what waits for a request already
+ * has it first, the background last. */
+static int transfer(offload *o, io_req r, uint64_t bytes, dsv4_err *err) {
+    for (uint64_t at = 0; at < bytes; at += IO_PIECE) {
         int rc = 0;
         o->batch_waits = true;
         while (!o->free_reqs && !rc) rc = io_reap(o, true, err);
         o->batch_waits = false;
         if (rc) return -1;
-        uint32_t n = bytes - at < IO_PIECE ? (uint32_t)(bytes - at) : IO_PIECE;
-        b->in_flight++;
-        io_begin(o, (io_req){.file = file, .write = write, .buf = (uint8_t *)buf + at,
-                             .off = off + at, .len = n, .want = n, .batch = b});
+        r.batch->in_flight++;
+        uint32_t n = io_begin(o, r, bytes - at);
+        r.buf += n;
+        r.off += n;
     }
     io_kick(o);
     return 0;
+}
+
+int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
+              dsv4_err *err) {
+    assert(file >= o->c->n_shards && o->files[file].path);
+    assert(off % IO_ALIGN == 0 && bytes % IO_ALIGN == 0 && (uintptr_t)buf % IO_ALIGN == 0);
+    assert(off <= o->files[file].size && bytes <= o->files[file].size - off);
+    return transfer(o, (io_req){.file = file, .write = write, .buf = buf, .off = off, .batch = b},
+                    bytes, err);
 }
 
 int batch_wait(offload *o, io_batch *b, dsv4_err *err) {
@@ -1331,16 +1331,13 @@ static void slot_feed(offload *o) {
         size_t which = (size_t)(s - c->slots);
         uint64_t begin = t->offset / IO_ALIGN * IO_ALIGN + s->at, end = t->offset + run->bytes;
         assert(s->state == SLOT_READING && begin < end);
-        uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
-        io_req r = {.file = t->shard, .off = begin, .want = want, .t = t, .slot = s,
-                    .len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1),
+        io_req r = {.file = t->shard, .off = begin, .t = t, .slot = s,
                     .buf = c->arena + c->slot_bytes * which + run->region + s->at,
                     .background = s->list == &o->background};
-        s->at += r.len;
         s->in_flight++;
         c->in_flight++;
-        io_begin(o, r);
-        if (begin + r.len < end) continue;
+        s->at += io_begin(o, r, end - begin);
+        if (t->offset / IO_ALIGN * IO_ALIGN + s->at < end) continue;
         s->at = 0;
         if (++s->run == s->n_runs) list_take(s);
     }
@@ -1551,82 +1548,57 @@ int cache_save_heat(const cache *c, const char *path, dsv4_err *err) {
     return rc;
 }
 
-/* === 9. Streams ===============================================================================
- * A stream reads ranges of shards through a cache of its own: what is asked for is read in the
- * order of asking and taken in that order.  A range goes as a group of one part.                 */
+/* === 9. Streams =============================================================================== */
 
-typedef struct {
-    cache *slots;
-    ckpt_tensor range[STREAM_IDS];
-    const ckpt_tensor *part[STREAM_IDS];
-    read_group group[STREAM_IDS];
-    int slot[STREAM_IDS];
-    uint64_t most;                 /* bytes of a range                                          */
-    size_t asked, taken;           /* ranges so far                                             */
-} stream;
+typedef struct {                   /* some of an item's bytes                                   */
+    const load_item *item;
+    uint64_t at, n;                /* from its byte `at` on, n bytes                            */
+    const uint8_t *data;
+    io_batch batch;
+} stream_range;
+typedef int (*range_fn)(void *arg, const stream_range *r); /* nonzero stops */
 
-static int stream_open(stream *s, offload *o, uint64_t bytes, dsv4_err *err) {
-    *s = (stream){.most = bytes};
-    for (int i = 0; i < STREAM_IDS; i++) {     /* the most that a range can need: off the edge  */
-        s->range[i] = (ckpt_tensor){.offset = IO_ALIGN - 1, .bytes = bytes};
-        s->part[i] = &s->range[i];
-        s->group[i] = (read_group){&s->part[i], 1};
+/* Hand the bytes of items [n] to each(), all in order; the next ranges are on their way meanwhile.
+ * Returns what each() did when it stopped. */
+static int stream(offload *o, const load_item *items, size_t n, range_fn each, void *arg,
+                  dsv4_err *err) {
+    const size_t slot_bytes = STREAM_BYTES + 2 * IO_ALIGN;
+    stream_range range[STREAM_SLOTS];
+    dsv4_err ignored;
+    arena map;
+    size_t asked = 0, taken = 0;
+    uint64_t at = 0;
+    int rc = arena_open(&map, STREAM_SLOTS * slot_bytes, "reading", err);
+    while (!rc && (n > 0 || taken < asked)) {
+        if (n == 0 || asked - taken == STREAM_SLOTS) {
+            stream_range *r = &range[taken++ % STREAM_SLOTS];
+            rc = batch_wait(o, &r->batch, err);
+            if (!rc) rc = each(arg, r);
+            continue;
+        }
+        const ckpt_tensor *t = items->t;
+        stream_range *r = &range[asked % STREAM_SLOTS];
+        uint8_t *slot = map.base + slot_bytes * (asked++ % STREAM_SLOTS);
+        uint64_t left = t->bytes - at, off = t->offset + at, skip = off % IO_ALIGN;
+        *r = (stream_range){items, at, left < STREAM_BYTES ? left : STREAM_BYTES, slot + skip, {0}};
+        rc = transfer(o, (io_req){.file = t->shard, .off = off - skip, .buf = slot, .t = t,
+                                  .batch = &r->batch}, skip + r->n, err);
+        at += r->n;
+        if (at == t->bytes) items++, n--, at = 0;
     }
-    return cache_open(&s->slots, o, s->group, STREAM_IDS, STREAM_SLOTS, err);
+    while (taken < asked) (void)batch_wait(o, &range[taken++ % STREAM_SLOTS].batch, &ignored);
+    if (!o->ring_error) arena_close(&map);     /* else reads may still come                     */
+    return rc;
 }
 
-static bool stream_full(const stream *s) { return s->asked - s->taken == STREAM_SLOTS; }
-static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
-
-/* Ask for a range of a tensor, from its byte *at on, which is 0 again behind the last one. */
-static int stream_ask(stream *s, const ckpt_tensor *t, uint64_t *at, dsv4_err *err) {
-    size_t id = s->asked % STREAM_IDS;
-    ckpt_tensor *range = &s->range[id];
-    assert(!stream_full(s));
-    assert(!s->slots->slot_of[id]);    /* else it would be a hit on other bytes                 */
-    *range = *t;
-    range->offset += *at;
-    range->bytes -= *at;
-    if (range->bytes > s->most) range->bytes = s->most;
-    *at += range->bytes;
-    if (*at == t->bytes) *at = 0;
-    s->slot[id] = cache_get(s->slots, id, err);
-    s->asked += s->slot[id] >= 0;
-    return s->slot[id] < 0 ? -1 : 0;
-}
-
-/* The oldest range's bytes, or NULL while they are on their way: it waits for one piece at most. */
-static int stream_look(const stream *s, const uint8_t **data, dsv4_err *err) {
-    int at = s->slot[s->taken % STREAM_IDS];
-    const cache_slot *slot = &s->slots->slots[at];
-    offload *o = s->slots->o;
-    *data = NULL;
-    if (io_reap(o, slot->state == SLOT_READING, err)) return -1;
-    if (slot->state == SLOT_FAILED) return fault_message(o, &slot->fault, err);
-    if (slot->state == SLOT_READY) *data = cache_part(s->slots, at, 0);
+static int load_range(void *arg, const stream_range *r) {
+    (void)arg;
+    memcpy((char *)r->item->dst + r->at, r->data, r->n);
     return 0;
 }
 
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
-    stream s;
-    char *dst[STREAM_IDS];
-    uint64_t most = 0, at = 0;
-    const uint8_t *data;
-    for (size_t i = 0; i < n; i++) if (most < items[i].t->bytes) most = items[i].t->bytes;
-    if (most == 0) return 0;
-    int rc = stream_open(&s, o, most < LOAD_BYTES ? most : LOAD_BYTES, err);
-    for (size_t i = 0; !rc && (i < n || s.taken < s.asked);) {
-        if (i < n && !stream_full(&s)) {
-            dst[s.asked % STREAM_IDS] = (char *)items[i].dst + at;
-            rc = stream_ask(&s, items[i].t, &at, err);
-            i += at == 0;
-        } else if (!(rc = stream_look(&s, &data, err)) && data) {
-            memcpy(dst[s.taken % STREAM_IDS], data, s.range[s.taken % STREAM_IDS].bytes);
-            stream_give(&s);
-        }
-    }
-    cache_close(s.slots);
-    return rc;
+    return stream(o, items, n, load_range, NULL, err);
 }
 
 /* What an earlier ckpt_hash() found: {NAME: "HASH DATE"}, the first date on which it was so. */
@@ -1675,96 +1647,87 @@ static int record_gone(json_t *record, const ckpt *c, int width, line_fn each, v
     return n;
 }
 
-/* The record is written after each shard: hours of reading survive whatever comes.  One range is
- * asked for at a time: the first use of a slot is slow, since the kernel clears its pages. */
+typedef struct {
+    XXH3_state_t *state;
+    double done, total;            /* bytes                                                     */
+    progress_fn progress;
+    void *arg;
+} hashing;
+
+static int hash_range(void *arg, const stream_range *r) {
+    hashing *h = arg;
+    if (r->at == 0) XXH3_128bits_reset(h->state);
+    XXH3_128bits_update(h->state, r->data, r->n);
+    h->done += (double)r->n;
+    return h->progress(h->arg, h->done / h->total);
+}
+
+/* The record is written after each shard: hours of reading survive whatever comes. */
 int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
               int *n_changed, dsv4_err *err) {
-    stream s = {.slots = NULL};
+    hashing h = {XXH3_createState(), 0, 0, progress, arg};
     offload *o = NULL;
-    uint64_t total = 0, done = 0, at = 0;
-    int width = 0, next = 0;
+    int width = 0;
     const char *note;              /* a slower way of reading was told when the model opened    */
-    const uint8_t *data;
-    XXH3_state_t *hash = XXH3_createState();
     json_t *root = record_read(record, each, arg);
-    int rc = !hash || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err) ||
-             stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
+    int rc = !h.state || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err);
     for (int i = 0; i < c->n_shards; i++) {
-        total += c->shards[i].size;
+        h.total += (double)c->shards[i].size;
         if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
     }
     *n_changed = rc ? 0 : record_gone(root, c, width, each, arg);
-    while (!rc && done < total) {
-        if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
-        if (!rc && next < c->n_shards && !stream_full(&s)) {
-            ckpt_tensor whole = {.shard = next, .bytes = c->shards[next].size};
-            rc = stream_ask(&s, &whole, &at, err);
-            next += at == 0;
-        }
-        if (rc || (rc = stream_look(&s, &data, err)) || !data) continue;
-        const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
-        const ckpt_shard *shard = &c->shards[t->shard];
-        if (t->offset == 0) XXH3_128bits_reset(hash);
-        XXH3_128bits_update(hash, data, t->bytes);
-        done += t->bytes;
-        if (t->offset + t->bytes == shard->size) {
-            char hex[HASH_CHARS + 1];
-            XXH128_hash_t h = XXH3_128bits_digest(hash);
-            snprintf(hex, sizeof hex, "%016" PRIx64 "%016" PRIx64, h.high64, h.low64);
-            *n_changed += record_shard(root, shard->file, hex, width, each, arg);
-            rc = write_json(root, record, err);
-        }
-        stream_give(&s);
+    for (int i = 0; !rc && i < c->n_shards; i++) {
+        const ckpt_shard *shard = &c->shards[i];
+        ckpt_tensor whole = {.shard = i, .bytes = shard->size};
+        char hex[HASH_CHARS + 1];
+        rc = stream(o, &(load_item){&whole, NULL}, 1, hash_range, &h, err);
+        if (rc > 0) fail(err, "interrupted");
+        if (rc) break;
+        XXH128_hash_t hash = XXH3_128bits_digest(h.state);
+        snprintf(hex, sizeof hex, "%016" PRIx64 "%016" PRIx64, hash.high64, hash.low64);
+        *n_changed += record_shard(root, shard->file, hex, width, each, arg);
+        rc = write_json(root, record, err);
     }
-    if (!rc) (void)progress(arg, 1);
-    cache_close(s.slots);
     offload_close(o);
-    XXH3_freeState(hash);
+    XXH3_freeState(h.state);
     json_decref(root);
-    return rc;
+    return rc ? -1 : 0;
 }
 
-/* A range of the shards somewhere: each byte is as likely as another. */
-static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t bytes,
-                              unsigned short rng[3]) {
-    int i = 0;
-    uint64_t at = (uint64_t)(erand48(rng) * (double)total);
-    for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
-    uint64_t size = c->shards[i].size, n = size < bytes ? size : bytes;
-    if (at > size - n) at = size - n;
-    return (ckpt_tensor){.shard = i, .offset = at / IO_ALIGN * IO_ALIGN, .bytes = n};
+typedef struct { double begin, now, limit, bytes; } measuring;
+
+static int measure_range(void *arg, const stream_range *r) {
+    measuring *m = arg;
+    m->bytes += (double)r->n;
+    m->now = now_s() - m->begin;
+    return m->now > m->limit;
 }
 
-/* How much is asked for at once follows from what came: so a slow disk is asked for little, and
- * the last answers come when the time is over, not long after. */
 int disk_measure(const ckpt *c, uint64_t bytes, double limit, double *bytes_s, dsv4_err *err) {
-    stream s = {.slots = NULL};
+    enum { MOST = 1024 };
+    ckpt_tensor t[MOST];
+    load_item items[MOST];
     offload *o;
-    uint64_t total = 0, asked = 0, at = 0;
+    uint64_t total = 0, asked = 0;
     unsigned short rng[3] = {0};
-    const uint8_t *data;
     const char *note;
+    size_t n = 0;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
-    int rc = offload_open(&o, c, &note, err) || stream_open(&s, o, bytes, err) ? -1 : 0;
-    double begin = now_s(), now = 0;
-    while (!rc) {
-        now = now_s() - begin;
-        double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
-        if (asked < 2 * total && !stream_full(&s) &&
-            (!s.asked || (double)(s.asked + 1 - s.taken) * (double)bytes < soon)) {
-            ckpt_tensor range = draw_range(c, total, bytes, rng);
-            rc = stream_ask(&s, &range, &at, err);
-            asked += range.bytes;
-        } else if (s.taken == s.asked) {
-            break;
-        } else if (!(rc = stream_look(&s, &data, err)) && data) {
-            stream_give(&s);
-        }
+    for (; n < MOST && asked < 2 * total; asked += t[n++].bytes) {
+        int i = 0;                 /* each byte is as likely as another                         */
+        uint64_t at = (uint64_t)(erand48(rng) * (double)total), size;
+        for (; at >= (size = c->shards[i].size); i++) at -= size;
+        uint64_t some = size < bytes ? size : bytes;
+        if (at > size - some) at = size - some;
+        t[n] = (ckpt_tensor){.shard = i, .offset = at / IO_ALIGN * IO_ALIGN, .bytes = some};
+        items[n] = (load_item){&t[n], NULL};
     }
-    if (!rc) *bytes_s = (double)o->landed / now;
-    cache_close(s.slots);
+    if (offload_open(&o, c, &note, err)) return -1;
+    measuring m = {now_s(), 0, limit, 0};
+    int rc = stream(o, items, n, measure_range, &m, err);
+    *bytes_s = m.bytes / m.now;
     offload_close(o);
-    return rc;
+    return rc < 0 ? -1 : 0;
 }
 
 /* === 10. This machine ========================================================================= */
@@ -1822,33 +1785,30 @@ void machine_rss(uint64_t *now, uint64_t *peak) {
     if (peak) *peak = proc_number("/proc/self/status", "VmHWM:") << 10;
 }
 
-/* Does a file of sysfs begin with this text? */
+/* A file of sysfs begins with this text. */
 static bool sys_begins(const char *node, const char *file, const char *text) {
-    char path[PATH_MAX], rest[LINE];
-    dsv4_err ignored;
-    return !join(path, node, file, &ignored) && find_line(rest, path, text);
+    char path[PATH_MAX + 32], rest[LINE];
+    snprintf(path, sizeof path, "%s/%s", node, file);
+    return find_line(rest, path, text);
 }
 
-/* A block device by its directory in sysfs: what it lies on is looked at, down to the drives. */
+/* A block device by its directory in sysfs: what it lies on is looked at, down to the drives.  Of a
+ * partition the disk around it knows. */
 static void describe_node(disk_info *d, const char *dir, int layers) {
-    char node[PATH_MAX], outer[PATH_MAX], path[PATH_MAX];
-    dsv4_err ignored;
+    char node[PATH_MAX], path[PATH_MAX + 32];
     glob_t slaves;
-    /* a partition has no queue of its own, the disk around it has */
-    if (join(path, dir, "queue", &ignored) || join(outer, dir, "../queue", &ignored)) return;
-    bool part = access(path, F_OK) && !access(outer, F_OK);
-    if (join(path, dir, part ? ".." : ".", &ignored) || !realpath(path, node) ||
-        join(path, node, "slaves/*", &ignored))
-        return;
-    if (sys_begins(node, "dm/uuid", "CRYPT-")) d->encrypted = true;
-    if (!glob(path, 0, NULL, &slaves)) {
-        for (size_t i = 0; i < slaves.gl_pathc && layers > 1; i++)
+    if (!layers || !realpath(dir, node)) return;
+    d->encrypted |= sys_begins(node, "dm/uuid", "CRYPT-");
+    snprintf(path, sizeof path, "%s/{,../}slaves/*", node);
+    if (!glob(path, GLOB_BRACE, NULL, &slaves)) {
+        for (size_t i = 0; i < slaves.gl_pathc; i++)
             describe_node(d, slaves.gl_pathv[i], layers - 1);
         globfree(&slaves);
         return;
     }
-    if (sys_begins(node, "queue/rotational", "1")) d->rotating = true;
-    if (strstr(node, "/ata")) d->sata = true;
+    d->rotating |= sys_begins(node, "queue/rotational", "1") ||
+                   sys_begins(node, "../queue/rotational", "1");
+    d->sata |= strstr(node, "/ata") != NULL;
     if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
 }
 
@@ -1864,22 +1824,21 @@ static void describe_fs(disk_info *d) {
 }
 
 int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err) {
-    char path[PATH_MAX], mount[32], line[LINE], source[PATH_MAX] = "";
-    struct stat st, disk;
+    char path[PATH_MAX], line[LINE], source[PATH_MAX] = "";
+    struct statx at;
+    struct stat disk;
     *d = (disk_info){.fs = "unknown"};
-    int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &st)) return fail(err, "open %s: %s", dir, strerror(errno));
-    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
-    snprintf(mount, sizeof mount, "%" PRIu64 " ", proc_number(path, "mnt_id:"));
-    close(fd);
-    bool found = find_line(line, "/proc/self/mountinfo", mount);
+    if (statx(AT_FDCWD, dir, 0, STATX_MNT_ID, &at))
+        return fail(err, "open %s: %s", dir, strerror(errno));
+    dev_t dev = makedev(at.stx_dev_major, at.stx_dev_minor);
+    snprintf(path, sizeof path, "%" PRIu64 " ", (uint64_t)at.stx_mnt_id);
+    bool found = find_line(line, "/proc/self/mountinfo", path);
     const char *tail = found ? strstr(line, " - ") : NULL;     /* optional fields end there     */
     if (tail) sscanf(tail, " - %31s %4095s", d->fs, source);
     describe_fs(d);
     /* btrfs and the like have a device number of their own: their source may be a disk's */
-    if (!major(st.st_dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk))
-        st.st_dev = disk.st_rdev;
-    snprintf(path, sizeof path, "%s/dev/block/%u:%u", sysfs, major(st.st_dev), minor(st.st_dev));
-    if (major(st.st_dev)) describe_node(d, path, DISK_LAYERS);
+    if (!major(dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk)) dev = disk.st_rdev;
+    snprintf(path, sizeof path, "%s/dev/block/%u:%u", sysfs, major(dev), minor(dev));
+    if (major(dev)) describe_node(d, path, DISK_LAYERS);
     return 0;
 }

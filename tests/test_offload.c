@@ -1663,7 +1663,7 @@ static void test_background_never_delays(void) {
     order = order_of(b.k, 0);      /* A.. d, c, e; the load fits in where it comes; a, B        */
     char seen[N + 2] = "";
     for (size_t i = 0, n = 0; order[i] && n <= N; i++)
-        if (order[i] != '.' && (!n || seen[n - 1] != order[i])) seen[n++] = order[i], seen[n] = 0;
+        if (order[i] != '=' && (!n || seen[n - 1] != order[i])) seen[n++] = order[i], seen[n] = 0;
     CHECK(!strcmp(seen, "AdceAaB") || !strcmp(seen, "AdceaB"), "%s: %s", seen, order);
     free(dst);
     for (int i = 0; i < 5; i++) CHECK(use_group(b.k, i, &err), "%s", err.msg);
@@ -2377,8 +2377,8 @@ static int survey(const char *dir, dsv4_err *err) {
     return ckpt_survey(dir, tell, NULL, err);
 }
 
-#define CUT(file, have, part, all) file ".safetensors: has " have " bytes but its header " part " " \
-    all ": the file is cut short, download it again\n"
+#define CUT(file, have, part, all) file ".safetensors: has " have " bytes but its header " part \
+    " " all ": the file is cut short, download it again\n"
 #define BIG "{" T("a", "U8", "[3456789012]", "[0,3456789012]") "}"
 
 #define CUT3 CUT("m-3", "1299999999", "describes", "3456789097")
@@ -2449,6 +2449,8 @@ static void test_survey_of_no_model(void) {
     write_file(dir, "model.safetensors.index.json", "{}", 2);
     CHECK(survey(dir, &err) == -1 && says(&err, "weight_map is absent"), "%s", err.msg);
 }
+
+enum { RANGE = 3 * STREAM_BYTES };
 
 /* === 9. Hashes and disks ====================================================================== */
 
@@ -2526,7 +2528,7 @@ static void test_hash_remembers(void) {
     CHECK(told.lines == 2 && told_all((const char *const[]){ /* by xxhsum -H2 */
           "a.safetensors          19aae81a9fc6b75c6d333529e3c47542  new\nlong-name.safetensors  ",
           "  new\n", NULL}), "%s", told.text);
-    CHECK(seen.last == 1 && !seen.down && seen.calls > 2, "%d calls", seen.calls);
+    CHECK(seen.last == 1 && !seen.down && seen.calls >= 2, "%d calls", seen.calls);
     time_t now = time(NULL);
     strftime(today, sizeof today, "as on %Y-%m-%d\n", localtime(&now));
     CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
@@ -2583,7 +2585,7 @@ static void hash_of(const char *dir, const char *file, char hex[33]) {
 }
 
 static void test_hash_every_way_of_reading(void) {
-    static const uint32_t sizes[] = {2 * EXPERT_BYTES, 30000000, 1, 4096, 3 * EXPERT_BYTES + 4095};
+    static const uint32_t sizes[] = {2 * RANGE, 30000000, 1, 4096, 3 * RANGE + 4095};
     enum { N = sizeof sizes / sizeof *sizes };
     const char *dir = fresh_dir(), *want[N + 1] = {NULL};
     char record[PATH_MAX + 64], header[128], hex[N][33], file[32];
@@ -2698,9 +2700,9 @@ static void test_disk_by_sysfs(void) {
     };
     static const struct { unsigned major, minor; const char *device; bool rot, sata, crypt; }
     want[] = {
-        {259, 2, "nvme0n1", false, false, false}, {259, 0, "nvme0n1", false, false, false},
-        {8, 3, "sda", false, true, false}, {8, 16, "sdb", true, false, false},
-        {254, 0, "nvme0n1", false, false, true}, {254, 2, "sda", false, true, true},
+        {259, 2, "nvme0n1p2", false, false, false}, {259, 0, "nvme0n1", false, false, false},
+        {8, 3, "sda3", false, true, false}, {8, 16, "sdb", true, false, false},
+        {254, 0, "nvme0n1p2", false, false, true}, {254, 2, "sda3", false, true, true},
         {9, 1, NULL, true, true, true}, {254, 3, "sdb", true, false, false},
         {254, 9, "", false, false, false}, {7, 7, "", false, false, false},
     };
@@ -2754,7 +2756,7 @@ static double measure(const char *dir, double limit, uint64_t *read, dsv4_err *e
     err->msg[0] = 0;
     if (ckpt_open(&c, dir, err)) return -2;
     uint64_t before = bytes_read();
-    if (disk_measure(c, EXPERT_BYTES, limit, &rate, err)) rate = -1;
+    if (disk_measure(c, RANGE, limit, &rate, err)) rate = -1;
     *read = bytes_read() - before;
     ckpt_close(c);
     return rate;
