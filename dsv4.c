@@ -1118,7 +1118,7 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
         if (t0 + i + m == s->tail) kv_mark(s->kv, layer, s->tail, NULL);
         if (report(s, layer, 0.5 * i / n, err)) return -1;
     }
-    return kv_end(s->kv, layer, err);
+    return 0;
 }
 
 /* === 6. Dense weights that do not fit =========================================================

@@ -466,14 +466,12 @@ kv_state kv_get_state(const kv_cache *kv, int layer);
  * entries is NULL where they are in the file and n is 1: then kv_gather() has those wanted.
  * After -1 (a fault of the file) only kv_reset() helps. */
 int kv_begin(kv_cache *kv, int layer, int n, kv_layer *out, dsv4_err *err);
-/* n rows behind those that are in. */
+/* n rows behind those that are in, in the file too, which is not waited for. */
 int kv_append(kv_cache *kv, int layer, kv_kind kind, const void *rows, int64_t n, dsv4_err *err);
 /* *rows = rows idx[0..count-1] of a layer's entries (idx NULL: 0, 1, ...), one behind the other,
  * valid until the next call; count <= index_topk. */
 int kv_gather(kv_cache *kv, int layer, const int32_t *idx, int count, const void **rows,
               dsv4_err *err);
-/* What was appended since kv_begin() goes to the file; it is not waited for. */
-int kv_end(kv_cache *kv, int layer, dsv4_err *err);
 /* Begin reading what kv_begin(layer, n) will want, once the layer before it is done with. */
 int kv_ahead(kv_cache *kv, int layer, int n, dsv4_err *err);
 /* Copy rows out, to [n] rows. */
