@@ -176,13 +176,20 @@ static int write_json(const json_t *root, const char *file, dsv4_err *err) {
 
 typedef struct {                   /* where values are looked up, and how the place is called   */
     const json_t *object;
-    const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
+    const char *where;             /* file                                                      */
     dsv4_err *err;
 } config_in;
 
+/* The value of a key, or of one in an object: "rope_scaling.type". */
+static const json_t *look(const config_in *in, const char *key) {
+    const char *dot = strchr(key, '.');
+    const json_t *v = dot ? json_object_getn(in->object, key, (size_t)(dot - key)) : in->object;
+    return json_object_get(v, dot ? dot + 1 : key);
+}
+
 static int refuse(const config_in *in, const char *key, const char *accepted) {
-    return fail(in->err, "%s: %s%s is %s; accepted: %s", in->where, in->prefix, key,
-                show(json_object_get(in->object, key)).text, accepted);
+    return fail(in->err, "%s: %s is %s; accepted: %s", in->where, key, show(look(in, key)).text,
+                accepted);
 }
 
 /* Numbers by key, where they go and what is accepted.  A whole one (a size, a count, an id: 4096.0
@@ -200,7 +207,7 @@ typedef struct {
 
 static int want_fields(const config_in *in, const field *f, void *out) {
     for (; f->key; f++) {
-        const json_t *v = json_object_get(in->object, f->key);
+        const json_t *v = look(in, f->key);
         double x = json_number_value(v);
         json_int_t whole = json_integer_value(v);
         bool fits = json_is_number(v) && x >= f->lo && x <= f->hi;
@@ -233,26 +240,20 @@ static int want_fields(const config_in *in, const field *f, void *out) {
 static const field constants[] = {
     ONLY("expert_dtype", "\"fp4\"", false), ONLY("scoring_func", "\"sqrtsoftplus\"", false),
     ONLY("topk_method", "\"noaux_tc\"", false), ONLY("norm_topk_prob", "true", false),
-    ONLY("num_key_value_heads", "1", true), END,
-}, quant_constants[] = {
-    ONLY("fmt", "\"e4m3\"", true), ONLY("scale_fmt", "\"ue8m0\"", true),
-    ONLY("weight_block_size", "[128,128]", true), END,
+    ONLY("num_key_value_heads", "1", true), ONLY("quantization_config.fmt", "\"e4m3\"", true),
+    ONLY("quantization_config.scale_fmt", "\"ue8m0\"", true),
+    ONLY("quantization_config.weight_block_size", "[128,128]", true), END,
 };
 
 /* What says which architecture this is.  model_type comes first: of another one, nothing else
  * need make sense. */
 static int config_kind(const config_in *in) {
-    const json_t *type = json_object_get(in->object, "model_type");
-    const json_t *quant = json_object_get(in->object, "quantization_config");
-    const config_in sub = {quant, in->where, "quantization_config.", in->err};
+    const json_t *type = look(in, "model_type");
     if (!json_is_string(type)) return refuse(in, "model_type", "\"deepseek_v4\"");
     if (strcmp(json_string_value(type), "deepseek_v4") != 0)
         return fail(in->err, "%s: model_type %.64s is another architecture; this program runs "
                     "deepseek_v4", in->where, json_string_value(type));
-    if (want_fields(in, constants, NULL)) return -1;
-    if (!quant || json_is_null(quant)) return 0;       /* the tensors' own dtypes decide        */
-    if (!json_is_object(quant)) return refuse(in, "quantization_config", "an object");
-    return want_fields(&sub, quant_constants, NULL);
+    return want_fields(in, constants, NULL);
 }
 
 /* Every number that the model needs.  One that is a size is bounded, so that what is computed from
@@ -278,15 +279,16 @@ static const field config_fields[] = {
     REAL("routed_scaling_factor", routed_scaling_factor, 'f', 1e-6, 1e6),
     REAL("rms_norm_eps", rms_norm_eps, 'f', 1e-30, 1), END,
 }, yarn_fields[] = {
-    ONLY("type", "\"yarn\"", false), REAL("factor", yarn_factor, 'd', 1, 1e6),
-    REAL("beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
-    REAL("beta_fast", yarn_beta_fast, 'd', 1e-6, 1e6),
-    REAL("original_max_position_embeddings", yarn_original, 'd', 1, 1e12), END,
+    ONLY("rope_scaling.type", "\"yarn\"", false),
+    REAL("rope_scaling.factor", yarn_factor, 'd', 1, 1e6),
+    REAL("rope_scaling.beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
+    REAL("rope_scaling.beta_fast", yarn_beta_fast, 'd', 1e-6, 1e6),
+    REAL("rope_scaling.original_max_position_embeddings", yarn_original, 'd', 1, 1e12), END,
 };
 
 /* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
-    const json_t *list = json_object_get(in->object, "compress_ratios");
+    const json_t *list = look(in, "compress_ratios");
     size_t n = json_array_size(list), layers = (size_t)cfg->num_hidden_layers;
     if (n < layers) return refuse(in, "compress_ratios", "one for each of num_hidden_layers");
     for (size_t l = 0; l <= layers && l < n; l++) {
@@ -301,17 +303,14 @@ static int config_ratios(dsv4_config *cfg, const config_in *in) {
 }
 
 static int config_yarn(dsv4_config *cfg, const config_in *in) {
-    const json_t *rope = json_object_get(in->object, "rope_scaling");
-    const config_in sub = {rope, in->where, "rope_scaling.", in->err};
+    const json_t *rope = look(in, "rope_scaling");
     bool compressed = false;
     for (int l = 0; l <= cfg->num_hidden_layers; l++) compressed |= cfg->compress_ratios[l] != 0;
     cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
     if (!compressed && (!rope || json_is_null(rope))) return 0;
-    if (!json_is_object(rope))
-        return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
-    if (want_fields(&sub, yarn_fields, cfg)) return -1;
+    if (want_fields(in, yarn_fields, cfg)) return -1;
     if (cfg->yarn_beta_fast >= cfg->yarn_beta_slow) return 0;
-    return refuse(&sub, "beta_fast", "numbers from beta_slow on");
+    return refuse(in, "rope_scaling.beta_fast", "numbers from beta_slow on");
 }
 
 /* What two keys say together. */
@@ -338,27 +337,28 @@ static int config_check(const dsv4_config *c, const config_in *in) {
     return 0;
 }
 
-int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
-                 dsv4_err *err) {
+/* From what was read, which is given up; NULL: it could not be. */
+static int config_take(dsv4_config *cfg, json_t *root, const char *where, dsv4_err *err) {
+    const config_in in = {root, where, err};
     *cfg = (dsv4_config){.name = ""};
-    json_t *root = parse_object(json, len, where, err);
     if (!root) return -1;
-    const config_in in = {root, where, "", err};
     int rc = config_kind(&in) || want_fields(&in, config_fields, cfg) ||
              config_ratios(cfg, &in) || config_yarn(cfg, &in) || config_check(cfg, &in);
     json_decref(root);
     return rc ? -1 : 0;
 }
 
+int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
+                 dsv4_err *err) {
+    return config_take(cfg, parse_object(json, len, where, err), where, err);
+}
+
 int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
-    char path[PATH_MAX], *text;
-    size_t len;
+    char path[PATH_MAX];
     if (join(path, dir, "config.json", err)) return -1;
     if (access(dir, F_OK)) return fail(err, "%s: %s", dir, strerror(errno));
     if (access(path, F_OK)) return fail(err, "%s is no model: it has no config.json", dir);
-    if (read_text(&text, &len, path, MAX_CONFIG_BYTES, err)) return -1;
-    int rc = config_parse(cfg, text, len, path, err);
-    free(text);
+    int rc = config_take(cfg, parse_file(path, MAX_CONFIG_BYTES, err), path, err);
     /* The model is called as its directory, also where that was given as "." or "models/x/". */
     if (!rc && realpath(dir, path)) snprintf(cfg->name, MAX_NAME, "%s", strrchr(path, '/') + 1);
     return rc;
@@ -378,8 +378,8 @@ int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
     if (join(path, dir, "generation_config.json", err)) return -1;
     if (access(path, F_OK) && errno == ENOENT) return 0;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, err);
-    const json_t *on = json_object_get(root, "do_sample");
-    const config_in in = {root, path, "", err};
+    const config_in in = {root, path, err};
+    const json_t *on = look(&in, "do_sample");
     int rc = root ? want_fields(&in, sampling_fields, o) : -1;
     if (!rc && on && !json_is_null(on) && !json_is_boolean(on))
         rc = refuse(&in, "do_sample", "true or false");
@@ -607,18 +607,15 @@ static ckpt *list_shards(const char *dir, dsv4_err *err) {
 
 /* Name the shards that a partial download has not brought, before anything is read. */
 static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
-    char names[400] = "";
-    size_t used = 0;
+    const char *first = NULL;
     int n = 0;
     if (!c->n_shards) return fail(err, "%s: holds no *.safetensors file", dir);
     for (int i = 0; i < c->n_shards; i++) {
         if (!access(c->shards[i].path, F_OK) || errno != ENOENT) continue;
-        n++;
-        if (used < sizeof names)   /* else the list is cut there                                */
-            used += (size_t)snprintf(names + used, sizeof names - used, " %s", c->shards[i].file);
+        if (n++ == 0) first = c->shards[i].file;
     }
-    return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, go on with the download:%s",
-                             dir, n, c->n_shards, names);
+    return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, the first %s; go on with the "
+                             "download", dir, n, c->n_shards, first);
 }
 
 /* Every tensor once (the table is in order of name), and where the index says, both ways. */
@@ -1512,15 +1509,14 @@ static int by_heat(const void *a, const void *b) {
     return *x != *y ? (*x < *y) - (*x > *y) : (x > y) - (x < y);
 }
 
-/* {"groups": n, "heat": [n]}.  Groups that were never used are not asked for. */
+/* {"heat": [n]}.  Groups that were never used are not asked for. */
 void cache_load_heat(cache *c, const char *path) {
     dsv4_err ignored;
     size_t n = c->n_groups;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, &ignored);
-    const json_t *count = json_object_get(root, "groups"), *heat = json_object_get(root, "heat");
+    const json_t *heat = json_object_get(root, "heat");
     uint32_t **order = calloc(n, sizeof *order);
-    bool good = order && whole(count) && json_array_size(heat) == n &&
-                (uint64_t)json_integer_value(count) == n;
+    bool good = order && json_array_size(heat) == n;
     for (size_t i = 0; good && i < n; i++) {
         const json_t *v = json_array_get(heat, i);
         good = whole(v) && json_integer_value(v) <= UINT32_MAX;
@@ -1535,8 +1531,7 @@ void cache_load_heat(cache *c, const char *path) {
 }
 
 int cache_save_heat(const cache *c, const char *path, dsv4_err *err) {
-    json_t *heat = json_array(), *root = json_pack("{s:I,s:o}", "groups", (json_int_t)c->n_groups,
-                                                   "heat", heat);
+    json_t *heat = json_array(), *root = json_pack("{s:o}", "heat", heat);
     int bad = root ? 0 : -1;
     for (size_t i = 0; i < c->n_groups; i++) {
         uint64_t sum = (uint64_t)c->heat[i] / 2 + c->uses[i].hits + c->uses[i].misses;
