@@ -272,6 +272,7 @@ extern const dsv4_ops ops_cpu;     /* kernels.c                                 
 void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc, dsv4_exec *ex);
 void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
                   dsv4_exec *ex);
+void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const dsv4_hc_shape *s);
 
 /* Bytes of scratch that expert_ffn needs for these sizes, on any backend. */
 size_t expert_scratch_bytes(int dim, int inter);
