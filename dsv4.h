@@ -268,10 +268,11 @@ typedef struct dsv4_ops {
 
 extern const dsv4_ops ops_ref;     /* kernels.cu: plain C, wide sums, slow                      */
 extern const dsv4_ops ops_cpu;     /* kernels.c                                                 */
-/* References that are fast enough for ops_cpu. */
+/* References, or parts of them, that are fast enough for ops_cpu. */
 void embed_ref(float *h, const dsv4_mat *w, const int32_t *tokens, int n, int hc, dsv4_exec *ex);
 void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
                   dsv4_exec *ex);
+BOTH double compress_ref_dim(const dsv4_compress *in, int64_t g, int c);
 void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const dsv4_hc_shape *s);
 
 /* Bytes of scratch that expert_ffn needs for these sizes, on any backend. */
