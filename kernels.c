@@ -102,7 +102,7 @@ static inline void prefetch(const uint8_t *p, size_t bytes) {
  *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
  *   clamp8                  x between lo and hi
  *   i8_load8                eight bytes, as -128..127
- *   bf16_load8, f16_load8   eight numbers, exactly
+ *   bf16_load8              eight numbers, exactly
  *   look_up                 table[code] of each code below 16
  *   pair_dots               of neighbours: u0 * s0 + u1 * s1, u unsigned, s signed, in int16
  *   pair_sums               of neighbours: (v0 + v1) * k */
@@ -119,9 +119,6 @@ static inline i32x8 i8_load8(const uint8_t *p) {
 static inline f32x8 bf16_load8(const uint16_t *p) {
     __m128i v = _mm_loadu_si128((const __m128i *)p);
     return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16);
-}
-static inline f32x8 f16_load8(const uint16_t *p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
     __m128i half = _mm_loadu_si128((const __m128i *)table);
@@ -150,11 +147,6 @@ static inline i32x8 i8_load8(const uint8_t *p) {
 static inline f32x8 bf16_load8(const uint16_t *p) {
     u32x8 v = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
     return (f32x8)(v << 16);
-}
-static inline f32x8 f16_load8(const uint16_t *p) {
-    f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
-    return v;
 }
 static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
     for (int i = 0; i < 32; i++) code[i] = table[code[i]];
@@ -503,7 +495,11 @@ INLINE f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
     const void *p = (const uint8_t *)row + bytes_of(t, (size_t)c);
     if (n < 8)                                               /* read no further */
         p = memcpy(memset(last, 0, sizeof last), p, bytes_of(t, (size_t)n));
-    if (t == DT_F16) return f16_load8(p);
+    if (t == DT_F16) {                                       /* seldom seen, and slow */
+        f32x8 v;
+        for (int i = 0; i < 8; i++) v[i] = f16_to_f32(((const uint16_t *)p)[i]);
+        return v;
+    }
     if (t == DT_BF16) return bf16_load8(p);
     if (t == DT_F8_E4M3) return e4m3_load8(p);
     if (t == DT_F32) return load8(p);

@@ -691,14 +691,9 @@ int park_open(park **out, const char *dir, uint64_t budget, dsv4_err *err) {
     if (p) *p = (park){.path = strdup(dir), .dir = -1, .budget = budget,
                        .pack = ZSTD_createCCtx(), .unpack = ZSTD_createDCtx()};
     int rc = p && p->path && p->pack && p->unpack ? 0 : fail(err, "out of memory");
-    for (char *s = rc ? NULL : p->path; s;) {      /* what cannot be made shows in open() */
-        s = *s ? strchr(s + 1, '/') : NULL;
-        if (s) *s = 0;
-        (void)mkdir(p->path, 0700);                /* what was said to a model is nobody else's */
-        if (s) *s = '/';
-    }
-    if (!rc && (p->dir = open(p->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0)
-        rc = fail(err, "open directory %.300s: %s", p->path, strerror(errno));
+    if (!rc) (void)mkdir(dir, 0700);               /* what was said to a model is nobody else's */
+    if (!rc && (p->dir = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0)
+        rc = fail(err, "open directory %.300s: %s", dir, strerror(errno));
     if (!rc) rc = park_scan(p, &files, err) < 0 ? -1 : 0;
     free(files);
     if (!rc) return 0;

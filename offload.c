@@ -1609,8 +1609,7 @@ static json_t *record_read(const char *record, line_fn each, void *arg) {
     return json_object();
 }
 
-/* Tell one shard's hash, and put it into the record; without one it is gone.  1 where the record
- * said something else. */
+/* Tell one shard's hash, and put it into the record.  1 where that said something else. */
 static int record_shard(json_t *record, const char *file, const char *hash, int width,
                         line_fn each, void *arg) {
     char now[HASH_CHARS + 16], line[2 * MAX_NAME + 64];
@@ -1619,27 +1618,12 @@ static int record_shard(json_t *record, const char *file, const char *hash, int 
     const char *old = json_string_value(json_object_get(record, file));
     bool same = old && !strncmp(old, hash, HASH_CHARS);
     snprintf(line, sizeof line, "%-*.255s  %s  %s%.32s", width, file, hash, !old ? "new"
-             : same ? "as on " : *hash ? "CHANGED since " : "gone since ",
-             old ? old + HASH_CHARS + 1 : "");
+             : same ? "as on " : "CHANGED since ", old ? old + HASH_CHARS + 1 : "");
     each(arg, line);
     size_t n = (size_t)snprintf(now, sizeof now, "%s ", hash);
     strftime(now + n, sizeof now - n, "%Y-%m-%d", localtime_r(&t, &tm));
-    if (!*hash) json_object_del(record, file);
-    else if (!same) json_object_set_new(record, file, json_string(now));
+    if (!same) json_object_set_new(record, file, json_string(now));
     return old && !same;
-}
-
-/* Shards of the record that the model no longer has leave it; their number. */
-static int record_gone(json_t *record, const ckpt *c, int width, line_fn each, void *arg) {
-    const char *name;
-    void *next;
-    json_t *value;
-    int n = 0, i;
-    json_object_foreach_safe(record, next, name, value) {
-        for (i = 0; i < c->n_shards && strcmp(c->shards[i].file, name); i++) continue;
-        if (i == c->n_shards) n += record_shard(record, name, "", width, each, arg);
-    }
-    return n;
 }
 
 typedef struct {
@@ -1670,7 +1654,7 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
         h.total += (double)c->shards[i].size;
         if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
     }
-    *n_changed = rc ? 0 : record_gone(root, c, width, each, arg);
+    *n_changed = 0;
     for (int i = 0; !rc && i < c->n_shards; i++) {
         const ckpt_shard *shard = &c->shards[i];
         ckpt_tensor whole = {.shard = i, .bytes = shard->size};

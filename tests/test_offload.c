@@ -2541,9 +2541,9 @@ static void test_hash_remembers(void) {
           told_all((const char *const[]){"as on 2001-02-03\n", today, NULL}), "%s", told.text);
     remove_file(dir, "a.safetensors");
     write_shard(dir, "b.safetensors", 0, A4, 4);
-    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 1 && told.lines == 3 &&
-          told_all((const char *const[]){"a.safetensors            gone since 2001-02-03\nb.sa",
-          "fetensors          ", "  new\nlong-name", today, NULL}), "%d %s", changed, told.text);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
+          told_all((const char *const[]){"b.safetensors          ", "  new\nlong-name", today,
+          NULL}), "%d %s", changed, told.text);
     CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
           told_all((const char *const[]){today, today, NULL}), "%s", told.text);
     static const char *const damage[] = {
