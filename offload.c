@@ -59,7 +59,6 @@ enum {
     MAX_RATIO = 1 << 13,           /* tokens of one compressed entry; times 4, times an axis    */
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
-    HUGE_PAGE = 2 << 20,
     IO_DEPTH = 128,                /* in flight: a prompt's drive works on while we compute     */
     IO_GETS = 48,                  /* when cache_get() adds no more: drives saturate far below,
                                       and of more the one that is waited for comes later        */
@@ -160,9 +159,8 @@ static json_t *parse_file(const char *path, size_t max, dsv4_err *err) {
 
 /* Under its name there is always a whole file, the old one or the new one. */
 static int write_json(const json_t *root, const char *file, dsv4_err *err) {
-    char path[PATH_MAX];
-    int n = snprintf(path, sizeof path, "%s.%ld", file, (long)getpid());
-    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", file);
+    char path[PATH_MAX + 32];      /* a longer one cannot be opened                             */
+    snprintf(path, sizeof path, "%s.%ld", file, (long)getpid());
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
     int rc = good && !rename(path, file) ? 0 : fail(err, "write %s: %s", file, strerror(errno));
@@ -841,8 +839,7 @@ struct cache {
     group_uses *uses;
     uint32_t *heat;                /* of earlier runs                                           */
     size_t n_groups;
-    arena map;
-    uint8_t *arena;                /* [n_slots][slot_bytes] in it, on the edge of a huge page   */
+    arena arena;                   /* [n_slots][slot_bytes]                                     */
     size_t slot_bytes;
     cache_slot *slots;
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
@@ -1037,15 +1034,6 @@ static bool go_direct(int fd, bool written) {
     return false;
 }
 
-static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
-    if (open_file(&f->fd, &f->size, s->path, err)) return -1;
-    f->path = s->path;
-    f->direct = go_direct(f->fd, false);
-    if (f->size == s->size) return 0;
-    return fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it still "
-                "being downloaded?", s->path, f->size, s->size);
-}
-
 int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err) {
     static const char *const notes[2][2] = { /* [ring][direct] */
         {"io_uring and O_DIRECT are both refused here: reading with threads through the page "
@@ -1064,8 +1052,14 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
     o->work[0] = o->work[1] = o->answers[0] = o->answers[1] = -1;
     for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
     for (int i = 0; !rc && i < c->n_shards; i++) {
-        rc = file_open(&o->files[i], &c->shards[i], err);
-        direct &= o->files[i].direct;
+        const ckpt_shard *s = &c->shards[i];
+        io_file *f = &o->files[i];
+        if ((rc = open_file(&f->fd, &f->size, s->path, err))) break;
+        f->path = s->path;
+        direct &= f->direct = go_direct(f->fd, false);
+        if (f->size != s->size)
+            rc = fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it "
+                      "still being downloaded?", s->path, f->size, s->size);
     }
     if (!rc) o->has_ring = !io_uring_queue_init(IO_DEPTH, &o->ring, 0);
     if (o->has_ring && !(o->ring.features & IORING_FEAT_RW_CUR_POS)) { /* Linux before 5.6      */
@@ -1267,14 +1261,13 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     assert(n >= 1);
     assert(n_slots >= 1);
     size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
-    bool fits = !__builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) &&
-                !__builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes);
+    bool fits = !__builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes);
     cache *c = *out = fits ? calloc(1, sizeof *c) : NULL;
     if (c) {
         *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
         o->n_caches++;
     }
-    if (c && !arena_open(&c->map, bytes, "slots", err)) {
+    if (c && !arena_open(&c->arena, bytes, "slots", err)) {
         c->slot_of = calloc(n, sizeof(cache_slot *));
         c->uses = calloc(n, sizeof *c->uses);
         c->heat = calloc(n, sizeof *c->heat);
@@ -1286,8 +1279,6 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
         return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
                     slot_bytes);
     }
-    /* In huge pages, a read pins 512 times fewer of them.  Where refused, only that is lost. */
-    c->arena = c->map.base + (HUGE_PAGE - (uintptr_t)c->map.base % HUGE_PAGE) % HUGE_PAGE;
     c->n_slots = n_slots;
     for (int i = 0; i < n_slots; i++) {
         c->slots[i].c = c;
@@ -1306,7 +1297,7 @@ void cache_close(cache *c) {
         if (c->slots[i].list == &o->demand || c->slots[i].list == &o->background)
             list_take(&c->slots[i]);
     while (c->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
-    if (!c->in_flight) arena_close(&c->map);
+    if (!c->in_flight) arena_close(&c->arena);
     o->n_caches--;
     free(c->slots);
     free(c->heat);
@@ -1329,7 +1320,7 @@ static void slot_feed(offload *o) {
         uint64_t begin = t->offset / IO_ALIGN * IO_ALIGN + s->at, end = t->offset + run->bytes;
         assert(s->state == SLOT_READING && begin < end);
         io_req r = {.file = t->shard, .off = begin, .t = t, .slot = s,
-                    .buf = c->arena + c->slot_bytes * which + run->region + s->at,
+                    .buf = c->arena.base + c->slot_bytes * which + run->region + s->at,
                     .background = s->list == &o->background};
         s->in_flight++;
         c->in_flight++;
@@ -1484,7 +1475,7 @@ const void *cache_part(const cache *c, int slot, int part) {
     assert(part >= 0 && part < g->n_parts);
     const ckpt_tensor *t = g->part[part];
     const slot_run *run = s->runs, *end = s->runs + s->n_runs;
-    const uint8_t *at = c->arena + c->slot_bytes * (size_t)slot;
+    const uint8_t *at = c->arena.base + c->slot_bytes * (size_t)slot;
     if (t->bytes == 0) return at;
     while (run < end && (run->first->shard != t->shard || t->offset < run->first->offset ||
                          t->offset >= run->first->offset + run->bytes))

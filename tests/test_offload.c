@@ -1100,7 +1100,7 @@ static bool group_right(const cache *k, int id, int slot) {
     const read_group *g = &k->groups[id];
     for (int p = 0; p < g->n_parts; p++) {
         const ckpt_tensor *t = g->part[p];
-        const uint8_t *begin = k->arena + k->slot_bytes * (size_t)slot;
+        const uint8_t *begin = k->arena.base + k->slot_bytes * (size_t)slot;
         const uint8_t *at = cache_part(k, slot, p);
         if (at < begin || at + t->bytes > begin + k->slot_bytes) return false;
         if (!bytes_right(at, t->shard, t->offset, t->bytes)) return false;
