@@ -69,7 +69,6 @@ enum {
     STREAM_BYTES = 4 << 20,        /* one range of a stream                                     */
     STREAM_SLOTS = 8,              /* ranges in flight                                          */
     HASH_CHARS = 32,               /* XXH3-128 in hexadecimal                                   */
-    DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
 };
 
 static_assert((int64_t)MAX_DIM * MAX_DIM <= INT_MAX, "what two axes give is an int");
@@ -1601,14 +1600,14 @@ static json_t *record_read(const char *record, line_fn each, void *arg) {
 }
 
 /* Tell one shard's hash, and put it into the record.  1 where that said something else. */
-static int record_shard(json_t *record, const char *file, const char *hash, int width,
-                        line_fn each, void *arg) {
+static int record_shard(json_t *record, const char *file, const char *hash, line_fn each,
+                        void *arg) {
     char now[HASH_CHARS + 16], line[2 * MAX_NAME + 64];
     time_t t = time(NULL);
     struct tm tm;
     const char *old = json_string_value(json_object_get(record, file));
     bool same = old && !strncmp(old, hash, HASH_CHARS);
-    snprintf(line, sizeof line, "%-*.255s  %s  %s%.32s", width, file, hash, !old ? "new"
+    snprintf(line, sizeof line, "%.255s  %s  %s%.32s", file, hash, !old ? "new"
              : same ? "as on " : "CHANGED since ", old ? old + HASH_CHARS + 1 : "");
     each(arg, line);
     size_t n = (size_t)snprintf(now, sizeof now, "%s ", hash);
@@ -1637,14 +1636,10 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
               int *n_changed, dsv4_err *err) {
     hashing h = {XXH3_createState(), 0, 0, progress, arg};
     offload *o = NULL;
-    int width = 0;
     const char *note;              /* a slower way of reading was told when the model opened    */
     json_t *root = record_read(record, each, arg);
     int rc = !h.state || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err);
-    for (int i = 0; i < c->n_shards; i++) {
-        h.total += (double)c->shards[i].size;
-        if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
-    }
+    for (int i = 0; i < c->n_shards; i++) h.total += (double)c->shards[i].size;
     *n_changed = 0;
     for (int i = 0; !rc && i < c->n_shards; i++) {
         const ckpt_shard *shard = &c->shards[i];
@@ -1655,7 +1650,7 @@ int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progr
         if (rc) break;
         XXH128_hash_t hash = XXH3_128bits_digest(h.state);
         snprintf(hex, sizeof hex, "%016" PRIx64 "%016" PRIx64, hash.high64, hash.low64);
-        *n_changed += record_shard(root, shard->file, hex, width, each, arg);
+        *n_changed += record_shard(root, shard->file, hex, each, arg);
         rc = write_json(root, record, err);
     }
     offload_close(o);
@@ -1764,15 +1759,14 @@ static bool sys_begins(const char *node, const char *file, const char *text) {
 
 /* A block device by its directory in sysfs: what it lies on is looked at, down to the drives.  Of a
  * partition the disk around it knows. */
-static void describe_node(disk_info *d, const char *dir, int layers) {
+static void describe_node(disk_info *d, const char *dir) {
     char node[PATH_MAX], path[PATH_MAX + 32];
     glob_t slaves;
-    if (!layers || !realpath(dir, node)) return;
+    if (!realpath(dir, node)) return;
     d->encrypted |= sys_begins(node, "dm/uuid", "CRYPT-");
     snprintf(path, sizeof path, "%s/{,../}slaves/*", node);
     if (!glob(path, GLOB_BRACE, NULL, &slaves)) {
-        for (size_t i = 0; i < slaves.gl_pathc; i++)
-            describe_node(d, slaves.gl_pathv[i], layers - 1);
+        for (size_t i = 0; i < slaves.gl_pathc; i++) describe_node(d, slaves.gl_pathv[i]);
         globfree(&slaves);
         return;
     }
@@ -1809,6 +1803,6 @@ int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *er
     /* btrfs and the like have a device number of their own: their source may be a disk's */
     if (!major(dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk)) dev = disk.st_rdev;
     snprintf(path, sizeof path, "%s/dev/block/%u:%u", sysfs, major(dev), minor(dev));
-    if (major(dev)) describe_node(d, path, DISK_LAYERS);
+    if (major(dev)) describe_node(d, path);
     return 0;
 }
