@@ -1320,8 +1320,7 @@ static int attention_span(dsv4_session *s, int layer, float *h, int n, int64_t t
         if (tail) kv_mark(s->kv, layer, s->tail, NULL);
         if (report(s, layer, 0.5 * i / n, err)) return -1;
     }
-    if (e->op->sync(e->ex, err)) return -1;            /* rows may move now */
-    return kv_end(s->kv, layer, err);
+    return e->op->sync(e->ex, err);                    /* rows may move now */
 }
 
 /* === 6. Dense weights that do not fit =========================================================

@@ -287,6 +287,8 @@ void zero_ref(void *dst, size_t bytes, dsv4_exec *ex);
 int sync_ref(dsv4_exec *ex, dsv4_err *err);
 void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
                   dsv4_exec *ex);
+BOTH double compress_ref_dim(const dsv4_compress *in, int64_t g, int c);
+void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const dsv4_hc_shape *s);
 
 /* Bytes of scratch that expert_ffn needs for these sizes, on any backend. */
 size_t expert_scratch_bytes(int dim, int inter);
@@ -337,8 +339,8 @@ size_t ckpt_n_tensors(const ckpt *c);
 const ckpt_tensor *ckpt_at(const ckpt *c, size_t i);           /* in order of name */
 const char *ckpt_shard_path(const ckpt *c, int shard);
 
-/* One call with one line for each shard of DIR that is missing or shorter than its header says
- * ("model-00002-of-00048.safetensors: 1.2 of 3.5 GB"); their number, or -1: DIR is no model. */
+/* One call with one line for each shard of DIR that is missing, cut short or damaged
+ * ("model-00002-of-00048.safetensors: missing"); their number, or -1: DIR is no model. */
 typedef void (*line_fn)(void *arg, const char *line);
 int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err);
 
@@ -346,9 +348,9 @@ int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err);
  * "interrupted". */
 typedef int (*progress_fn)(void *arg, double done);
 
-/* XXH3-128 of every shard, read whole.  `record` is a file (its directory is made) that keeps what
- * was found; each() gets one line a shard: name, hash, and what the record had said ("new",
- * "as on 2026-11-23", "CHANGED since 2026-11-23").  On 0 *n_changed counts the changed ones. */
+/* XXH3-128 of every shard, read whole.  `record` is a file that keeps what was found; each() gets
+ * one line a shard: name, hash, and what the record had said ("new", "as on 2026-11-23", "CHANGED
+ * since 2026-11-23").  On 0 *n_changed counts the changed ones. */
 int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
               int *n_changed, dsv4_err *err);
 
@@ -500,14 +502,12 @@ kv_state kv_get_state(const kv_cache *kv, int layer);
  * entries is NULL where they are in the file and n is 1: then kv_gather() has those wanted.
  * After -1 (a fault of the file) only kv_reset() helps. */
 int kv_begin(kv_cache *kv, int layer, int n, kv_layer *out, dsv4_err *err);
-/* n rows behind those that are in. */
+/* n rows behind those that are in, in the file too, which is not waited for. */
 int kv_append(kv_cache *kv, int layer, kv_kind kind, const void *rows, int64_t n, dsv4_err *err);
 /* *rows = rows idx[0..count-1] of a layer's entries (idx NULL: 0, 1, ...), one behind the other,
  * valid until the next call; count <= index_topk. */
 int kv_gather(kv_cache *kv, int layer, const int32_t *idx, int count, const void **rows,
               dsv4_err *err);
-/* What was appended since kv_begin() goes to the file; it is not waited for. */
-int kv_end(kv_cache *kv, int layer, dsv4_err *err);
 /* Begin reading what kv_begin(layer, n) will want, once the layer before it is done with. */
 int kv_ahead(kv_cache *kv, int layer, int n, dsv4_err *err);
 /* Copy rows out, to [n] rows. */

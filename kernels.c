@@ -102,7 +102,7 @@ static inline void prefetch(const uint8_t *p, size_t bytes) {
  *   min8, max8              a < b ? a : b and a > b ? a : b, so that a NaN in b passes
  *   clamp8                  x between lo and hi
  *   i8_load8                eight bytes, as -128..127
- *   bf16_load8, f16_load8   eight numbers, exactly
+ *   bf16_load8              eight numbers, exactly
  *   look_up                 table[code] of each code below 16
  *   pair_dots               of neighbours: u0 * s0 + u1 * s1, u unsigned, s signed, in int16
  *   pair_sums               of neighbours: (v0 + v1) * k */
@@ -119,9 +119,6 @@ static inline i32x8 i8_load8(const uint8_t *p) {
 static inline f32x8 bf16_load8(const uint16_t *p) {
     __m128i v = _mm_loadu_si128((const __m128i *)p);
     return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16);
-}
-static inline f32x8 f16_load8(const uint16_t *p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
     __m128i half = _mm_loadu_si128((const __m128i *)table);
@@ -150,11 +147,6 @@ static inline i32x8 i8_load8(const uint8_t *p) {
 static inline f32x8 bf16_load8(const uint16_t *p) {
     u32x8 v = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
     return (f32x8)(v << 16);
-}
-static inline f32x8 f16_load8(const uint16_t *p) {
-    f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = f16_to_f32(p[i]);
-    return v;
 }
 static inline u8x32 look_up(const uint8_t table[16], u8x32 code) {
     for (int i = 0; i < 32; i++) code[i] = table[code[i]];
@@ -503,7 +495,11 @@ INLINE f32x8 load_cols(dsv4_dtype t, const void *row, int c, int n) {
     const void *p = (const uint8_t *)row + bytes_of(t, (size_t)c);
     if (n < 8)                                               /* read no further */
         p = memcpy(memset(last, 0, sizeof last), p, bytes_of(t, (size_t)n));
-    if (t == DT_F16) return f16_load8(p);
+    if (t == DT_F16) {                                       /* seldom seen, and slow */
+        f32x8 v;
+        for (int i = 0; i < 8; i++) v[i] = f16_to_f32(((const uint16_t *)p)[i]);
+        return v;
+    }
     if (t == DT_BF16) return bf16_load8(p);
     if (t == DT_F8_E4M3) return e4m3_load8(p);
     if (t == DT_F32) return load8(p);
@@ -651,40 +647,20 @@ static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int g
 }
 
 /* === 7. compress ==============================================================================
- * Differs: F32.  An item is eight dims of an entry.                                             */
+ * Left to the reference: seldom, even for each token of a prompt.  An item is a dim of an entry. */
 
 typedef struct { float *entries; const dsv4_compress *in; int64_t g0; } compress_args;
 
-/* Lanes past d are zeros throughout and harmless. */
 static void compress_item(const void *arg, place at) {
     const compress_args *a = arg;
-    const dsv4_compress *in = a->in;
-    int coff = in->ratio == 4 ? 2 : 1, c = 8 * at.col, len = in->d - c;
-    size_t width = (size_t)(coff * in->d);
-    int64_t own = (a->g0 + at.row) * in->ratio, first = own - (coff - 1) * in->ratio;
-    f32x8 top = splat8(-INFINITY), sum = splat8(0), mean = splat8(0);
-    for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
-        for (int64_t j = first < 0 ? 0 : first; j < own + in->ratio; j++) {
-            size_t ch = (size_t)(c + (coff == 2 && j >= own ? in->d : 0));
-            bool now = j >= in->t0;
-            size_t from = (size_t)(now ? j - in->t0 : j % (coff * in->ratio)) * width + ch;
-            f32x8 s = load_upto8((now ? in->score : in->ring_score) + from, len)
-                    + load_upto8(in->ape + (size_t)(j % in->ratio) * width + ch, len);
-            if (pass == 0) {
-                top = max8(s, top);
-                continue;
-            }
-            f32x8 p = exp8(s - top);
-            sum += p;
-            mean = fma8(p, load_upto8((now ? in->kv : in->ring_kv) + from, len), mean);
-        }
-    store_upto8(a->entries + at.row * in->d + c, mean / sum, len);
+    float *entry = a->entries + at.row * a->in->d;
+    entry[at.col] = (float)compress_ref_dim(a->in, a->g0 + at.row, at.col);
 }
 
 static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                          dsv4_exec *ex) {
     assert(in->ratio > 0 && g0 >= 0);
-    exec_for(ex, n_groups, (in->d + 7) / 8, 8, compress_item, &(compress_args){entries, in, g0});
+    exec_for(ex, n_groups, in->d, 64, compress_item, &(compress_args){entries, in, g0});
 }
 
 /* === 8. Four bits =============================================================================
@@ -1046,7 +1022,8 @@ static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
 }
 
 /* === 11. Hyper-connections ====================================================================
- * Differs: F32.  fn . h is a linear over TOKEN_BLOCK tokens, so that one token uses all threads. */
+ * Differs: F32, but for comb.  fn . h is a linear over TOKEN_BLOCK tokens, so that one token uses
+ * all threads.                                                                                  */
 
 enum {
     MAX_MIX = (2 + MAX_HC) * MAX_HC, /* rows of fn                                              */
@@ -1063,46 +1040,22 @@ typedef struct {
 
 static inline float sigmoid(float x) { return 1 / (1 + exp_f32(-x)); }
 
-/* Divide the rows (by_row), or the columns, of C [hc][hc] by their sum + eps. */
-static void sinkhorn_step(float *C, int hc, bool by_row, float eps) {
-    int line_step = by_row ? hc : 1, step = by_row ? 1 : hc;
-    for (int line = 0; line < hc; line++) {
-        float sum = 0;
-        for (int i = 0; i < hc; i++) sum += C[line * line_step + i * step];
-        for (int i = 0; i < hc; i++) C[line * line_step + i * step] /= sum + eps;
-    }
-}
-
-/* comb C [hc][hc] of one token: r is what its mixes m are still to be multiplied with. */
-static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const dsv4_hc_shape *s) {
-    int hc = s->hc;
-    for (int i = 0; i < hc; i++) {
-        float top = -INFINITY, sum = 0, *row = C + i * hc;
-        for (int j = 0; j < hc; j++) {
-            int at = (2 + i) * hc + j;
-            row[j] = m[at] * r * w->scale[2] + w->base[at];
-            top = row[j] > top ? row[j] : top;
-        }
-        for (int j = 0; j < hc; j++) sum += row[j] = exp_f32(row[j] - top);
-        for (int j = 0; j < hc; j++) row[j] = row[j] / sum + s->hc_eps;
-    }
-    for (int i = 1; i < 2 * s->sinkhorn_iters; i++) sinkhorn_step(C, hc, i % 2 == 0, s->hc_eps);
-}
-
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
 static void hc_mix_row(const void *arg, place at) {
     const hc_args *a = arg;
     int64_t t = a->t0 + at.row;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
-    const float *h = a->h + t * len, *m = a->mix + at.row * n_mix;
+    const float *h = a->h + t * len;
     float pre[MAX_HC], *x = a->x + t * dim;
+    double m[MAX_MIX];
     float r = 1 / sqrtf(sum_squares(h, len) / (float)len + a->s->rms_eps);
+    for (int i = 0; i < n_mix; i++) m[i] = a->mix[at.row * n_mix + i] * r;
     for (int i = 0; i < hc; i++) {
-        pre[i] = sigmoid(m[i] * r * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
+        pre[i] = sigmoid((float)m[i] * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
         if (!a->post) continue;
-        a->post[t * hc + i] = 2 * sigmoid(m[hc + i] * r * a->w->scale[1] + a->w->base[hc + i]);
+        a->post[t * hc + i] = 2 * sigmoid((float)m[hc + i] * a->w->scale[1] + a->w->base[hc + i]);
     }
-    if (a->comb) hc_comb(a->comb + t * hc * hc, m, r, a->w, a->s);
+    if (a->comb) hc_comb_ref(a->comb + t * hc * hc, m, a->w, a->s);
     for (int c = 0; c < dim; c += 8) {
         f32x8 sum = splat8(0);
         for (int i = 0; i < hc; i++)

@@ -9,11 +9,11 @@
  *   the file's rows of one layer   [........ whole blocks ........][tail: the last block, in RAM]
  *   the pool in RAM                [stage of index][stage of entries, or frames of 4 KiB blocks]
  *
- * A layer's turn: kv_begin, kv_append (what is new), kv_gather (what a token chose), kv_end; then
- * kv_ahead has the next layer's rows on their way while experts are computed.
+ * A layer's turn: kv_begin, kv_append (what is new), kv_gather (what a token chose); then kv_ahead
+ * has the next layer's rows on their way while experts are computed.
  *
  * Invariants  1 rows only grow, until kv_reset()
- *             2 the file and the tail hold all rows but those that a stage got since kv_begin()
+ *             2 the file and the tail hold all rows, also of a layer that is staged
  *             3 a block that a frame holds is whole and is never written again
  *             4 no allocation after kv_open(); every byte of it is in kv_plan.ram
  * Contents    1 the plan   2 rows in RAM and in a file   3 parked context
@@ -48,7 +48,6 @@ enum { STAGE_INDEX, STAGE_ENTRIES, STAGES };
 typedef struct {                   /* the entries or keys of one layer                          */
     size_t row_bytes;
     int64_t n, max;                /* rows that are in, and room for                            */
-    int64_t n_filed;               /* of these the file and the tail have: invariant 2          */
     int stage;                     /* which of the stages takes it                              */
     uint8_t *rows;                 /* all of them; NULL: they are in the file                   */
     uint64_t off;                  /* in the file, from here on                                 */
@@ -85,10 +84,22 @@ static uint64_t lesser(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static uint64_t blocks_up(uint64_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
 static uint64_t blocks_down(uint64_t bytes) { return bytes / BLOCK * BLOCK; }
 
-/* What a layer's compressor has still to see again: coff * ratio tokens of coff * d numbers. */
-static int64_t carry_floats(int ratio, int d) {
-    int coff = ratio == 4 ? 2 : 1;
-    return (int64_t)coff * ratio * coff * d;
+/* The rings of a layer, in the order of kv_state's: the window, then what its compressors have yet
+ * to see again, coff * ratio tokens of coff * d numbers.  Their number. */
+enum { MAX_RINGS = 5 };
+typedef struct { size_t row; int64_t len; } ring_shape;
+static_assert(sizeof(kv_state) == MAX_RINGS * sizeof(void *), "pointers to rings");
+
+static int rings_of(const kv_cache *kv, int l, ring_shape ring[MAX_RINGS]) {
+    const dsv4_config *c = kv->cfg;
+    int ratio = c->compress_ratios[l], coff = ratio == 4 ? 2 : 1;
+    size_t row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed);
+    ring[0] = (ring_shape){row, c->sliding_window};
+    for (int i = 1; i < MAX_RINGS; i++) {
+        int d = i < 3 ? c->head_dim : c->index_head_dim;
+        ring[i] = (ring_shape){(size_t)(coff * d) * sizeof(float), coff * ratio};
+    }
+    return ratio == 4 ? 5 : ratio ? 3 : 1;
 }
 
 /* Room for one kind of rows of a layer: all of them, or a tail, a place in the file, and in *stage
@@ -135,15 +146,13 @@ static void lay_out(kv_cache *kv, arena *a, bool index_in_file, bool entries_in_
     p->states = a->used;
     for (int l = 0; l < kv->opts.n_blocks; l++) {
         int ratio = c->compress_ratios[l], n_kinds = ratio == 4 ? 2 : ratio > 0;
-        uint64_t main = 4 * (uint64_t)carry_floats(ratio, c->head_dim), before = a->used;
-        uint64_t index = ratio == 4 ? 4 * (uint64_t)carry_floats(ratio, c->index_head_dim) : 0;
-        kv_state s = {.ring = arena_take(a, (uint64_t)c->sliding_window * row)};
-        s.ring_kv = arena_take(a, main);
-        s.ring_score = arena_take(a, main);
-        s.index_ring_kv = arena_take(a, index);
-        s.index_ring_score = arena_take(a, index);
+        ring_shape ring[MAX_RINGS];
+        void *at[MAX_RINGS] = {NULL};
+        uint64_t before = a->used;
+        for (int i = 0, n = rings_of(kv, l, ring); i < n; i++)
+            at[i] = arena_take(a, ring[i].row * (uint64_t)ring[i].len);
         p->states += a->used - before;
-        if (kv->state) kv->state[l] = s;
+        if (kv->state) memcpy(&kv->state[l], at, sizeof at);
         for (int k = 0; k < n_kinds; k++) {
             kv_rows r = {.row_bytes = k == KV_KEYS ? key : row, .max = kv->opts.ctx / ratio,
                          .stage = k == KV_ENTRIES && ratio == 4 ? STAGE_ENTRIES : STAGE_INDEX};
@@ -238,7 +247,7 @@ void kv_reset(kv_cache *kv) {
     (void)batch_wait(kv->off, &kv->reading, &ignored);
     (void)batch_wait(kv->off, &kv->writing, &ignored);
     for (int l = 0; l < kv->opts.n_blocks; l++)
-        for (int k = 0; k < KV_KINDS; k++) kv->rows[l][k].n = kv->rows[l][k].n_filed = 0;
+        for (int k = 0; k < KV_KINDS; k++) kv->rows[l][k].n = 0;
     kv->staged[STAGE_INDEX] = kv->staged[STAGE_ENTRIES] = NULL;
     frames_drop(kv);
 }
@@ -270,7 +279,6 @@ int kv_ahead(kv_cache *kv, int layer, int n, dsv4_err *err) {
         if (r->stage == STAGE_ENTRIES) frames_drop(kv);
         uint8_t *to = kv->stage[r->stage];
         uint64_t bytes = (uint64_t)r->n * r->row_bytes, whole = blocks_down(bytes);
-        assert(r->n == r->n_filed);
         kv->staged[r->stage] = r;
         memcpy(to + whole, r->tail, bytes - whole);
         if (whole && file_move(kv, &kv->reading, to, r->off, whole, err)) return -1;
@@ -290,10 +298,9 @@ int kv_begin(kv_cache *kv, int layer, int n, kv_layer *out, dsv4_err *err) {
     return 0;
 }
 
-/* Rows that the file has not: through the tail, whole blocks of it to the file. */
-static int file_append(kv_cache *kv, kv_rows *r, const uint8_t *rows, dsv4_err *err) {
-    uint64_t at = (uint64_t)r->n_filed * r->row_bytes, end = (uint64_t)r->n * r->row_bytes;
-    r->n_filed = r->n;
+/* Rows from number r->n on: through the tail, whole blocks of it to the file. */
+static int file_append(kv_cache *kv, kv_rows *r, const uint8_t *rows, int64_t n, dsv4_err *err) {
+    uint64_t at = (uint64_t)r->n * r->row_bytes, end = at + (uint64_t)n * r->row_bytes;
     while (at < end) {
         uint64_t in_tail = at % BLOCK, take = lesser(end - at, BOUNCE_BYTES - in_tail);
         uint64_t whole = blocks_down(in_tail + take);
@@ -314,18 +321,8 @@ int kv_append(kv_cache *kv, int layer, kv_kind kind, const void *rows, int64_t n
     uint8_t *all = rows_at(kv, r), *at = all ? all + (uint64_t)r->n * r->row_bytes : NULL;
     assert(n >= 0 && n <= r->max - r->n);
     if (at && at != rows) memcpy(at, rows, (uint64_t)n * r->row_bytes);
+    if (!r->rows && file_append(kv, r, rows, n, err)) return -1;
     r->n += n;
-    return at ? 0 : file_append(kv, r, rows, err);
-}
-
-int kv_end(kv_cache *kv, int layer, dsv4_err *err) {
-    for (int k = 0; k < KV_KINDS; k++) {
-        kv_rows *r = &kv->rows[layer][k];
-        if (r->rows || r->n_filed == r->n) continue;
-        assert(kv->staged[r->stage] == r);
-        if (file_append(kv, r, kv->stage[r->stage] + (uint64_t)r->n_filed * r->row_bytes, err))
-            return -1;
-    }
     return 0;
 }
 
@@ -695,14 +692,9 @@ int park_open(park **out, const char *dir, uint64_t budget, dsv4_err *err) {
     if (p) *p = (park){.path = strdup(dir), .dir = -1, .budget = budget,
                        .pack = ZSTD_createCCtx(), .unpack = ZSTD_createDCtx()};
     int rc = p && p->path && p->pack && p->unpack ? 0 : fail(err, "out of memory");
-    for (char *s = rc ? NULL : p->path; s;) {      /* what cannot be made shows in open() */
-        s = *s ? strchr(s + 1, '/') : NULL;
-        if (s) *s = 0;
-        (void)mkdir(p->path, 0700);                /* what was said to a model is nobody else's */
-        if (s) *s = '/';
-    }
-    if (!rc && (p->dir = open(p->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0)
-        rc = fail(err, "open directory %.300s: %s", p->path, strerror(errno));
+    if (!rc) (void)mkdir(dir, 0700);               /* what was said to a model is nobody else's */
+    if (!rc && (p->dir = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0)
+        rc = fail(err, "open directory %.300s: %s", dir, strerror(errno));
     if (!rc) rc = park_scan(p, &files, err) < 0 ? -1 : 0;
     free(files);
     if (!rc) return 0;
@@ -865,28 +857,21 @@ typedef enum { MOVE_COUNT, MOVE_SAVE, MOVE_LOAD, MOVE_LOADED } move_mode;
  * `at`: windows, and tokens that compressors want once more.  Returns the bytes: pos decides. */
 static uint64_t states_move(const kv_cache *kv, int l0, int l1, int64_t pos, uint8_t *at,
                             move_mode mode) {
-    const dsv4_config *c = kv->cfg;
-    const size_t window_row = kv_row_bytes(c->head_dim, c->qk_rope_head_dim, kv->opts.packed);
     uint64_t bytes = 0;
     for (int l = l0; l < l1; l++) {
-        const kv_state s = kv->state ? kv->state[l] : (kv_state){NULL};    /* none to count */
-        int ratio = c->compress_ratios[l], coff = ratio == 4 ? 2 : 1;
-        int64_t window = c->sliding_window, len = coff * ratio;
-        int64_t group = ratio ? (pos / ratio - coff + 1) * ratio : pos;
-        size_t main = (size_t)(coff * c->head_dim) * sizeof(float);
-        size_t index = (size_t)(coff * c->index_head_dim) * sizeof(float);
-        const struct { void *ring; size_t row; int64_t len, first; } part[] = {
-            {s.ring, window_row, window, pos - window},
-            {s.ring_kv, main, len, group}, {s.ring_score, main, len, group},
-            {s.index_ring_kv, index, len, group}, {s.index_ring_score, index, len, group},
-        };
-        for (int i = 0; i < (ratio == 4 ? 5 : 3); i++)
-            for (int64_t j = part[i].first > 0 ? part[i].first : 0; j < pos; j++) {
-                size_t row = part[i].row, in_ring = (size_t)(j % part[i].len) * row;
-                if (mode == MOVE_SAVE) memcpy(at + bytes, (uint8_t *)part[i].ring + in_ring, row);
-                if (mode == MOVE_LOAD) memcpy((uint8_t *)part[i].ring + in_ring, at + bytes, row);
+        int ratio = kv->cfg->compress_ratios[l];
+        ring_shape ring[MAX_RINGS];
+        uint8_t *rows[MAX_RINGS];
+        if (mode != MOVE_COUNT) memcpy(rows, &kv->state[l], sizeof rows);
+        for (int i = 0, n = rings_of(kv, l, ring); i < n; i++) {
+            int64_t len = ring[i].len, first = i ? pos / ratio * ratio - len + ratio : pos - len;
+            for (int64_t j = first > 0 ? first : 0; j < pos; j++) {
+                size_t row = ring[i].row, in_ring = (size_t)(j % len) * row;
+                if (mode == MOVE_SAVE) memcpy(at + bytes, rows[i] + in_ring, row);
+                if (mode == MOVE_LOAD) memcpy(rows[i] + in_ring, at + bytes, row);
                 bytes += row;
             }
+        }
     }
     return bytes;
 }

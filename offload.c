@@ -6,8 +6,8 @@
  *        |  O_DIRECT, pieces of 1 MiB on 4 KiB edges, io_uring or a few threads
  *        +-- slot of an arena, in place     cache_*()       one group a slot: a routed expert, or
  *                                                           the matrices of one layer
- *                                           stream_*()      any range a slot, in order asked
- *                               --copy-->   offload_load()  dense weights, once, at start
+ *                               --copy-->   stream()        all of a list, in order: dense
+ *                                                           weights, once, at start
  *   raw files of ours <---- the same way ---- batch_*()       whole blocks, read and written
  *
  *   a piece    |....[payload ...........]....|   tensors begin anywhere, pieces on block edges:
@@ -59,7 +59,6 @@ enum {
     MAX_RATIO = 1 << 13,           /* tokens of one compressed entry; times 4, times an axis    */
     IO_ALIGN = 4096,               /* what every O_DIRECT file accepts for offset, length, buffer */
     IO_PIECE = 1 << 20,            /* one read at most; larger ones gain nothing                */
-    HUGE_PAGE = 2 << 20,
     IO_DEPTH = 128,                /* in flight: a prompt's drive works on while we compute     */
     IO_GETS = 48,                  /* when cache_get() adds no more: drives saturate far below,
                                       and of more the one that is waited for comes later        */
@@ -67,11 +66,9 @@ enum {
     IO_TRIES_MAX = 64,             /* tries of one request that bring nothing new               */
     RAW_FILES = 4,                 /* of ours beside the shards; KV needs two                   */
     IO_THREADS = 8,                /* where io_uring is refused                                 */
-    LOAD_BYTES = 4 << 20,          /* one range of offload_load()                               */
-    EXPERT_BYTES = 12 << 20,       /* one of ckpt_hash(): an expert of V4-Flash               */
-    STREAM_SLOTS = 8,              /* ranges in flight: a token asks for six experts a layer    */
-    STREAM_IDS = 2 * STREAM_SLOTS, /* the cache has evicted a range when its id comes again     */
-    DISK_LAYERS = 8,               /* LVM on LUKS on RAID on a partition has four               */
+    STREAM_BYTES = 4 << 20,        /* one range of a stream                                     */
+    STREAM_SLOTS = 8,              /* ranges in flight                                          */
+    HASH_CHARS = 32,               /* XXH3-128 in hexadecimal                                   */
 };
 
 static_assert((int64_t)MAX_DIM * MAX_DIM <= INT_MAX, "what two axes give is an int");
@@ -161,14 +158,8 @@ static json_t *parse_file(const char *path, size_t max, dsv4_err *err) {
 
 /* Under its name there is always a whole file, the old one or the new one. */
 static int write_json(const json_t *root, const char *file, dsv4_err *err) {
-    char path[PATH_MAX];
-    int n = snprintf(path, sizeof path, "%s.%ld", file, (long)getpid());
-    if (n < 0 || n >= PATH_MAX) return fail(err, "%.200s...: the path is too long", file);
-    for (char *p = path; (p = strchr(p + 1, '/')); *p = '/') {
-        *p = 0;
-        if (mkdir(path, 0777) && errno != EEXIST)
-            return fail(err, "make directory %s: %s", path, strerror(errno));
-    }
+    char path[PATH_MAX + 32];      /* a longer one cannot be opened                             */
+    snprintf(path, sizeof path, "%s.%ld", file, (long)getpid());
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     bool good = fd >= 0 && !json_dumpfd(root, fd, JSON_INDENT(1) | JSON_SORT_KEYS) && !fsync(fd);
     int rc = good && !rename(path, file) ? 0 : fail(err, "write %s: %s", file, strerror(errno));
@@ -182,13 +173,20 @@ static int write_json(const json_t *root, const char *file, dsv4_err *err) {
 
 typedef struct {                   /* where values are looked up, and how the place is called   */
     const json_t *object;
-    const char *where, *prefix;    /* file; "" or "rope_scaling."                               */
+    const char *where;             /* file                                                      */
     dsv4_err *err;
 } config_in;
 
+/* The value of a key, or of one in an object: "rope_scaling.type". */
+static const json_t *look(const config_in *in, const char *key) {
+    const char *dot = strchr(key, '.');
+    const json_t *v = dot ? json_object_getn(in->object, key, (size_t)(dot - key)) : in->object;
+    return json_object_get(v, dot ? dot + 1 : key);
+}
+
 static int refuse(const config_in *in, const char *key, const char *accepted) {
-    return fail(in->err, "%s: %s%s is %s; accepted: %s", in->where, in->prefix, key,
-                show(json_object_get(in->object, key)).text, accepted);
+    return fail(in->err, "%s: %s is %s; accepted: %s", in->where, key, show(look(in, key)).text,
+                accepted);
 }
 
 /* Numbers by key, where they go and what is accepted.  A whole one (a size, a count, an id: 4096.0
@@ -206,7 +204,7 @@ typedef struct {
 
 static int want_fields(const config_in *in, const field *f, void *out) {
     for (; f->key; f++) {
-        const json_t *v = json_object_get(in->object, f->key);
+        const json_t *v = look(in, f->key);
         double x = json_number_value(v);
         json_int_t whole = json_integer_value(v);
         bool fits = json_is_number(v) && x >= f->lo && x <= f->hi;
@@ -239,26 +237,20 @@ static int want_fields(const config_in *in, const field *f, void *out) {
 static const field constants[] = {
     ONLY("expert_dtype", "\"fp4\"", false), ONLY("scoring_func", "\"sqrtsoftplus\"", false),
     ONLY("topk_method", "\"noaux_tc\"", false), ONLY("norm_topk_prob", "true", false),
-    ONLY("num_key_value_heads", "1", true), END,
-}, quant_constants[] = {
-    ONLY("fmt", "\"e4m3\"", true), ONLY("scale_fmt", "\"ue8m0\"", true),
-    ONLY("weight_block_size", "[128,128]", true), END,
+    ONLY("num_key_value_heads", "1", true), ONLY("quantization_config.fmt", "\"e4m3\"", true),
+    ONLY("quantization_config.scale_fmt", "\"ue8m0\"", true),
+    ONLY("quantization_config.weight_block_size", "[128,128]", true), END,
 };
 
 /* What says which architecture this is.  model_type comes first: of another one, nothing else
  * need make sense. */
 static int config_kind(const config_in *in) {
-    const json_t *type = json_object_get(in->object, "model_type");
-    const json_t *quant = json_object_get(in->object, "quantization_config");
-    const config_in sub = {quant, in->where, "quantization_config.", in->err};
+    const json_t *type = look(in, "model_type");
     if (!json_is_string(type)) return refuse(in, "model_type", "\"deepseek_v4\"");
     if (strcmp(json_string_value(type), "deepseek_v4") != 0)
         return fail(in->err, "%s: model_type %.64s is another architecture; this program runs "
                     "deepseek_v4", in->where, json_string_value(type));
-    if (want_fields(in, constants, NULL)) return -1;
-    if (!quant || json_is_null(quant)) return 0;       /* the tensors' own dtypes decide        */
-    if (!json_is_object(quant)) return refuse(in, "quantization_config", "an object");
-    return want_fields(&sub, quant_constants, NULL);
+    return want_fields(in, constants, NULL);
 }
 
 /* Every number that the model needs.  One that is a size is bounded, so that what is computed from
@@ -284,15 +276,16 @@ static const field config_fields[] = {
     REAL("routed_scaling_factor", routed_scaling_factor, 'f', 1e-6, 1e6),
     REAL("rms_norm_eps", rms_norm_eps, 'f', 1e-30, 1), END,
 }, yarn_fields[] = {
-    ONLY("type", "\"yarn\"", false), REAL("factor", yarn_factor, 'd', 1, 1e6),
-    REAL("beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
-    REAL("beta_fast", yarn_beta_fast, 'd', 1e-6, 1e6),
-    REAL("original_max_position_embeddings", yarn_original, 'd', 1, 1e12), END,
+    ONLY("rope_scaling.type", "\"yarn\"", false),
+    REAL("rope_scaling.factor", yarn_factor, 'd', 1, 1e6),
+    REAL("rope_scaling.beta_slow", yarn_beta_slow, 'd', 1e-6, 1e6),
+    REAL("rope_scaling.beta_fast", yarn_beta_fast, 'd', 1e-6, 1e6),
+    REAL("rope_scaling.original_max_position_embeddings", yarn_original, 'd', 1, 1e12), END,
 };
 
 /* One ratio a layer, then the MTP block's; what later checkpoints add behind it is not ours. */
 static int config_ratios(dsv4_config *cfg, const config_in *in) {
-    const json_t *list = json_object_get(in->object, "compress_ratios");
+    const json_t *list = look(in, "compress_ratios");
     size_t n = json_array_size(list), layers = (size_t)cfg->num_hidden_layers;
     if (n < layers) return refuse(in, "compress_ratios", "one for each of num_hidden_layers");
     for (size_t l = 0; l <= layers && l < n; l++) {
@@ -307,17 +300,14 @@ static int config_ratios(dsv4_config *cfg, const config_in *in) {
 }
 
 static int config_yarn(dsv4_config *cfg, const config_in *in) {
-    const json_t *rope = json_object_get(in->object, "rope_scaling");
-    const config_in sub = {rope, in->where, "rope_scaling.", in->err};
+    const json_t *rope = look(in, "rope_scaling");
     bool compressed = false;
     for (int l = 0; l <= cfg->num_hidden_layers; l++) compressed |= cfg->compress_ratios[l] != 0;
     cfg->yarn_factor = cfg->yarn_beta_fast = cfg->yarn_beta_slow = cfg->yarn_original = 1;
     if (!compressed && (!rope || json_is_null(rope))) return 0;
-    if (!json_is_object(rope))
-        return refuse(in, "rope_scaling", "an object, since some layers have a compress ratio");
-    if (want_fields(&sub, yarn_fields, cfg)) return -1;
+    if (want_fields(in, yarn_fields, cfg)) return -1;
     if (cfg->yarn_beta_fast >= cfg->yarn_beta_slow) return 0;
-    return refuse(&sub, "beta_fast", "numbers from beta_slow on");
+    return refuse(in, "rope_scaling.beta_fast", "numbers from beta_slow on");
 }
 
 /* What two keys say together. */
@@ -344,27 +334,28 @@ static int config_check(const dsv4_config *c, const config_in *in) {
     return 0;
 }
 
-int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
-                 dsv4_err *err) {
+/* From what was read, which is given up; NULL: it could not be. */
+static int config_take(dsv4_config *cfg, json_t *root, const char *where, dsv4_err *err) {
+    const config_in in = {root, where, err};
     *cfg = (dsv4_config){.name = ""};
-    json_t *root = parse_object(json, len, where, err);
     if (!root) return -1;
-    const config_in in = {root, where, "", err};
     int rc = config_kind(&in) || want_fields(&in, config_fields, cfg) ||
              config_ratios(cfg, &in) || config_yarn(cfg, &in) || config_check(cfg, &in);
     json_decref(root);
     return rc ? -1 : 0;
 }
 
+int config_parse(dsv4_config *cfg, const char *json, size_t len, const char *where,
+                 dsv4_err *err) {
+    return config_take(cfg, parse_object(json, len, where, err), where, err);
+}
+
 int config_load(dsv4_config *cfg, const char *dir, dsv4_err *err) {
-    char path[PATH_MAX], *text;
-    size_t len;
+    char path[PATH_MAX];
     if (join(path, dir, "config.json", err)) return -1;
     if (access(dir, F_OK)) return fail(err, "%s: %s", dir, strerror(errno));
     if (access(path, F_OK)) return fail(err, "%s is no model: it has no config.json", dir);
-    if (read_text(&text, &len, path, MAX_CONFIG_BYTES, err)) return -1;
-    int rc = config_parse(cfg, text, len, path, err);
-    free(text);
+    int rc = config_take(cfg, parse_file(path, MAX_CONFIG_BYTES, err), path, err);
     /* The model is called as its directory, also where that was given as "." or "models/x/". */
     if (!rc && realpath(dir, path)) snprintf(cfg->name, MAX_NAME, "%s", strrchr(path, '/') + 1);
     return rc;
@@ -384,8 +375,8 @@ int config_sampling(sample_opts *o, const char *dir, dsv4_err *err) {
     if (join(path, dir, "generation_config.json", err)) return -1;
     if (access(path, F_OK) && errno == ENOENT) return 0;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, err);
-    const json_t *on = json_object_get(root, "do_sample");
-    const config_in in = {root, path, "", err};
+    const config_in in = {root, path, err};
+    const json_t *on = look(&in, "do_sample");
     int rc = root ? want_fields(&in, sampling_fields, o) : -1;
     if (!rc && on && !json_is_null(on) && !json_is_boolean(on))
         rc = refuse(&in, "do_sample", "true or false");
@@ -403,7 +394,6 @@ typedef struct {
     const char *path;              /* DIR/FILE, ours                                            */
     const char *file;              /* FILE, in path                                             */
     uint64_t size;                 /* of the file when its header was read                      */
-    uint64_t need;                 /* what its header describes; UINT64_MAX: not all of it came */
 } ckpt_shard;
 
 struct ckpt {
@@ -513,7 +503,6 @@ static int header_parse(ckpt *c, int which, const char *text, size_t len, dsv4_e
     }
     json_decref(root);
     if (rc) return -1;
-    s->need = need;
     if (need > s->size)
         return fail(err, "%s: has %" PRIu64 " bytes but its header describes %" PRIu64 ": the "
                     "file is cut short, download it again", s->path, s->size, need);
@@ -534,7 +523,6 @@ static int shard_read(ckpt *c, int which, dsv4_err *err) {
         rc = fail(err, "%s: header of %" PRIu64 " bytes; accepted: 2 to %d: this is no "
                   "safetensors file, or it is damaged", s->path, len, MAX_HEADER_BYTES);
     } else if (!rc && (s->size < 8 || len > s->size - 8)) {
-        s->need = UINT64_MAX;
         rc = fail(err, "%s: has %" PRIu64 " bytes but its header alone needs %" PRIu64 ": the "
                   "file is cut short, download it again", s->path, s->size, len + 8);
     }
@@ -616,18 +604,15 @@ static ckpt *list_shards(const char *dir, dsv4_err *err) {
 
 /* Name the shards that a partial download has not brought, before anything is read. */
 static int check_missing(const ckpt *c, const char *dir, dsv4_err *err) {
-    char names[400] = "";
-    size_t used = 0;
+    const char *first = NULL;
     int n = 0;
     if (!c->n_shards) return fail(err, "%s: holds no *.safetensors file", dir);
     for (int i = 0; i < c->n_shards; i++) {
         if (!access(c->shards[i].path, F_OK) || errno != ENOENT) continue;
-        n++;
-        if (used < sizeof names)   /* else the list is cut there                                */
-            used += (size_t)snprintf(names + used, sizeof names - used, " %s", c->shards[i].file);
+        if (n++ == 0) first = c->shards[i].file;
     }
-    return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, go on with the download:%s",
-                             dir, n, c->n_shards, names);
+    return n == 0 ? 0 : fail(err, "%s: %d of %d shards are missing, the first %s; go on with the "
+                             "download", dir, n, c->n_shards, first);
 }
 
 /* Every tensor once (the table is in order of name), and where the index says, both ways. */
@@ -734,69 +719,29 @@ int config_generation(generation *out, const char *dir, dsv4_err *err) {
     return rc;
 }
 
-#define PARTIAL_DIR ".cache/huggingface/download"
-
-/* Bytes of a file that Hugging Face's client has not finished: it lies elsewhere until it is whole,
- * as NAME.ETAG.incomplete. */
-static uint64_t partial_bytes(const char *dir, const char *file) {
-    char pattern[PATH_MAX];
-    struct stat st;
-    uint64_t most = 0;
-    glob_t found = {.gl_pathc = 0};
-    snprintf(pattern, sizeof pattern, "%s/" PARTIAL_DIR "/%s*.incomplete", dir, file);
-    (void)glob(pattern, GLOB_NOSORT, NULL, &found);
-    for (size_t i = 0; i < found.gl_pathc; i++)
-        if (!stat(found.gl_pathv[i], &st) && most < (uint64_t)st.st_size)
-            most = (uint64_t)st.st_size;
-    globfree(&found);
-    return most;
-}
-
-/* One shard of a survey; 1 and a line where it is not whole.  Of two amounts the first is rounded
- * down and the second up, so that they differ as the bytes do. */
-static int survey_shard(ckpt *c, int which, const char *dir, line_fn each, void *arg) {
-    ckpt_shard *s = &c->shards[which];
-    char line[sizeof(dsv4_err) + MAX_NAME];
-    dsv4_err why;
-    bool missing = access(s->path, F_OK) && errno == ENOENT;
-    if (!missing && !shard_read(c, which, &why)) return 0;
-    uint64_t have = missing ? partial_bytes(dir, s->file) : s->size;
-    uint64_t all = missing ? have : s->need, k = 1000, m = k * k, g = k * m;
-    uint64_t tenth = (all >= g ? g : all >= m ? m : k) / 10;
-    const char *unit = all >= g ? "GB" : all >= m ? "MB" : "kB";
-    double had = (double)(have / tenth) / 10;
-    if (missing && have) fail(&why, "missing, %.1f %s of it in " PARTIAL_DIR, had, unit);
-    else if (missing) fail(&why, "missing");
-    else if (s->need == UINT64_MAX) fail(&why, "its header is cut off");
-    else if (s->need > s->size)
-        fail(&why, "%.1f of %.1f %s", had, (double)((all + tenth - 1) / tenth) / 10, unit);
-    size_t path = strlen(s->path); /* most reasons begin with it: not twice                     */
-    snprintf(line, sizeof line, "%s: %s", s->file,
-             strncmp(why.msg, s->path, path) ? why.msg : why.msg + path + 2);
-    each(arg, line);
-    return 1;
-}
-
 int ckpt_survey(const char *dir, line_fn each, void *arg, dsv4_err *err) {
-    struct stat st;
-    int n = 0, rc = stat(dir, &st) ? errno : 0;
-    if (rc) return fail(err, "%s: %s", dir, rc == ENOENT ? "no such directory" : strerror(rc));
-    if (!S_ISDIR(st.st_mode)) return fail(err, "%s is not a directory", dir);
+    char line[sizeof(dsv4_err) + MAX_NAME];
+    int n = 0;
     ckpt *c = list_shards(dir, err);
-    if (!c) return -1;
-    if (!c->n_shards)
-        n = fail(err, "%s holds no model: no model.safetensors.index.json and no *.safetensors",
-                 dir);
-    for (int i = 0; i < c->n_shards; i++) n += survey_shard(c, i, dir, each, arg);
+    for (int i = 0; c && i < c->n_shards; i++) {
+        const ckpt_shard *s = &c->shards[i];
+        dsv4_err why = {"missing"};
+        if ((!access(s->path, F_OK) || errno != ENOENT) && !shard_read(c, i, &why)) continue;
+        size_t path = strlen(s->path); /* most reasons begin with it: not twice                 */
+        snprintf(line, sizeof line, "%s: %s", s->file,
+                 strncmp(why.msg, s->path, path) ? why.msg : why.msg + path + 2);
+        each(arg, line);
+        n++;
+    }
     ckpt_close(c);
-    return n;
+    return c ? n : -1;
 }
 
 /* === 5. Requests ==============================================================================
  * A request is one piece of a file on its way into memory.  There are IO_DEPTH of them, made at
  * open; the ring and the threads know nothing else, and io_on_answer() decides for both.
  *
- *   slot_feed, batch_add --> io_begin --> ring or threads --> io_reap
+ *   slot_feed, transfer ---> io_begin --> ring or threads --> io_reap
  *           ^                   ^                                |
  *           |                   +---- IO_AGAIN ---- io_complete <+
  *     free requests <--- slot_piece_in <--- IO_DONE, IO_FAILED --+
@@ -893,8 +838,7 @@ struct cache {
     group_uses *uses;
     uint32_t *heat;                /* of earlier runs                                           */
     size_t n_groups;
-    arena map;
-    uint8_t *arena;                /* [n_slots][slot_bytes] in it, on the edge of a huge page   */
+    arena arena;                   /* [n_slots][slot_bytes]                                     */
     size_t slot_bytes;
     cache_slot *slots;
     int n_slots, n_orphans;        /* orphans: READING without a pin                            */
@@ -918,7 +862,6 @@ struct offload {
     const char *note;
     io_req *free_reqs;
     int in_flight, n_background;   /* the second are of the first                               */
-    uint64_t landed;               /* bytes of payloads that are in                             */
     slot_list demand, background;  /* slots with pieces to ask for, in order of get and of ask  */
     int n_caches;
     bool batch_waits;              /* for a request: the background does not get it             */
@@ -943,7 +886,7 @@ static void io_start(offload *o, io_req *r) {
     uint64_t at = r->off + r->done;
     int fd = o->files[r->file].fd;
     offload_stats *s = &o->stats;
-    *(!r->batch ? &s->read_bytes : r->write ? &s->raw_written : &s->raw_read) += n;
+    *(r->file < o->c->n_shards ? &s->read_bytes : r->write ? &s->raw_written : &s->raw_read) += n;
     s->reads += !r->write;
     if (r->slot) r->slot->c->stats.read_bytes += n;
     if (o->has_ring) {
@@ -958,14 +901,18 @@ static void io_start(offload *o, io_req *r) {
     assert(sent == sizeof r);      /* there is room for all requests, so it never waits         */
 }
 
-/* With the first of the free requests, which there must be. */
-static void io_begin(offload *o, io_req what) {
+/* One piece of the `left` bytes from what.off on, with the first of the free requests, which there
+ * must be; returns the piece's bytes, whole blocks. */
+static uint32_t io_begin(offload *o, io_req what, uint64_t left) {
     io_req *r = o->free_reqs;
     o->free_reqs = r->next;
     *r = what;
+    r->want = left < IO_PIECE ? (uint32_t)left : IO_PIECE;
+    r->len = (r->want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1);
     o->in_flight++;
     o->n_background += r->background;
     io_start(o, r);
+    return r->len;
 }
 
 static void give_req(offload *o, io_req *r) {
@@ -983,7 +930,6 @@ static void io_complete(offload *o, io_req *r, int res) {
     }
     o->in_flight--;
     o->n_background -= r->background;
-    if (next == IO_DONE) o->landed += r->want;
     const io_file *f = &o->files[r->file];
     if (!f->direct)                /* the page cache must not fill up with what we keep         */
         (void)posix_fadvise(f->fd, (off_t)r->off, r->len, POSIX_FADV_DONTNEED);
@@ -1087,25 +1033,6 @@ static bool go_direct(int fd, bool written) {
     return false;
 }
 
-static int file_open(io_file *f, const ckpt_shard *s, dsv4_err *err) {
-    if (open_file(&f->fd, &f->size, s->path, err)) return -1;
-    f->path = s->path;
-    f->direct = go_direct(f->fd, false);
-    if (f->size == s->size) return 0;
-    return fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it still "
-                "being downloaded?", s->path, f->size, s->size);
-}
-
-/* The ring, or false where it is refused or too old to read (Linux before 5.6). */
-static bool ring_open(offload *o) {
-    if (io_uring_queue_init(IO_DEPTH, &o->ring, 0)) return false;
-    if (!(o->ring.features & IORING_FEAT_RW_CUR_POS)) {
-        io_uring_queue_exit(&o->ring);
-        return false;
-    }
-    return true;
-}
-
 int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err) {
     static const char *const notes[2][2] = { /* [ring][direct] */
         {"io_uring and O_DIRECT are both refused here: reading with threads through the page "
@@ -1124,10 +1051,20 @@ int offload_open(offload **out, const ckpt *c, const char **note, dsv4_err *err)
     o->work[0] = o->work[1] = o->answers[0] = o->answers[1] = -1;
     for (int i = IO_DEPTH - 1; i >= 0; i--) give_req(o, &o->reqs[i]);
     for (int i = 0; !rc && i < c->n_shards; i++) {
-        rc = file_open(&o->files[i], &c->shards[i], err);
-        direct &= o->files[i].direct;
+        const ckpt_shard *s = &c->shards[i];
+        io_file *f = &o->files[i];
+        if ((rc = open_file(&f->fd, &f->size, s->path, err))) break;
+        f->path = s->path;
+        direct &= f->direct = go_direct(f->fd, false);
+        if (f->size != s->size)
+            rc = fail(err, "%s: has %" PRIu64 " bytes now and had %" PRIu64 " a moment ago; is it "
+                      "still being downloaded?", s->path, f->size, s->size);
     }
-    if (!rc) o->has_ring = ring_open(o);
+    if (!rc) o->has_ring = !io_uring_queue_init(IO_DEPTH, &o->ring, 0);
+    if (o->has_ring && !(o->ring.features & IORING_FEAT_RW_CUR_POS)) { /* Linux before 5.6      */
+        io_uring_queue_exit(&o->ring);
+        o->has_ring = false;
+    }
     if (!rc && !o->has_ring) rc = threads_open(o, err);
     if (!rc) o->note = *note = notes[o->has_ring][direct];
     if (!rc) return 0;
@@ -1218,25 +1155,31 @@ void offload_raw_close(offload *o, int file) {
     *f = (io_file){.path = NULL};
 }
 
-/* Demand like a slot's: what waits for a request already has it first, the background last. */
-int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
-              dsv4_err *err) {
-    assert(file >= o->c->n_shards && o->files[file].path);
-    assert(off % IO_ALIGN == 0 && bytes % IO_ALIGN == 0 && (uintptr_t)buf % IO_ALIGN == 0);
-    assert(off <= o->files[file].size && bytes <= o->files[file].size - off);
-    for (size_t at = 0; at < bytes; at += IO_PIECE) {
+/* Begin `bytes` from r.off on, for r.batch.  Demand like a slot's: what waits for a request already
+ * has it first, the background last. */
+static int transfer(offload *o, io_req r, uint64_t bytes, dsv4_err *err) {
+    for (uint64_t at = 0; at < bytes; at += IO_PIECE) {
         int rc = 0;
         o->batch_waits = true;
         while (!o->free_reqs && !rc) rc = io_reap(o, true, err);
         o->batch_waits = false;
         if (rc) return -1;
-        uint32_t n = bytes - at < IO_PIECE ? (uint32_t)(bytes - at) : IO_PIECE;
-        b->in_flight++;
-        io_begin(o, (io_req){.file = file, .write = write, .buf = (uint8_t *)buf + at,
-                             .off = off + at, .len = n, .want = n, .batch = b});
+        r.batch->in_flight++;
+        uint32_t n = io_begin(o, r, bytes - at);
+        r.buf += n;
+        r.off += n;
     }
     io_kick(o);
     return 0;
+}
+
+int batch_add(offload *o, io_batch *b, int file, bool write, void *buf, uint64_t off, size_t bytes,
+              dsv4_err *err) {
+    assert(file >= o->c->n_shards && o->files[file].path);
+    assert(off % IO_ALIGN == 0 && bytes % IO_ALIGN == 0 && (uintptr_t)buf % IO_ALIGN == 0);
+    assert(off <= o->files[file].size && bytes <= o->files[file].size - off);
+    return transfer(o, (io_req){.file = file, .write = write, .buf = buf, .off = off, .batch = b},
+                    bytes, err);
 }
 
 int batch_wait(offload *o, io_batch *b, dsv4_err *err) {
@@ -1317,14 +1260,13 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
     assert(n >= 1);
     assert(n_slots >= 1);
     size_t slot_bytes = cache_slot_bytes(groups, n), bytes;
-    bool fits = !__builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes) &&
-                !__builtin_add_overflow(bytes, 2 * (size_t)HUGE_PAGE, &bytes);
+    bool fits = !__builtin_mul_overflow(slot_bytes, (size_t)n_slots, &bytes);
     cache *c = *out = fits ? calloc(1, sizeof *c) : NULL;
     if (c) {
         *c = (cache){.o = o, .groups = groups, .n_groups = n, .slot_bytes = slot_bytes};
         o->n_caches++;
     }
-    if (c && !arena_open(&c->map, bytes, "slots", err)) {
+    if (c && !arena_open(&c->arena, bytes, "slots", err)) {
         c->slot_of = calloc(n, sizeof(cache_slot *));
         c->uses = calloc(n, sizeof *c->uses);
         c->heat = calloc(n, sizeof *c->heat);
@@ -1336,8 +1278,6 @@ int cache_open(cache **out, offload *o, const read_group *groups, size_t n, int 
         return fail(err, "no memory for %d slots of %zu bytes; lower the memory budget", n_slots,
                     slot_bytes);
     }
-    /* In huge pages, a read pins 512 times fewer of them.  Where refused, only that is lost. */
-    c->arena = c->map.base + (HUGE_PAGE - (uintptr_t)c->map.base % HUGE_PAGE) % HUGE_PAGE;
     c->n_slots = n_slots;
     for (int i = 0; i < n_slots; i++) {
         c->slots[i].c = c;
@@ -1356,7 +1296,7 @@ void cache_close(cache *c) {
         if (c->slots[i].list == &o->demand || c->slots[i].list == &o->background)
             list_take(&c->slots[i]);
     while (c->in_flight > 0 && !io_reap(o, true, &ignored)) continue;
-    if (!c->in_flight) arena_close(&c->map);
+    if (!c->in_flight) arena_close(&c->arena);
     o->n_caches--;
     free(c->slots);
     free(c->heat);
@@ -1378,16 +1318,13 @@ static void slot_feed(offload *o) {
         size_t which = (size_t)(s - c->slots);
         uint64_t begin = t->offset / IO_ALIGN * IO_ALIGN + s->at, end = t->offset + run->bytes;
         assert(s->state == SLOT_READING && begin < end);
-        uint32_t want = end - begin < IO_PIECE ? (uint32_t)(end - begin) : IO_PIECE;
-        io_req r = {.file = t->shard, .off = begin, .want = want, .t = t, .slot = s,
-                    .len = (want + IO_ALIGN - 1) & ~(uint32_t)(IO_ALIGN - 1),
-                    .buf = c->arena + c->slot_bytes * which + run->region + s->at,
+        io_req r = {.file = t->shard, .off = begin, .t = t, .slot = s,
+                    .buf = c->arena.base + c->slot_bytes * which + run->region + s->at,
                     .background = s->list == &o->background};
-        s->at += r.len;
         s->in_flight++;
         c->in_flight++;
-        io_begin(o, r);
-        if (begin + r.len < end) continue;
+        s->at += io_begin(o, r, end - begin);
+        if (t->offset / IO_ALIGN * IO_ALIGN + s->at < end) continue;
         s->at = 0;
         if (++s->run == s->n_runs) list_take(s);
     }
@@ -1537,7 +1474,7 @@ const void *cache_part(const cache *c, int slot, int part) {
     assert(part >= 0 && part < g->n_parts);
     const ckpt_tensor *t = g->part[part];
     const slot_run *run = s->runs, *end = s->runs + s->n_runs;
-    const uint8_t *at = c->arena + c->slot_bytes * (size_t)slot;
+    const uint8_t *at = c->arena.base + c->slot_bytes * (size_t)slot;
     if (t->bytes == 0) return at;
     while (run < end && (run->first->shard != t->shard || t->offset < run->first->offset ||
                          t->offset >= run->first->offset + run->bytes))
@@ -1562,15 +1499,14 @@ static int by_heat(const void *a, const void *b) {
     return *x != *y ? (*x < *y) - (*x > *y) : (x > y) - (x < y);
 }
 
-/* {"groups": n, "heat": [n]}.  Groups that were never used are not asked for. */
+/* {"heat": [n]}.  Groups that were never used are not asked for. */
 void cache_load_heat(cache *c, const char *path) {
     dsv4_err ignored;
     size_t n = c->n_groups;
     json_t *root = parse_file(path, MAX_CONFIG_BYTES, &ignored);
-    const json_t *count = json_object_get(root, "groups"), *heat = json_object_get(root, "heat");
+    const json_t *heat = json_object_get(root, "heat");
     uint32_t **order = calloc(n, sizeof *order);
-    bool good = order && whole(count) && json_array_size(heat) == n &&
-                (uint64_t)json_integer_value(count) == n;
+    bool good = order && json_array_size(heat) == n;
     for (size_t i = 0; good && i < n; i++) {
         const json_t *v = json_array_get(heat, i);
         good = whole(v) && json_integer_value(v) <= UINT32_MAX;
@@ -1585,8 +1521,7 @@ void cache_load_heat(cache *c, const char *path) {
 }
 
 int cache_save_heat(const cache *c, const char *path, dsv4_err *err) {
-    json_t *heat = json_array(), *root = json_pack("{s:I,s:o}", "groups", (json_int_t)c->n_groups,
-                                                   "heat", heat);
+    json_t *heat = json_array(), *root = json_pack("{s:o}", "heat", heat);
     int bad = root ? 0 : -1;
     for (size_t i = 0; i < c->n_groups; i++) {
         uint64_t sum = (uint64_t)c->heat[i] / 2 + c->uses[i].hits + c->uses[i].misses;
@@ -1598,230 +1533,166 @@ int cache_save_heat(const cache *c, const char *path, dsv4_err *err) {
     return rc;
 }
 
-/* === 9. Streams ===============================================================================
- * A stream reads ranges of shards through a cache of its own: what is asked for is read in the
- * order of asking and taken in that order.  A range goes as a group of one part.                 */
+/* === 9. Streams =============================================================================== */
 
-typedef struct {
-    cache *slots;
-    ckpt_tensor range[STREAM_IDS];
-    const ckpt_tensor *part[STREAM_IDS];
-    read_group group[STREAM_IDS];
-    int slot[STREAM_IDS];
-    uint64_t most;                 /* bytes of a range                                          */
-    size_t asked, taken;           /* ranges so far                                             */
-} stream;
+typedef struct {                   /* some of an item's bytes                                   */
+    const load_item *item;
+    uint64_t at, n;                /* from its byte `at` on, n bytes                            */
+    const uint8_t *data;
+    io_batch batch;
+} stream_range;
+typedef int (*range_fn)(void *arg, const stream_range *r); /* nonzero stops */
 
-static int stream_open(stream *s, offload *o, uint64_t bytes, dsv4_err *err) {
-    *s = (stream){.most = bytes};
-    for (int i = 0; i < STREAM_IDS; i++) {     /* the most that a range can need: off the edge  */
-        s->range[i] = (ckpt_tensor){.offset = IO_ALIGN - 1, .bytes = bytes};
-        s->part[i] = &s->range[i];
-        s->group[i] = (read_group){&s->part[i], 1};
+/* Hand the bytes of items [n] to each(), all in order; the next ranges are on their way meanwhile.
+ * Returns what each() did when it stopped. */
+static int stream(offload *o, const load_item *items, size_t n, range_fn each, void *arg,
+                  dsv4_err *err) {
+    const size_t slot_bytes = STREAM_BYTES + 2 * IO_ALIGN;
+    stream_range range[STREAM_SLOTS];
+    dsv4_err ignored;
+    arena map;
+    size_t asked = 0, taken = 0;
+    uint64_t at = 0;
+    int rc = arena_open(&map, STREAM_SLOTS * slot_bytes, "reading", err);
+    while (!rc && (n > 0 || taken < asked)) {
+        if (n == 0 || asked - taken == STREAM_SLOTS) {
+            stream_range *r = &range[taken++ % STREAM_SLOTS];
+            rc = batch_wait(o, &r->batch, err);
+            if (!rc) rc = each(arg, r);
+            continue;
+        }
+        const ckpt_tensor *t = items->t;
+        stream_range *r = &range[asked % STREAM_SLOTS];
+        uint8_t *slot = map.base + slot_bytes * (asked++ % STREAM_SLOTS);
+        uint64_t left = t->bytes - at, off = t->offset + at, skip = off % IO_ALIGN;
+        *r = (stream_range){items, at, left < STREAM_BYTES ? left : STREAM_BYTES, slot + skip, {0}};
+        rc = transfer(o, (io_req){.file = t->shard, .off = off - skip, .buf = slot, .t = t,
+                                  .batch = &r->batch}, skip + r->n, err);
+        at += r->n;
+        if (at == t->bytes) items++, n--, at = 0;
     }
-    return cache_open(&s->slots, o, s->group, STREAM_IDS, STREAM_SLOTS, err);
+    while (taken < asked) (void)batch_wait(o, &range[taken++ % STREAM_SLOTS].batch, &ignored);
+    if (!o->ring_error) arena_close(&map);     /* else reads may still come                     */
+    return rc;
 }
 
-static bool stream_full(const stream *s) { return s->asked - s->taken == STREAM_SLOTS; }
-static void stream_give(stream *s) { cache_unpin(s->slots, s->slot[s->taken++ % STREAM_IDS]); }
-
-/* Ask for a range of a tensor, from its byte *at on, which is 0 again behind the last one. */
-static int stream_ask(stream *s, const ckpt_tensor *t, uint64_t *at, dsv4_err *err) {
-    size_t id = s->asked % STREAM_IDS;
-    ckpt_tensor *range = &s->range[id];
-    assert(!stream_full(s));
-    assert(!s->slots->slot_of[id]);    /* else it would be a hit on other bytes                 */
-    *range = *t;
-    range->offset += *at;
-    range->bytes -= *at;
-    if (range->bytes > s->most) range->bytes = s->most;
-    *at += range->bytes;
-    if (*at == t->bytes) *at = 0;
-    s->slot[id] = cache_get(s->slots, id, err);
-    s->asked += s->slot[id] >= 0;
-    return s->slot[id] < 0 ? -1 : 0;
-}
-
-/* The oldest range's bytes, or NULL while they are on their way: it waits for one piece at most. */
-static int stream_look(const stream *s, const uint8_t **data, dsv4_err *err) {
-    int at = s->slot[s->taken % STREAM_IDS];
-    const cache_slot *slot = &s->slots->slots[at];
-    offload *o = s->slots->o;
-    *data = NULL;
-    if (io_reap(o, slot->state == SLOT_READING, err)) return -1;
-    if (slot->state == SLOT_FAILED) return fault_message(o, &slot->fault, err);
-    if (slot->state == SLOT_READY) *data = cache_part(s->slots, at, 0);
+static int load_range(void *arg, const stream_range *r) {
+    (void)arg;
+    memcpy((char *)r->item->dst + r->at, r->data, r->n);
     return 0;
 }
 
 int offload_load(offload *o, const load_item *items, size_t n, dsv4_err *err) {
-    stream s;
-    char *dst[STREAM_IDS];
-    uint64_t most = 0, at = 0;
-    const uint8_t *data;
-    for (size_t i = 0; i < n; i++) if (most < items[i].t->bytes) most = items[i].t->bytes;
-    if (most == 0) return 0;
-    int rc = stream_open(&s, o, most < LOAD_BYTES ? most : LOAD_BYTES, err);
-    for (size_t i = 0; !rc && (i < n || s.taken < s.asked);) {
-        if (i < n && !stream_full(&s)) {
-            dst[s.asked % STREAM_IDS] = (char *)items[i].dst + at;
-            rc = stream_ask(&s, items[i].t, &at, err);
-            i += at == 0;
-        } else if (!(rc = stream_look(&s, &data, err)) && data) {
-            memcpy(dst[s.taken % STREAM_IDS], data, s.range[s.taken % STREAM_IDS].bytes);
-            stream_give(&s);
-        }
-    }
-    cache_close(s.slots);
-    return rc;
+    return stream(o, items, n, load_range, NULL, err);
 }
 
-/* What an earlier ckpt_hash() found: {"shards": {NAME: {"hash", "bytes", "date"}}}. */
+/* What an earlier ckpt_hash() found: {NAME: "HASH DATE"}, the first date on which it was so. */
 static json_t *record_read(const char *record, line_fn each, void *arg) {
-    char line[sizeof(dsv4_err) + 64];
-    dsv4_err err = {"it is no record of hashes"};
+    dsv4_err ignored;
     const char *name;
-    json_t *value, *root = NULL;
-    if (!access(record, F_OK) || errno != ENOENT) {
-        root = parse_file(record, MAX_CONFIG_BYTES, &err);
-        json_t *shards = json_object_get(root, "shards");
-        bool good = json_is_object(shards);
-        json_object_foreach(shards, name, value)
-            good &= !json_unpack_ex(value, NULL, JSON_VALIDATE_ONLY, "{s:s,s:I,s:s}", "hash",
-                                    "bytes", "date");
-        if (good) return root;
-        snprintf(line, sizeof line, "the record is damaged and counts for nothing: %s", err.msg);
-        each(arg, line);
-    }
+    json_t *value, *root = parse_file(record, MAX_CONFIG_BYTES, &ignored);
+    bool good = root != NULL;
+    json_object_foreach(root, name, value) good &= json_string_length(value) > HASH_CHARS;
+    if (good) return root;
+    if (!access(record, F_OK)) each(arg, "the record is damaged and counts for nothing");
     json_decref(root);
-    return json_pack("{s:{}}", "shards");
+    return json_object();
 }
 
-/* Tell one shard's hash, and put it into the record's shards; without one it is gone.  The date is
- * the first on which this hash was found.  1 where the record said something else. */
-static int record_shard(json_t *shards, const char *file, const char *hash, uint64_t bytes,
-                        int width, line_fn each, void *arg) {
-    char today[16], line[2 * MAX_NAME + 64];
-    time_t now = time(NULL);
+/* Tell one shard's hash, and put it into the record.  1 where that said something else. */
+static int record_shard(json_t *record, const char *file, const char *hash, line_fn each,
+                        void *arg) {
+    char now[HASH_CHARS + 16], line[2 * MAX_NAME + 64];
+    time_t t = time(NULL);
     struct tm tm;
-    const json_t *old = json_object_get(shards, file);
-    const char *date = json_string_value(json_object_get(old, "date"));
-    bool same = hash && old && !strcmp(json_string_value(json_object_get(old, "hash")), hash);
-    snprintf(line, sizeof line, "%-*.255s  %s%s%s%.32s", width, file, hash ? hash : "",
-             hash ? "  " : "", !old ? "new" : !hash ? "gone since "
-             : same ? "as on " : "CHANGED since ", old ? date : "");
+    const char *old = json_string_value(json_object_get(record, file));
+    bool same = old && !strncmp(old, hash, HASH_CHARS);
+    snprintf(line, sizeof line, "%.255s  %s  %s%.32s", file, hash, !old ? "new"
+             : same ? "as on " : "CHANGED since ", old ? old + HASH_CHARS + 1 : "");
     each(arg, line);
-    strftime(today, sizeof today, "%Y-%m-%d", localtime_r(&now, &tm));
-    if (!hash) json_object_del(shards, file);
-    else if (!same)
-        json_object_set_new(shards, file, json_pack("{s:s,s:I,s:s}", "hash", hash, "bytes",
-                                                    (json_int_t)bytes, "date", today));
+    size_t n = (size_t)snprintf(now, sizeof now, "%s ", hash);
+    strftime(now + n, sizeof now - n, "%Y-%m-%d", localtime_r(&t, &tm));
+    if (!same) json_object_set_new(record, file, json_string(now));
     return old && !same;
 }
 
-/* Shards of the record that the model no longer has leave it; their number. */
-static int record_gone(json_t *shards, const ckpt *c, int width, line_fn each, void *arg) {
-    const char *name;
-    void *next;
-    json_t *value;
-    int n = 0, i;
-    json_object_foreach_safe(shards, next, name, value) {
-        for (i = 0; i < c->n_shards && strcmp(c->shards[i].file, name); i++) continue;
-        if (i == c->n_shards) n += record_shard(shards, name, NULL, 0, width, each, arg);
-    }
-    return n;
+typedef struct {
+    XXH3_state_t *state;
+    double done, total;            /* bytes                                                     */
+    progress_fn progress;
+    void *arg;
+} hashing;
+
+static int hash_range(void *arg, const stream_range *r) {
+    hashing *h = arg;
+    if (r->at == 0) XXH3_128bits_reset(h->state);
+    XXH3_128bits_update(h->state, r->data, r->n);
+    h->done += (double)r->n;
+    return h->progress(h->arg, h->done / h->total);
 }
 
-/* The record is written after each shard: hours of reading survive whatever comes.  One range is
- * asked for at a time: the first use of a slot is slow, since the kernel clears its pages. */
+/* The record is written after each shard: hours of reading survive whatever comes. */
 int ckpt_hash(const ckpt *c, const char *record, line_fn each, progress_fn progress, void *arg,
               int *n_changed, dsv4_err *err) {
-    stream s = {.slots = NULL};
+    hashing h = {XXH3_createState(), 0, 0, progress, arg};
     offload *o = NULL;
-    uint64_t total = 0, done = 0, at = 0;
-    int width = 0, next = 0;
     const char *note;              /* a slower way of reading was told when the model opened    */
-    const uint8_t *data;
-    XXH3_state_t *hash = XXH3_createState();
-    json_t *root = record_read(record, each, arg), *shards = json_object_get(root, "shards");
-    int rc = !hash || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err) ||
-             stream_open(&s, o, EXPERT_BYTES, err) ? -1 : 0;
-    for (int i = 0; i < c->n_shards; i++) {
-        total += c->shards[i].size;
-        if (width < (int)strlen(c->shards[i].file)) width = (int)strlen(c->shards[i].file);
+    json_t *root = record_read(record, each, arg);
+    int rc = !h.state || !root ? fail(err, "out of memory") : offload_open(&o, c, &note, err);
+    for (int i = 0; i < c->n_shards; i++) h.total += (double)c->shards[i].size;
+    *n_changed = 0;
+    for (int i = 0; !rc && i < c->n_shards; i++) {
+        const ckpt_shard *shard = &c->shards[i];
+        ckpt_tensor whole = {.shard = i, .bytes = shard->size};
+        char hex[HASH_CHARS + 1];
+        rc = stream(o, &(load_item){&whole, NULL}, 1, hash_range, &h, err);
+        if (rc > 0) fail(err, "interrupted");
+        if (rc) break;
+        XXH128_hash_t hash = XXH3_128bits_digest(h.state);
+        snprintf(hex, sizeof hex, "%016" PRIx64 "%016" PRIx64, hash.high64, hash.low64);
+        *n_changed += record_shard(root, shard->file, hex, each, arg);
+        rc = write_json(root, record, err);
     }
-    *n_changed = rc ? 0 : record_gone(shards, c, width, each, arg);
-    while (!rc && done < total) {
-        if (progress(arg, (double)done / (double)total)) rc = fail(err, "interrupted");
-        if (!rc && next < c->n_shards && !stream_full(&s)) {
-            ckpt_tensor whole = {.shard = next, .bytes = c->shards[next].size};
-            rc = stream_ask(&s, &whole, &at, err);
-            next += at == 0;
-        }
-        if (rc || (rc = stream_look(&s, &data, err)) || !data) continue;
-        const ckpt_tensor *t = &s.range[s.taken % STREAM_IDS];
-        const ckpt_shard *shard = &c->shards[t->shard];
-        if (t->offset == 0) XXH3_128bits_reset(hash);
-        XXH3_128bits_update(hash, data, t->bytes);
-        done += t->bytes;
-        if (t->offset + t->bytes == shard->size) {
-            char hex[33];
-            XXH128_hash_t h = XXH3_128bits_digest(hash);
-            snprintf(hex, sizeof hex, "%016" PRIx64 "%016" PRIx64, h.high64, h.low64);
-            *n_changed += record_shard(shards, shard->file, hex, shard->size, width, each, arg);
-            rc = write_json(root, record, err);
-        }
-        stream_give(&s);
-    }
-    if (!rc) (void)progress(arg, 1);
-    cache_close(s.slots);
     offload_close(o);
-    XXH3_freeState(hash);
+    XXH3_freeState(h.state);
     json_decref(root);
-    return rc;
+    return rc ? -1 : 0;
 }
 
-/* A range of the shards somewhere: each byte is as likely as another. */
-static ckpt_tensor draw_range(const ckpt *c, uint64_t total, uint64_t bytes,
-                              unsigned short rng[3]) {
-    int i = 0;
-    uint64_t at = (uint64_t)(erand48(rng) * (double)total);
-    for (; at >= c->shards[i].size; i++) at -= c->shards[i].size;
-    uint64_t size = c->shards[i].size, n = size < bytes ? size : bytes;
-    if (at > size - n) at = size - n;
-    return (ckpt_tensor){.shard = i, .offset = at / IO_ALIGN * IO_ALIGN, .bytes = n};
+typedef struct { double begin, now, limit, bytes; } measuring;
+
+static int measure_range(void *arg, const stream_range *r) {
+    measuring *m = arg;
+    m->bytes += (double)r->n;
+    m->now = now_s() - m->begin;
+    return m->now > m->limit;
 }
 
-/* How much is asked for at once follows from what came: so a slow disk is asked for little, and
- * the last answers come when the time is over, not long after. */
 int disk_measure(const ckpt *c, uint64_t bytes, double limit, double *bytes_s, dsv4_err *err) {
-    stream s = {.slots = NULL};
+    enum { MOST = 1024 };
+    ckpt_tensor t[MOST];
+    load_item items[MOST];
     offload *o;
-    uint64_t total = 0, asked = 0, at = 0;
+    uint64_t total = 0, asked = 0;
     unsigned short rng[3] = {0};
-    const uint8_t *data;
     const char *note;
+    size_t n = 0;
     for (int i = 0; i < c->n_shards; i++) total += c->shards[i].size;
-    int rc = offload_open(&o, c, &note, err) || stream_open(&s, o, bytes, err) ? -1 : 0;
-    double begin = now_s(), now = 0;
-    while (!rc) {
-        now = now_s() - begin;
-        double soon = now > 0 ? (double)o->landed / now * (limit - now) : 0;
-        if (asked < 2 * total && !stream_full(&s) &&
-            (!s.asked || (double)(s.asked + 1 - s.taken) * (double)bytes < soon)) {
-            ckpt_tensor range = draw_range(c, total, bytes, rng);
-            rc = stream_ask(&s, &range, &at, err);
-            asked += range.bytes;
-        } else if (s.taken == s.asked) {
-            break;
-        } else if (!(rc = stream_look(&s, &data, err)) && data) {
-            stream_give(&s);
-        }
+    for (; n < MOST && asked < 2 * total; asked += t[n++].bytes) {
+        int i = 0;                 /* each byte is as likely as another                         */
+        uint64_t at = (uint64_t)(erand48(rng) * (double)total), size;
+        for (; at >= (size = c->shards[i].size); i++) at -= size;
+        uint64_t some = size < bytes ? size : bytes;
+        if (at > size - some) at = size - some;
+        t[n] = (ckpt_tensor){.shard = i, .offset = at / IO_ALIGN * IO_ALIGN, .bytes = some};
+        items[n] = (load_item){&t[n], NULL};
     }
-    if (!rc) *bytes_s = (double)o->landed / now;
-    cache_close(s.slots);
+    if (offload_open(&o, c, &note, err)) return -1;
+    measuring m = {now_s(), 0, limit, 0};
+    int rc = stream(o, items, n, measure_range, &m, err);
+    *bytes_s = m.bytes / m.now;
     offload_close(o);
-    return rc;
+    return rc < 0 ? -1 : 0;
 }
 
 /* === 10. This machine ========================================================================= */
@@ -1879,33 +1750,29 @@ void machine_rss(uint64_t *now, uint64_t *peak) {
     if (peak) *peak = proc_number("/proc/self/status", "VmHWM:") << 10;
 }
 
-/* Does a file of sysfs begin with this text? */
+/* A file of sysfs begins with this text. */
 static bool sys_begins(const char *node, const char *file, const char *text) {
-    char path[PATH_MAX], rest[LINE];
-    dsv4_err ignored;
-    return !join(path, node, file, &ignored) && find_line(rest, path, text);
+    char path[PATH_MAX + 32], rest[LINE];
+    snprintf(path, sizeof path, "%s/%s", node, file);
+    return find_line(rest, path, text);
 }
 
-/* A block device by its directory in sysfs: what it lies on is looked at, down to the drives. */
-static void describe_node(disk_info *d, const char *dir, int layers) {
-    char node[PATH_MAX], outer[PATH_MAX], path[PATH_MAX];
-    dsv4_err ignored;
+/* A block device by its directory in sysfs: what it lies on is looked at, down to the drives.  Of a
+ * partition the disk around it knows. */
+static void describe_node(disk_info *d, const char *dir) {
+    char node[PATH_MAX], path[PATH_MAX + 32];
     glob_t slaves;
-    /* a partition has no queue of its own, the disk around it has */
-    if (join(path, dir, "queue", &ignored) || join(outer, dir, "../queue", &ignored)) return;
-    bool part = access(path, F_OK) && !access(outer, F_OK);
-    if (join(path, dir, part ? ".." : ".", &ignored) || !realpath(path, node) ||
-        join(path, node, "slaves/*", &ignored))
-        return;
-    if (sys_begins(node, "dm/uuid", "CRYPT-")) d->encrypted = true;
-    if (!glob(path, 0, NULL, &slaves)) {
-        for (size_t i = 0; i < slaves.gl_pathc && layers > 1; i++)
-            describe_node(d, slaves.gl_pathv[i], layers - 1);
+    if (!realpath(dir, node)) return;
+    d->encrypted |= sys_begins(node, "dm/uuid", "CRYPT-");
+    snprintf(path, sizeof path, "%s/{,../}slaves/*", node);
+    if (!glob(path, GLOB_BRACE, NULL, &slaves)) {
+        for (size_t i = 0; i < slaves.gl_pathc; i++) describe_node(d, slaves.gl_pathv[i]);
         globfree(&slaves);
         return;
     }
-    if (sys_begins(node, "queue/rotational", "1")) d->rotating = true;
-    if (strstr(node, "/ata")) d->sata = true;
+    d->rotating |= sys_begins(node, "queue/rotational", "1") ||
+                   sys_begins(node, "../queue/rotational", "1");
+    d->sata |= strstr(node, "/ata") != NULL;
     if (!d->device[0]) snprintf(d->device, sizeof d->device, "%s", strrchr(node, '/') + 1);
 }
 
@@ -1921,22 +1788,21 @@ static void describe_fs(disk_info *d) {
 }
 
 int disk_describe(disk_info *d, const char *dir, const char *sysfs, dsv4_err *err) {
-    char path[PATH_MAX], mount[32], line[LINE], source[PATH_MAX] = "";
-    struct stat st, disk;
+    char path[PATH_MAX], line[LINE], source[PATH_MAX] = "";
+    struct statx at;
+    struct stat disk;
     *d = (disk_info){.fs = "unknown"};
-    int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &st)) return fail(err, "open %s: %s", dir, strerror(errno));
-    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
-    snprintf(mount, sizeof mount, "%" PRIu64 " ", proc_number(path, "mnt_id:"));
-    close(fd);
-    bool found = find_line(line, "/proc/self/mountinfo", mount);
+    if (statx(AT_FDCWD, dir, 0, STATX_MNT_ID, &at))
+        return fail(err, "open %s: %s", dir, strerror(errno));
+    dev_t dev = makedev(at.stx_dev_major, at.stx_dev_minor);
+    snprintf(path, sizeof path, "%" PRIu64 " ", (uint64_t)at.stx_mnt_id);
+    bool found = find_line(line, "/proc/self/mountinfo", path);
     const char *tail = found ? strstr(line, " - ") : NULL;     /* optional fields end there     */
     if (tail) sscanf(tail, " - %31s %4095s", d->fs, source);
     describe_fs(d);
     /* btrfs and the like have a device number of their own: their source may be a disk's */
-    if (!major(st.st_dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk))
-        st.st_dev = disk.st_rdev;
-    snprintf(path, sizeof path, "%s/dev/block/%u:%u", sysfs, major(st.st_dev), minor(st.st_dev));
-    if (major(st.st_dev)) describe_node(d, path, DISK_LAYERS);
+    if (!major(dev) && !strncmp(source, "/dev/", 5) && !stat(source, &disk)) dev = disk.st_rdev;
+    snprintf(path, sizeof path, "%s/dev/block/%u:%u", sysfs, major(dev), minor(dev));
+    if (major(dev)) describe_node(d, path);
     return 0;
 }

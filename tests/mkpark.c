@@ -92,13 +92,13 @@ static void make_rows(writer *w, kv_kind kind, int n, uint8_t *to) {
 /* What a layer carries beyond its rows. */
 static void make_state(writer *w, int layer) {
     const dsv4_config *c = w->cfg;
-    int ratio = c->compress_ratios[layer];
     kv_state s = kv_get_state(w->kv, layer);
+    ring_shape ring[MAX_RINGS];
+    float *at[MAX_RINGS];
+    memcpy(at, &s, sizeof at);
     make_rows(w, KV_ENTRIES, c->sliding_window, s.ring);
-    if (ratio) noise(w, s.ring_kv, (size_t)carry_floats(ratio, c->head_dim));
-    if (ratio) noise(w, s.ring_score, (size_t)carry_floats(ratio, c->head_dim));
-    if (ratio == 4) noise(w, s.index_ring_kv, (size_t)carry_floats(ratio, c->index_head_dim));
-    if (ratio == 4) noise(w, s.index_ring_score, (size_t)carry_floats(ratio, c->index_head_dim));
+    for (int i = 1, n = rings_of(w->kv, layer, ring); i < n; i++)
+        noise(w, at[i], ring[i].row / sizeof(float) * (size_t)ring[i].len);
 }
 
 /* === 2. Parking =============================================================================== */

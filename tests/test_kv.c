@@ -104,7 +104,7 @@ static int turn(rig *r, int l, int n, dsv4_err *err) {
     }
     err->msg[0] = 0;
     if (ratio && !at.entries) check_gather(r, l, err);
-    if (err->msg[0] || kv_end(r->kv, l, err)) return -1;
+    if (err->msg[0]) return -1;
     return kv_ahead(r->kv, (l + 1) % LAYERS, n, err);
 }
 

@@ -383,7 +383,6 @@ static void test_config_refuses_by_name(void) {
         {"quantization_config.fmt", "\"e5m2\"", "quantization_config.fmt is \"e5m2\""},
         {"quantization_config.scale_fmt", "\"f32\"", "scale_fmt is \"f32\""},
         {"quantization_config.weight_block_size", "[64,128]", "weight_block_size is [64,128]"},
-        {"quantization_config", "[]", "quantization_config is []"},
         {"rope_scaling.type", "\"linear\"", "rope_scaling.type is \"linear\""},
         {"rope_scaling.type", NULL, "rope_scaling.type is absent"},
         {"rope_scaling.factor", "0", "rope_scaling.factor is 0"},
@@ -391,8 +390,8 @@ static void test_config_refuses_by_name(void) {
         {"rope_scaling.beta_fast", "0.5", "beta_fast is 0.5; accepted: numbers from beta_slow"},
         {"rope_scaling.beta_slow", "-1", "beta_slow is -1"},
         {"rope_scaling.original_max_position_embeddings", NULL, "embeddings is absent"},
-        {"rope_scaling", "null", "rope_scaling is null"},
-        {"rope_scaling", NULL, "rope_scaling is absent"},
+        {"rope_scaling", "null", "rope_scaling.type is absent"},
+        {"rope_scaling", NULL, "rope_scaling.type is absent"},
         {"rope_theta", "1", "rope_theta is 1"}, {"rope_theta", "-5.0", "rope_theta is -5.0"},
         {"compress_rope_theta", "1e300", "compress_rope_theta is 1e300"},
         {"swiglu_limit", "0", "swiglu_limit is 0"}, {"hc_eps", "0", "hc_eps is 0"},
@@ -632,7 +631,7 @@ static void test_index_and_shards_agree(void) {
          "tensor a lies in two shards"},
         {"{\"weight_map\": {\"a\": \"1.safetensors\", \"b\": \"8.safetensors\","
          "\"c\": \"9.safetensors\", \"d\": \"9.safetensors\"}}",
-         "2 of 3 shards are missing, go on with the download: 8.safetensors 9.safetensors"},
+         "2 of 3 shards are missing, the first 8.safetensors; go on with the download"},
         {"{\"weight_map\": {\"a\": \"../1.safetensors\"}}", "lies in \"../1.safetensors\""},
         {"{\"weight_map\": {\"a\": \"/etc/passwd\"}}", "tensor a lies in \"/etc/passwd\""},
         {"{\"weight_map\": {\"a\": \"..\"}}", "accepted: the name of a file"},
@@ -1101,7 +1100,7 @@ static bool group_right(const cache *k, int id, int slot) {
     const read_group *g = &k->groups[id];
     for (int p = 0; p < g->n_parts; p++) {
         const ckpt_tensor *t = g->part[p];
-        const uint8_t *begin = k->arena + k->slot_bytes * (size_t)slot;
+        const uint8_t *begin = k->arena.base + k->slot_bytes * (size_t)slot;
         const uint8_t *at = cache_part(k, slot, p);
         if (at < begin || at + t->bytes > begin + k->slot_bytes) return false;
         if (!bytes_right(at, t->shard, t->offset, t->bytes)) return false;
@@ -1663,7 +1662,7 @@ static void test_background_never_delays(void) {
     order = order_of(b.k, 0);      /* A.. d, c, e; the load fits in where it comes; a, B        */
     char seen[N + 2] = "";
     for (size_t i = 0, n = 0; order[i] && n <= N; i++)
-        if (order[i] != '.' && (!n || seen[n - 1] != order[i])) seen[n++] = order[i], seen[n] = 0;
+        if (order[i] != '=' && (!n || seen[n - 1] != order[i])) seen[n++] = order[i], seen[n] = 0;
     CHECK(!strcmp(seen, "AdceAaB") || !strcmp(seen, "AdceaB"), "%s: %s", seen, order);
     free(dst);
     for (int i = 0; i < 5; i++) CHECK(use_group(b.k, i, &err), "%s", err.msg);
@@ -1886,7 +1885,7 @@ static void test_every_read_may_fail(void) {
 static json_t *heat_of(const char *path) {
     json_t *root = json_load_file(path, 0, NULL);
     json_t *heat = json_incref(json_object_get(root, "heat"));
-    CHECK(json_integer_value(json_object_get(root, "groups")) == 12, "groups");
+    CHECK(json_array_size(heat) == 12, "groups");
     json_decref(root);
     return heat;
 }
@@ -1910,18 +1909,15 @@ static unsigned load_text(const char *dir, const char *model_dir, const char *te
 
 static void test_heat_is_kept(void) {
     static const char *const bad[] = {
-        "", "[]", "{", "{}", "{\"groups\": 12}", "{\"groups\": 12, \"heat\": 5}",
-        "{\"groups\": 13, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1,1]}",
-        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1]}",
-        "{\"groups\": 13, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1]}",
-        "{\"groups\": \"12\", \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1]}",
-        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,-1]}",
-        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,1.0]}",
-        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,4294967296]}",
-        "{\"groups\": 12, \"heat\": [1,1,1,1,1,1,1,1,1,1,1,null]}",
-        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1,1]}",
+        "", "[]", "{", "{}", "{\"heat\": 12}",
+        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1,1,1]}",
+        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1]}",
+        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1,-1]}",
+        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1,1.0]}",
+        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1,4294967296]}",
+        "{\"heat\": [1,1,1,1,1,1,1,1,1,1,1,null]}",
     };
-    static const char good[] = "{\"groups\": 12, \"heat\": [5,0,9,4294967295,9,0,1,2,9,0,0,7]}";
+    static const char good[] = "{\"heat\": [5,0,9,4294967295,9,0,1,2,9,0,0,7]}";
     char dir[PATH_MAX], path[PATH_MAX + 64];
     bank b;
     dsv4_err err = {""};
@@ -1948,7 +1944,7 @@ static void test_heat_is_kept(void) {
         CHECK(use_group(b.k, 0, &err) && cache_holds(b.k, 3) && cache_holds(b.k, 0), "%s", err.msg);
     else CHECK(use_group(b.k, 0, &err), "%s", err.msg);
     CHECK(use_group(b.k, 3, &err) && use_group(b.k, 3, &err) && use_group(b.k, 1, &err), "3 and 1");
-    snprintf(path, sizeof path, "%s/new/dir/heat", dir);
+    snprintf(path, sizeof path, "%s/heat", dir);
     for (int twice = 0; twice < 2; twice++) {
         static const json_int_t want[] = {3, 1, 4, 2147483649, 4, 0, 0, 1, 4, 0, 0, 3};
         CHECK(!cache_save_heat(b.k, path, &err), "%s", err.msg);
@@ -2377,7 +2373,11 @@ static int survey(const char *dir, dsv4_err *err) {
     return ckpt_survey(dir, tell, NULL, err);
 }
 
+#define CUT(file, have, part, all) file ".safetensors: has " have " bytes but its header " part \
+    " " all ": the file is cut short, download it again\n"
 #define BIG "{" T("a", "U8", "[3456789012]", "[0,3456789012]") "}"
+
+#define CUT3 CUT("m-3", "1299999999", "describes", "3456789097")
 
 static void test_survey_names_what_is_not_there(void) {
     static const char index[] =
@@ -2387,42 +2387,30 @@ static void test_survey_names_what_is_not_there(void) {
     steps[] = {
         {"m-3.safetensors", "\115\0\0\0\0\0\0\0" BIG, 8 + sizeof BIG - 1, 1299999999,
          "m-1.safetensors: missing\nm-2.safetensors: missing\n"
-         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+         CUT3 "m-4.safetensors: missing\n"},
         {"m-1.safetensors", "\2\0\0\0\0\0\0\0{}", 10, -1, "m-2.safetensors: missing\n"
-         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
-        {"m-2.safetensors", "\2\0\0\0\0\0\0\0{", 9, -1, "m-2.safetensors: its header is cut off\n"
-         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
-        {"m-2.safetensors", "\2\0\0", 3, -1, "m-2.safetensors: its header is cut off\n"
-         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
-        {"m-2.safetensors", "", 0, -1, "m-2.safetensors: its header is cut off\n"
-         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+         CUT3 "m-4.safetensors: missing\n"},
+        {"m-2.safetensors", "\2\0\0\0\0\0\0\0{", 9, -1, CUT("m-2", "9", "alone needs", "10")
+         CUT3 "m-4.safetensors: missing\n"},
+        {"m-2.safetensors", "\2\0\0", 3, -1, CUT("m-2", "3", "alone needs", "10")
+         CUT3 "m-4.safetensors: missing\n"},
+        {"m-2.safetensors", "", 0, -1, CUT("m-2", "0", "alone needs", "8")
+         CUT3 "m-4.safetensors: missing\n"},
         {"m-2.safetensors", "\0\0\0\0\0\0\0\0\0\0", 10, -1, "m-2.safetensors: header of 0 bytes; "
          "accepted: 2 to 104857600: this is no safetensors file, or it is damaged\n"
-         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
+         CUT3 "m-4.safetensors: missing\n"},
         {"m-2.safetensors", "\2\0\0\0\0\0\0\0{}", 10, -1,
-         "m-3.safetensors: 1.2 of 3.5 GB\nm-4.safetensors: missing\n"},
-        {"m-3.safetensors", NULL, 0, 8 + 77 + 3456789011, "m-3.safetensors: 3.4 of 3.5 GB\n"
-         "m-4.safetensors: missing\n"},
-        {".cache/huggingface/download/m-4.safetensors.0a1b.incomplete", "", 0, -1,
-         "m-3.safetensors: 3.4 of 3.5 GB\nm-4.safetensors: missing\n"},
-        {".cache/huggingface/download/m-4.safetensors.0a1b.incomplete", "x", 1, 1234567890,
-         "m-3.safetensors: 3.4 of 3.5 GB\n"
-         "m-4.safetensors: missing, 1.2 GB of it in .cache/huggingface/download\n"},
-        {".cache/huggingface/download/m-4.safetensors.lock", "x", 1, 2000000000,
-         "m-3.safetensors: 3.4 of 3.5 GB\n"
-         "m-4.safetensors: missing, 1.2 GB of it in .cache/huggingface/download\n"},
-        {"m-3.safetensors", NULL, 0, 8 + 77 + 3456789012,
-         "m-4.safetensors: missing, 1.2 GB of it in .cache/huggingface/download\n"},
+         CUT3 "m-4.safetensors: missing\n"},
+        {"m-3.safetensors", NULL, 0, 8 + 77 + 3456789011,
+         CUT("m-3", "3456789096", "describes", "3456789097") "m-4.safetensors: missing\n"},
+        {"m-3.safetensors", NULL, 0, 8 + 77 + 3456789012, "m-4.safetensors: missing\n"},
         {"m-4.safetensors", "\101\0\0\0\0\0\0\0{" T("a", "I8", "[2000]", "[0,2000]") "}", 1000, -1,
-         "m-4.safetensors: 1.0 of 2.1 kB\n"},
+         CUT("m-4", "1000", "describes", "2073")},
         {"m-4.safetensors", "\2\0\0\0\0\0\0\0{}", 10, -1, ""},
     };
     const char *dir = fresh_dir();
     dsv4_err err;
     char path[PATH_MAX + 256], zeros[1100] = {0};
-    make_dir(dir, ".cache");
-    make_dir(dir, ".cache/huggingface");
-    make_dir(dir, ".cache/huggingface/download");
     write_file(dir, "model.safetensors.index.json", index, sizeof index - 1);
     write_file(dir, "z.safetensors", "of no index", 11);
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
@@ -2443,25 +2431,22 @@ static void test_survey_names_what_is_not_there(void) {
 
 static void test_survey_of_no_model(void) {
     const char *dir = fresh_dir();
-    char path[PATH_MAX + 32];
     dsv4_err err;
-    CHECK(survey(dir, &err) == -1 && says(&err, dir) && says(&err, " holds no model: no "
-          "model.safetensors.index.json and no *.safetensors"), "%s", err.msg);
-    CHECK(survey("/nonexistent-dir", &err) == -1 &&
-          says(&err, "/nonexistent-dir: no such directory"), "%s", err.msg);
-    write_file(dir, "file", "", 0);
-    snprintf(path, sizeof path, "%s/file", dir);
-    CHECK(survey(path, &err) == -1 && says(&err, "/file is not a directory"), "%s", err.msg);
+    CHECK(survey(dir, &err) == 0 && !told.lines, "%s", told.text);
+    CHECK(survey("/nonexistent-dir", &err) == -1 && says(&err, "/nonexistent-dir: No such"), "%s",
+          err.msg);
     write_shard(dir, "b.safetensors", 0, A4, 4);
     CHECK(survey(dir, &err) == 0 && !told.lines, "%s", told.text);
     write_shard(dir, "a.safetensors", 0, A4, 3);
     make_dir(dir, "c.safetensors");
-    CHECK(survey(dir, &err) == 2 && !strncmp(told.text, "a.safetensors: 0.0 of 0.1 kB\n", 29) &&
+    CHECK(survey(dir, &err) == 2 && !strncmp(told.text, "a.safetensors: has ", 19) &&
           strstr(told.text, "\nc.safetensors: open ") && strstr(told.text, "not a regular file"),
           "%s", told.text);
     write_file(dir, "model.safetensors.index.json", "{}", 2);
     CHECK(survey(dir, &err) == -1 && says(&err, "weight_map is absent"), "%s", err.msg);
 }
+
+enum { RANGE = 3 * STREAM_BYTES };
 
 /* === 9. Hashes and disks ====================================================================== */
 
@@ -2518,8 +2503,8 @@ static void flip(const char *dir, const char *file, char byte, long at) {
 static void age_record(const char *record) {
     json_t *root = json_load_file(record, 0, NULL), *v;
     const char *name;
-    json_object_foreach(json_object_get(root, "shards"), name, v)
-        json_object_set_new(v, "date", json_string("2001-02-03"));
+    json_object_foreach(root, name, v)
+        json_object_set_new(root, name, json_sprintf("%.32s 2001-02-03", json_string_value(v)));
     CHECK(!json_dump_file(root, record, 0), "%s", record);
     json_decref(root);
 }
@@ -2530,14 +2515,16 @@ static void test_hash_remembers(void) {
     dsv4_err err;
     int changed;
     set_mood(CALM, 0, 0);
+    make_dir(dir, "new");
+    make_dir(dir, "new/deep");
     snprintf(record, sizeof record, "%s/new/deep/record.json", dir);
     write_file(dir, "a.safetensors", "\2\0\0\0\0\0\0\0{}", 10);
     write_shard(dir, "long-name.safetensors", 1, B4, 4);
     CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0, "%s", err.msg);
     CHECK(told.lines == 2 && told_all((const char *const[]){ /* by xxhsum -H2 */
-          "a.safetensors          19aae81a9fc6b75c6d333529e3c47542  new\nlong-name.safetensors  ",
+          "a.safetensors  19aae81a9fc6b75c6d333529e3c47542  new\nlong-name.safetensors  ",
           "  new\n", NULL}), "%s", told.text);
-    CHECK(seen.last == 1 && !seen.down && seen.calls > 2, "%d calls", seen.calls);
+    CHECK(seen.last == 1 && !seen.down && seen.calls >= 2, "%d calls", seen.calls);
     time_t now = time(NULL);
     strftime(today, sizeof today, "as on %Y-%m-%d\n", localtime(&now));
     CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
@@ -2554,15 +2541,14 @@ static void test_hash_remembers(void) {
           told_all((const char *const[]){"as on 2001-02-03\n", today, NULL}), "%s", told.text);
     remove_file(dir, "a.safetensors");
     write_shard(dir, "b.safetensors", 0, A4, 4);
-    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 1 && told.lines == 3 &&
-          told_all((const char *const[]){"a.safetensors          gone since 2001-02-03\nb.safe",
-          "tensors          ", "  new\nlong-name", today, NULL}), "%d %s", changed, told.text);
+    CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
+          told_all((const char *const[]){"b.safetensors  ", "  new\nlong-name", today,
+          NULL}), "%d %s", changed, told.text);
     CHECK(!hash_dir(dir, record, 2, &changed, &err) && changed == 0 && told.lines == 2 &&
           told_all((const char *const[]){today, today, NULL}), "%s", told.text);
     static const char *const damage[] = {
-        "{\"shards\": {\"b.safetensors\"", "[]", "", "{}", "{\"shards\": 5}",
-        "{\"shards\": {\"b.safetensors\": {\"hash\": 1, \"bytes\": 1, \"date\": \"x\"}}}",
-        "{\"shards\": {\"b.safetensors\": {\"hash\": \"x\", \"bytes\": 1}}}",
+        "{\"b.safetensors\"", "[]", "", "{\"b.safetensors\": 5}",
+        "{\"b.safetensors\": \"0123456789abcdef0123456789abcdef\"}",
     };
     for (size_t i = 0; i < sizeof damage / sizeof *damage; i++) {
         write_file(dir, "new/deep/record.json", damage[i], strlen(damage[i]));
@@ -2595,7 +2581,7 @@ static void hash_of(const char *dir, const char *file, char hex[33]) {
 }
 
 static void test_hash_every_way_of_reading(void) {
-    static const uint32_t sizes[] = {2 * EXPERT_BYTES, 30000000, 1, 4096, 3 * EXPERT_BYTES + 4095};
+    static const uint32_t sizes[] = {2 * RANGE, 30000000, 1, 4096, 3 * RANGE + 4095};
     enum { N = sizeof sizes / sizeof *sizes };
     const char *dir = fresh_dir(), *want[N + 1] = {NULL};
     char record[PATH_MAX + 64], header[128], hex[N][33], file[32];
@@ -2628,7 +2614,7 @@ static void test_hash_every_way_of_reading(void) {
         CHECK(hash_dir(dir, record, 0.7, &changed, &err) == -1 && told.lines > 1 &&
               !strcmp(err.msg, "interrupted") && told.lines < N, "%s", err.msg);
         json_t *root = json_load_file(record, 0, NULL);
-        int lines = (int)json_object_size(json_object_get(root, "shards"));
+        int lines = (int)json_object_size(root);
         CHECK(lines == told.lines, "%d of %d recorded", lines, told.lines);
         json_decref(root);
         CHECK(hash_dir(dir, record, 0, &changed, &err) == -1 && !strcmp(err.msg, "interrupted") &&
@@ -2685,7 +2671,6 @@ static void test_disk_by_sysfs(void) {
         {"devices/virtual/block/dm-1", "0\n", "CRYPT-LUKS2-4567-luks\n"},
         {"devices/virtual/block/dm-2", "0\n", "LVM-abcdef\n"},
         {"devices/virtual/block/md0", "0\n", NULL}, {"devices/virtual/block/md0/md0p1", NULL, NULL},
-        {"devices/virtual/block/dm-9", "1\n", "LVM-of-itself\n"},
         {"devices/virtual/block/dm-3", "0\n", "mpath-CRYPT-\n"},
     };
     static const struct { const char *from, *to; } links[] = {
@@ -2696,7 +2681,6 @@ static void test_disk_by_sysfs(void) {
         {"dev/block/254:0", "../../devices/virtual/block/dm-0"},
         {"dev/block/254:2", "../../devices/virtual/block/dm-2"},
         {"dev/block/9:1", "../../devices/virtual/block/md0/md0p1"},
-        {"dev/block/254:9", "../../devices/virtual/block/dm-9"},
         {"dev/block/254:3", "../../devices/virtual/block/dm-3"},
         {"devices/virtual/block/dm-0/slaves/nvme0n1p2",
          "../../../../../" PCI "nvme/nvme0/nvme0n1/nvme0n1p2"},
@@ -2706,15 +2690,14 @@ static void test_disk_by_sysfs(void) {
         {"devices/virtual/block/dm-3/slaves/sdb", "../../../../../" PCI "usb2/2-1/host3/block/sdb"},
         {"devices/virtual/block/md0/slaves/sdb", "../../../../../" PCI "usb2/2-1/host3/block/sdb"},
         {"devices/virtual/block/md0/slaves/dm-2", "../../dm-2"},
-        {"devices/virtual/block/dm-9/slaves/dm-9", "../../dm-9"},
     };
     static const struct { unsigned major, minor; const char *device; bool rot, sata, crypt; }
     want[] = {
-        {259, 2, "nvme0n1", false, false, false}, {259, 0, "nvme0n1", false, false, false},
-        {8, 3, "sda", false, true, false}, {8, 16, "sdb", true, false, false},
-        {254, 0, "nvme0n1", false, false, true}, {254, 2, "sda", false, true, true},
+        {259, 2, "nvme0n1p2", false, false, false}, {259, 0, "nvme0n1", false, false, false},
+        {8, 3, "sda3", false, true, false}, {8, 16, "sdb", true, false, false},
+        {254, 0, "nvme0n1p2", false, false, true}, {254, 2, "sda3", false, true, true},
         {9, 1, NULL, true, true, true}, {254, 3, "sdb", true, false, false},
-        {254, 9, "", false, false, false}, {7, 7, "", false, false, false},
+        {7, 7, "", false, false, false},
     };
     const char *dir = fresh_dir();
     for (size_t i = 0; i < sizeof disks / sizeof *disks; i++)
@@ -2725,7 +2708,7 @@ static void test_disk_by_sysfs(void) {
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         disk_info d = {.fs = ""};
         snprintf(path, sizeof path, "%s/dev/block/%u:%u", dir, want[i].major, want[i].minor);
-        describe_node(&d, path, DISK_LAYERS);
+        describe_node(&d, path);
         CHECK((!want[i].device || !strcmp(d.device, want[i].device)) &&
               d.rotating == want[i].rot && d.sata == want[i].sata &&
               d.encrypted == want[i].crypt, "%u:%u is %s%s%s%s", want[i].major, want[i].minor,
@@ -2766,7 +2749,7 @@ static double measure(const char *dir, double limit, uint64_t *read, dsv4_err *e
     err->msg[0] = 0;
     if (ckpt_open(&c, dir, err)) return -2;
     uint64_t before = bytes_read();
-    if (disk_measure(c, EXPERT_BYTES, limit, &rate, err)) rate = -1;
+    if (disk_measure(c, RANGE, limit, &rate, err)) rate = -1;
     *read = bytes_read() - before;
     ckpt_close(c);
     return rate;

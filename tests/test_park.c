@@ -679,11 +679,12 @@ static void test_park_open_makes_or_says(void) {
     park *p;
     struct stat st;
     const char *dir = fresh_dir();
-    snprintf(deep, sizeof deep, "%s/a/b", dir);
+    CHECK(!mkdir(dir, 0700), "mkdir");
+    snprintf(deep, sizeof deep, "%s/a", dir);
     CHECK(!park_open(&p, deep, 0, &err), "%s", err.msg);
     park_close(p);
     CHECK(!stat(deep, &st) && (st.st_mode & 0777) == 0700, "nobody else may read it");
-    snprintf(file, sizeof file, "%s/a/file", dir);
+    snprintf(file, sizeof file, "%s/file", dir);
     write_bytes(file, "x", 1);
     CHECK(park_open(&p, file, 0, &err) == -1 && !p && one_line(&err, file), "%s", err.msg);
     strcat(file, "/below");
