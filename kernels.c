@@ -647,20 +647,40 @@ static void linear_cpu(float *y, const dsv4_mat *w, const float *x, int n, int g
 }
 
 /* === 7. compress ==============================================================================
- * Left to the reference: seldom, even for each token of a prompt.  An item is a dim of an entry. */
+ * Differs: F32.  An item is eight dims of an entry.                                             */
 
 typedef struct { float *entries; const dsv4_compress *in; int64_t g0; } compress_args;
 
+/* Lanes past d are zeros throughout and harmless. */
 static void compress_item(const void *arg, place at) {
     const compress_args *a = arg;
-    float *entry = a->entries + at.row * a->in->d;
-    entry[at.col] = (float)compress_ref_dim(a->in, a->g0 + at.row, at.col);
+    const dsv4_compress *in = a->in;
+    int coff = in->ratio == 4 ? 2 : 1, c = 8 * at.col, len = in->d - c;
+    size_t width = (size_t)(coff * in->d);
+    int64_t own = (a->g0 + at.row) * in->ratio, first = own - (coff - 1) * in->ratio;
+    f32x8 top = splat8(-INFINITY), sum = splat8(0), mean = splat8(0);
+    for (int pass = 0; pass < 2; pass++)                     /* first the maximum, then the sums */
+        for (int64_t j = first < 0 ? 0 : first; j < own + in->ratio; j++) {
+            size_t ch = (size_t)(c + (coff == 2 && j >= own ? in->d : 0));
+            bool now = j >= in->t0;
+            size_t from = (size_t)(now ? j - in->t0 : j % (coff * in->ratio)) * width + ch;
+            f32x8 s = load_upto8((now ? in->score : in->ring_score) + from, len)
+                    + load_upto8(in->ape + (size_t)(j % in->ratio) * width + ch, len);
+            if (pass == 0) {
+                top = max8(s, top);
+                continue;
+            }
+            f32x8 p = exp8(s - top);
+            sum += p;
+            mean = fma8(p, load_upto8((now ? in->kv : in->ring_kv) + from, len), mean);
+        }
+    store_upto8(a->entries + at.row * in->d + c, mean / sum, len);
 }
 
 static void compress_cpu(float *entries, const dsv4_compress *in, int64_t g0, int n_groups,
                          dsv4_exec *ex) {
     assert(in->ratio > 0 && g0 >= 0);
-    exec_for(ex, n_groups, in->d, 64, compress_item, &(compress_args){entries, in, g0});
+    exec_for(ex, n_groups, (in->d + 7) / 8, 8, compress_item, &(compress_args){entries, in, g0});
 }
 
 /* === 8. Four bits =============================================================================

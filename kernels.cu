@@ -572,7 +572,7 @@ extern "C" __global__ void index_round_cuda(void *rows, const float *x, int d, b
  * in   see dsv4_compress: token j's rows are kv, score [j - t0] if j >= t0, else the rings'
  *      row j % (coff*ratio)
  * req  every token of the groups asked for is in kv or in the rings                             */
-BOTH double compress_ref_dim(const dsv4_compress *in, int64_t g, int c) {
+BOTH static double compress_ref_dim(const dsv4_compress *in, int64_t g, int c) {
     int coff = in->ratio == 4 ? 2 : 1;
     size_t width = (size_t)(coff * in->d);
     double top = -INFINITY, sum = 0, mean = 0;

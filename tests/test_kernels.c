@@ -709,27 +709,26 @@ static void test_kernels_exp(void) {
 
 static void test_kernels_exp_vector(void) {
     /* Goal: the vector exp gives exp_f32's bits.  Method: seen through swiglu, where u is 1, and
-     * for exp(x) below 2^-25 bare through attend: with a sink of 0, a token that sees itself
-     * only, with score x and value 1, gets exp(x) / (1 + exp(x)). */
-    enum { N = 1 << 16, D = 4 };
-    static float g[N], u[N], a[N], b[N], q[D * N], kv[D * N], o[D * N], sink[1];
+     * for exp(x) below 2^-25 bare through compress: with scores 0 and x and values 0 and 1 an
+     * entry is exp(x) / (1 + exp(x)). */
+    enum { N = 1 << 16 };
+    static float g[N], u[N], a[N], b[N], kv[2 * N], score[2 * N], ape[2 * N];
     for (int round = 0; round < 16; round++) {
         for (int i = 0; i < N; i++) {
             g[i] = random_f32() * 110;
             u[i] = 1;
-            kv[D * i] = 1;
-            q[D * i] = -2 * fabsf(g[i]);       /* half of it is the score                       */
+            kv[i] = 0, kv[N + i] = 1;
+            score[i] = 0, score[N + i] = -fabsf(g[i]);
         }
         ops_ref.swiglu(a, g, u, 1, N, INFINITY, NULL);
         ops_cpu.swiglu(b, g, u, 1, N, INFINITY, execs[0]);
         CHECK(!memcmp(a, b, sizeof a), "swiglu shows another exp");
-        dsv4_attend in = {.q = q, .kv = kv, .sink = sink, .n_heads = 1, .head_dim = D,
-                          .rope_dim = 2, .window = 1};
-        ops_cpu.attend(o, &in, N, execs[0]);
+        dsv4_compress in = {kv, score, NULL, NULL, ape, 2, N, 0};
+        ops_cpu.compress(b, &in, 0, 1, execs[0]);
         for (int i = 0; i < N; i++) {
-            float p = exp_f32(-fabsf(g[i]));
-            CHECK(o[D * i] == p / (1 + p), "attend shows exp(%.9g) = %.9g, not %.9g",
-                  (double)-fabsf(g[i]), (double)o[D * i], (double)p);
+            float p = exp_f32(score[N + i]);
+            CHECK(b[i] == p / (1 + p), "compress shows exp(%.9g) = %.9g, not %.9g",
+                  (double)score[N + i], (double)b[i], (double)p);
         }
     }
 }
