@@ -287,7 +287,6 @@ void zero_ref(void *dst, size_t bytes, dsv4_exec *ex);
 int sync_ref(dsv4_exec *ex, dsv4_err *err);
 void kv_round_ref(void *rows, const float *x, int n, int head_dim, int rope_dim, bool packed,
                   dsv4_exec *ex);
-void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const dsv4_hc_shape *s);
 
 /* Bytes of scratch that expert_ffn needs for these sizes, on any backend. */
 size_t expert_scratch_bytes(int dim, int inter);

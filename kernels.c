@@ -1042,8 +1042,7 @@ static void attend_cpu(float *o, const dsv4_attend *in, int n, dsv4_exec *ex) {
 }
 
 /* === 11. Hyper-connections ====================================================================
- * Differs: F32, but for comb.  fn . h is a linear over TOKEN_BLOCK tokens, so that one token uses
- * all threads.                                                                                  */
+ * Differs: F32.  fn . h is a linear over TOKEN_BLOCK tokens, so that one token uses all threads. */
 
 enum {
     MAX_MIX = (2 + MAX_HC) * MAX_HC, /* rows of fn                                              */
@@ -1060,22 +1059,46 @@ typedef struct {
 
 static inline float sigmoid(float x) { return 1 / (1 + exp_f32(-x)); }
 
+/* Divide the rows (by_row), or the columns, of C [hc][hc] by their sum + eps. */
+static void sinkhorn_step(float *C, int hc, bool by_row, float eps) {
+    int line_step = by_row ? hc : 1, step = by_row ? 1 : hc;
+    for (int line = 0; line < hc; line++) {
+        float sum = 0;
+        for (int i = 0; i < hc; i++) sum += C[line * line_step + i * step];
+        for (int i = 0; i < hc; i++) C[line * line_step + i * step] /= sum + eps;
+    }
+}
+
+/* comb C [hc][hc] of one token: r is what its mixes m are still to be multiplied with. */
+static void hc_comb(float *C, const float *m, float r, const dsv4_hc *w, const dsv4_hc_shape *s) {
+    int hc = s->hc;
+    for (int i = 0; i < hc; i++) {
+        float top = -INFINITY, sum = 0, *row = C + i * hc;
+        for (int j = 0; j < hc; j++) {
+            int at = (2 + i) * hc + j;
+            row[j] = m[at] * r * w->scale[2] + w->base[at];
+            top = row[j] > top ? row[j] : top;
+        }
+        for (int j = 0; j < hc; j++) sum += row[j] = exp_f32(row[j] - top);
+        for (int j = 0; j < hc; j++) row[j] = row[j] / sum + s->hc_eps;
+    }
+    for (int i = 1; i < 2 * s->sinkhorn_iters; i++) sinkhorn_step(C, hc, i % 2 == 0, s->hc_eps);
+}
+
 /* Item: a token.  Mixes to pre, post and comb, and the sum of the streams. */
 static void hc_mix_row(const void *arg, place at) {
     const hc_args *a = arg;
     int64_t t = a->t0 + at.row;
     int hc = a->s->hc, dim = a->s->dim, len = hc * dim, n_mix = a->post ? (2 + hc) * hc : hc;
-    const float *h = a->h + t * len;
+    const float *h = a->h + t * len, *m = a->mix + at.row * n_mix;
     float pre[MAX_HC], *x = a->x + t * dim;
-    double m[MAX_MIX];
     float r = 1 / sqrtf(sum_squares(h, len) / (float)len + a->s->rms_eps);
-    for (int i = 0; i < n_mix; i++) m[i] = a->mix[at.row * n_mix + i] * r;
     for (int i = 0; i < hc; i++) {
-        pre[i] = sigmoid((float)m[i] * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
+        pre[i] = sigmoid(m[i] * r * a->w->scale[0] + a->w->base[i]) + a->s->hc_eps;
         if (!a->post) continue;
-        a->post[t * hc + i] = 2 * sigmoid((float)m[hc + i] * a->w->scale[1] + a->w->base[hc + i]);
+        a->post[t * hc + i] = 2 * sigmoid(m[hc + i] * r * a->w->scale[1] + a->w->base[hc + i]);
     }
-    if (a->comb) hc_comb_ref(a->comb + t * hc * hc, m, a->w, a->s);
+    if (a->comb) hc_comb(a->comb + t * hc * hc, m, r, a->w, a->s);
     for (int c = 0; c < dim; c += 8) {
         f32x8 sum = splat8(0);
         for (int i = 0; i < hc; i++)

@@ -900,7 +900,7 @@ static void sinkhorn_ref(double *C, int hc, bool by_row, double eps) {
 }
 
 /* comb [hc][hc] of one token's mixes */
-void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const dsv4_hc_shape *s) {
+static void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const dsv4_hc_shape *s) {
     int hc = s->hc;
     double C[MAX_HC * MAX_HC];
     for (int i = 0; i < hc; i++) {
