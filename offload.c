@@ -1550,7 +1550,7 @@ static int stream(offload *o, const load_item *items, size_t n, range_fn each, v
     const size_t slot_bytes = STREAM_BYTES + 2 * IO_ALIGN;
     stream_range range[STREAM_SLOTS];
     dsv4_err ignored;
-    arena map;
+    arena map = {0};
     size_t asked = 0, taken = 0;
     uint64_t at = 0;
     int rc = arena_open(&map, STREAM_SLOTS * slot_bytes, "reading", err);
