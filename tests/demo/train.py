@@ -127,7 +127,7 @@ def storage(name):
         return e2m1_blocks
     if re.search(FP8, name):
         return fp8_round
-    return None if re.search("hc_|sink|ape|bias", name) else bf16_round
+    return None if re.search("hc_|sink|ape|bias|tid2eid", name) else bf16_round
 
 # === 3. Rope, norms, hyper-connections ========================================================
 
@@ -239,7 +239,6 @@ class Model:
         self.c = c
         d = c.index_head_dim
         self.hadamard = torch.from_numpy(ref.hadamard(np.eye(d, dtype=np.float32)))
-        self.tid2eid = hash_experts(c)
         self.tables = {}
         self.load, self.kept = {}, {}                    # of the last forward: tokens by expert,
                                                          # the share of attention not cut off
@@ -321,7 +320,7 @@ class Model:
         c, xq, k = self.c, aq128(x), self.c.num_experts_per_tok
         s = torch.sqrt(F.softplus(x @ w[f"{name}.gate.weight"].t()))
         if tokens is not None:
-            ids = self.tid2eid[tokens]
+            ids = w[f"{name}.gate.tid2eid"][tokens]
         else:
             biased = s.detach() + w[f"{name}.gate.bias"]
             ids = torch.sort(biased, dim=-1, descending=True, stable=True).indices[:, :k]
@@ -388,12 +387,6 @@ def hc_weights(w, name):
 def swiglu(gate, up, limit):
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
-def hash_experts(c):
-    """tid2eid [vocab][topk]: different experts, the same for ever"""
-    random = torch.Generator().manual_seed(2)
-    return torch.rand(c.vocab_size, c.n_routed_experts, generator=random).argsort(1)[
-        :, :c.num_experts_per_tok]
-
 # === 7. Parameters and files ==================================================================
 
 def shapes(c):
@@ -428,7 +421,9 @@ def shapes(c):
                 weights_proj__weight=(heads, dim))
             compressor_shapes(f"{at}attn.indexer.compressor.", 4, d)
         add(f"{at}ffn.", gate__weight=(c.n_routed_experts, dim))
-        if l >= c.num_hash_layers:
+        if l < c.num_hash_layers:
+            add(f"{at}ffn.", gate__tid2eid=(c.vocab_size, c.num_experts_per_tok))
+        else:
             add(f"{at}ffn.", gate__bias=(c.n_routed_experts,))
         for w, shape in (("w1", (inter, dim)), ("w2", (dim, inter)), ("w3", (inter, dim))):
             out[f"{at}ffn.experts.{w}"] = (c.n_routed_experts, *shape)
@@ -456,6 +451,11 @@ def initial(c):
                 p[2 * c.hc_mult:] = 4 * torch.eye(c.hc_mult).flatten()
         elif re.search("sink|bias", name):
             p = torch.zeros(shape)
+        elif "tid2eid" in name:                          # different experts, drawn once
+            order = torch.rand(shape[0], c.n_routed_experts,
+                               generator=torch.Generator().manual_seed(2)).argsort(1)
+            params[name] = order[:, :shape[1]].contiguous()
+            continue
         else:
             std = .3 if "embed" in name else .02 if "head.w" in name else .005 if "_fn" in name \
                 else 1. if "ape" in name else shape[-1]**-.5
@@ -465,12 +465,8 @@ def initial(c):
 
 def quantized(params):
     """The weights as they are stored; gradients go to params."""
-    def one(name, p):
-        how = storage(name)
-        if how is None or (p.dim() == 3 and how is fp8_round):
-            return p
-        return Round.apply(p, how)
-    return {name: one(name, p) for name, p in params.items()}
+    how = {name: storage(name) for name in params}
+    return {name: Round.apply(p, how[name]) if how[name] else p for name, p in params.items()}
 
 def export(directory, params, c):
     """config.json, generation_config.json and the safetensors, by their official names"""
@@ -496,16 +492,16 @@ def export(directory, params, c):
                     (code[:, ::2] | code[:, 1::2] << 4).astype(np.uint8).view(np.int8), "I8")
                 put(f"{at}.{e}.{which}.scale", s.numpy(), "F8_E8M0")
         else:
-            put(name, (how(x) if how else x).numpy(), "BF16" if how else "F32")
-    for l in range(c.num_hash_layers):
-        put(f"layers.{l}.ffn.gate.tid2eid", hash_experts(c).numpy(), "I64")
+            kind = "BF16" if how else "F32" if x.is_floating_point() else "I64"
+            put(name, (how(x) if how else x).numpy(), kind)
     directory.mkdir(parents=True, exist_ok=True)
     file = "model-00001-of-00001.safetensors"
     ref.save(directory / file, tensors, dtypes)
-    index = {"metadata": {"total_size": (directory / file).stat().st_size},
+    data = (directory / file).read_bytes()
+    index = {"metadata": {"total_size": len(data) - 8 - int.from_bytes(data[:8], "little")},
              "weight_map": {name: file for name in sorted(tensors)}}
     general = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1,
-               "do_sample": True, "temperature": 1.0, "top_p": 1.0}
+               "do_sample": False}
     for name, data in (("model.safetensors.index.json", index), ("config.json", vars(c)),
                        ("generation_config.json", general)):
         (directory / name).write_text(json.dumps(data, indent=1) + "\n")
@@ -513,19 +509,15 @@ def export(directory, params, c):
 def import_weights(directory):
     """(config, weights) of a checkpoint: what quantized() gave when it was exported"""
     c, tensors = ref.load_checkpoint(directory)
-    c.compress_ratios = c.compress_ratios[:c.num_hidden_layers + 1]
-    w = {}
-    for name, shape in shapes(c).items():
-        def matrix(name):
-            x, scale = tensors[name], tensors.get(re.sub(r"\.weight$|$", ".scale", name, count=1))
-            return torch.from_numpy(x if scale is None else
-                                    ref.dequant(x, scale).astype(np.float32))
-        if ".experts." in name:
-            at, which = name.rsplit(".", 1)
-            w[name] = torch.stack([matrix(f"{at}.{e}.{which}.weight") for e in range(shape[0])])
-        else:
-            w[name] = matrix(name)
-    return c, w
+
+    def matrix(name):
+        x, scale = tensors[name], tensors.get(re.sub(r"\.weight$|$", ".scale", name, count=1))
+        return torch.tensor(x if scale is None else ref.dequant(x, scale).astype(np.float32))
+
+    def experts(name):
+        at, which = name.rsplit(".", 1)
+        return torch.stack([matrix(f"{at}.{e}.{which}.weight") for e in range(c.n_routed_experts)])
+    return c, {n: experts(n) if ".experts." in n else matrix(n) for n in shapes(c)}
 
 # === 8. Optimizers ============================================================================
 
@@ -629,8 +621,8 @@ def train(worker, directory, rows, state, steps):
     if state.exists():
         saved = torch.load(state)
         done, optimizer.m, optimizer.v = saved["step"], saved["m"], saved["v"]
-        for name, p in params.items():
-            p.data.copy_(saved["params"][name])
+        for name, p in saved["params"].items():
+            params[name].data.copy_(p)
     log = Log()
     for t, (tokens, weights) in enumerate(batches(rows, steps, worker), 1):
         if t <= done:
@@ -677,7 +669,8 @@ def evaluate(directory, files):
     model, total, count = Model(c), 0., 0
     for file in files:
         ids = torch.tensor([int(i) for i in re.findall(r"\d+", file.read_text())])
-        padded = F.pad(ids, (0, -len(ids) % math.lcm(c.sliding_window, *filter(None, c.compress_ratios))))
+        unit = math.lcm(c.sliding_window, *filter(None, c.compress_ratios))
+        padded = F.pad(ids, (0, -len(ids) % unit))
         logits = model.forward(w, padded[None], mtp=False)[0][:len(ids) - 1]
         nll = F.cross_entropy(logits, ids[1:], reduction="none").double()
         print(f"{file.name}: {len(nll)} tokens, mean NLL {nll.mean():.6f}")
