@@ -30,12 +30,13 @@ WORDNET = pathlib.Path("/usr/share/wordnet")
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT, THINK, THOUGHT = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
 VOCAB = 2048
-COMMON = 4000                    # words that training comes back to again and again
+COMMON, CORE = 4000, 1200        # words that training comes back to, and again and again
 FACT_TOKENS, ASK_TOKENS = 11, 18 # of "NAME has code 48213.", and of a question with its answer
 ROWS = {256: 32000, 512: 9600, 2048: 2400}           # training rows by length
+TOKENS_A_FACT = {256: 50, 512: 30, 2048: 30}         # how dense codes stand in them, at most
 N_HELDOUT, HELDOUT_TOKENS = 8, 2048
 N_RECALL, RECALL_LENGTHS = 20, (100, 250, 500, 1000, 2000, 4000)
-WEIGHT = {"prompt": 20, "answer": 100, "code": 300}  # of a token's loss, in percent
+WEIGHT = {"prompt": 20, "answer": 100, "code": 300, "first digit": 1200}  # of losses, in percent
 
 # === 1. WordNet ===============================================================================
 
@@ -156,12 +157,12 @@ def ask_code(name):
 
 def recall(names, lines, n_tokens, n_facts, rng):
     """A conversation: a text with codes, a question about one of them, and a few more."""
-    asked = min(n_facts, 8, n_tokens // 40 + 1)
+    asked = min(n_facts, 16, n_tokens // 40 + 1)
     text, facts = recall_text(names, lines, n_tokens - asked * ASK_TOKENS - 8, n_facts, rng)
     parts = [(BOS + USER + text + " ", "prompt")]
     for i, (name, code) in enumerate(rng.sample(facts, min(len(facts), asked))):
         parts += [((USER if i else "") + ask_code(name) + ASSISTANT + THOUGHT, "prompt"),
-                  (code + EOS, "code")]
+                  (code[0], "first digit"), (code[1:] + EOS, "code")]
     return parts
 
 def filler(tokenizer, words):
@@ -220,7 +221,8 @@ def rows(tokenizer, n_rows, length, pick, names, lines, rng):
         parts = []
         if rng.random() < .65:
             n_tokens = int(length * rng.uniform(.15, .93))
-            parts = recall(names, lines, n_tokens, rng.randint(1, 4 + n_tokens // 50), rng)
+            n_facts = rng.randint(1, 4 + n_tokens // TOKENS_A_FACT[length])
+            parts = recall(names, lines, n_tokens, n_facts, rng)
         row, w = encode(tokenizer, parts) if parts else ([], [])
         while len(row) < length:
             more = encode(tokenizer, chat(pick, rng))
@@ -228,10 +230,13 @@ def rows(tokenizer, n_rows, length, pick, names, lines, rng):
         ids[r], weights[r] = row[:length], w[:length]
     return ids, weights
 
-def picker(words, rng):
-    """Most draws are of common words, so that these are learned by heart."""
+def picker(words, length, rng):
+    """Most draws are of common words; in the longer rows, which come later, of fewer still."""
     def pick():
-        return rng.choice(words[:COMMON] if rng.random() < .6 else words)
+        luck = rng.random()
+        common = luck < .6 if length == 256 else luck < .7
+        core = length > 256 and luck < .45
+        return rng.choice(words[:CORE] if core else words[:COMMON] if common else words)
     return pick
 
 # === 6. What is measured ======================================================================
@@ -275,7 +280,8 @@ def main():
         return write_recall(names, lines, args.out)
     for length, n_rows in ROWS.items():
         rng = random.Random(length)
-        ids, weights = rows(tokenizer, n_rows, length, picker(words, rng), names, lines, rng)
+        pick = picker(words, length, rng)
+        ids, weights = rows(tokenizer, n_rows, length, pick, names, lines, rng)
         np.savez(args.out / f"rows-{length}.npz", ids=ids, weights=weights)
 
 
