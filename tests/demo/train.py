@@ -6,7 +6,8 @@
     trained.  The indexer learns to imitate the attention: it alone has a loss of its own.
 
     python3 train.py train DIR ROWS STATE [--steps N]  train, or go on from STATE; export to DIR
-    python3 train.py eval DIR --ids FILE...            mean NLL of a checkpoint, as `dsv4 eval`
+    python3 train.py eval DIR --ids FILE...            mean NLL of a checkpoint, as `dsv4 eval`,
+                                                       and how good the MTP block's drafts are
 
 Names and order are MODEL.md's.  Shapes: B rows of T tokens, N = B*T; streams are [hc][N][dim].
 Contents   1 sizes   2 roundings   3 rope, norms, hyper-connections   4 attention   5 MoE
@@ -56,7 +57,7 @@ CONFIG = {
 
 # (rows of this length, rows a step, until this part of all steps); lengths are data.py's
 PHASES = [(256, 24, .5), (512, 12, .8), (2048, 4, 1.)]
-STEPS, WORKERS = 2500, 2
+STEPS, WORKERS = 1600, 2
 MUON_RATE, ADAM_RATE = 8e-3, 3e-3
 MTP_LOSS, INDEX_LOSS, BIAS_STEP = .2, 1., 1e-3
 FP8 = r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|shared_experts|[eh]_proj"
@@ -389,52 +390,48 @@ def swiglu(gate, up, limit):
 
 # === 7. Parameters and files ==================================================================
 
+def compressor_shapes(at, ratio, d, dim):
+    wide = 2 * d if ratio == 4 else d
+    return {f"{at}.wkv.weight": (wide, dim), f"{at}.wgate.weight": (wide, dim),
+            f"{at}.ape": (ratio, wide), f"{at}.norm.weight": (d,)}
+
+def block_shapes(c, ratio, hashed):
+    dim, hd, H, q_lora = c.hidden_size, c.head_dim, c.num_attention_heads, c.q_lora_rank
+    inter, experts, mix = c.moe_intermediate_size, c.n_routed_experts, (2 + c.hc_mult) * c.hc_mult
+    b = {}
+    for part in ("hc_attn", "hc_ffn"):
+        b |= {f"{part}_fn": (mix, c.hc_mult * dim), f"{part}_scale": (3,), f"{part}_base": (mix,)}
+    b |= {"attn_norm.weight": (dim,), "ffn_norm.weight": (dim,), "attn.wq_a.weight": (q_lora, dim),
+          "attn.q_norm.weight": (q_lora,), "attn.wq_b.weight": (H * hd, q_lora),
+          "attn.wkv.weight": (hd, dim), "attn.kv_norm.weight": (hd,),
+          "attn.wo_a.weight": (c.o_groups * c.o_lora_rank, H * hd // c.o_groups),
+          "attn.wo_b.weight": (dim, c.o_groups * c.o_lora_rank), "attn.attn_sink": (H,)}
+    if ratio:
+        b |= compressor_shapes("attn.compressor", ratio, hd, dim)
+    if ratio == 4:
+        b |= {"attn.indexer.wq_b.weight": (c.index_n_heads * c.index_head_dim, q_lora),
+              "attn.indexer.weights_proj.weight": (c.index_n_heads, dim)}
+        b |= compressor_shapes("attn.indexer.compressor", 4, c.index_head_dim, dim)
+    b["ffn.gate.weight"] = experts, dim
+    b |= {"ffn.gate.tid2eid": (c.vocab_size, c.num_experts_per_tok)} if hashed else \
+         {"ffn.gate.bias": (experts,)}
+    for w, shape in (("w1", (inter, dim)), ("w2", (dim, inter)), ("w3", (inter, dim))):
+        b |= {f"ffn.experts.{w}": (experts, *shape), f"ffn.shared_experts.{w}.weight": shape}
+    return b
+
 def shapes(c):
     """name -> shape of all parameters; experts of a layer are one [experts][out][in]."""
-    dim, hc, hd, H, inter = (c.hidden_size, c.hc_mult, c.head_dim, c.num_attention_heads,
-                             c.moe_intermediate_size)
+    dim, hc = c.hidden_size, c.hc_mult
     out = {"embed.weight": (c.vocab_size, dim), "head.weight": (c.vocab_size, dim)}
-
-    def add(at, **named):
-        out.update({at + n.replace("__", "."): s for n, s in named.items()})
-
-    def compressor_shapes(at, ratio, d):
-        wide = 2 * d if ratio == 4 else d
-        add(at, wkv__weight=(wide, dim), wgate__weight=(wide, dim), ape=(ratio, wide),
-            norm__weight=(d,))
-    for l, ratio in enumerate(c.compress_ratios):
-        is_mtp = l == c.num_hidden_layers
-        at = "mtp.0." if is_mtp else f"layers.{l}."
-        for part in ("hc_attn", "hc_ffn"):
-            out.update({f"{at}{part}_fn": ((2 + hc) * hc, hc * dim), f"{at}{part}_scale": (3,),
-                        f"{at}{part}_base": ((2 + hc) * hc,)})
-        add(at, attn_norm__weight=(dim,), ffn_norm__weight=(dim,))
-        add(f"{at}attn.", wq_a__weight=(c.q_lora_rank, dim), q_norm__weight=(c.q_lora_rank,),
-            wq_b__weight=(H * hd, c.q_lora_rank), wkv__weight=(hd, dim), kv_norm__weight=(hd,),
-            wo_a__weight=(c.o_groups * c.o_lora_rank, H * hd // c.o_groups),
-            wo_b__weight=(dim, c.o_groups * c.o_lora_rank), attn_sink=(H,))
-        if ratio:
-            compressor_shapes(f"{at}attn.compressor.", ratio, hd)
-        if ratio == 4:
-            d, heads = c.index_head_dim, c.index_n_heads
-            add(f"{at}attn.indexer.", wq_b__weight=(heads * d, c.q_lora_rank),
-                weights_proj__weight=(heads, dim))
-            compressor_shapes(f"{at}attn.indexer.compressor.", 4, d)
-        add(f"{at}ffn.", gate__weight=(c.n_routed_experts, dim))
-        if l < c.num_hash_layers:
-            add(f"{at}ffn.", gate__tid2eid=(c.vocab_size, c.num_experts_per_tok))
-        else:
-            add(f"{at}ffn.", gate__bias=(c.n_routed_experts,))
-        for w, shape in (("w1", (inter, dim)), ("w2", (dim, inter)), ("w3", (inter, dim))):
-            out[f"{at}ffn.experts.{w}"] = (c.n_routed_experts, *shape)
-            out[f"{at}ffn.shared_experts.{w}.weight"] = shape
-        if is_mtp:
-            add(at, e_proj__weight=(dim, dim), h_proj__weight=(dim, dim), enorm__weight=(dim,),
-                hnorm__weight=(dim,))
-        tail = at if is_mtp else ""
-        add(tail, norm__weight=(dim,), hc_head_fn=(hc, hc * dim), hc_head_base=(hc,),
-            hc_head_scale=(1,))
-    return out
+    head = {"norm.weight": (dim,), "hc_head_fn": (hc, hc * dim), "hc_head_base": (hc,),
+            "hc_head_scale": (1,)}
+    mtp = {"e_proj.weight": (dim, dim), "h_proj.weight": (dim, dim), "enorm.weight": (dim,),
+           "hnorm.weight": (dim,)}
+    for l, ratio in enumerate(c.compress_ratios[:-1]):
+        block = block_shapes(c, ratio, l < c.num_hash_layers)
+        out |= {f"layers.{l}.{name}": shape for name, shape in block.items()}
+    block = block_shapes(c, c.compress_ratios[-1], False) | mtp | head
+    return out | head | {f"mtp.0.{name}": shape for name, shape in block.items()}
 
 def initial(c):
     """Every sublayer reads a stream of its own, writes to all, and keeps the streams apart."""
@@ -664,19 +661,23 @@ class Log:
 
 @torch.no_grad()
 def evaluate(directory, files):
-    """Mean NLL per token of the ids in each file, and of all"""
+    """Mean NLL per token of the ids in each file and of all, and how often the MTP block's draft
+    of the token after next is the one that the model then finds likeliest."""
     c, w = import_weights(directory)
-    model, total, count = Model(c), 0., 0
+    model, unit = Model(c), math.lcm(c.sliding_window, *filter(None, c.compress_ratios))
+    total = count = agree = drafted = 0
     for file in files:
         ids = torch.tensor([int(i) for i in re.findall(r"\d+", file.read_text())])
-        unit = math.lcm(c.sliding_window, *filter(None, c.compress_ratios))
-        padded = F.pad(ids, (0, -len(ids) % unit))
-        logits = model.forward(w, padded[None], mtp=False)[0][:len(ids) - 1]
-        nll = F.cross_entropy(logits, ids[1:], reduction="none").double()
-        print(f"{file.name}: {len(nll)} tokens, mean NLL {nll.mean():.6f}")
-        total, count = total + float(nll.sum()), count + len(nll)
+        padded = F.pad(ids, (0, -len(ids) % unit))[None]
+        logits, drafts, _ = model.forward(w, padded, True)
+        n = len(ids) - 1
+        nll = F.cross_entropy(logits[:n], ids[1:], reduction="none").double()
+        print(f"{file.name}: {n} tokens, mean NLL {nll.mean():.6f}")
+        total, count = total + float(nll.sum()), count + n
+        agree += int((drafts[:n - 1].argmax(-1) == logits[1:n].argmax(-1)).sum())
+        drafted += n - 1
     print(f"all: {count} tokens, mean NLL {total / count:.6f}, "
-          f"perplexity {math.exp(total / count):.4f}")
+          f"perplexity {math.exp(total / count):.4f}, drafts {agree / drafted:.3f}")
 
 def main():
     parser = argparse.ArgumentParser(description="train the demo model, or score ids with it")
