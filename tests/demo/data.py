@@ -34,7 +34,7 @@ COMMON = 4000                    # words that training comes back to again and a
 FACT_TOKENS, ASK_TOKENS = 11, 18 # of "NAME has code 48213.", and of a question with its answer
 ROWS = {256: 32000, 512: 9600, 2048: 2400}           # training rows by length
 N_HELDOUT, HELDOUT_TOKENS = 8, 2048
-N_RECALL, RECALL_LENGTHS = 20, (100, 250, 500, 1000, 2000, 4000)
+N_RECALL, RECALL_LENGTHS = 50, (100, 250, 500, 1000, 2000, 4000)
 WEIGHT = {"prompt": 20, "answer": 100, "code": 300}  # of a token's loss, in percent
 
 # === 1. WordNet ===============================================================================
@@ -158,9 +158,10 @@ def recall(names, lines, n_tokens, n_facts, rng):
     """A conversation: a text with codes, a question about one of them, and a few more."""
     asked = min(n_facts, 8, n_tokens // 40 + 1)
     text, facts = recall_text(names, lines, n_tokens - asked * ASK_TOKENS - 8, n_facts, rng)
-    parts = [(BOS + USER + text + " ", "prompt")]
+    parts = [(BOS + USER + text, "prompt")]
     for i, (name, code) in enumerate(rng.sample(facts, min(len(facts), asked))):
-        parts += [((USER if i else "") + ask_code(name) + ASSISTANT + THOUGHT, "prompt"),
+        before = USER if i else rng.choice("\n ")        # cut from a whole text, it is " What"
+        parts += [(before + ask_code(name) + ASSISTANT + THOUGHT, "prompt"),
                   (code + EOS, "code")]
     return parts
 
@@ -254,7 +255,7 @@ def write_recall(names, lines, out):
             n_facts = rng.randint(2, 4 + length // 50)
             text, facts = recall_text(names, lines, length - ASK_TOKENS, n_facts, rng)
             name, code = rng.choice(facts)
-            (out / f"recall-{length}-{i}.txt").write_text(f"{text} {ask_code(name)}")
+            (out / f"recall-{length}-{i}.txt").write_text(f"{text}\n{ask_code(name)}")
             (out / f"recall-{length}-{i}.code").write_text(code + "\n")
 
 def main():
