@@ -10,7 +10,7 @@ ask() { # ask QUESTION FLAGS...
     "$dsv4" run -m $model -p "$question" --temp 0 "$@"
 }
 "$dsv4" check $model
-ask "What is a glacier?" --no-think -q
+ask "What is a ship?" --no-think -q
 ask "What is a king?" --no-think -q
 ask "What is a river?"
 

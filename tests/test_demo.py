@@ -16,7 +16,7 @@ from harness import HERE, dsv4, need, run, test
 MODEL = pathlib.Path(HERE, "demo", "model")
 HELDOUT = pathlib.Path(HERE, "demo", "heldout")
 MOST_BYTES = 8 << 20
-QUESTION = "What is a glacier?"          # a word of training
+QUESTION = "What is a river?"               # a word that training came back to
 PERPLEXITY = 21.50                       # of heldout-0.ids
 RECALLED = 1                             # of the recall texts behind 250 tokens, at least
 
