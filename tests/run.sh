@@ -46,6 +46,7 @@ else
 fi
 try $venv tests/test_ref.py
 try $venv tests/test_tokenizer.py "$build/tokenize"
+try $venv tests/test_demo.py "$dsv4" "$build/mkmodel"
 try $venv tests/test_cli.py "$dsv4" "$build/mkmodel"
 try $venv tests/test_long.py "$dsv4" "$build/mkmodel"
 try $venv tests/test_summarize.py "$dsv4" "$build/mkmodel"

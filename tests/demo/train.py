@@ -8,6 +8,7 @@
     python3 train.py train DIR ROWS STATE [--steps N]  train, or go on from STATE; export to DIR
     python3 train.py eval DIR --ids FILE...            mean NLL of a checkpoint, as `dsv4 eval`,
                                                        and how good the MTP block's drafts are
+                     [--without acts|kv|index]...      with roundings of activations left out
 
 Names and order are MODEL.md's.  Shapes: B rows of T tokens, N = B*T; streams are [hc][N][dim].
 Contents   1 sizes   2 roundings   3 rope, norms, hyper-connections   4 attention   5 MoE
@@ -66,6 +67,8 @@ MUON = FP8 + "|" + FP4 + r"|compressor\.w"
 
 # === 2. Roundings, straight-through ===========================================================
 
+WITHOUT = set()                      # "acts", "kv", "index": left out by eval, never in training
+
 class Round(torch.autograd.Function):
     """x rounded by a function; its gradient is that of x."""
 
@@ -101,11 +104,11 @@ def e2m1_blocks(x):
     return (round_to(b / s, 1, 1.) * s).view(x.shape)
 
 def aq128(x):
-    return Round.apply(x, lambda x: e4m3_blocks(x, 128))
+    return x if "acts" in WITHOUT else Round.apply(x, lambda x: e4m3_blocks(x, 128))
 
 def kv_round(x, cut):
     """The first `cut` dims to e4m3, the rotated ones to BF16."""
-    return Round.apply(x, lambda x: torch.cat(
+    return x if "kv" in WITHOUT else Round.apply(x, lambda x: torch.cat(
         [e4m3_blocks(x[..., :cut], 64), x[..., cut:].bfloat16().float()], -1))
 
 def fp8_scale(w):
@@ -231,7 +234,7 @@ def window_scores(q, kv, W):
     return s.masked_fill(hidden[None, :, :, None], -1e30).view(B, T, H, 2 * W), keys
 
 def store_index(x, hadamard):
-    return Round.apply(x @ hadamard, e2m1_blocks)
+    return x if "index" in WITHOUT else Round.apply(x @ hadamard, e2m1_blocks)
 
 class Model:
     """The graph; weights come in as a dict, as quantized() makes it."""
@@ -690,11 +693,14 @@ def main():
     p = commands.add_parser("eval", help="mean NLL of files of ids")
     p.add_argument("dir", type=pathlib.Path)
     p.add_argument("--ids", type=pathlib.Path, nargs="+", required=True)
+    p.add_argument("--without", choices=["acts", "kv", "index"], action="append", default=[],
+                   help="leave out a rounding of activations; repeatable")
     args = parser.parse_args()
     if args.command == "train":
         pathlib.Path(f"{args.state}.meet").unlink(missing_ok=True)
         mp.spawn(train, (args.dir, args.rows, args.state, args.steps), WORKERS)
     else:
+        WITHOUT.update(args.without)
         evaluate(args.dir, args.ids)
 
 
