@@ -312,11 +312,6 @@ static void hc_post_launch(float *h, const float *y, const float *post, const fl
     launch(ex, K_hc_post, up(dim, 256), (unsigned)n, 256, ARGS(&h, &y, &post, &comb, &hc, &dim));
 }
 
-static void hc_head_launch(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s,
-                           int n, dsv4_exec *ex) {
-    hc_pre_launch(x, NULL, NULL, h, w, s, n, ex);
-}
-
 static void route_launch(int32_t *ids, float *weights, const dsv4_route *in, int n,
                          dsv4_exec *ex) {
     dsv4_route r = *in;
@@ -361,6 +356,6 @@ const dsv4_ops ops_cuda = {
     "cuda",        embed_launch, rmsnorm_launch,    act_quant_launch, act_codes_launch,
     act_values_launch, linear_launch, rope_launch,  kv_round_launch,  index_round_launch,
     compress_launch, index_scores_launch, topk_launch, attend_launch, hc_pre_launch,
-    hc_post_launch, hc_head_launch, route_launch,   swiglu_launch,    expert_ffn_launch,
+    hc_post_launch, route_launch,   swiglu_launch,    expert_ffn_launch,
     add_launch,    argmax_launch, copy_cuda,        zero_cuda,        sync_cuda,
 };

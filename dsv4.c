@@ -1746,7 +1746,7 @@ int session_forward(dsv4_session *s, const int32_t *tokens, int n, dsv4_err *err
     return 0;
 }
 
-/* logits = head rmsnorm(hc_head(h)) for n rows of streams.  On a GPU they stay there, for at most
+/* logits = head rmsnorm(hc_pre(h)) for n rows of streams.  On a GPU they stay there, for at most
  * OUT_ROWS, where logits is NULL. */
 static int head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const float *norm,
                        int n, float *logits, dsv4_err *err) {
@@ -1758,8 +1758,8 @@ static int head_logits(dsv4_session *s, const float *h, const dsv4_hc *hc, const
     for (int i = 0; i < n; i += most) {
         int m = (int)min64(most, n - i);
         float *to = e->gpu ? s->c.out : logits + (size_t)i * vocab;
-        e->op->hc_head(s->c.x, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size), hc, &e->hc,
-                       m, e->ex);
+        e->op->hc_pre(s->c.x, NULL, NULL, h + (size_t)i * (size_t)(c->hc_mult * c->hidden_size),
+                      hc, &e->hc, m, e->ex);
         e->op->rmsnorm(s->c.x, s->c.x, norm, m, c->hidden_size, c->rms_norm_eps, e->ex);
         if (head_linear(s, to, s->c.x, m, err)) return -1;
         if (e->gpu && logits)

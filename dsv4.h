@@ -262,8 +262,6 @@ typedef struct dsv4_ops {
                    const dsv4_hc_shape *s, int n, dsv4_exec *ex);
     void (*hc_post)(float *h, const float *y, const float *post, const float *comb,
                     const dsv4_hc_shape *s, int n, dsv4_exec *ex);
-    void (*hc_head)(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
-                    dsv4_exec *ex);
     void (*route)(int32_t *ids, float *weights, const dsv4_route *in, int n, dsv4_exec *ex);
     void (*swiglu)(float *a, const float *g, const float *u, int n, int d, float limit,
                    dsv4_exec *ex);
@@ -294,8 +292,8 @@ size_t expert_scratch_bytes(int dim, int inter);
 void rope_inv_freq(float *inv_freq, int rope_dim, double theta, double factor,
                    double beta_fast, double beta_slow, double original);
 
-/* A GPU in use, by number.  -1 says why there is none: no driver or one too old, no such GPU, or one
- * before compute capability 8.0.  A build without CUDA has none of these functions: they are NULL. */
+/* A GPU in use, by number.  -1 says why there is none: no driver or one too old, no such GPU, or
+ * one before compute capability 8.0.  A build without CUDA has none of these: they are NULL.     */
 int cuda_open(cuda **out, int index, dsv4_err *err) WEAK;
 void cuda_close(cuda *g) WEAK;     /* with all its memory given back */
 typedef struct {

@@ -1050,7 +1050,7 @@ enum {
 };
 
 typedef struct {
-    float *x, *post, *comb;        /* post, comb NULL in hc_head                                */
+    float *x, *post, *comb;        /* post, comb NULL for the head                              */
     const float *h, *mix;          /* streams; fn . h, not yet divided by the streams' rms      */
     const dsv4_hc *w;
     const dsv4_hc_shape *s;
@@ -1107,7 +1107,6 @@ static void hc_mix_row(const void *arg, place at) {
     }
 }
 
-/* With post and comb NULL it is hc_head. */
 static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
                        const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     float mix[TOKEN_BLOCK * MAX_MIX];
@@ -1119,11 +1118,6 @@ static void hc_pre_cpu(float *x, float *post, float *comb, const float *h, const
         linear_cpu(mix, &fn, h + (size_t)t * (size_t)len, n_now, 1, ex);
         exec_for(ex, n_now, 1, 1, hc_mix_row, &(hc_args){x, post, comb, h, mix, w, s, t});
     }
-}
-
-static void hc_head_cpu(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
-                        dsv4_exec *ex) {
-    hc_pre_cpu(x, NULL, NULL, h, w, s, n, ex);
 }
 
 typedef struct { float *h; const float *y, *post, *comb; int hc, dim; } hc_post_args;
@@ -1390,7 +1384,7 @@ int exec_measure(dsv4_exec *ex, uint64_t most, double seconds, exec_rates *out, 
 const dsv4_ops ops_cpu = {
     "cpu",       embed_ref,    rmsnorm_cpu,     act_quant_cpu, act_codes_cpu,    act_values_cpu,
     linear_cpu,  rope_cpu,     kv_round_ref,    index_round_cpu, compress_cpu,   index_scores_cpu,
-    topk_cpu,    attend_cpu,   hc_pre_cpu,      hc_post_cpu,   hc_head_cpu,      route_cpu,
+    topk_cpu,    attend_cpu,   hc_pre_cpu,      hc_post_cpu,   route_cpu,
     swiglu_cpu,  expert_ffn_cpu, add_cpu,       argmax_ref,    copy_ref,         zero_ref,
     sync_ref,
 };

@@ -12,7 +12,7 @@
  *              2 an output may alias an input only where its contract says so
  *              3 an assert means a caller's bug; the numbers in weights never trip one
  * Contents     1 number formats   2 exp and rotation frequencies   3 rounding blocks, rows of KV
- *              4..25 the operations of dsv4_ops, in its order   26 the table
+ *              4..24 the operations of dsv4_ops, in its order   25 the table
  * Not here     SIMD and threads (kernels.c), the graph (dsv4.c)
  *
  * Built as C11 and, for a GPU, as C++17: the common subset of both.                             */
@@ -872,8 +872,10 @@ extern "C" __global__ void attend_cuda(float *o, dsv4_attend in) {
  *   post_i = 2 * sigmoid(m_[hc+i] * scale1 + base_[hc+i])
  *   C_ij   = m_[2hc+i*hc+j] * scale2 + base_[..]: softmax over j, + hc_eps, columns divided by
  *            (sum + hc_eps), then sinkhorn_iters - 1 times rows, then columns, so divided
- * out  x [n][dim] = sum_i pre_i h_i   post [n][hc]   comb [n][hc][hc]
- * in   h [n][hc][dim]   w: fn [(2+hc)*hc][hc*dim], scale [3], base [(2+hc)*hc]                  */
+ * out  x [n][dim] = sum_i pre_i h_i   post [n][hc]   comb [n][hc][hc]; the head (M3) has post and
+ *      comb NULL
+ * in   h [n][hc][dim]   w: fn [(2+hc)*hc][hc*dim], scale [3], base [(2+hc)*hc]; head: fn [hc][..],
+ *      scale [1], base [hc]                                                                     */
 static double sigmoid_ref(double x) { return 1 / (1 + exp(-x)); }
 
 /* m [rows of fn] of one token's streams h [hc*dim] */
@@ -919,7 +921,6 @@ static void hc_comb_ref(float *comb, const double *m, const dsv4_hc *w, const ds
     for (int i = 0; i < hc * hc; i++) comb[i] = (float)C[i];
 }
 
-/* With post and comb NULL it is hc_head. */
 static void hc_pre_ref(float *x, float *post, float *comb, const float *h, const dsv4_hc *w,
                        const dsv4_hc_shape *s, int n, dsv4_exec *ex) {
     int hc = s->hc;
@@ -1029,17 +1030,7 @@ extern "C" __global__ void hc_post_cuda(float *h, const float *y, const float *p
 }
 #endif
 
-/* === 19. hc_head: the last streams become one vector ================================ M3, head ==
- *   pre_i = sigmoid(m_i * scale0 + base_i) + hc_eps with m as in hc_pre; x = sum_i pre_i h_i
- * out  x [n][dim], before the norm
- * in   h [n][hc][dim]   w: fn [hc][hc*dim], scale [1], base [hc]
- * CUDA: hc_pre_cuda with post and comb NULL                                                     */
-static void hc_head_ref(float *x, const float *h, const dsv4_hc *w, const dsv4_hc_shape *s, int n,
-                        dsv4_exec *ex) {
-    hc_pre_ref(x, NULL, NULL, h, w, s, n, ex);
-}
-
-/* === 20. route: the experts of each token, and their weights ======================== M3, MoE ===
+/* === 19. route: the experts of each token, and their weights ======================== M3, MoE ===
  *   s_e = F32 of sqrt(softplus(logit_e)); chosen: tid2eid[token] in its order if tid2eid is set,
  *   else the topk largest s_e + bias_e (an F32 sum), descending, ties to the lower expert;
  *   weight = s_e / sum(s of the chosen) * scale
@@ -1109,7 +1100,7 @@ extern "C" __global__ void route_cuda(int32_t *ids, float *weights, dsv4_route i
 }
 #endif
 
-/* === 21. swiglu: an expert's activation ============================================= M3, MoE ===
+/* === 20. swiglu: an expert's activation ============================================= M3, MoE ===
  *   g = min(g, limit), u = clamp(u, -limit, limit), a = (g / (1 + exp_f32(-g))) * u, all in F32
  * out  a [n][d]; may be g or u
  * in   g, u [n][d]
@@ -1132,7 +1123,7 @@ extern "C" __global__ void swiglu_cuda(float *a, const float *g, const float *u,
 }
 #endif
 
-/* === 22. expert_ffn: one routed expert on the tokens that chose it ================== M3, MoE ===
+/* === 21. expert_ffn: one routed expert on the tokens that chose it ================== M3, MoE ===
  *   for i < m, with x row rows[i]:  a = swiglu(w1 x, w3 x) * weight[i];  y[rows[i]] += w2 aq128(a)
  * i/o  y [..][dim] F32, only rows named in `rows` are touched
  * in   w1, w3 [inter][dim], w2 [dim][inter]: DT_I8; at any byte address
@@ -1273,7 +1264,7 @@ extern "C" __global__ void expert_down_cuda(float *y, dsv4_mat w2, dsv4_acts a,
 }
 #endif
 
-/* === 23. add: y[t][c][:] += x[t][:] for c < copies ==============================================
+/* === 22. add: y[t][c][:] += x[t][:] for c < copies ==============================================
  * i/o  y [n][copies][d]
  * in   x [n][d]
  *      BIT-DEFINED                                                                              */
@@ -1291,7 +1282,7 @@ extern "C" __global__ void add_cuda(float *y, const float *x, int copies, int d)
 }
 #endif
 
-/* === 24. argmax: the first of a row's largest ===================================================
+/* === 23. argmax: the first of a row's largest ===================================================
  * out  id [n]
  * in   x [n][d], no NaN
  *      BIT-DEFINED                                                                              */
@@ -1321,18 +1312,18 @@ extern "C" __global__ void argmax_cuda(int32_t *id, const float *x, int d) {
 }
 #endif
 
-/* === 25. copy, zero, sync: for memory that only the backend may touch ===========================
+/* === 24. copy, zero, sync: for memory that only the backend may touch ===========================
  * sync: what was called before has happened.                                                     */
 void copy_ref(void *dst, const void *src, size_t bytes, dsv4_exec *ex) { memcpy(dst, src, bytes); }
 void zero_ref(void *dst, size_t bytes, dsv4_exec *ex) { memset(dst, 0, bytes); }
 int sync_ref(dsv4_exec *ex, dsv4_err *err) { return 0; }
 
-/* === 26. The table ============================================================================ */
+/* === 25. The table ============================================================================ */
 
 const dsv4_ops ops_ref = {
     "ref",       embed_ref,    rmsnorm_ref,     act_quant_ref, act_codes_ref,    act_values_ref,
     linear_ref,  rope_ref,     kv_round_ref,    index_round_ref, compress_ref,   index_scores_ref,
-    topk_ref,    attend_ref,   hc_pre_ref,      hc_post_ref,   hc_head_ref,      route_ref,
+    topk_ref,    attend_ref,   hc_pre_ref,      hc_post_ref,   route_ref,
     swiglu_ref,  expert_ffn_ref, add_ref,       argmax_ref,    copy_ref,         zero_ref,
     sync_ref,
 };

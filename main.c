@@ -381,7 +381,7 @@ static void print_tiers(const dsv4_engine *e) {
             "waited %.2f s for the disk; peak memory %s of %s\n",
             hits, engine_plan(e)->vram_budget ? "VRAM" : "RAM",
             100 * rate(hits, (double)s->expert_uses), (double)x->misses, read_gb,
-            rate(read_gb, busy), "", all_gb - read_gb - start_gb, start_gb,
+            rate(read_gb, busy), "", fmax(all_gb - read_gb - start_gb, 0), start_gb,
             rate(start_gb, s->load_s), prefill, s->prefill_s, rate(prefill, s->prefill_s), decode,
             s->decode_s, rate(decode, s->decode_s), s->expert_wait_s + s->dense_wait_s,
             size_of(peak).text, size_of(engine_plan(e)->budget).text);

@@ -18,5 +18,5 @@ say "lines have at most 100 columns" "$(LC_ALL=C.UTF-8 awk '
 say "no getenv outside main.c" "$(grep -n getenv $(echo $src | sed 's/ main.c//'))"
 say "no unfinished marks" "$(grep -nE '\<(TO''DO|FIX''ME|XX''X)\>' $src $tests tests/*.py)"
 say "no tabs or trailing blanks" "$(grep -nP '\t|[ \t]+$' $src $tests tests/*.py)"
-say "at most 12,000 lines" "$(cat $src | wc -l | awk '$1 > 12000 { print $1 }')"
+say "at most 12,400 lines" "$(cat $src | wc -l | awk '$1 > 12400 { print $1 }')"
 exit $bad

@@ -335,7 +335,7 @@ static void run_hc_head(const op_case *c, const dsv4_ops *ops, uint8_t *out, int
     int hc = c->size[0], dim = c->size[1];
     dsv4_hc_shape s = {hc, dim, 20, 1e-6f, 1e-6f};
     dsv4_hc w = {f32_pool + 9, f32_pool + 3, f32_pool + 70};
-    ops->hc_head(floats_at(c, out, t), f32_pool + 500000 + t * hc * dim, &w, &s, n, ex);
+    ops->hc_pre(floats_at(c, out, t), NULL, NULL, f32_pool + 500000 + t * hc * dim, &w, &s, n, ex);
 }
 
 /* size: n_experts topk hash */
