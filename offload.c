@@ -1547,7 +1547,10 @@ typedef int (*range_fn)(void *arg, const stream_range *r); /* nonzero stops */
  * Returns what each() did when it stopped. */
 static int stream(offload *o, const load_item *items, size_t n, range_fn each, void *arg,
                   dsv4_err *err) {
-    const size_t slot_bytes = STREAM_BYTES + 2 * IO_ALIGN;
+    uint64_t most = 1;             /* bytes of a range                                          */
+    for (size_t i = 0; i < n; i++) if (items[i].t->bytes > most) most = items[i].t->bytes;
+    if (most > STREAM_BYTES) most = STREAM_BYTES;
+    const size_t slot_bytes = (most + 3 * IO_ALIGN) / IO_ALIGN * IO_ALIGN;
     stream_range range[STREAM_SLOTS];
     dsv4_err ignored;
     arena map = {0};
@@ -1565,7 +1568,7 @@ static int stream(offload *o, const load_item *items, size_t n, range_fn each, v
         stream_range *r = &range[asked % STREAM_SLOTS];
         uint8_t *slot = map.base + slot_bytes * (asked++ % STREAM_SLOTS);
         uint64_t left = t->bytes - at, off = t->offset + at, skip = off % IO_ALIGN;
-        *r = (stream_range){items, at, left < STREAM_BYTES ? left : STREAM_BYTES, slot + skip, {0}};
+        *r = (stream_range){items, at, left < most ? left : most, slot + skip, {0}};
         rc = transfer(o, (io_req){.file = t->shard, .off = off - skip, .buf = slot, .t = t,
                                   .batch = &r->batch}, skip + r->n, err);
         at += r->n;

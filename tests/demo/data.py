@@ -183,7 +183,7 @@ def make_tokenizer(words, directory):
     """Numbers stay single digits: no training text holds any."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(s), "isolated") for s in SPLITS]
+        [pre_tokenizers.Split(Regex(s.replace(r"\r\n", "\r\n")), "isolated") for s in SPLITS]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     rng, text = random.Random(1), []
