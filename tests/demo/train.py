@@ -13,7 +13,7 @@
 Names and order are MODEL.md's.  Shapes: B rows of T tokens, N = B*T; streams are [hc][N][dim].
 Contents   1 sizes   2 roundings   3 rope, norms, hyper-connections   4 attention   5 MoE
            6 the model   7 files   8 optimizers   9 training   10 command line
-Needs      PyTorch 1.13 or later (Debian: python3-torch, with libopenblas0-pthread for speed)
+Needs      PyTorch 1.13 or later (Debian: python3-torch, with libopenblas0-openmp for speed)
 Not here   text and tokenizer (data.py); number formats of files (tests/ref.py)
 """
 import argparse
