@@ -958,12 +958,12 @@ static void test_loop_guard_speaks_when_a_cycle_is_long(void) {
 int main(int argc, char **argv) {
     if (argc > 1) goldens = argv[1];
     if (argc > 2 && !strcmp(argv[2], "cuda")) backend = BACKEND_CUDA;
-    bool cuda = backend == BACKEND_CUDA;
-    if (cuda) RUN(test_model_brief_nq_matches_golden);
-    if (cuda) RUN(test_model_brief_prefill_and_decode_are_one);
-    if (cuda && argc > 3) return check_done();
+    bool on_gpu = backend == BACKEND_CUDA;
+    if (on_gpu) RUN(test_model_brief_nq_matches_golden);
+    if (on_gpu) RUN(test_model_brief_prefill_and_decode_are_one);
+    if (on_gpu && argc > 3) return check_done();
     RUN(test_model_nq_every_layer_matches_golden);
-    if (!cuda) RUN(test_model_nq_references_make_the_same_model);
+    if (!on_gpu) RUN(test_model_nq_references_make_the_same_model);
     RUN(test_model_nq_decode_matches_golden);
     RUN(test_model_nq_decode_over_hca_boundary);
     RUN(test_model_nq_mtp_draft_matches_golden);
@@ -971,7 +971,7 @@ int main(int argc, char **argv) {
     RUN(test_model_blocks_match_layer_file);
     RUN(test_model_heads_match_layer_file);
     RUN(test_model_q_logits_within_bounds);
-    if (cuda) return check_done();
+    if (on_gpu) return check_done();
     RUN(test_model_same_bits_for_any_chunking);
     RUN(test_model_same_bits_for_any_index_block);
     RUN(test_model_same_bits_for_any_threads);
