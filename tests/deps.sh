@@ -24,7 +24,7 @@ test|quality) want python3-venv python3 -c 'import ensurepip, venv' ;;
 esac
 case $1 in
 quality) want python3-torch /usr/bin/python3 -c 'import torch'
-      want libopenblas0-pthread sh -c '/sbin/ldconfig -p | grep -q libopenblas'
+      want libopenblas0-openmp sh -c '/sbin/ldconfig -p | grep -q libopenblas'
       want wordnet-base test -e /usr/share/wordnet/index.noun ;;
 test) want xz-utils xz --version
       want tmux tmux -V
