@@ -961,8 +961,11 @@ static const struct { const char *name, *usage, *help; } chat_commands[C_N] = {
 };
 
 static int attach_file(chat *c, const char *path, dsv4_err *err) {
+    char full[PATH_BYTES];
     buffer t = {0};
-    int rc = read_text(&t, path, err);
+    const char *home = strncmp(path, "~/", 2) ? NULL : getenv("HOME"); /* no shell reads this one */
+    snprintf(full, sizeof full, "%s%s", home ? home : "", home ? path + 1 : path);
+    int rc = read_text(&t, full, err);
     if (rc == 0) put_file(&c->attached, path, &t);
     if (rc == 0) fprintf(stderr, "%s: %zu bytes, goes with your next message\n", path, t.n);
     free(t.s);

@@ -565,10 +565,12 @@ def chat_in_a_pipe_answers_as_run_does():
 def chat_in_a_pipe_goes_on_behind_errors():
     out, err = b"", ""
     p = subprocess.run([DSV4, "chat", "-m", tiny(), "-n", "3", "-q", "--no-think"],
-                       input=b"/file /no/file\n\nHello\n/walk\n", capture_output=True, timeout=60)
+                       input=b"/file /no/file\n/file ~/none\n\nHello\n/walk\n", capture_output=True,
+                       timeout=60, env={**os.environ, "HOME": "/at/home"})
     out, err = p.stdout, p.stderr.decode()
     need(p.returncode == 1 and out.count(b"\n") == 1, f"{p.returncode} {out!r}")
-    need("/no/file: No such file" in err and "no command /walk" in err and
+    need("/no/file: No such file" in err and "/at/home/none: No such" in err and
+         "no command /walk" in err and
          "not every line" in err, err)
 
 
