@@ -254,7 +254,8 @@ static void act_values_launch(float *y, const uint8_t *code, const uint8_t *scal
 static void linear_launch(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                           dsv4_exec *ex) {
     dsv4_mat m = *w;
-    launch(ex, K_linear, up(m.rows, 4), up(n, TILE), 128, ARGS(&y, &m, &x, &n, &groups));
+    launch(ex, K_linear, up(m.rows, n == 1 ? 4 : 16), up(n, TILE), 128,
+           ARGS(&y, &m, &x, &n, &groups));
 }
 
 static void rope_launch(float *x, const float *inv_freq, int n, int n_heads, int head_dim,

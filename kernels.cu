@@ -379,40 +379,53 @@ static void linear_ref(float *y, const dsv4_mat *w, const float *x, int n, int g
 #ifdef __CUDACC__
 enum { TILE = 8 };                 /* tokens that share a read of the weights                    */
 
-/* By a warp: row r of w times tokens t0.. of x, TOKENS of them or as many as there are. */
-template <int TOKENS>
-static __device__ void linear_row(float *y, const dsv4_mat *w, const float *x, int n, int groups,
-                                  int r, int t0) {
-    int lane = threadIdx.x % 32, cols = w->cols;
+/* By a warp: ROWS rows of w from r on, all of one group, times TOKENS tokens of x from t0 on, or as
+ * many of either as there are. */
+template <int ROWS, int TOKENS>
+static __device__ void linear_rows(float *y, const dsv4_mat *w, const float *x, int n, int groups,
+                                   int r, int t0) {
+    int lane = threadIdx.x % 32, cols = w->cols, blocks = (cols + 127) / 128;
     size_t step = (size_t)groups * cols;
     const float *at[TOKENS];
-    float sum[TOKENS];
+    float sum[ROWS][TOKENS], a[ROWS], s[ROWS];
     for (int i = 0; i < TOKENS; i++) {                       /* beyond n: the last one once more  */
         at[i] = x + min(t0 + i, n - 1) * step + (size_t)(r / (w->rows / groups)) * cols;
-        sum[i] = 0;
+        for (int k = 0; k < ROWS; k++) sum[k][i] = 0;
     }
     bool fp8 = w->dtype == DT_F8_E4M3;
-    const uint8_t *code = (const uint8_t *)w->data + (size_t)r * cols;
-    for (int b = 0; b < cols; b += 128) {
-        float s = fp8 ? e8m0_to_f32(w->scale[(r / 128) * ((cols + 127) / 128) + b / 128]) : 0;
-        for (int c = b + lane; c < min(b + 128, cols); c += 32) {
-            float a = fp8 ? (float)e4m3_int(code[c]) * (s * 0x1p-9f) : mat_at(w, r, c);
-            for (int i = 0; i < TOKENS; i++) sum[i] = fmaf(a, at[i][c], sum[i]);
+    for (int c = lane; c < cols; c += 32) {
+        for (int k = 0; k < ROWS; k++) {
+            int row = min(r + k, w->rows - 1);               /* likewise */
+            if (fp8 && c % 128 == lane)
+                s[k] = e8m0_to_f32(w->scale[row / 128 * blocks + c / 128]) * 0x1p-9f;
+            a[k] = fp8 ? (float)e4m3_int(((const uint8_t *)w->data)[(size_t)row * cols + c]) * s[k]
+                       : mat_at(w, row, c);
+        }
+        for (int i = 0; i < TOKENS; i++) {
+            float v = at[i][c];
+            for (int k = 0; k < ROWS; k++) sum[k][i] = fmaf(a[k], v, sum[k][i]);
         }
     }
-    for (int i = 0; i < TOKENS; i++) {
-        for (int far = 16; far; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
-        if (lane == 0 && t0 + i < n) y[(size_t)(t0 + i) * w->rows + r] = sum[i];
-    }
+    for (int i = 0; i < TOKENS; i++)
+        for (int k = 0; k < ROWS; k++) {
+            for (int far = 16; far; far /= 2) sum[k][i] += __shfl_xor_sync(~0u, sum[k][i], far);
+            if (lane == 0 && t0 + i < n && r + k < w->rows)
+                y[(size_t)(t0 + i) * w->rows + r + k] = sum[k][i];
+        }
 }
 
-/* grid (ceil(rows/4), ceil(n/TILE)), block 128, a warp a row.  Differs: F32 sums, one of each
- * lane. */
+/* grid (ceil(rows/4), 1) for one token, else (ceil(rows/16), ceil(n/TILE)), block 128.  Differs:
+ * F32 sums, one of each lane. */
 extern "C" __global__ void linear_cuda(float *y, dsv4_mat w, const float *x, int n, int groups) {
-    int r = blockIdx.x * 4 + threadIdx.x / 32, t0 = blockIdx.y * TILE;
-    if (r >= w.rows) return;
-    if (n == 1) linear_row<1>(y, &w, x, n, groups, r, t0);
-    else linear_row<TILE>(y, &w, x, n, groups, r, t0);
+    int warp = blockIdx.x * 4 + threadIdx.x / 32, t0 = blockIdx.y * TILE, r = 4 * warp;
+    int group_rows = w.rows / groups, last = min(r + 3, w.rows - 1);
+    if (n == 1) {
+        if (warp < w.rows) linear_rows<1, 1>(y, &w, x, n, groups, warp, 0);
+    } else if (r < w.rows && r / group_rows == last / group_rows) {
+        linear_rows<4, TILE>(y, &w, x, n, groups, r, t0);
+    } else {
+        for (; r <= last; r++) linear_rows<1, TILE>(y, &w, x, n, groups, r, t0);
+    }
 }
 #endif
 
@@ -962,21 +975,24 @@ static __device__ float hc_comb_cuda(const float *m, const dsv4_hc_shape *s) {
     return c;
 }
 
-/* grid n, block a multiple of 32, at least hc*hc.  Differs: F32 sums, exp_f32. */
+/* grid n, block a multiple of 32, at least (2+hc)*hc.  A warp sums up one row of fn at a time, or the
+ * square.  Differs: F32 sums, exp_f32. */
 extern "C" __global__ void hc_pre_cuda(float *x, float *post, float *comb, const float *h,
                                        dsv4_hc w, dsv4_hc_shape s) {
-    __shared__ float m[(2 + MAX_HC) * MAX_HC];
-    int hc = s.hc, len = hc * s.dim, t = blockIdx.x, i = threadIdx.x;
-    float square = 0;
+    __shared__ float m[(2 + MAX_HC) * MAX_HC + 1];
+    int hc = s.hc, len = hc * s.dim, t = blockIdx.x, i = threadIdx.x, lane = i % 32;
+    int rows = post ? (2 + hc) * hc : hc;
     h += (size_t)t * len;
-    for (int c = i; c < len; c += blockDim.x) square = fmaf(h[c], h[c], square);
-    float r = 1 / sqrtf(block_sum(square) / len + s.rms_eps);
-    for (int row = 0; row < (post ? (2 + hc) * hc : hc); row++, w.fn += len) {
+    for (int row = i / 32; row <= rows; row += blockDim.x / 32) {
+        const float *f = row < rows ? w.fn + (size_t)row * len : h;
         float sum = 0;
-        for (int c = i; c < len; c += blockDim.x) sum = fmaf(w.fn[c], h[c], sum);
-        sum = block_sum(sum) * r;
-        if (i == 0) m[row] = sum * w.scale[min(row / hc, 2)] + w.base[row];
+        for (int c = lane; c < len; c += 32) sum = fmaf(f[c], h[c], sum);
+        for (int far = 16; far; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
+        if (lane == 0) m[row] = sum;
     }
+    __syncthreads();
+    float r = 1 / sqrtf(m[rows] / len + s.rms_eps);
+    if (i < rows) m[i] = m[i] * r * w.scale[min(i / hc, 2)] + w.base[i];
     __syncthreads();
     if (i < hc) m[i] = sigmoid_cuda(m[i]) + s.hc_eps;        /* pre */
     if (i < hc && post) post[t * hc + i] = 2 * sigmoid_cuda(m[hc + i]);

@@ -14,7 +14,7 @@ one() { # one CAPABILITY
 log=$build/test_gpu
 two() { # two A B: their output as it comes, each in its own file, too
     for cc in "$@"; do
-        (one "$cc" 2>&1 || echo "FAIL $cc: exit $?") | tee "$log.$cc.log" | sed "s/^/$cc  /" &
+        (one "$cc" 2>&1 || echo "FAIL $cc: exit $?") | tee "$log.$cc.log" | sed -u "s/^/$cc  /" &
     done
     wait
 }
