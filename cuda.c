@@ -46,9 +46,9 @@ __asm__(".pushsection .rodata\n.balign 64\n.hidden kernels_fatbin\n.globl kernel
 extern const unsigned char kernels_fatbin[];
 
 #define KERNELS(X)                                                                               \
-    X(embed) X(rmsnorm) X(act_quant) X(act_codes) X(act_values) X(linear) X(rope) X(kv_round)    \
-    X(index_round) X(compress) X(index_scores) X(topk) X(attend) X(hc_pre) X(hc_post) X(route)   \
-    X(swiglu) X(expert_up) X(expert_down) X(add) X(argmax)
+    X(embed) X(rmsnorm) X(act_quant) X(act_codes) X(act_values) X(linear) X(linear_tile) X(rope) \
+    X(kv_round) X(index_round) X(compress) X(index_scores) X(topk) X(attend) X(hc_pre)           \
+    X(hc_post) X(route) X(swiglu) X(expert_up) X(expert_down) X(add) X(argmax)
 #define X(name) K_##name,
 typedef enum { KERNELS(X) N_KERNELS } kernel;
 #undef X
@@ -254,8 +254,9 @@ static void act_values_launch(float *y, const uint8_t *code, const uint8_t *scal
 static void linear_launch(float *y, const dsv4_mat *w, const float *x, int n, int groups,
                           dsv4_exec *ex) {
     dsv4_mat m = *w;
-    launch(ex, K_linear, up(m.rows, n == 1 ? 4 : 16), up(n, TILE), 128,
-           ARGS(&y, &m, &x, &n, &groups));
+    if (n == 1) launch(ex, K_linear, up(m.rows, 4), 1, 128, ARGS(&y, &m, &x, &groups));
+    else launch(ex, K_linear_tile, up(m.rows, 16), up(n, TILE), 128,
+                ARGS(&y, &m, &x, &n, &groups));
 }
 
 static void rope_launch(float *x, const float *inv_freq, int n, int n_heads, int head_dim,

@@ -393,17 +393,19 @@ static __device__ void linear_rows(float *y, const dsv4_mat *w, const float *x, 
         for (int k = 0; k < ROWS; k++) sum[k][i] = 0;
     }
     bool fp8 = w->dtype == DT_F8_E4M3;
-    for (int c = lane; c < cols; c += 32) {
-        for (int k = 0; k < ROWS; k++) {
-            int row = min(r + k, w->rows - 1);               /* likewise */
-            if (fp8 && c % 128 == lane)
-                s[k] = e8m0_to_f32(w->scale[row / 128 * blocks + c / 128]) * 0x1p-9f;
-            a[k] = fp8 ? (float)e4m3_int(((const uint8_t *)w->data)[(size_t)row * cols + c]) * s[k]
-                       : mat_at(w, row, c);
-        }
-        for (int i = 0; i < TOKENS; i++) {
-            float v = at[i][c];
-            for (int k = 0; k < ROWS; k++) sum[k][i] = fmaf(a[k], v, sum[k][i]);
+    for (int b = 0; b < blocks; b++) {
+        for (int k = 0; k < ROWS; k++)                       /* beyond w's rows likewise          */
+            s[k] = fp8 ? e8m0_to_f32(w->scale[min(r + k, w->rows - 1) / 128 * blocks + b]) : 0;
+        for (int c = 128 * b + lane; c < min(128 * b + 128, cols); c += 32) {
+            for (int k = 0; k < ROWS; k++) {
+                int row = min(r + k, w->rows - 1);
+                uint8_t code = fp8 ? ((const uint8_t *)w->data)[(size_t)row * cols + c] : 0;
+                a[k] = fp8 ? (float)e4m3_int(code) * (s[k] * 0x1p-9f) : mat_at(w, row, c);
+            }
+            for (int i = 0; i < TOKENS; i++) {
+                float v = at[i][c];
+                for (int k = 0; k < ROWS; k++) sum[k][i] = fmaf(a[k], v, sum[k][i]);
+            }
         }
     }
     for (int i = 0; i < TOKENS; i++)
@@ -414,18 +416,21 @@ static __device__ void linear_rows(float *y, const dsv4_mat *w, const float *x, 
         }
 }
 
-/* grid (ceil(rows/4), 1) for one token, else (ceil(rows/16), ceil(n/TILE)), block 128.  Differs:
- * F32 sums, one of each lane. */
-extern "C" __global__ void linear_cuda(float *y, dsv4_mat w, const float *x, int n, int groups) {
-    int warp = blockIdx.x * 4 + threadIdx.x / 32, t0 = blockIdx.y * TILE, r = 4 * warp;
+/* One token: grid ceil(rows/4), block 128, a warp a row.  Differs: F32 sums, one of each lane. */
+extern "C" __global__ void linear_cuda(float *y, dsv4_mat w, const float *x, int groups) {
+    int r = blockIdx.x * 4 + threadIdx.x / 32;
+    if (r < w.rows) linear_rows<1, 1>(y, &w, x, 1, groups, r, 0);
+}
+
+/* The same bits for n tokens: grid (ceil(rows/16), ceil(n/TILE)), block 128, a warp four rows. */
+extern "C" __global__ void linear_tile_cuda(float *y, dsv4_mat w, const float *x, int n,
+                                            int groups) {
+    int r = 4 * (blockIdx.x * 4 + threadIdx.x / 32), t0 = blockIdx.y * TILE;
     int group_rows = w.rows / groups, last = min(r + 3, w.rows - 1);
-    if (n == 1) {
-        if (warp < w.rows) linear_rows<1, 1>(y, &w, x, n, groups, warp, 0);
-    } else if (r < w.rows && r / group_rows == last / group_rows) {
+    if (r < w.rows && r / group_rows == last / group_rows)
         linear_rows<4, TILE>(y, &w, x, n, groups, r, t0);
-    } else {
+    else
         for (; r <= last; r++) linear_rows<1, TILE>(y, &w, x, n, groups, r, t0);
-    }
 }
 #endif
 
@@ -975,8 +980,8 @@ static __device__ float hc_comb_cuda(const float *m, const dsv4_hc_shape *s) {
     return c;
 }
 
-/* grid n, block a multiple of 32, at least (2+hc)*hc.  A warp sums up one row of fn at a time, or the
- * square.  Differs: F32 sums, exp_f32. */
+/* grid n, block a multiple of 32, at least (2+hc)*hc.  A warp sums up one row of fn at a time, or
+ * the square.  Differs: F32 sums, exp_f32. */
 extern "C" __global__ void hc_pre_cuda(float *x, float *post, float *comb, const float *h,
                                        dsv4_hc w, dsv4_hc_shape s) {
     __shared__ float m[(2 + MAX_HC) * MAX_HC + 1];

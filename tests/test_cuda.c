@@ -174,9 +174,9 @@ static void test_cuda_linear_is_within_its_sums(void) {
         CUdeviceptr dy = room(ny * 4), d1 = room((size_t)rows * 4), dx1 = dx + last * token * 4;
         gpu_w.data = (void *)(uintptr_t)dw;
         gpu_w.scale = (void *)(uintptr_t)ds;
-        int one = 1;
-        launch("linear_cuda", up(rows, n == 1 ? 4 : 16), up(n, 8), 128, ARGS(&dy, &gpu_w, &dx, &n, &groups));
-        launch("linear_cuda", up(rows, 4), 1, 128, ARGS(&d1, &gpu_w, &dx1, &one, &groups));
+        launch("linear_tile_cuda", up(rows, 16), up(n, 8), 128,
+               ARGS(&dy, &gpu_w, &dx, &n, &groups));
+        launch("linear_cuda", up(rows, 4), 1, 128, ARGS(&d1, &gpu_w, &dx1, &groups));
         from_gpu(got, dy, ny * 4);
         from_gpu(alone, d1, (size_t)rows * 4);
         DROP(dw, ds, dx);
