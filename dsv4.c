@@ -891,11 +891,11 @@ typedef struct {                   /* one thing to be read                      
 } load_step;
 
 /* What is to be read now: the dense weights that are kept and, on a GPU, all experts.  Hands out
- * their places and has everything point there; returns how many, or -1. */
-static int64_t load_list(dsv4_engine *e, load_step *step) {
+ * their places and has everything point there; returns how many. */
+static size_t load_list(dsv4_engine *e, load_step *step) {
     const dsv4_weights *w = e->w;
     dense_mode mode = {e->opts.mtp, e->plan.streamed};
-    int64_t n = 0;
+    size_t n = 0, n_parts = e->gpu ? (size_t)e->plan.n_experts_total * EXPERT_PARTS : 0;
     for (size_t i = 0; i < w->n_needs; i++) {
         const need *d = &w->needs[i];
         if (!is_kept(d, mode)) continue;
@@ -903,7 +903,7 @@ static int64_t load_list(dsv4_engine *e, load_step *step) {
         memcpy((void *)d->dst.raw, &place, sizeof place);      /* pointers are all alike */
         step[n++] = (load_step){d->t, d, place, need_bytes(d)};
     }
-    for (int64_t i = 0; e->gpu && i < (int64_t)e->plan.n_experts_total * EXPERT_PARTS; i++) {
+    for (size_t i = 0; i < n_parts; i++) {
         const ckpt_tensor *t = w->expert_part[i];
         step[n++] = (load_step){t, NULL, arena_take(&e->dense, t->bytes), t->bytes};
         e->expert_at[i] = step[n - 1].place;
@@ -942,7 +942,7 @@ static int load_all(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *e
     if (e->gpu) e->expert_at = calloc(most, sizeof *e->expert_at);
     int rc = step && item && (!e->gpu || e->expert_at) ? 0 : fail(err, "out of memory for loading");
     if (rc == 0 && e->gpu) rc = arena_open(&stage, e->plan.stage, "loading", err);
-    size_t n = rc ? 0 : (size_t)load_list(e, step);
+    size_t n = rc ? 0 : load_list(e, step);
     for (size_t i = 0, end; i < n && rc == 0; i = end) {
         for (end = i + 1; end < n; end++)
             if ((uint64_t)(step[end].place - step[i].place) + step[end].bytes > LOAD_STEP_BYTES)
@@ -982,21 +982,21 @@ static int load_cpu(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *e
     return 0;
 }
 
-/* The GPU failed, so that another has to do? */
-static bool gpu_is_lost(const dsv4_engine *e) {
-    dsv4_err err;
-    return e->gpu && e->opts.backend == BACKEND_AUTO && e->op->sync(e->ex, &err);
+/* Did the GPU fail (err says how), so that the CPU has to do? */
+static bool gpu_is_lost(const dsv4_engine *e, dsv4_err *err) {
+    return e->gpu && e->opts.backend == BACKEND_AUTO && e->op->sync(e->ex, err);
 }
 
 int engine_load(dsv4_engine *e, progress_fn progress, void *arg, dsv4_err *err) {
     e->kv_opts.model = fingerprint(e);
-    if (e->gpu && !gpu_is_lost(e) && load_gpu(e, progress, arg, err) && !gpu_is_lost(e)) return -1;
-    if (gpu_is_lost(e)) {
-        e->op->sync(e->ex, err);
-        if (leave_gpu(e, err)) return -1;
-        e->kv_opts.model = fingerprint(e);
+    if (!e->gpu) return load_cpu(e, progress, arg, err);
+    if (!gpu_is_lost(e, err)) {            /* it is where session_recover() comes with it        */
+        if (load_gpu(e, progress, arg, err) == 0) return 0;
+        if (!gpu_is_lost(e, err)) return -1;
     }
-    return e->gpu ? 0 : load_cpu(e, progress, arg, err);
+    if (leave_gpu(e, err)) return -1;
+    e->kv_opts.model = fingerprint(e);
+    return load_cpu(e, progress, arg, err);
 }
 
 int engine_open(dsv4_engine **out, const dsv4_config *cfg, const ckpt *c, const dsv4_opts *opts,
@@ -1110,7 +1110,7 @@ int session_recover(dsv4_session **s, dsv4_err *err) {
     dsv4_engine *e = (*s)->e;
     progress_fn progress = (*s)->progress;
     void *arg = (*s)->progress_arg;
-    if (!gpu_is_lost(e)) return -1;
+    if (!gpu_is_lost(e, err)) return -1;
     session_close(*s);
     *s = NULL;
     return engine_load(e, progress, arg, err) || session_open(s, e, progress, arg, err) ? -1 : 0;
